@@ -42,7 +42,7 @@ def principal(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _lanczos(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     from scipy.sparse.linalg import LinearOperator, eigsh  # here: importing tdkit must stay quick
 
-    array = matrix.numpy()
+    array: np.ndarray = matrix.numpy()
     n = array.shape[1]
     operator = LinearOperator((n, n), matvec=lambda v: array.T @ (array @ v), dtype=np.dtype(np.float64))
     start = np.random.default_rng(0).standard_normal(n)  # fixed: the same fit for the same matrix
@@ -58,7 +58,8 @@ def singular_values(matrix: Tensor) -> Tensor:
     """All singular values of `matrix` (m, n), descending, float64, by the Gram matrix of the small side."""
     matrix = working(matrix)
     small = matrix if matrix.shape[1] <= matrix.shape[0] else matrix.T
-    return torch.linalg.eigvalsh(small.T @ small).flip(0).clamp_min(0).sqrt()
+    squares: Tensor = torch.linalg.eigvalsh(small.T @ small)
+    return squares.flip(0).clamp_min(0).sqrt()
 
 
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """The decompositions that tdkit ships, and what a new one is made of."""
 
-from tdkit.decompositions.base import Decomposition, FactorizedMatrix
+from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Point
 from tdkit.decompositions.kronecker import Kronecker
 from tdkit.decompositions.low_rank import LowRank
 from tdkit.decompositions.permuted_kronecker import PermutedKronecker
 from tdkit.decompositions.tt_matrix import TTMatrix
 
-__all__ = ["Decomposition", "FactorizedMatrix", "Kronecker", "LowRank", "PermutedKronecker", "TTMatrix"]
+__all__ = ["Decomposition", "FactorizedMatrix", "Kronecker", "LowRank", "PermutedKronecker", "Point", "TTMatrix"]

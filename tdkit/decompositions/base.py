@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdkit.errors import OptionError
-from tdkit.linalg import relative_error
+from tdkit.linalg import relative_error, working
 from tdkit.metric import Metric
 from tdkit.shapes import Shape
+
+CURVE_POINTS = 8  # fits that the default error curve takes
 
 
 class FactorizedMatrix(nn.Module, ABC):
@@ -64,6 +66,21 @@ class FactorizedMatrix(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]}x{self.shape[1]}, {self.decomposition.describe()}, params={self.params}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice on an error curve.
+
+    Attributes:
+        decomposition: complete.
+        params: that its factors hold.
+        error: tr(S E C E^T) of the fit, the squared Frobenius norm of E without a metric; not relative.
+    """
+
+    decomposition: Decomposition
+    params: int
+    error: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +137,30 @@ class Decomposition(ABC):
         """The richest choice with at most `max_params` parameters; None when even the smallest is larger."""
         fitting = [c for c in self.candidates(shape) if c.num_params(shape) <= max_params]
         return fitting[-1] if fitting else None
+
+    def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
+        """What each size costs: choices with strictly more params and strictly less error, one after another.
+
+        All choices hold fewer parameters than the dense weight. This default fits a few candidates spread
+        evenly over the logarithm of their size; a subclass that knows its whole curve from one
+        factorisation says so instead.
+
+        Args:
+            weight: (out, in).
+            metric: as for `fit`.
+        """
+        shape = (weight.shape[0], weight.shape[1])
+        smaller = [(c.num_params(shape), c) for c in self.candidates(shape)]
+        smaller = [(params, c) for params, c in smaller if params < weight.numel()]
+        count = min(len(smaller), CURVE_POINTS)
+        picked = sorted({round(len(smaller) ** ((i + 1) / count)) - 1 for i in range(count)}) if count else []
+        points: list[Point] = []
+        for params, candidate in (smaller[i] for i in picked):
+            gap = working(weight) - working(candidate.fit(weight, metric).dense())
+            error = metric.squared_error(gap) if metric else float(gap.square().sum())
+            if not points or (params > points[-1].params and error < points[-1].error):
+                points.append(Point(candidate, params, error))
+        return points
 
     def error(self, weight: Tensor, matrix: FactorizedMatrix, metric: Metric | None = None) -> float:
         """Relative error of `matrix` as an approximation of `weight`, in the metric when there is one."""
