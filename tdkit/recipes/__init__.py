@@ -1,0 +1,1 @@
+"""The recipes that tdkit ships, as YAML files."""

@@ -1,0 +1,221 @@
+"""The kinds of recipe steps that tdkit ships: compress, compare, evaluate, generate, save."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ConfigDict, Field, field_validator
+from torch import Tensor, nn
+
+from tdkit.checkpoint import load, save
+from tdkit.compression import compress
+from tdkit.decompositions.base import Decomposition
+from tdkit.errors import CheckpointError, RecipeError
+from tdkit.evaluation import PROTOCOL, Evaluation, evaluate
+from tdkit.huggingface import is_transformers
+from tdkit.planning import plan
+from tdkit.policy import Policy, Rule
+from tdkit.recipe import Recipe, Run, StepConfig
+from tdkit.registry import decomposition, spec_of
+from tdkit.tables import table_of
+
+FIGURE_COLUMNS = ("model", "params", "ratio", "MB", "perplexity", "tokens/s", "fit seconds")
+
+
+class CompressStep(StepConfig):
+    """Rewrite the model by a policy.
+
+    Attributes:
+        rules, budget, allow_growth: the policy's YAML form.
+        calibrated: fit in the metric of the calibration text.
+    """
+
+    changes_model: ClassVar[bool] = True
+    rules: list[dict[str, Any]]
+    budget: float | None = None
+    allow_growth: bool = False
+
+    @field_validator("rules")
+    @classmethod
+    def _rules_are_rules(cls, rules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        Policy.from_dict({"rules": rules})
+        return rules
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that the options stand for."""
+        return Policy.from_dict({"rules": self.rules, "budget": self.budget, "allow_growth": self.allow_growth})
+
+    def check(self, recipe: Recipe) -> None:
+        _ = self.policy
+
+    def run(self, run: Run) -> dict[str, Any]:
+        chosen = plan(run.model, self.policy)
+        run.console.print(chosen)
+        compress(run.model, chosen, device=run.device)
+        return {"params_before": chosen.params_before, "params_after": chosen.params_after, "ratio": chosen.ratio}
+
+
+class CompareStep(StepConfig):
+    """Compress the model with each of several decompositions at one budget, tabulate, and keep the best.
+
+    Attributes:
+        match: globs of the layers that are rewritten; the others stay.
+        budget: params after / params before of the whole model.
+        candidates: decompositions, ``with`` in YAML.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    changes_model: ClassVar[bool] = True
+    match: list[str]
+    budget: float = Field(gt=0, le=1)
+    candidates: list[str | dict[str, Any]] = Field(alias="with", min_length=1)
+
+    @field_validator("candidates")
+    @classmethod
+    def _are_decompositions(cls, candidates: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
+        for candidate in candidates:
+            decomposition(candidate)
+        return candidates
+
+    def check(self, recipe: Recipe) -> None:
+        if recipe.data.evaluation is None:
+            raise RecipeError("compare needs a text to judge by: add data.evaluation")
+
+    def run(self, run: Run) -> dict[str, Any]:
+        ids = run.tokens("evaluation")
+        context = run.recipe.data.context
+        dense = evaluate(run.model, ids, context=context)
+        rows = [_row("dense", dense, dense, None)]
+        figures: list[dict[str, Any]] = [{"name": "dense", **dense.to_dict()}]
+        best: tuple[float, nn.Module] | None = None
+        for kind in (decomposition(candidate) for candidate in self.candidates):
+            chosen = plan(run.model, self._policy(kind))
+            if best is None:
+                run.console.print(chosen)
+            started = time.perf_counter()
+            model = compress(copy.deepcopy(run.model), chosen, device=run.device)
+            seconds = time.perf_counter() - started
+            measured = evaluate(model, ids, context=context)
+            rows.append(_row(kind.describe(), measured, dense, seconds))
+            figures.append({"name": kind.name, **spec_of(kind), **measured.to_dict(), "fit_seconds": round(seconds, 2)})
+            if best is None or measured.perplexity < best[0]:
+                best = measured.perplexity, model
+        assert best is not None
+        title = f"{', '.join(self.match)} at budget {self.budget:g} of the whole model"
+        run.console.print(table_of(title, FIGURE_COLUMNS, rows))
+        run.console.print(
+            f"[dim]perplexity over {dense.tokens:,} tokens: {PROTOCOL}; context {context}, seed {run.recipe.seed}[/dim]"
+        )
+        run.model = best[1]
+        return {"rows": figures}
+
+    def _policy(self, kind: Decomposition) -> Policy:
+        return Policy([Rule(glob, kind) for glob in self.match], budget=self.budget)
+
+
+class EvaluateStep(StepConfig):
+    """Measure perplexity, size and speed on the evaluation text."""
+
+    def check(self, recipe: Recipe) -> None:
+        if recipe.data.evaluation is None:
+            raise RecipeError("evaluate needs a text: add data.evaluation")
+
+    def run(self, run: Run) -> dict[str, Any]:
+        measured = evaluate(run.model, run.tokens("evaluation"), context=run.recipe.data.context)
+        run.console.print(table_of("evaluation", FIGURE_COLUMNS, [_row(run.recipe.name, measured, None, None)]))
+        return measured.to_dict()
+
+
+class GenerateStep(StepConfig):
+    """Continue a prompt greedily with the model before and after compression.
+
+    Attributes:
+        prompt: the text to continue.
+        tokens: how many to add.
+    """
+
+    needs_dense: ClassVar[bool] = True
+    prompt: str
+    tokens: int = Field(default=24, ge=1)
+
+    def run(self, run: Run) -> dict[str, Any]:
+        if run.tokenizer is None or not hasattr(run.model, "generate"):
+            raise RecipeError("generate needs a language model with a tokenizer")
+        texts = {
+            "dense": self._continue(run.dense, run.tokenizer),
+            "compressed": self._continue(run.model, run.tokenizer),
+        }
+        for name, text in texts.items():
+            run.console.print(f"  {name}: {text}", markup=False, highlight=False)
+        return texts
+
+    def _continue(self, model: nn.Module, tokenizer: Any) -> str:
+        inputs = tokenizer(self.prompt, return_tensors="pt").to(next(model.parameters()).device)
+        generate: Any = model.generate
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        ids = generate(**inputs, max_new_tokens=self.tokens, do_sample=False, pad_token_id=padding)
+        return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+class SaveStep(StepConfig):
+    """Save the model, load it again and check that its logits are bit-identical.
+
+    Attributes:
+        folder: inside the run folder.
+    """
+
+    folder: str = "model"
+
+    def check(self, recipe: Recipe) -> None:
+        if Path(self.folder).is_absolute() or ".." in Path(self.folder).parts:
+            raise RecipeError(f"save.folder={self.folder!r} must lie inside the run folder")
+
+    def run(self, run: Run) -> dict[str, Any]:
+        place = save(run.model, run.folder / self.folder, tokenizer=run.tokenizer, overwrite=True)
+        size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+        if not is_transformers(run.model):
+            run.console.print(f"  saved to {place}, {size / 1e6:.1f} MB on disk")
+            return {"folder": str(place), "bytes_on_disk": size}
+        again = load(place, device=run.device)
+        ids = _probe(run)
+        if not torch.equal(_logits(run.model, ids), _logits(again, ids)):
+            raise CheckpointError(f"{place}: the reloaded model's outputs differ from the saved one's")
+        run.console.print(f"  saved to {place}, {size / 1e6:.1f} MB on disk; reloaded, outputs identical")
+        return {"folder": str(place), "bytes_on_disk": size, "reloaded_identical": True}
+
+
+def _probe(run: Run) -> Tensor:
+    if run.recipe.data.evaluation is not None and run.tokenizer is not None:
+        return run.tokens("evaluation")[:64].unsqueeze(0)
+    return torch.arange(16).unsqueeze(0)
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    training = model.training
+    model.eval()
+    output = model(ids.to(next(model.parameters()).device))
+    model.train(training)
+    first = output[0]
+    assert isinstance(first, Tensor)
+    return first
+
+
+def _row(name: str, measured: Evaluation, dense: Evaluation | None, seconds: float | None) -> list[str]:
+    return [
+        name,
+        f"{measured.params:,}",
+        f"{measured.params / dense.params:.3f}" if dense else "",
+        f"{measured.bytes / 1e6:.1f}",
+        f"{measured.perplexity:.2f}"
+        if math.isfinite(measured.perplexity) and measured.perplexity < 1e5
+        else f"{measured.perplexity:.3g}",
+        f"{measured.tokens_per_second:,.0f}",
+        "" if seconds is None else f"{seconds:.1f}",
+    ]
