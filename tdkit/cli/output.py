@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -12,15 +13,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, show what would be done, and stop.")]
 Device = Annotated[str | None, typer.Option(help="Where to compute, such as cuda; the CPU by default.")]
 
-out = Console()
-err = Console(stderr=True)
+PIPED_WIDTH = 140  # a file or a pipe has no width of its own
+
+out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+err = Console(stderr=True, width=None if sys.stderr.isatty() else PIPED_WIDTH)
 
 
 def show(table: RenderableType, data: Any, as_json: bool) -> None:
     """Print `data` as JSON, or the table."""
     if as_json:
         typer.echo(json.dumps(data, indent=2))
-    elif out.is_terminal:
-        out.print(table)
     else:
-        Console(width=160).print(table)
+        out.print(table)

@@ -1,0 +1,39 @@
+"""A language model small enough for every command: GPT-2 architecture, random weights, a tokenizer of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+WORDS = "the state of our union is strong and people work for peace with hope in every land".split()
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 2,000 words of text."""
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(WORDS), (2000,), generator=generator)
+    path = tmp_path_factory.mktemp("text") / "speech.txt"
+    path.write_text(" ".join(WORDS[i] for i in picks), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A saved transformers model with tied embeddings and its tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.train([str(text_file)], trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<eos>"]))
+    folder = tmp_path_factory.mktemp("gpt2")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=300, n_positions=64, n_embd=48, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1, pad_token_id=1
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
