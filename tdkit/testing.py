@@ -1,0 +1,487 @@
+"""The contract that every decomposition must pass, for the authors of plugins too.
+
+    import pytest
+    from tdkit.testing import checks
+
+    @pytest.mark.parametrize("check", checks(MyDecomposition), ids=str)
+    def test_contract(check):
+        check()
+
+`checks` lists small checks, each with a name; `check_decomposition` runs them all and reports every failure
+together, for those who use no pytest. A check fails with an AssertionError that names the shape, the choice
+and what was found.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tdkit.decompositions.base import Decomposition, FactorizedMatrix
+from tdkit.errors import OptionError, TdkitError
+from tdkit.metric import Metric
+from tdkit.registry import decomposition, spec_of
+from tdkit.shapes import Shape
+
+SHAPES: tuple[Shape, ...] = ((12, 18), (18, 12), (16, 16), (15, 9), (7, 11), (1, 10), (10, 1), (1, 1))
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HUGE: Shape = (1 << 16, 1 << 16)  # dense, this is 32 GiB in float64
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+BATCHES = ((), (1,), (5,), (2, 3), (0,), (2, 0))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One clause of the contract for one decomposition; call it to run it."""
+
+    name: str
+    run: Callable[[], None]
+
+    def __call__(self) -> None:
+        self.run()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def checks(
+    kind: type[Decomposition] | Decomposition,
+    *,
+    shapes: Sequence[Shape] = SHAPES,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    exact: bool = True,
+) -> list[Check]:
+    """Every check of the contract for `kind`.
+
+    Args:
+        kind: a decomposition class that is registered, or an instance with some options given and the
+            one that sets the size left open.
+        shapes: (out, in) of the matrices that are tried.
+        dtypes: of the matrices that are tried; gradients are always checked in float64.
+        exact: whether the richest candidate can write any matrix; false for a family that cannot, such as
+            circulant matrices.
+    """
+    open_kind = kind if isinstance(kind, Decomposition) else kind()
+    listed = []
+    for clause in (
+        candidates_are_sorted,
+        complete_keeps_to_the_budget,
+        claimed_params_are_real,
+        matmul_is_dense,
+        rows_are_dense,
+        gradients_are_right,
+        curve_is_monotone,
+        fit_is_deterministic,
+        fit_leaves_no_trace,
+        fit_takes_any_layout,
+        fit_survives_degenerate_weights,
+        metric_is_used_or_ignored,
+        copies_are_equal,
+        options_round_trip,
+    ):
+        listed += [Check(_label(clause, shape), partial(clause, open_kind, shape)) for shape in shapes]
+    for typed in (dtype_is_kept, state_round_trips, *((exact_at_full_size,) if exact else ())):
+        listed += [
+            Check(_label(typed, shape, dtype), partial(typed, open_kind, shape, dtype))
+            for shape in shapes
+            for dtype in dtypes
+        ]
+    listed.append(Check("empty_costs_nothing", partial(empty_costs_nothing, open_kind)))
+    listed.append(Check("bad_options_are_told", partial(bad_options_are_told, open_kind)))
+    listed.append(Check("foreign_shapes_are_told", partial(foreign_shapes_are_told, open_kind, shapes)))
+    listed.append(Check("compiles_whole", partial(compiles_whole, open_kind, shapes[0])))
+    return listed
+
+
+def check_decomposition(kind: type[Decomposition] | Decomposition, **options: Any) -> None:
+    """Run every check of `checks`, with the same options, and report all failures together.
+
+    Raises:
+        AssertionError: with one line per failed check.
+    """
+    failures = []
+    for check in checks(kind, **options):
+        try:
+            check()
+        except Exception as error:
+            failures.append(f"{check}: {type(error).__name__}: {error}")
+    if failures:
+        raise AssertionError(f"{len(failures)} checks failed:\n" + "\n".join(failures))
+
+
+def candidates_are_sorted(kind: Decomposition, shape: Shape) -> None:
+    """There are candidates; each is complete and fits; none is cheaper than the one before it."""
+    candidates = kind.candidates(shape)
+    _require(bool(candidates), f"no candidates for {shape}")
+    last = 0
+    for candidate in candidates:
+        candidate.check(shape)
+        _require(candidate.is_complete(), f"candidate {candidate} of {shape} is not complete")
+        params = candidate.num_params(shape)
+        _require(params >= last, f"candidate {candidate} of {shape} has {params} params, the one before it {last}")
+        last = params
+
+
+def complete_keeps_to_the_budget(kind: Decomposition, shape: Shape) -> None:
+    """`complete` never exceeds its budget, and finds something whenever the smallest candidate fits."""
+    candidates = kind.candidates(shape)
+    smallest, largest = candidates[0].num_params(shape), candidates[-1].num_params(shape)
+    for budget in {0, 1, smallest - 1, smallest, (smallest + largest) // 2, largest, 2 * largest}:
+        chosen = kind.complete(shape, budget)
+        if budget < smallest:
+            _require(chosen is None, f"{chosen} was chosen for {budget} params; the smallest has {smallest}")
+            continue
+        _require(chosen is not None, f"nothing was chosen for {budget} params; the smallest has {smallest}")
+        assert chosen is not None
+        params = chosen.num_params(shape)
+        _require(params <= budget, f"{chosen} has {params} params for a budget of {budget}")
+        _require(chosen.is_complete(), f"{chosen}, chosen for {budget} params of {shape}, is not complete")
+
+
+def claimed_params_are_real(kind: Decomposition, shape: Shape) -> None:
+    """`num_params`, `params` of the empty matrix and the numbers a fitted one holds are the same."""
+    for choice in _choices(kind, shape):
+        claimed = choice.num_params(shape)
+        empty = choice.empty(shape, device="meta")
+        fitted = choice.fit(_weight(shape))
+        held = sum(p.numel() for p in fitted.parameters())
+        _require(
+            claimed == empty.params == fitted.params == held,
+            f"{choice} of {shape} claims {claimed} params; empty has {empty.params}, fitted holds {held}",
+        )
+        _require(empty.indices == fitted.indices, f"{choice} of {shape}: indices {empty.indices}, {fitted.indices}")
+        _require(fitted.shape == shape and empty.shape == shape, f"{choice}: shape {fitted.shape}, not {shape}")
+        _require(fitted.multiply_adds() == empty.multiply_adds() > 0, f"{choice} of {shape}: multiply-adds differ")
+
+
+def matmul_is_dense(kind: Decomposition, shape: Shape) -> None:
+    """``matmul(x) == x @ dense().T`` for every number of batch dimensions, empty ones and none included."""
+    for choice in _choices(kind, shape):
+        matrix = choice.fit(_weight(shape))
+        for batch in BATCHES:
+            x = _random(*batch, shape[1], seed=1)
+            _close(matrix.matmul(x), x @ matrix.dense().T, f"{choice} of {shape}: matmul of a batch {batch}")
+        strided = _random(shape[1], 3, seed=2).T
+        _close(matrix.matmul(strided), strided @ matrix.dense().T, f"{choice} of {shape}: matmul of a strided x")
+
+
+def rows_are_dense(kind: Decomposition, shape: Shape) -> None:
+    """``rows(ids) == dense()[ids]`` for every shape of ids, empty ones and none included."""
+    for choice in _choices(kind, shape):
+        matrix = choice.fit(_weight(shape))
+        for batch in BATCHES:
+            ids = torch.randint(shape[0], batch, generator=torch.Generator().manual_seed(3))
+            _close(matrix.rows(ids), matrix.dense()[ids], f"{choice} of {shape}: rows of ids {batch}")
+        ids = torch.arange(shape[0], dtype=torch.int32)
+        _close(matrix.rows(ids), matrix.dense(), f"{choice} of {shape}: rows of all ids, int32")
+
+
+def gradients_are_right(kind: Decomposition, shape: Shape) -> None:
+    """The float64 gradients of `matmul`, `rows` and `dense` agree with finite differences, for every factor."""
+    x = _random(3, shape[1], seed=4).requires_grad_()
+    ids = torch.tensor([0, shape[0] - 1, shape[0] // 2])
+    for choice in _choices(kind, shape)[:2]:
+        matrix = choice.fit(_weight(shape))
+        _check_gradients(matrix, "matmul", x)
+        _check_gradients(matrix, "rows", ids)
+        _check_gradients(matrix, "dense")
+
+
+def curve_is_monotone(kind: Decomposition, shape: Shape) -> None:
+    """`curve` has more params and less error at each point, all below dense, with the errors of real fits."""
+    weight = _weight(shape)
+    points = kind.curve(weight)
+    for before, after in itertools.pairwise(points):
+        _require(before.params < after.params, f"params {before.params} then {after.params} on the curve of {shape}")
+        _require(before.error > after.error, f"error {before.error} then {after.error} on the curve of {shape}")
+    for point in points[:: max(1, len(points) // 3)]:
+        choice = point.decomposition
+        _require(choice.is_complete(), f"{choice} on the curve of {shape} is not complete")
+        _require(point.params == choice.num_params(shape), f"{choice} on the curve claims {point.params} params")
+        _require(point.params < weight.numel(), f"{choice} on the curve of {shape} is not smaller than dense")
+        real = float((weight - choice.fit(weight).dense()).detach().square().sum())
+        size = float(weight.square().sum())
+        _require(
+            abs(real - point.error) <= 1e-6 * size,
+            f"{choice} of {shape}: error {point.error} on the curve, {real} when fitted",
+        )
+
+
+def fit_is_deterministic(kind: Decomposition, shape: Shape) -> None:
+    """Two fits of one weight are equal bit for bit, whatever the global random state is."""
+    choice = _choices(kind, shape)[-1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first = choice.fit(_weight(shape)).state_dict()
+        torch.manual_seed(1)
+        second = choice.fit(_weight(shape)).state_dict()
+    for name, tensor in first.items():
+        _require(torch.equal(tensor, second[name]), f"{choice} of {shape}: {name} differs between two fits")
+
+
+def fit_leaves_no_trace(kind: Decomposition, shape: Shape) -> None:
+    """A fit changes neither the weight nor the global random state; its factors are leaves that can be trained."""
+    choice = _choices(kind, shape)[-1]
+    weight = nn.Parameter(_weight(shape))
+    state, default = torch.get_rng_state(), torch.get_default_dtype()
+    matrix = choice.fit(weight)
+    _require(torch.equal(state, torch.get_rng_state()), f"{choice} of {shape}: the fit used the global random state")
+    _require(torch.get_default_dtype() == default, f"{choice} of {shape}: the fit changed the default dtype")
+    _require(torch.equal(weight, _weight(shape)), f"{choice} of {shape}: the fit changed the weight")
+    for name, parameter in matrix.named_parameters():
+        _require(parameter.is_leaf and parameter.requires_grad, f"{choice} of {shape}: {name} cannot be trained")
+        shared = parameter.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+        _require(not shared, f"{choice} of {shape}: {name} shares memory with the weight")
+
+
+def fit_takes_any_layout(kind: Decomposition, shape: Shape) -> None:
+    """A transposed view (transformers' ``Conv1D``) is fitted as well as the same matrix laid out anew."""
+    choice = _choices(kind, shape)[-1]
+    weight = _weight(shape)
+    view = weight.T.contiguous().T
+    gaps = [float((weight - choice.fit(w).dense()).detach().norm()) for w in (weight, view)]
+    _require(abs(gaps[0] - gaps[1]) <= 1e-6 * float(weight.norm()), f"{choice} of {shape}: errors {gaps} by layout")
+
+
+def fit_survives_degenerate_weights(kind: Decomposition, shape: Shape) -> None:
+    """Zero, constant, rank-one, very large and very small matrices are fitted without NaN."""
+    column, row = _random(shape[0], 1, seed=5), _random(1, shape[1], seed=6)
+    for label, weight in (
+        ("zero", torch.zeros(shape, dtype=torch.float64)),
+        ("constant", torch.ones(shape, dtype=torch.float64)),
+        ("rank-one", column @ row),
+        ("float32 of size 1e15", _weight(shape).float() * 1e15),
+        ("float32 of size 1e-15", _weight(shape).float() * 1e-15),
+    ):
+        for choice in _choices(kind, shape):
+            dense = choice.fit(weight).dense().detach()
+            _require(bool(torch.isfinite(dense).all()), f"{choice} of a {label} {shape} matrix gives NaN or infinity")
+            size, gap = float(weight.norm()), float((weight - dense).norm())
+            _require(gap <= size * (1 + 1e-4), f"{choice} of a {label} {shape} matrix is worse than nothing ({gap})")
+
+
+def metric_is_used_or_ignored(kind: Decomposition, shape: Shape) -> None:
+    """In the metric, a calibrated fit is never worse than the plain one; rank-deficient moments do no harm."""
+    weight = _weight(shape)
+    inputs, gradients = _random(40, shape[1], seed=7), _random(max(1, shape[0] // 2), shape[0], seed=8)
+    inputs[:, 0] *= 30  # one direction dominates, as in real activations
+    for label, metric in (
+        ("C", Metric(input=inputs.T @ inputs / len(inputs))),
+        ("S of half rank", Metric(output=gradients.T @ gradients)),
+        ("C and S", Metric(input=inputs.T @ inputs / len(inputs), output=gradients.T @ gradients)),
+        ("diagonal C and S", Metric(input=inputs.square().mean(0), output=gradients.square().mean(0))),
+    ):
+        for choice in _choices(kind, shape)[:2]:
+            plain = metric.squared_error(weight - choice.fit(weight).dense())
+            calibrated = metric.squared_error(weight - choice.fit(weight, metric).dense())
+            slack = 1e-4 * metric.squared_error(weight)  # floors under small eigenvalues cost a little
+            _require(
+                calibrated <= plain + slack,
+                f"{choice} of {shape} with {label}: {calibrated:.6g} calibrated, {plain:.6g} plain",
+            )
+
+
+def copies_are_equal(kind: Decomposition, shape: Shape) -> None:
+    """A deep copy, and a matrix moved to another dtype and back, work as the matrix does."""
+    x = _random(3, shape[1], seed=9).float()
+    for choice in _choices(kind, shape):
+        matrix = choice.fit(_weight(shape).float())
+        expected = matrix.matmul(x)
+        twin = copy.deepcopy(matrix)
+        _require(torch.equal(twin.matmul(x), expected), f"{choice} of {shape}: a deep copy gives another result")
+        moved = twin.to(torch.float64).to(torch.float32)
+        _require(torch.equal(moved.matmul(x), expected), f"{choice} of {shape}: float64 and back changes the result")
+
+
+def options_round_trip(kind: Decomposition, shape: Shape) -> None:
+    """Options survive JSON; the decomposition that comes back is equal, has the same hash and the same sizes."""
+    for choice in (kind, *_choices(kind, shape)):
+        back = decomposition(json.loads(json.dumps(spec_of(choice))))
+        _require(type(back) is type(choice) and back == choice, f"{choice} came back from JSON as {back}")
+        _require(hash(back) == hash(choice), f"{choice} has another hash after JSON")
+        _require(back.describe() == choice.describe(), f"{choice} is described as {back.describe()} after JSON")
+
+
+def dtype_is_kept(kind: Decomposition, shape: Shape, dtype: torch.dtype) -> None:
+    """Factors, products and rows have the dtype and device of the weight; buffers are integers."""
+    weight = _weight(shape).to(dtype)
+    for choice in _choices(kind, shape):
+        for matrix in (choice.fit(weight), choice.empty(shape, device="cpu", dtype=dtype)):
+            for name, parameter in matrix.named_parameters():
+                found = (parameter.dtype, parameter.device)
+                _require(found == (dtype, weight.device), f"{choice} of {shape} in {dtype}: {name} is {found}")
+            for name, buffer in matrix.named_buffers():
+                _require(not buffer.is_floating_point(), f"{choice} of {shape}: buffer {name} holds floats")
+        matrix = choice.fit(weight)
+        results = (
+            matrix.dense(),
+            matrix.matmul(weight.new_zeros(2, shape[1])),
+            matrix.rows(torch.zeros(2, dtype=torch.long)),
+        )
+        for result in results:
+            _require(result.dtype == dtype, f"{choice} of {shape} in {dtype}: a result is {result.dtype}")
+
+
+def state_round_trips(kind: Decomposition, shape: Shape, dtype: torch.dtype) -> None:
+    """Factors written to safetensors and read into `empty` give the same results, bit for bit."""
+    x = _random(3, shape[1], seed=10).to(dtype)
+    for choice in _choices(kind, shape):
+        fitted = choice.fit(_weight(shape).to(dtype))
+        state = {name: tensor.contiguous() for name, tensor in fitted.state_dict().items()}
+        loaded = choice.empty(shape, device="cpu", dtype=dtype)
+        loaded.load_state_dict(load_tensors(save_tensors(state)))
+        ids = torch.arange(shape[0])
+        for name, ours, theirs in (
+            ("dense", fitted.dense(), loaded.dense()),
+            ("matmul", fitted.matmul(x), loaded.matmul(x)),
+            ("rows", fitted.rows(ids), loaded.rows(ids)),
+        ):
+            _require(torch.equal(ours, theirs), f"{choice} of {shape} in {dtype}: {name} differs after a round trip")
+
+
+def exact_at_full_size(kind: Decomposition, shape: Shape, dtype: torch.dtype) -> None:
+    """The richest candidate writes any matrix to rounding error."""
+    weight = _weight(shape).to(dtype)
+    choice = kind.candidates(shape)[-1]
+    gap = float((weight - choice.fit(weight).dense()).detach().double().norm() / weight.double().norm())
+    _require(gap <= TOLERANCE[dtype], f"{choice} of {shape} in {dtype}: relative error {gap:.2g} at full size")
+
+
+def empty_costs_nothing(kind: Decomposition) -> None:
+    """On the ``meta`` device a huge matrix has sizes and no memory."""
+    dense = math.prod(HUGE)
+    choice = kind.complete(HUGE, dense // 100)
+    if choice is None:
+        return
+    matrix = choice.empty(HUGE, device="meta")
+    for name, tensor in (*matrix.named_parameters(), *matrix.named_buffers()):
+        _require(tensor.device.type == "meta", f"{choice}: {name} is on {tensor.device}, not on meta")
+    _require(0 < matrix.params <= dense // 100, f"{choice} of {HUGE} has {matrix.params} params")
+    _require(matrix.multiply_adds() > 0, f"{choice} of {HUGE}: no multiply-adds")
+
+
+def bad_options_are_told(kind: Decomposition) -> None:
+    """Options of the wrong kind or name, and a fit with an option left open, raise OptionError."""
+    for option in dataclasses.fields(kind):
+        _raises(
+            lambda name=option.name: decomposition({kind.name: {name: {"not": "an option"}}}),
+            f"{kind.name}: {option.name}={{'not': 'an option'}}",
+        )
+    _raises(lambda: decomposition({kind.name: {"no_such_option": 1}}), f"{kind.name}: an unknown option")
+    if not kind.is_complete():
+        _raises(lambda: kind.fit(_weight((12, 18))), f"a fit by {kind}, which leaves an option open")
+
+
+def foreign_shapes_are_told(kind: Decomposition, shapes: Sequence[Shape]) -> None:
+    """A choice made for one shape either fits another or raises OptionError, before and instead of the fit."""
+    for made_for in shapes:
+        for choice in _choices(kind, made_for):
+            for shape in shapes:
+                try:
+                    choice.check(shape)
+                except OptionError:
+                    _raises(lambda c=choice, s=shape: c.fit(_weight(s)), f"a fit by {choice} of {shape}")
+                    _raises(lambda c=choice, s=shape: c.empty(s, device="meta"), f"an empty {choice} of {shape}")
+                else:
+                    choice.empty(shape, device="meta")
+
+
+def compiles_whole(kind: Decomposition, shape: Shape) -> None:
+    """``torch.compile(fullgraph=True)`` traces `matmul` and `rows` without a graph break, for several batches."""
+    for choice in _choices(kind, shape)[:2]:
+        matrix = choice.fit(_weight(shape))
+        inputs = {
+            "matmul": [_random(n, shape[1], seed=11) for n in (2, 7)],
+            "rows": [torch.arange(n) % shape[0] for n in (2, 7)],
+        }
+        for method, batches in inputs.items():
+            torch._dynamo.reset()
+            call = _Call(matrix, method)
+            compiled = torch.compile(call, fullgraph=True, backend="eager")
+            for batch in batches:
+                _close(compiled(batch), call(batch), f"{choice} of {shape}: compiled {method} of {tuple(batch.shape)}")
+    torch._dynamo.reset()
+
+
+class _Call(nn.Module):
+    """A matrix as a module whose forward is one of its methods."""
+
+    def __init__(self, matrix: FactorizedMatrix, method: str) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self.method = method
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        result: Tensor = getattr(self.matrix, self.method)(*inputs)
+        return result
+
+
+def _check_gradients(matrix: FactorizedMatrix, method: str, *inputs: Tensor) -> None:
+    call = _Call(matrix, method)
+    names = [name for name, _ in call.named_parameters()]
+
+    def run(*values: Tensor) -> Tensor:
+        factors = dict(zip(names, values, strict=False))
+        result: Tensor = functional_call(call, factors, values[len(names) :])
+        return result
+
+    torch.autograd.gradcheck(run, (*(p.detach().clone().requires_grad_() for p in call.parameters()), *inputs))
+
+
+def _choices(kind: Decomposition, shape: Shape) -> list[Decomposition]:
+    """The smallest, the middle and the richest candidate."""
+    candidates = kind.candidates(shape)
+    places = dict.fromkeys((0, len(candidates) // 2, len(candidates) - 1))
+    return [candidates[place] for place in places]
+
+
+def _random(*size: int, seed: int) -> Tensor:
+    return torch.randn(*size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _weight(shape: Shape) -> Tensor:
+    return _random(*shape, seed=0)
+
+
+def _label(clause: Callable[..., None], shape: Shape, dtype: torch.dtype | None = None) -> str:
+    kind = "" if dtype is None else f"-{str(dtype).removeprefix('torch.')}"
+    return f"{clause.__name__}[{shape[0]}x{shape[1]}{kind}]"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+def _close(found: Tensor, expected: Tensor, what: str) -> None:
+    _require(found.shape == expected.shape, f"{what} has shape {tuple(found.shape)}, not {tuple(expected.shape)}")
+    found, expected = found.detach(), expected.detach()
+    gap = float((found - expected).abs().max()) if found.numel() else 0.0
+    size = float(expected.abs().max()) if found.numel() else 0.0
+    _require(gap <= 1e-9 * max(size, 1.0), f"{what} is off by {gap:.3g}")
+
+
+def _raises(act: Callable[..., object], what: str) -> None:
+    try:
+        act()
+    except OptionError as error:
+        _require(bool(str(error)), f"{what} raises an OptionError without a message")
+    except TdkitError as error:
+        raise AssertionError(f"{what} raises {type(error).__name__}, not OptionError: {error}") from error
+    except Exception as error:
+        raise AssertionError(f"{what} raises {type(error).__name__}, not OptionError: {error}") from error
+    else:
+        raise AssertionError(f"{what} is accepted, not refused with an OptionError")
