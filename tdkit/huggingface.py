@@ -91,8 +91,10 @@ def empty_model(description: Mapping[str, Any], folder: Path) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        model: nn.Module = kind(config)
-    return model
+        model = kind(config)
+    model.tie_weights()  # left out together with the initialisation
+    built: nn.Module = model
+    return built
 
 
 def settle(model: nn.Module, folder: Path) -> None:

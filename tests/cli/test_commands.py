@@ -156,7 +156,7 @@ def test_run_on_a_local_model(tdkit: Tdkit, gpt2_folder: Path, text_file: Path, 
     assert done.code == 0, done.err
     results = json.loads(done.out)
     compared = results[0]["rows"]
-    assert [row["name"] for row in compared][0] == "dense"
+    assert compared[0]["name"] == "dense"
     assert all(row["params"] <= 0.9 * compared[0]["params"] for row in compared[1:])
     assert any(result.get("reloaded_identical") for result in results)
     refused = tdkit(*call)

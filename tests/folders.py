@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = "the state of our union is strong and people work for peace with hope in every land".split()
+WORDS = """
+the state of our union is strong and people work for peace with hope in every land
+""".split()
 
 
 @pytest.fixture(scope="session")
