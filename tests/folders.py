@@ -7,18 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = """
-the state of our union is strong and people work for peace with hope in every land
-""".split()
+SENTENCE = "the state of our union is strong and people work for peace with hope in every land"
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 2,000 words of text."""
     generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(WORDS), (2000,), generator=generator)
+    words = SENTENCE.split()
+    picks = torch.randint(len(words), (2000,), generator=generator)
     path = tmp_path_factory.mktemp("text") / "speech.txt"
-    path.write_text(" ".join(WORDS[i] for i in picks), encoding="utf-8")
+    path.write_text(" ".join(words[i] for i in picks), encoding="utf-8")
     return path
 
 

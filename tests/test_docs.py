@@ -1,0 +1,53 @@
+"""Every Python block of the documentation runs, and every link of the navigation exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[str]:
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def run(page: Path) -> None:
+    """The blocks of one page in order, in one namespace, as a reader would type them."""
+    import __main__
+
+    namespace: dict[str, object] = {"__name__": __main__.__name__}
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(page)
+
+
+@pytest.mark.real
+def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert blocks(ROOT / "README.md")
+    run(ROOT / "README.md")
+
+
+def test_every_page_is_in_the_navigation_and_every_entry_exists() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    navigation = yaml.safe_load(text)["nav"]
+
+    def files(entry: object) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        values = entry.values() if isinstance(entry, dict) else entry
+        assert isinstance(values, list) or hasattr(values, "__iter__")
+        return [name for value in values for name in files(value)]  # type: ignore[union-attr]
+
+    assert set(files(navigation)) == {str(p.relative_to(ROOT / "docs")) for p in PAGES}
