@@ -114,7 +114,7 @@ def install(module: nn.Module, layer: FactorizedLayer) -> FactorizedLayer:
     layer.training = module.training
     layer.matrix.train(module.training)
     for attribute in vars(module):
-        if attribute.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+        if attribute.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_is_full_backward_hook")):
             object.__setattr__(layer, attribute, getattr(module, attribute))
     layer.matrix.requires_grad_(bool(cast(Tensor, module.weight).requires_grad))
     return layer

@@ -30,6 +30,14 @@ class FactorizedLayer(nn.Module, ABC):
         """The dense weight in the layout of the layer that was replaced."""
         return self.matrix.dense()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":  # nn.Module would answer a Parameter with "attribute already exists"
+            raise AttributeError(
+                f"the weight of a {type(self).__name__} is read-only, built from its factors: change the factors in "
+                "`matrix`, or put a dense layer in its place"
+            )
+        super().__setattr__(name, value)
+
 
 class FactorizedLinear(FactorizedLayer):
     """y = x W^T + bias with a factorised W, in place of ``nn.Linear`` or transformers' ``Conv1D``.
@@ -97,6 +105,7 @@ class FactorizedEmbedding(FactorizedLayer):
         self,
         ids: Tensor,  # (*n,) integers
     ) -> Tensor:  # (*n, embedding_dim)
+        self._check(ids)
         rows = self.matrix.rows(ids)
         if self.padding_idx is None:
             return rows
@@ -104,6 +113,15 @@ class FactorizedEmbedding(FactorizedLayer):
         if self.zero_padding:
             return rows.masked_fill(padding, 0.0)
         return torch.where(padding, rows.detach(), rows)
+
+    def _check(self, ids: Tensor) -> None:
+        """Refuse ids that are no row, which a product of digits would wrap around; on CPU, as torch does it."""
+        if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+            return
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= self.num_embeddings:
+            bad = low if low < 0 else high
+            raise IndexError(f"id {bad} is out of range: the embedding has rows 0 to {self.num_embeddings - 1}")
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

@@ -114,6 +114,8 @@ def _users(found: list[tuple[str, nn.Module, str]]) -> tuple[tuple[User, ...], s
         if host is None:
             shared = f", which shares it with {found[0][0]}" if len(found) > 1 and name != found[0][0] else ""
             return (), f"{type(module).__name__} is not a layer that tdkit rewrites{shared}"
+        if "forward" in vars(module):
+            return (), "its forward was replaced on the instance (device_map does so), which a new layer would lose"
         refusal = host.refusal(module)
         if refusal is not None:
             return (), refusal
