@@ -6,6 +6,8 @@ the largest singular value, and half precision has no eigensolver on CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,27 +33,38 @@ def principal(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Returns:
         vectors (n, rank), orthonormal columns; values (rank,), descending and not negative.
     """
+    if _lanczos_pays(matrix, rank):
+        array: np.ndarray = matrix.numpy()
+        vectors, squares = _lanczos(lambda v: array.T @ (array @ v), matrix.shape[1], rank)
+    else:
+        vectors, squares = leading(matrix.T @ matrix, rank)
+    return vectors, squares.clamp_min(0).sqrt()
+
+
+def leading(symmetric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The eigenvectors (n, rank) and eigenvalues (rank,) of a symmetric float64 matrix, largest first."""
+    if _lanczos_pays(symmetric, rank):
+        array: np.ndarray = symmetric.numpy()
+        return _lanczos(lambda v: array @ v, symmetric.shape[0], rank)
+    values, vectors = torch.linalg.eigh(symmetric)
+    return vectors[:, -rank:].flip(1), values[-rank:].flip(0)
+
+
+def _lanczos_pays(matrix: Tensor, rank: int) -> bool:
     n = matrix.shape[1]
-    if n >= LANCZOS_SIDE and rank <= LANCZOS_SHARE * n and matrix.device.type == "cpu":
-        return _lanczos(matrix, rank)
-    values, vectors = torch.linalg.eigh(matrix.T @ matrix)
-    top = values[-rank:].flip(0).clamp_min(0).sqrt()
-    return vectors[:, -rank:].flip(1), top
+    return n >= LANCZOS_SIDE and rank <= LANCZOS_SHARE * n and matrix.device.type == "cpu"
 
 
-def _lanczos(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _lanczos(product: Callable[[np.ndarray], np.ndarray], n: int, rank: int) -> tuple[Tensor, Tensor]:
     from scipy.sparse.linalg import LinearOperator, eigsh  # here: importing tdkit must stay quick
 
-    array: np.ndarray = matrix.numpy()
-    n = array.shape[1]
-    operator = LinearOperator((n, n), matvec=lambda v: array.T @ (array @ v), dtype=np.dtype(np.float64))
+    operator = LinearOperator((n, n), matvec=product, dtype=np.dtype(np.float64))
     start = np.random.default_rng(0).standard_normal(n)  # fixed: the same fit for the same matrix
     values: np.ndarray
     vectors: np.ndarray
     values, vectors = eigsh(operator, k=rank, v0=start, tol=1e-12)
     order = np.argsort(values)[::-1]
-    top = np.sqrt(np.clip(values[order], 0, None))
-    return torch.from_numpy(np.ascontiguousarray(vectors[:, order])), torch.from_numpy(top)
+    return torch.from_numpy(np.ascontiguousarray(vectors[:, order])), torch.from_numpy(values[order].copy())
 
 
 def singular_values(matrix: Tensor) -> Tensor:

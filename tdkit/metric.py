@@ -9,61 +9,83 @@ from torch import Tensor
 
 from tdkit.linalg import working
 
-INPUT_FLOOR = 1e-6  # eigenvalues below this share of the largest are lifted to it
-OUTPUT_FLOOR = 1e-4
-
-
-def root_and_inverse(moment: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of a moment and its inverse, with small eigenvalues lifted to a floor.
-
-    Args:
-        moment: (n, n) positive semi-definite, or (n,) the diagonal of one; float64.
-        floor: share of the largest eigenvalue below which eigenvalues are lifted.
-
-    Returns:
-        root and inverse root, each of the shape of `moment`. A zero moment gives the identity.
-    """
-    if moment.ndim == 1:
-        top = moment.max()
-        values = moment.clamp_min(float(top) * floor) if top > 0 else torch.ones_like(moment)
-        return values.sqrt(), values.rsqrt()
-    values, vectors = torch.linalg.eigh(moment)
-    top = values[-1]
-    values = values.clamp_min(float(top) * floor) if top > 0 else torch.ones_like(values)
-    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+INPUT_RIDGE = 1e-5  # added to C, as a share of its mean diagonal
+OUTPUT_RIDGE = 1e-4  # added to S, likewise
 
 
 @dataclass(frozen=True, eq=False)
 class Metric:
     """Second moments of a layer's inputs and output gradients; either may be absent (the identity).
 
+    Moments come from finite text: they are rank-deficient where tokens are fewer than features, and a few
+    directions can hold most of their trace. Errors are therefore measured with ridged moments, C plus
+    `INPUT_RIDGE` of its mean diagonal and S plus `OUTPUT_RIDGE` of its own, which are positive definite.
+    A moment that is zero, or not positive anywhere, counts as absent. Every fit minimises exactly what
+    `squared_error` measures.
+
     Attributes:
-        input: C = E[x x^T], (in, in), or (in,) when only its diagonal is kept; float64.
-        output: S = E[g g^T], (out, out), or (out,) its diagonal (token counts of an embedding); float64.
+        input: C = E[x x^T], (in, in), or (in,) when only its diagonal is kept.
+        output: S = E[g g^T], (out, out), or (out,) its diagonal (token counts of an embedding).
     """
 
     input: Tensor | None = None
     output: Tensor | None = None
 
-    def input_root(self) -> tuple[Tensor, Tensor] | None:
-        """C^(1/2) and C^(-1/2), floored; None when C is absent."""
-        return None if self.input is None else root_and_inverse(working(self.input), INPUT_FLOOR)
+    def ridged_input(self) -> Tensor | None:
+        """C with its ridge, float64; None when absent."""
+        return ridged(self.input, INPUT_RIDGE)
 
-    def output_root(self) -> tuple[Tensor, Tensor] | None:
-        """S^(1/2) and S^(-1/2), floored; None when S is absent."""
-        return None if self.output is None else root_and_inverse(working(self.output), OUTPUT_FLOOR)
+    def ridged_output(self) -> Tensor | None:
+        """S with its ridge, float64; None when absent."""
+        return ridged(self.output, OUTPUT_RIDGE)
 
     def squared_error(self, difference: Tensor) -> float:
         """tr(S D C D^T) for D = W - What, (out, in)."""
-        return float(
-            (times_left(self.output, working(difference)) * times_right(working(difference), self.input)).sum()
-        )
+        difference = working(difference)
+        return max(float((difference * self.weighted(difference)).sum()), 0.0)
 
     def relative_error(self, weight: Tensor, approximation: Tensor) -> float:
         """sqrt(tr(S D C D^T) / tr(S W C W^T)), the metric's counterpart of the relative Frobenius error."""
         size = self.squared_error(weight)
         gap = self.squared_error(working(weight) - working(approximation))
-        return float((gap / size) ** 0.5) if size > 0 else float(max(gap, 0.0) ** 0.5)
+        return float((gap / size) ** 0.5) if size > 0 else float(gap**0.5)
+
+    def weighted(self, matrix: Tensor) -> Tensor:
+        """S D C for a matrix D (out, in), in its dtype and on its device."""
+        return times_right(times_left(self.ridged_output(), matrix), self.ridged_input())
+
+
+def ridged(moment: Tensor | None, share: float) -> Tensor | None:
+    """`moment` plus `share` of its mean diagonal, float64; None when it is absent or has no positive trace."""
+    if moment is None:
+        return None
+    moment = working(moment)
+    diagonal = moment if moment.ndim == 1 else moment.diagonal()
+    ridge = share * diagonal.mean()
+    if not bool(ridge > 0):
+        return None
+    if moment.ndim == 1:
+        return moment.clamp_min(0) + ridge
+    raised = (moment + moment.T) / 2
+    raised.diagonal().add_(ridge)
+    return raised
+
+
+def root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric square root of a ridged moment and its inverse.
+
+    Args:
+        moment: (n, n) positive definite, or (n,) the diagonal of one; float64.
+
+    Returns:
+        root and inverse root, each of the shape of `moment`. Eigenvalues that rounding left below 1e-12 of
+        the largest are lifted to it.
+    """
+    if moment.ndim == 1:
+        return moment.sqrt(), moment.rsqrt()
+    values, vectors = torch.linalg.eigh(moment)
+    values = values.clamp_min(float(values[-1]) * 1e-12)
+    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
 
 
 def times_left(moment: Tensor | None, matrix: Tensor) -> Tensor:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdkit.decompositions.base import Decomposition, FactorizedMatrix, assign, factor, positive
+from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Point, assign, factor, positive
 from tdkit.errors import OptionError
-from tdkit.linalg import truncated, working
-from tdkit.metric import Metric, times_left, times_right
+from tdkit.metric import Metric
 from tdkit.shapes import Shape
+from tdkit.whitening import squared_singular_values, truncated_in_metric
 
 
 class LowRankMatrix(FactorizedMatrix):
@@ -91,15 +91,24 @@ class LowRank(Decomposition):
     def fit(self, weight: Tensor, metric: Metric | None = None) -> LowRankMatrix:
         shape = (weight.shape[0], weight.shape[1])
         matrix = self.empty(shape, device=weight.device, dtype=weight.dtype)
-        whitened, unwhiten_left, unwhiten_right = working(weight), None, None
-        if metric is not None and (root := metric.input_root()) is not None:
-            whitened, unwhiten_right = times_right(whitened, root[0]), root[1]
-        if metric is not None and (root := metric.output_root()) is not None:
-            whitened, unwhiten_left = times_left(root[0], whitened), root[1]
-        left, right = truncated(whitened, self._closed_rank(shape))
-        assign(matrix.left, times_left(unwhiten_left, left))
-        assign(matrix.right, times_right(right, unwhiten_right))
+        left, right = truncated_in_metric(weight, self._closed_rank(shape), metric or Metric())
+        assign(matrix.left, left)
+        assign(matrix.right, right)
         return matrix
+
+    def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
+        shape = (weight.shape[0], weight.shape[1])
+        self.check(shape)
+        squares = squared_singular_values(weight, metric or Metric())
+        tails = squares.flip(0).cumsum(0).flip(0)  # summed from the smallest up: the last keep their digits
+        errors = [*tails.tolist()[1:], 0.0]
+        points: list[Point] = []
+        for rank, error in enumerate(errors, start=1):
+            if rank * sum(shape) >= weight.numel():
+                break
+            if self.rank in (None, rank) and (not points or error < points[-1].error):
+                points.append(Point(replace(self, rank=rank), rank * sum(shape), error))
+        return points
 
     def _closed_rank(self, shape: Shape) -> int:
         self.check(shape)
