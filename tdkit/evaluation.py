@@ -24,7 +24,7 @@ class Evaluation:
 
     Attributes:
         params: tied ones counted once.
-        bytes: of parameters and buffers in memory.
+        bytes: of the tensors on disk once saved, tied ones counted once.
         perplexity: by `PROTOCOL`.
         tokens: how many tokens were predicted.
         context: window length in tokens.

@@ -20,12 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from torch import Tensor, nn
 
+from tdkit.calibration import Calibration, calibrate
 from tdkit.checkpoint import load, save
 from tdkit.errors import RecipeError, RegistryError, TdkitError, did_you_mean
 from tdkit.files import write_text
 from tdkit.huggingface import is_transformers
 from tdkit.registry import Registry
-from tdkit.sources import Source, encode, load_model, load_texts
+from tdkit.sources import Source, encode, load_model, load_texts, windows
 
 GROUP = "tdkit.recipes"
 BUILT_IN = "tdkit.recipes"
@@ -313,6 +314,15 @@ class Run:
         if name is None:
             raise RecipeError(f"recipe '{self.recipe.name}' names no {part} text: add data.{part}=PATH")
         return load_texts(name)
+
+    def calibration(self) -> Calibration:
+        """The moments of the model as it stands, on the recipe's calibration text.
+
+        Raises:
+            RecipeError: when the recipe names no such text.
+        """
+        rows = windows(self.tokens("calibration"), self.recipe.data.context)
+        return calibrate(self.model, [row.unsqueeze(0) for row in rows])
 
     def tokens(self, part: Literal["calibration", "evaluation"]) -> Tensor:
         """The token ids (n,) of a part of the data, as many as the recipe says."""

@@ -31,14 +31,18 @@ class CompressStep(StepConfig):
     """Rewrite the model by a policy.
 
     Attributes:
-        rules, budget, allow_growth: the policy's YAML form.
+        rules, budget, allow_growth, allocation: the policy's YAML form.
         calibrated: fit in the metric of the calibration text.
+        sequential: fit block by block on what the compressed prefix produces; needs `calibrated`.
     """
 
     changes_model: ClassVar[bool] = True
     rules: list[dict[str, Any]]
     budget: float | None = None
     allow_growth: bool = False
+    allocation: str = "auto"
+    calibrated: bool = False
+    sequential: bool = False
 
     @field_validator("rules")
     @classmethod
@@ -49,15 +53,19 @@ class CompressStep(StepConfig):
     @property
     def policy(self) -> Policy:
         """The policy that the options stand for."""
-        return Policy.from_dict({"rules": self.rules, "budget": self.budget, "allow_growth": self.allow_growth})
+        return Policy.from_dict(self.model_dump(include={"rules", "budget", "allow_growth", "allocation"}))
 
     def check(self, recipe: Recipe) -> None:
         _ = self.policy
+        check_calibration(self.calibrated, recipe, "compress")
+        if self.sequential and not self.calibrated:
+            raise RecipeError("compress with sequential needs calibrated: true")
 
     def run(self, run: Run) -> dict[str, Any]:
-        chosen = plan(run.model, self.policy)
+        calibration = run.calibration() if self.calibrated else None
+        chosen = plan(run.model, self.policy, calibration=calibration)
         run.console.print(chosen)
-        compress(run.model, chosen, device=run.device)
+        compress(run.model, chosen, calibration=calibration, sequential=self.sequential, device=run.device)
         return {"params_before": chosen.params_before, "params_after": chosen.params_after, "ratio": chosen.ratio}
 
 
@@ -68,6 +76,7 @@ class CompareStep(StepConfig):
         match: globs of the layers that are rewritten; the others stay.
         budget: params after / params before of the whole model.
         candidates: decompositions, ``with`` in YAML.
+        calibrated: fit in the metric of the calibration text, and share the budget by the estimated loss.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -75,6 +84,7 @@ class CompareStep(StepConfig):
     match: list[str]
     budget: float = Field(gt=0, le=1)
     candidates: list[str | dict[str, Any]] = Field(alias="with", min_length=1)
+    calibrated: bool = False
 
     @field_validator("candidates")
     @classmethod
@@ -86,6 +96,7 @@ class CompareStep(StepConfig):
     def check(self, recipe: Recipe) -> None:
         if recipe.data.evaluation is None:
             raise RecipeError("compare needs a text to judge by: add data.evaluation")
+        check_calibration(self.calibrated, recipe, "compare")
 
     def run(self, run: Run) -> dict[str, Any]:
         ids = run.tokens("evaluation")
@@ -94,12 +105,17 @@ class CompareStep(StepConfig):
         rows = [_row("dense", dense, dense, None)]
         figures: list[dict[str, Any]] = [{"name": "dense", **dense.to_dict()}]
         best: tuple[float, nn.Module] | None = None
+        started = time.perf_counter()
+        calibration = run.calibration() if self.calibrated else None
+        if calibration is not None:
+            seconds = time.perf_counter() - started
+            run.console.print(f"  calibrated on {run.recipe.data.calibration_tokens:,} tokens in {seconds:.0f} s")
         for kind in (decomposition(candidate) for candidate in self.candidates):
-            chosen = plan(run.model, self._policy(kind))
+            started = time.perf_counter()
+            chosen = plan(run.model, self._policy(kind), calibration=calibration)
             if best is None:
                 run.console.print(chosen)
-            started = time.perf_counter()
-            model = compress(copy.deepcopy(run.model), chosen, device=run.device)
+            model = compress(copy.deepcopy(run.model), chosen, calibration=calibration, device=run.device)
             seconds = time.perf_counter() - started
             measured = evaluate(model, ids, context=context)
             rows.append(_row(kind.describe(), measured, dense, seconds))
@@ -117,6 +133,12 @@ class CompareStep(StepConfig):
 
     def _policy(self, kind: Decomposition) -> Policy:
         return Policy([Rule(glob, kind) for glob in self.match], budget=self.budget)
+
+
+def check_calibration(calibrated: bool, recipe: Recipe, step: str) -> None:
+    """Raise RecipeError when a step wants to calibrate and the recipe names no text for it."""
+    if calibrated and recipe.data.calibration is None:
+        raise RecipeError(f"{step} with calibrated needs a text to calibrate on: add data.calibration")
 
 
 class EvaluateStep(StepConfig):

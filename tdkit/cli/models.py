@@ -9,6 +9,7 @@ import torch
 import typer
 import yaml
 
+from tdkit.calibration import Calibration, calibrate
 from tdkit.checkpoint import DESCRIPTION, read_description, save
 from tdkit.cli.output import AsJson, Device, DryRun, err, show
 from tdkit.compression import compress as compress_model
@@ -19,7 +20,7 @@ from tdkit.planning import plan as plan_model
 from tdkit.policy import Policy, Rule
 from tdkit.recipe import DTYPES
 from tdkit.registry import decomposition
-from tdkit.sources import encode, load_model, load_texts
+from tdkit.sources import Source, encode, load_model, load_texts, windows
 from tdkit.tables import table_of
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a folder, or a built-in such as smollm2.")]
@@ -30,6 +31,12 @@ With = Annotated[
 Match = Annotated[list[str] | None, typer.Option("--match", help="Globs of the layers to rewrite; all by default.")]
 Budget = Annotated[float | None, typer.Option(help="Params after / params before, whole model, tied weights once.")]
 Dtype = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
+CalibrationText = Annotated[
+    list[str] | None,
+    typer.Option("--calibration", help="Fit in the metric of this text: built-in (sotu:calibration), file, folder."),
+]
+CalibrationTokens = Annotated[int, typer.Option(help="How many tokens of the calibration text to use.", min=2)]
+Context = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
 Every = Annotated[bool, typer.Option("--every", help="One row per layer, also in a long table.")]
 
 
@@ -39,13 +46,18 @@ def plan(
     with_: With = "low_rank",
     match: Match = None,
     budget: Budget = None,
+    calibration: CalibrationText = None,
+    calibration_tokens: CalibrationTokens = 16384,
+    context: Context = 512,
     dtype: Dtype = "float32",
     every: Every = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a policy would do to every layer of a model; nothing is fitted."""
+    """Show what a policy would do to every layer of a model; nothing is changed."""
     chosen = _policy(policy, with_, match, budget)
-    made = plan_model(load_model(model, dtype=_dtype(dtype)).model, chosen)
+    texts = None if calibration is None else load_texts(calibration)
+    source = load_model(model, dtype=_dtype(dtype))
+    made = plan_model(source.model, chosen, calibration=_calibration(source, texts, calibration_tokens, context))
     show(made.table(every=every), made.to_dict(), as_json)
 
 
@@ -56,6 +68,12 @@ def compress(
     with_: With = "low_rank",
     match: Match = None,
     budget: Budget = None,
+    calibration: CalibrationText = None,
+    calibration_tokens: CalibrationTokens = 16384,
+    context: Context = 512,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Fit block by block on what the compressed prefix produces.")
+    ] = False,
     dtype: Dtype = "float32",
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier save.")] = False,
@@ -65,12 +83,16 @@ def compress(
 ) -> None:
     """Compress a model by a policy and save it."""
     chosen = _policy(policy, with_, match, budget)
+    if sequential and calibration is None:
+        raise OptionError("--sequential needs --calibration TEXT")
     if not dry_run:
         _check_folder(folder, overwrite)
+    texts = None if calibration is None else load_texts(calibration)
     source = load_model(model, dtype=_dtype(dtype))
-    made = plan_model(source.model, chosen)
+    known = _calibration(source, texts, calibration_tokens, context)
+    made = plan_model(source.model, chosen, calibration=known)
     if not dry_run:
-        compress_model(source.model, made, device=device)
+        compress_model(source.model, made, calibration=known, sequential=sequential, device=device)
         save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite)
         made = applied_plan(source.model)
         err.print(f"saved to {folder}")
@@ -81,7 +103,7 @@ def eval_(
     model: ModelName,
     text: Annotated[list[str], typer.Option(help="Built-in (sotu:evaluation), file, folder or dataset.")],
     tokens: Annotated[int, typer.Option(help="How many tokens of the text to use.", min=2)] = 16384,
-    context: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 1024,
+    context: Context = 1024,
     dtype: Dtype = "float32",
     device: Device = None,
     dry_run: DryRun = False,
@@ -148,6 +170,13 @@ def _policy(file: Path | None, with_: str, match: list[str] | None, budget: floa
     except yaml.YAMLError as error:
         raise OptionError(f"--with {with_!r} is not YAML: {error}") from None
     return Policy([Rule(glob, kind) for glob in match or ["*"]], budget)
+
+
+def _calibration(source: Source, texts: list[str] | None, tokens: int, context: int) -> Calibration | None:
+    if texts is None:
+        return None
+    rows = windows(encode(texts, source.tokenizer, tokens), context)
+    return calibrate(source.model, [row.unsqueeze(0) for row in rows])
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -78,6 +78,18 @@ def test_compress_eval_info(tdkit: Tdkit, gpt2_folder: Path, text_file: Path, tm
     assert "--overwrite" in again.err
 
 
+def test_calibrated_and_sequential(tdkit: Tdkit, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    call = ("compress", gpt2_folder, "--match", "*.mlp.*", "--budget", "0.8", "--out", tmp_path / "smaller")
+    options = ("--calibration", text_file, "--calibration-tokens", "512", "--context", "32", "--sequential")
+    done = tdkit(*call, *options, "--json")
+    assert done.code == 0, done.err
+    form = json.loads(done.out)
+    assert form["params_after"] <= 0.8 * form["params_before"]
+    refused = tdkit(*call, "--sequential")
+    assert refused.code == 2
+    assert "--sequential needs --calibration" in refused.err
+
+
 def test_dry_run_writes_nothing(tdkit: Tdkit, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "never"
     assert tdkit("compress", gpt2_folder, "--budget", "0.8", "--out", out, "--dry-run").code == 0
