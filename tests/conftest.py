@@ -73,6 +73,11 @@ def gpt2() -> Any:
 
 
 @pytest.fixture
+def untied_gpt2() -> Any:
+    return make_gpt2(tie_word_embeddings=False)
+
+
+@pytest.fixture
 def llama() -> Any:
     return make_llama()
 
