@@ -70,9 +70,7 @@ class FactorizedLinear(FactorizedLayer):
         self,
         x: Tensor,  # (*batch, in_features)
     ) -> Tensor:  # (*batch, out_features)
-        y = self.matrix.matmul(x)
-        bias = cast("Tensor | None", self.bias)
-        return y if bias is None else y + bias
+        return self.matrix.linear(x, cast("Tensor | None", self.bias))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tdkit.autograd import autocast_dtype
+from tdkit.cost import DENSE, HELD, Path, Product, Schedule, schedule_of, select
 from tdkit.errors import OptionError
+from tdkit.held import HeldWeight
 from tdkit.linalg import relative_error, working
 from tdkit.metric import Metric
 from tdkit.shapes import Shape
+
+Preference = Literal["speed", "memory"]
 
 CURVE_POINTS = 8  # fits that the default error curve takes
 
@@ -24,6 +30,10 @@ class FactorizedMatrix(nn.Module, ABC):
 
     Factors are parameters; what is fixed (a permutation) is an integer buffer. Only `dense` must be
     written; `matmul` and `rows` are faster where the structure allows it.
+
+    Attributes:
+        prefer: 'memory' computes from the factors on every call; 'speed' may hold the dense weight in eval
+            mode. Set by `tdkit.prepare`.
     """
 
     def __init__(self, decomposition: Decomposition, shape: Shape) -> None:
@@ -31,6 +41,9 @@ class FactorizedMatrix(nn.Module, ABC):
         self.decomposition = decomposition
         self.shape = shape
         self.error: float | None = None  # relative error of the fit, where there was one
+        self.prefer: Preference = "memory"
+        self._held = HeldWeight()
+        self._schedules: dict[tuple[object, ...], Schedule] = {}
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -42,6 +55,95 @@ class FactorizedMatrix(nn.Module, ABC):
     ) -> Tensor:  # (*batch, out)
         """``x @ dense().T``."""
         return F.linear(x, self.dense())
+
+    def linear(
+        self,
+        x: Tensor,  # (*batch, in)
+        bias: Tensor | None = None,  # (out,)
+    ) -> Tensor:  # (*batch, out)
+        """``x @ dense().T + bias`` by the path that costs least for this many rows of x."""
+        held = self._may_hold()
+        path = select(self.schedule(x.dtype, x.device.type, held=held), x.numel() // self.shape[1])
+        if path.name == HELD:
+            dtype = autocast_dtype(x.device.type) or x.dtype
+            return F.linear(x, self._held.get(self._tensors(), dtype, self.dense), bias)
+        return self.multiply(x, bias, path)
+
+    def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
+        """``x @ dense().T + bias`` by one of `paths`."""
+        y = self.matmul(x)
+        return y if bias is None else y + bias
+
+    def paths(self, tokens: int) -> tuple[Path, ...]:
+        """The ways to multiply `tokens` rows without a held weight; those of a plugin are its `matmul`."""
+        name = DENSE if type(self).matmul is FactorizedMatrix.matmul else "matmul"
+        return (Path(name, (Product(tokens, self.multiply_adds(), 1),)),)
+
+    def path(
+        self,
+        tokens: int,
+        *,
+        prefer: Preference | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Path:
+        """The path that `linear` takes in eval mode for `tokens` rows: its name, multiply-adds and estimated time.
+
+        Args:
+            prefer: as `tdkit.prepare`; as this matrix is set when None.
+            dtype: of x; the factors' own when None.
+            device: where to run; the factors' own, or the CPU for factors on ``meta``, when None.
+        """
+        of = next(self.parameters())
+        kind = torch.device(device).type if device is not None else of.device.type
+        kind = "cpu" if kind == "meta" else kind
+        return select(self.schedule(dtype or of.dtype, kind, held=(prefer or self.prefer) == "speed"), tokens)
+
+    def schedule(self, dtype: torch.dtype, device: str, *, held: bool) -> Schedule:
+        """The path for every number of tokens."""
+        if torch.compiler.is_compiling():  # a plugin's own arithmetic on shapes stays out of the graph
+            return ((0, self.paths(1)[0]),)
+        threads = torch.get_num_threads()
+        key = (dtype, device, held, threads)
+        if key not in self._schedules:
+            self._schedules[key] = schedule_of(
+                self.paths, self.shape, dtype=dtype, device=device, threads=threads, held=held
+            )
+        return self._schedules[key]
+
+    def hold(self, prefer: Preference) -> None:
+        """Set `prefer` and forget a weight that is held."""
+        self.prefer = prefer
+        self._held.drop()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the dense weight that is held at the moment; 0 when there is none."""
+        return self._held.bytes
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self._held.drop()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._held.drop()  # moved, or in another dtype: built anew when it is next needed
+        return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": HeldWeight()}  # neither copies nor pickles carry the weight
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (*self.parameters(), *self.buffers())
+
+    def _may_hold(self) -> bool:
+        """Whether the weight may be held now: never where a gradient or a compiled graph needs the factors."""
+        if self.prefer != "speed" or self.training or torch.compiler.is_compiling():
+            return False
+        tensors = self._tensors()
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return False
+        return not any(tensor.is_inference() for tensor in tensors)  # these carry no version counter
 
     def rows(
         self,
@@ -214,9 +316,14 @@ def integers(owner: str, option: str, value: object) -> tuple[int, ...]:
     return tuple(value)
 
 
-def factor(*size: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
-    """An uninitialised parameter."""
-    return nn.Parameter(torch.empty(*size, device=device, dtype=dtype))
+def factor(
+    *size: int, axes: tuple[int, ...] | None = None, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Parameter:
+    """An uninitialised parameter of `size`; `axes` names the order of its axes in memory, the last running fastest."""
+    if axes is None:
+        return nn.Parameter(torch.empty(*size, device=device, dtype=dtype))
+    stored = torch.empty([size[axis] for axis in axes], device=device, dtype=dtype)
+    return nn.Parameter(stored.permute([axes.index(axis) for axis in range(len(axes))]))
 
 
 def assign(parameter: Tensor, value: Tensor) -> None:

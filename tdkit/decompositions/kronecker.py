@@ -10,14 +10,16 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from tdkit.decompositions.base import Decomposition, FactorizedMatrix, assign, factor, pair, positive
+from tdkit.contraction import KroneckerStructure
+from tdkit.decompositions.base import Decomposition, assign, factor, pair, positive
+from tdkit.decompositions.structured import StructuredMatrix
 from tdkit.errors import OptionError
-from tdkit.linalg import nearest_kronecker, restore
+from tdkit.linalg import nearest_kronecker
 from tdkit.metric import Metric
 from tdkit.shapes import Shape, divisors
 
 
-class KroneckerMatrix(FactorizedMatrix):
+class KroneckerMatrix(StructuredMatrix):
     """A (terms, a1, a2) and B (terms, b1, b2), standing for sum_r A[r] kron B[r]."""
 
     def __init__(
@@ -31,28 +33,13 @@ class KroneckerMatrix(FactorizedMatrix):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(decomposition, shape)
-        self.a = factor(terms, *a, device=device, dtype=dtype)
-        self.b = factor(terms, *b, device=device, dtype=dtype)
+        structure = KroneckerStructure(shape, terms, a, b)
+        super().__init__(decomposition, structure)
+        self.a = factor(terms, *a, axes=structure.a_axes, device=device, dtype=dtype)
+        self.b = factor(terms, *b, axes=structure.b_axes, device=device, dtype=dtype)
 
-    def dense(self) -> Tensor:
-        a, b = self.a, self.b
-        rearranged = a.flatten(1).T @ b.flatten(1)
-        return restore(rearranged, (a.shape[1], a.shape[2]), (b.shape[1], b.shape[2]))
-
-    def matmul(self, x: Tensor) -> Tensor:
-        terms, a1, a2 = self.a.shape
-        _, b1, b2 = self.b.shape
-        batch = x.shape[:-1]
-        blocks = x.reshape(-1, a2, b2)
-        b_first, a_first = self._orders()
-        if b_first <= a_first:  # contract in_2 with B, then (in_1, term) with A; no axis is moved
-            inner = blocks @ self.b.permute(2, 0, 1).reshape(b2, terms * b1)
-            out = self.a.permute(1, 2, 0).reshape(a1, a2 * terms) @ inner.reshape(-1, a2 * terms, b1)
-        else:  # contract in_1 with A, then (term, in_2) with B
-            inner = self.a.permute(1, 0, 2).reshape(a1 * terms, a2) @ blocks
-            out = inner.reshape(-1, a1, terms * b2) @ self.b.permute(0, 2, 1).reshape(terms * b2, b1)
-        return out.reshape(*batch, a1 * b1)
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.a, self.b
 
     def rows(self, ids: Tensor) -> Tensor:
         b1 = self.b.shape[1]
@@ -61,14 +48,6 @@ class KroneckerMatrix(FactorizedMatrix):
         lower = self.b[:, flat % b1]  # (terms, n, b2)
         rows = upper.permute(1, 2, 0) @ lower.permute(1, 0, 2)  # (n, a2, b2)
         return rows.reshape(*ids.shape, self.shape[1])
-
-    def multiply_adds(self) -> int:
-        return min(self._orders())
-
-    def _orders(self) -> tuple[int, int]:
-        terms, a1, a2 = self.a.shape
-        _, b1, b2 = self.b.shape
-        return terms * a2 * b1 * (b2 + a1), terms * a1 * b2 * (a2 + b1)
 
 
 @cache

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Point, assign, factor, positive
+from tdkit.contraction import LowRankStructure
+from tdkit.decompositions.base import Decomposition, Point, assign, factor, positive
+from tdkit.decompositions.structured import StructuredMatrix
 from tdkit.errors import OptionError
 from tdkit.metric import Metric
 from tdkit.shapes import Shape
 from tdkit.whitening import squared_singular_values, truncated_in_metric
 
 
-class LowRankMatrix(FactorizedMatrix):
+class LowRankMatrix(StructuredMatrix):
     """left (out, rank) times right (rank, in)."""
 
     def __init__(
@@ -28,21 +30,15 @@ class LowRankMatrix(FactorizedMatrix):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(decomposition, shape)
+        super().__init__(decomposition, LowRankStructure(shape, rank))
         self.left = factor(shape[0], rank, device=device, dtype=dtype)
         self.right = factor(rank, shape[1], device=device, dtype=dtype)
 
-    def dense(self) -> Tensor:
-        return self.left @ self.right
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.right), self.left)
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.left, self.right
 
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.left) @ self.right
-
-    def multiply_adds(self) -> int:
-        return self.params
 
 
 @dataclass(frozen=True, kw_only=True)

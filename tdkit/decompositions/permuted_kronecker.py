@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from tdkit.autograd import reorder
+from tdkit.cost import Path
 from tdkit.decompositions.base import Decomposition, assign
 from tdkit.decompositions.kronecker import Kronecker, KroneckerMatrix
 from tdkit.errors import OptionError
@@ -45,6 +47,9 @@ class PermutedKroneckerMatrix(KroneckerMatrix):
             "column_source", torch.arange(shape[1], dtype=torch.int32, device=device) if columns else None
         )
 
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (*self.factors(), *self.buffers())
+
     def dense(self) -> Tensor:
         dense = super().dense()
         if self.row_order is not None:
@@ -53,11 +58,16 @@ class PermutedKroneckerMatrix(KroneckerMatrix):
             dense = dense.index_select(1, self.column_source.argsort())
         return dense
 
-    def matmul(self, x: Tensor) -> Tensor:
-        if self.column_source is not None:
-            x = x.index_select(-1, self.column_source)
-        out = super().matmul(x)
-        return out if self.row_order is None else out.index_select(-1, self.row_order)
+    def paths(self, tokens: int) -> tuple[Path, ...]:
+        moved = tokens * sum(order.numel() for order in (self.row_order, self.column_source) if order is not None)
+        return tuple(replace(path, moved=path.moved + moved) for path in super().paths(tokens))
+
+    def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
+        x = x if self.column_source is None else reorder(x, self.column_source)
+        if self.row_order is None:
+            return super().multiply(x, bias, path)
+        y = reorder(super().multiply(x, None, path), self.row_order)
+        return y if bias is None else y + bias
 
     def rows(self, ids: Tensor) -> Tensor:
         rows = super().rows(ids if self.row_order is None else self.row_order[ids].long())

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdkit.contraction import tt_matmul, tt_path
-from tdkit.decompositions.base import Decomposition, FactorizedMatrix, assign, factor, integers, positive
+from tdkit.decompositions.base import Decomposition, assign, factor, integers, positive
+from tdkit.decompositions.structured import StructuredMatrix
 from tdkit.errors import OptionError
 from tdkit.linalg import orthogonal_split, working
 from tdkit.metric import Metric
 from tdkit.shapes import Shape, balanced_modes
+from tdkit.trains import TrainStructure
 
 Modes = tuple[int, ...]
 
 
-class TTMatrixMatrix(FactorizedMatrix):
+class TTMatrixMatrix(StructuredMatrix):
     """Cores (rank, out mode, in mode, next rank) of a matrix padded to the product of its modes."""
 
     def __init__(
@@ -35,7 +36,7 @@ class TTMatrixMatrix(FactorizedMatrix):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(decomposition, shape)
+        super().__init__(decomposition, TrainStructure(shape, ranks, out_modes, in_modes))
         self.out_modes = out_modes
         self.in_modes = in_modes
         self.cores = nn.ParameterList(
@@ -43,25 +44,8 @@ class TTMatrixMatrix(FactorizedMatrix):
             for k, (m, n) in enumerate(zip(out_modes, in_modes, strict=True))
         )
 
-    def dense(self) -> Tensor:
-        first = self.cores[0]
-        dense: Tensor = first.reshape(first.shape[1], first.shape[2], -1)  # (out so far, in so far, rank)
-        for core in list(self.cores)[1:]:
-            rank, m, n, next_rank = core.shape
-            rows, columns, _ = dense.shape
-            joined = dense.reshape(-1, rank) @ core.reshape(rank, -1)
-            joined = joined.reshape(rows, columns, m, n, next_rank).transpose(1, 2)
-            dense = joined.reshape(rows * m, columns * n, next_rank)
-        return dense[: self.shape[0], : self.shape[1], 0]
-
-    def matmul(self, x: Tensor) -> Tensor:
-        batch = x.shape[:-1]
-        flat = x.reshape(-1, self.shape[1])
-        if self._path_cost(max(flat.shape[0], 1)) >= self._dense_cost(flat.shape[0]):
-            return F.linear(x, self.dense())
-        flat = F.pad(flat, (0, math.prod(self.in_modes) - self.shape[1]))
-        out = tt_matmul(flat.reshape(-1, *self.in_modes), list(self.cores))
-        return out.reshape(flat.shape[0], -1)[:, : self.shape[0]].reshape(*batch, self.shape[0])
+    def factors(self) -> tuple[Tensor, ...]:
+        return tuple(self.cores)
 
     def rows(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)
@@ -77,20 +61,6 @@ class TTMatrixMatrix(FactorizedMatrix):
                 row = joined.reshape(len(flat), row.shape[1] * core.shape[2], core.shape[3])
         assert row is not None
         return row[:, : self.shape[1], 0].reshape(*ids.shape, self.shape[1])
-
-    def multiply_adds(self) -> int:
-        return min(self._path_cost(1), self._dense_cost(1))
-
-    def _path_cost(self, tokens: int) -> int:
-        return tt_path(tokens, tuple(tuple(c.shape) for c in self.cores))[1]
-
-    def _dense_cost(self, tokens: int) -> int:
-        build, spanned = 0, 1
-        for core in list(self.cores)[1:]:
-            spanned *= math.prod(self.cores[0].shape[1:3]) if spanned == 1 else 1
-            build += spanned * core.numel()
-            spanned *= core.shape[1] * core.shape[2]
-        return build + tokens * self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,161 @@
+"""What a way to multiply costs: its matrix products, its copies, and an estimate of its time on a device.
+
+The estimate only ranks the ways to compute one product, so a few rates per device are enough. Those of the CPU
+were measured (float32, one and two threads); those of CUDA are round figures of a data-centre card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+DENSE = "dense"  # the name of the path that builds the weight, in every structure
+HELD = "dense, held"  # the same with the weight kept from call to call
+MARGIN = 0.9  # factors are preferred to a held weight only when they promise at least a tenth less time
+BOUNDS = tuple(2**k for k in range(17))  # tokens at which the paths are compared
+CHUNK_BYTES = 3 * 2**20  # of what lies between two products; 1 to 4 MiB were equally good with 1 MiB of L2 per core
+
+
+Steps = tuple[tuple[int, int, str], ...]
+
+
+@dataclass(frozen=True)
+class Product:
+    """`batch` matrix products (m, k) @ (k, n)."""
+
+    m: int
+    k: int
+    n: int
+    batch: int = 1
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.batch * self.m * self.k * self.n
+
+    @property
+    def elements(self) -> int:
+        """Numbers read and written."""
+        return self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
+
+
+@dataclass(frozen=True)
+class Path:
+    """One way to multiply a batch by a factorised matrix.
+
+    Attributes:
+        name: 'dense' builds the weight; other names are the structure's own.
+        products: the matrix products, in order.
+        moved: numbers copied from one layout to another in between.
+        steps, transposed_steps: pairs of operands and the equation that joins them, for a path that has them.
+    """
+
+    name: str
+    products: tuple[Product, ...]
+    moved: int = 0
+    steps: Steps = field(default=(), repr=False)
+    transposed_steps: Steps = field(default=(), repr=False)
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(product.multiply_adds for product in self.products)
+
+    def seconds(self, dtype: torch.dtype = torch.float32, device: str = "cpu", threads: int | None = None) -> float:
+        """The estimated time on a kind of device ('cpu', 'cuda', ...)."""
+        rates = rates_of(device, dtype, threads or torch.get_num_threads())
+        copies = self.moved * dtype.itemsize / rates.copy_bytes
+        return copies + sum(_seconds(product, rates, dtype.itemsize) for product in self.products)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of one device for one dtype, per second.
+
+    Attributes:
+        multiply_adds: of a large product.
+        half_size: the smallest dimension at which a product reaches half that rate.
+        floor: the share of the rate that a product with a dimension of 1 reaches.
+        cached_bytes, bytes: read by products whose operands fit in the last-level cache, or do not.
+        cache: size of that cache in bytes.
+        copy_bytes: written by a copy that reorders axes.
+        call: seconds that a product takes at least.
+    """
+
+    multiply_adds: float
+    half_size: float
+    floor: float
+    cached_bytes: float
+    bytes: float
+    cache: float
+    copy_bytes: float
+    call: float
+
+
+def rates_of(device: str, dtype: torch.dtype, threads: int) -> Rates:
+    """The rates used for a kind of device; those of the CPU grow with the threads."""
+    if device == "cpu":
+        speed = 45e9 * threads * {8: 0.5}.get(dtype.itemsize, 1.0)
+        memory = 25e9 * max(1.0, threads / 4)
+        return Rates(speed, 5, 0.3, 55e9 * threads, memory, 16e6, 8e9 * threads, 5e-6)
+    speed = {8: 5e12, 4: 20e12}.get(dtype.itemsize, 300e12)
+    return Rates(speed, 64, 0.02, 2e12, 2e12, 40e6, 1e12, 6e-6)
+
+
+def _seconds(product: Product, rates: Rates, itemsize: int) -> float:
+    smallest = min(product.m, product.k, product.n)
+    share = max(smallest / (smallest + rates.half_size), rates.floor)
+    size = product.elements * itemsize
+    bandwidth = rates.cached_bytes if size <= rates.cache else rates.bytes
+    return rates.call + max(product.multiply_adds / (rates.multiply_adds * share), size / bandwidth)
+
+
+Schedule = tuple[tuple[int, Path], ...]  # (the most tokens it serves, path), ascending; the last serves all above
+
+
+def schedule_of(
+    paths: Callable[[int], tuple[Path, ...]],
+    shape: tuple[int, int],
+    *,
+    dtype: torch.dtype,
+    device: str,
+    threads: int,
+    held: bool,
+) -> Schedule:
+    """The cheapest path for every number of tokens, compared at powers of two.
+
+    Args:
+        paths: the ways to multiply a number of tokens; one of them is named 'dense'.
+        shape: (out, in) of the matrix.
+        held: compare with a weight that is kept rather than built on every call.
+    """
+    schedule: list[tuple[int, Path]] = []
+    for tokens in BOUNDS:
+        own = paths(tokens)
+        if held:
+            dense = Path(HELD, (Product(tokens, shape[1], shape[0]),))
+            own = (*(path for path in own if path.name != DENSE), dense)
+        best = min(own, key=lambda path: path.seconds(dtype, device, threads) / (MARGIN if path.name == HELD else 1))
+        if schedule and _same(schedule[-1][1], best):
+            schedule.pop()
+        schedule.append((tokens, best))
+    return tuple(schedule)
+
+
+def _same(path: Path, other: Path) -> bool:
+    return (path.name, path.steps, path.transposed_steps) == (other.name, other.steps, other.transposed_steps)
+
+
+def select(schedule: Schedule, tokens: int) -> Path:
+    """The path of a schedule for a number of tokens."""
+    for bound, path in schedule[:-1]:
+        if tokens <= bound:
+            return path
+    return schedule[-1][1]
+
+
+def chunk_of(tokens: int, bytes_per_token: int, device: str) -> int:
+    """How many tokens to multiply at once so that what lies between two products stays in the cache of a CPU."""
+    if device != "cpu" or bytes_per_token == 0:
+        return max(tokens, 1)
+    return max(1, CHUNK_BYTES // bytes_per_token)

@@ -1,0 +1,58 @@
+"""A factorised matrix whose structure says how to multiply: every shipped decomposition holds one of these."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tdkit.autograd import linear
+from tdkit.contraction import Structure
+from tdkit.cost import Path, Schedule, schedule_of
+from tdkit.decompositions.base import Decomposition, FactorizedMatrix
+
+
+class StructuredMatrix(FactorizedMatrix):
+    """Factors of one `structure`; each product takes the path that is cheapest for its tokens, dtype and device."""
+
+    def __init__(self, decomposition: Decomposition, structure: Structure) -> None:
+        super().__init__(decomposition, structure.shape)
+        self.structure = structure
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors in the order in which the structure takes them."""
+
+    def dense(self) -> Tensor:
+        return self.structure.build(self.factors())
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+    def multiply_adds(self) -> int:
+        return self.structure.multiply_adds()
+
+    def paths(self, tokens: int) -> tuple[Path, ...]:
+        return self.structure.paths(tokens)
+
+    def schedule(self, dtype: torch.dtype, device: str, *, held: bool) -> Schedule:
+        return cast(Schedule, _constant_schedule(self.structure, dtype, device, held))
+
+    def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
+        return linear(x, bias, self.factors(), self.structure, path)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.factors()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_schedule(structure: Structure, dtype: torch.dtype, device: str, held: bool) -> Schedule:
+    return _schedule(structure, dtype, device, held, torch.get_num_threads())
+
+
+@cache
+def _schedule(structure: Structure, dtype: torch.dtype, device: str, held: bool, threads: int) -> Schedule:
+    return schedule_of(structure.paths, structure.shape, dtype=dtype, device=device, threads=threads, held=held)
