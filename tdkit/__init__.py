@@ -6,6 +6,8 @@ model = tdkit.compress(model, policy)
 tdkit.save(model, "smaller")
 """
 
+from tdkit.auto import Auto
+from tdkit.calibration import Calibration, calibrate
 from tdkit.checkpoint import load, save
 from tdkit.compression import compress
 from tdkit.decompositions import Decomposition, FactorizedMatrix, Kronecker, LowRank, PermutedKronecker, TTMatrix
@@ -14,10 +16,13 @@ from tdkit.metric import Metric
 from tdkit.plan import Plan
 from tdkit.planning import applied_plan, plan
 from tdkit.policy import Policy, Rule
+from tdkit.prepare import prepare
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Auto",
+    "Calibration",
     "Decomposition",
     "FactorizedMatrix",
     "Kronecker",
@@ -30,8 +35,10 @@ __all__ = [
     "TTMatrix",
     "TdkitError",
     "applied_plan",
+    "calibrate",
     "compress",
     "load",
     "plan",
+    "prepare",
     "save",
 ]

@@ -2,52 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import torch
 from torch import nn
 
-from tdkit.decompositions.base import FactorizedMatrix
-from tdkit.errors import PolicyError
-from tdkit.hosts import install
-from tdkit.layers import FactorizedLayer
+from tdkit.calibration import Batch, Calibration
+from tdkit.errors import CalibrationError, PolicyError
+from tdkit.fitting import Fitted, fit_step, swapping
 from tdkit.plan import Plan, Step
-from tdkit.planning import plan
+from tdkit.planning import calibrated, plan
 from tdkit.policy import Policy
 from tdkit.progress import progress_bar
-from tdkit.sites import Site, replace_module, survey
-from tdkit.ties import follow_ties
+from tdkit.sequential import fit_in_order
+from tdkit.sites import Site, survey
 
 
 def compress(
     model: nn.Module,
     policy: Policy | Plan,
     *,
+    calibration: Calibration | Iterable[Batch] | str | Path | None = None,
+    sequential: bool = False,
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
     """Replace the weights that `policy` selects by factors, in place, and return the same model.
 
-    All matrices are fitted before the first layer is replaced, so that an exception, Ctrl-C included,
-    leaves the model exactly as it was. The same model and policy give the same factors.
+    All or nothing: an exception, Ctrl-C included, leaves the model exactly as it was. The same model,
+    policy and calibration give the same factors.
 
     Args:
         model: any torch module.
         policy: a policy, or a plan made from one.
+        calibration: what `calibrate` returned, or the batches it takes. Layers are then fitted in the
+            metric of their inputs and output gradients instead of the Frobenius norm.
+        sequential: fit block by block with the inputs that the blocks before, already compressed, produce.
+            It needs the calibration's batches and a model whose blocks follow each other in one list.
         device: where to fit; the weight's own device when None. Factors end on the weight's device.
         progress: show a progress bar; on a terminal only when None.
 
     Raises:
-        PolicyError, OptionError, BudgetError: as `plan`, before any work.
+        PolicyError, OptionError, BudgetError, CalibrationError: as `plan` and `calibrate`, before any work.
     """
-    chosen = policy if isinstance(policy, Plan) else plan(model, policy)
-    sites = _sites_of(model, chosen)
-    fitted: list[tuple[Site, FactorizedMatrix]] = []
-    with progress_bar("fit", len(sites), progress) as bar:
-        for step, site in sites:
-            bar.now(step.name)
-            fitted.append((site, _fit(step, site, device)))
-            bar.advance()
-    _swap(model, fitted)
+    known = calibrated(model, calibration, progress=progress)
+    if sequential and (known is None or known.batches is None):
+        raise CalibrationError("sequential=True runs the calibration batches again: give calibration= with its batches")
+    chosen = policy if isinstance(policy, Plan) else plan(model, policy, calibration=known, progress=progress)
+    pairs = _sites_of(model, chosen)
+    with swapping(model) as swap:
+        if sequential:
+            assert known is not None
+            fit_in_order(model, pairs, known, swap, device=device, progress=progress)
+        else:
+            swap.put(_fit_all(pairs, known, device, progress))
     return model
+
+
+def _fit_all(
+    pairs: list[tuple[Step, Site]],
+    calibration: Calibration | None,
+    device: torch.device | str | None,
+    progress: bool | None,
+) -> Fitted:
+    fitted: Fitted = []
+    with progress_bar("fit", len(pairs), progress) as bar:
+        for step, site in pairs:
+            bar.now(step.name)
+            metric = calibration.metric(site.name) if calibration else None
+            fitted.append((site, fit_step(step, site, metric, device)))
+            bar.advance()
+    return fitted
 
 
 def _sites_of(model: nn.Module, chosen: Plan) -> list[tuple[Step, Site]]:
@@ -62,35 +88,3 @@ def _sites_of(model: nn.Module, chosen: Plan) -> list[tuple[Step, Site]]:
             )
         pairs.append((step, site))
     return pairs
-
-
-def _fit(step: Step, site: Site, device: torch.device | str | None) -> FactorizedMatrix:
-    assert step.decomposition is not None
-    weight = site.weight.detach()
-    if not bool(torch.isfinite(weight).all()):
-        raise PolicyError(f"{site.name} holds NaN or infinite weights: repair it, or keep it with a rule")
-    at = weight if device is None else weight.to(device)
-    matrix = step.decomposition.fit(at)
-    matrix.error = step.decomposition.error(at, matrix)
-    return matrix.to(weight.device)
-
-
-def _swap(model: nn.Module, fitted: list[tuple[Site, FactorizedMatrix]]) -> None:
-    layers: list[tuple[str, nn.Module, FactorizedLayer]] = []
-    for site, matrix in fitted:
-        built: dict[int, FactorizedLayer] = {}  # one layer per module, also when it has several names
-        for user in site.users:
-            if id(user.module) not in built:
-                layer = user.host.build(user.module, matrix, user.host.options(user.module))
-                built[id(user.module)] = install(user.module, layer)
-            layers.append((user.name, user.module, built[id(user.module)]))
-    done = []
-    try:
-        for name, module, layer in layers:
-            done.append((name, module))
-            replace_module(model, name, layer)
-        follow_ties(model)
-    except BaseException:
-        for name, module in done:
-            replace_module(model, name, module)
-        raise

@@ -32,7 +32,10 @@ class Step:
         params_before, params_after: numbers held.
         indices: integers held by permutations, not counted as parameters.
         multiply_adds_before, multiply_adds_after: per token, summed over the layers that multiply by it.
-        error: relative error of the fit, once fitted.
+        error: relative error of the fit, once fitted; in the calibrated metric where there is one.
+        loss: estimated increase of the loss, nats per token, where a calibration with gradients gave one.
+        runner_up: the best other decomposition of at most the same size, where the plan had a choice, and
+            what it would have cost.
     """
 
     names: tuple[str, ...]
@@ -46,6 +49,8 @@ class Step:
     multiply_adds_before: int
     multiply_adds_after: int
     error: float | None = None
+    loss: float | None = None
+    runner_up: str | None = None
 
     @property
     def name(self) -> str:
@@ -64,6 +69,8 @@ class Step:
             "multiply_adds_before": self.multiply_adds_before,
             "multiply_adds_after": self.multiply_adds_after,
             "error": self.error,
+            "loss": self.loss,
+            "runner_up": self.runner_up,
         }
 
     @classmethod
@@ -167,12 +174,17 @@ class Plan:
         """
         columns = ["layer", "shape", "becomes", "params", "of dense", "multiply-adds / token"]
         with_error = any(step.error is not None for step in self.steps)
-        table = table_of(self.summary(), [*columns, "relative error"] if with_error else columns)
+        with_loss = any(step.loss is not None for step in self.steps)
+        with_choice = any(step.runner_up is not None for step in self.steps)
+        extra = {"relative error": with_error, "loss, estimated": with_loss, "runner-up": with_choice}
+        shown = [len(columns) + i for i, wanted in enumerate(extra.values()) if wanted]
+        table = table_of(self.summary(), [*columns, *(name for name, wanted in extra.items() if wanted)])
         table.columns[2].justify = "left"
         one_by_one = every or len(self.steps) <= GROUP_ABOVE
         for group in [[s] for s in self.steps] if one_by_one else _groups(self.steps):
             row = _row(group)
-            table.add_row(*row[: len(table.columns)], style=None if group[0].decomposition else "dim")
+            cells = [*row[: len(columns)], *(row[i] for i in shown)]
+            table.add_row(*cells, style=None if group[0].decomposition else "dim")
         for name, reason in self.kept.items():
             table.add_row(name, "", f"kept: {reason}", *[""] * (len(table.columns) - 3), style="dim")
         return table
@@ -192,6 +204,7 @@ def _row(group: Sequence[Step]) -> list[str]:
     indices = sum(s.indices for s in group)
     params = f"{before:,}" if before == after else f"{before:,} -> {after:,}"
     errors = [s.error for s in group if s.error is not None]
+    losses = [s.loss for s in group if s.loss is not None]
     return [
         _common_name(group) + (f" ({len(group)} layers)" if len(group) > 1 else ""),
         f"{first.shape[0]}x{first.shape[1]}",
@@ -200,6 +213,8 @@ def _row(group: Sequence[Step]) -> list[str]:
         f"{after / before:.1%}" if before else "",
         f"{adds_before:,}" if adds_before == adds_after else f"{adds_before:,} -> {adds_after:,}",
         f"{sum(errors) / len(errors):.4f}" if errors else "",
+        f"{sum(losses):.3g}" if losses else "",
+        (first.runner_up or "") if len(group) == 1 else "",
     ]
 
 

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from torch import nn
 
-from tdkit.budget import Choice, uniform
-from tdkit.decompositions.base import Decomposition
-from tdkit.errors import BudgetError, OptionError
+from tdkit.auto import Auto
+from tdkit.budget import Choice, OpenSite, by_loss, uniform
+from tdkit.calibration import Batch, Calibration, calibrate
+from tdkit.decompositions.base import Point
+from tdkit.errors import BudgetError, OptionError, PolicyError
 from tdkit.layers import FactorizedLinear
 from tdkit.plan import Plan, Step
 from tdkit.policy import Policy, Rule
+from tdkit.progress import progress_bar
 from tdkit.sites import Site, Survey, factorized_groups, num_params, survey
 
 
-def plan(model: nn.Module, policy: Policy) -> Plan:
-    """What `policy` would do to `model`; nothing is changed or fitted.
+def plan(
+    model: nn.Module,
+    policy: Policy,
+    *,
+    calibration: Calibration | Iterable[Batch] | str | Path | None = None,
+    progress: bool | None = None,
+) -> Plan:
+    """What `policy` would do to `model`; nothing is changed.
+
+    Args:
+        calibration: what `calibrate` returned, or what it takes. With it the budget can go where the loss
+            needs it, which takes the error curve of every layer.
+        progress: show a progress bar; on a terminal only when None.
 
     Raises:
         PolicyError: when a rule matches nothing.
@@ -25,7 +40,8 @@ def plan(model: nn.Module, policy: Policy) -> Plan:
     """
     found = survey(model)
     assigned = policy.assign(found)
-    choices = _choose(model, policy, found, assigned)
+    known = calibrated(model, calibration, progress=progress)
+    choices = _choose(model, policy, found, assigned, known, progress)
     steps = []
     for site in found.sites:
         rule = assigned.get(site.name)
@@ -70,9 +86,25 @@ def applied_plan(model: nn.Module) -> Plan:
     return Plan(tuple(steps), before, after, {u.name: u.reason for u in found.untouchable})
 
 
-def _choose(model: nn.Module, policy: Policy, found: Survey, assigned: Mapping[str, Rule]) -> dict[str, Choice]:
+def calibrated(
+    model: nn.Module, given: Calibration | Iterable[Batch] | str | Path | None, *, progress: bool | None = None
+) -> Calibration | None:
+    """The calibration that was given, or one measured on the batches that were."""
+    if given is None or isinstance(given, Calibration):
+        return given
+    return calibrate(model, given, progress=progress)
+
+
+def _choose(
+    model: nn.Module,
+    policy: Policy,
+    found: Survey,
+    assigned: Mapping[str, Rule],
+    calibration: Calibration | None,
+    progress: bool | None,
+) -> dict[str, Choice]:
     fixed: dict[str, Choice] = {}
-    open_sites: dict[str | None, list[tuple[Site, Decomposition]]] = {}  # by the rule that has a budget of its own
+    open_sites: dict[int | None, list[OpenSite]] = {}  # by id of the rule that has a budget of its own
     problems = []
     for site in found.sites:
         rule = assigned.get(site.name)
@@ -89,20 +121,22 @@ def _choose(model: nn.Module, policy: Policy, found: Survey, assigned: Mapping[s
         elif rule.budget is None and policy.budget is None:
             problems.append(f"{site.name}: {kind.describe()} leaves its rank open and there is no budget to choose it")
         else:
-            open_sites.setdefault(rule.match if rule.budget is not None else None, []).append((site, kind))
+            open_site = OpenSite(site, kind, rule.min_keep, rule.max_keep)
+            open_sites.setdefault(id(rule) if rule.budget is not None else None, []).append(open_site)
     if problems:
         raise OptionError("\n".join(problems))
 
+    allocate = _Allocation(policy.allocation, calibration, progress)
     choices = dict(fixed)
     for rule in policy.rules:
-        if rule.budget is not None and rule.match in open_sites:
-            sites = open_sites[rule.match]
-            available = int(rule.budget * sum(site.params for site, _ in sites))
-            choices |= uniform(sites, available, f"rule '{rule.match}' with budget={rule.budget}")
+        if rule.budget is not None and id(rule) in open_sites:
+            sites = open_sites[id(rule)]
+            available = int(rule.budget * sum(s.site.params for s in sites))
+            choices |= allocate(sites, available, f"rule '{rule.match}' with budget={rule.budget}")
     if None in open_sites:
         assert policy.budget is not None
         sites = open_sites[None]
-        elsewhere = num_params(model) - sum(site.params for site, _ in sites)
+        elsewhere = num_params(model) - sum(s.site.params for s in sites)
         for site in found.sites:
             if site.name in choices:
                 elsewhere -= site.params - _step(site, choices[site.name], policy.allow_growth).params_after
@@ -113,8 +147,50 @@ def _choose(model: nn.Module, policy: Policy, found: Survey, assigned: Mapping[s
                 f"{place} cannot be met: what the open rules do not match already holds "
                 f"{elsewhere / num_params(model):.3f} of the parameters"
             )
-        choices |= uniform(sites, available, place)
+        choices |= allocate(sites, available, place)
     return choices
+
+
+class _Allocation:
+    """Shares a budget among sites the way that a policy and its calibration ask for."""
+
+    def __init__(self, allocation: str, calibration: Calibration | None, progress: bool | None) -> None:
+        two_sided = calibration is not None and calibration.gradients
+        if allocation == "loss" and not two_sided:
+            raise PolicyError(
+                "policy allocation='loss' estimates the loss from a calibration with gradients: give calibration=, "
+                "measured with gradients=True, or use allocation='uniform'"
+            )
+        self.by_loss = two_sided and allocation != "uniform"
+        self.calibration = calibration
+        self.progress = progress
+
+    def __call__(self, sites: list[OpenSite], available: int, place: str) -> dict[str, Choice]:
+        known = set(self.calibration.names) if self.calibration else set()
+        unreached = [s for s in sites if s.site.name not in known]
+        if not self.by_loss or len(unreached) == len(sites):
+            return uniform(sites, available, place, self.calibration)
+        choices: dict[str, Choice] = {}
+        if unreached:  # no batch says how much they matter: they get the share of all
+            share = available / sum(s.site.params for s in sites)
+            part = int(share * sum(s.site.params for s in unreached))
+            choices = uniform(unreached, part, f"{place}, for the layers that the calibration did not reach,")
+            available -= part
+        reached = [s for s in sites if s.site.name in known]
+        return choices | by_loss(reached, self._curves(reached), available, place)
+
+    def _curves(self, sites: list[OpenSite]) -> dict[str, list[Point]]:
+        assert self.calibration is not None
+        curves = {}
+        with progress_bar("error curves", len(sites), self.progress) as bar:
+            for open_site in sites:
+                site, kind = open_site.site, open_site.kind
+                bar.now(site.name)
+                metric = self.calibration.metric(site.name)
+                every = kind.members_of(site.shape) if isinstance(kind, Auto) else [kind]
+                curves[site.name] = [point for one in every for point in one.curve(site.weight, metric)]
+                bar.advance()
+        return curves
 
 
 def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
@@ -139,4 +215,8 @@ def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
         indices=indices,
         multiply_adds_before=times * site.params,
         multiply_adds_after=times * multiply_adds,
+        loss=None if choice.error is None else choice.error / 2,
+        runner_up=None
+        if kind is None or choice.runner_up is None
+        else f"{choice.runner_up.decomposition.describe()}: {choice.runner_up.error / 2:.3g}",
     )

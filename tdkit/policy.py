@@ -16,6 +16,8 @@ from tdkit.errors import OptionError, PolicyError, RegistryError, did_you_mean
 from tdkit.registry import decomposition, spec_of
 from tdkit.sites import Site, Survey
 
+ALLOCATIONS = ("auto", "uniform", "loss")
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -31,6 +33,7 @@ class Rule:
         where: a predicate on the `Site`; not available in YAML.
         budget: params after / params before for the layers this rule matches, instead of a share of the
             policy's budget.
+        min_keep, max_keep: bounds on params after / params before of each layer whose rank the budget chooses.
     """
 
     match: str
@@ -42,6 +45,8 @@ class Rule:
     max_params: int | None = None
     where: Callable[[Site], bool] | None = field(default=None, compare=False)
     budget: float | None = None
+    min_keep: float | None = None
+    max_keep: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, str) or not self.match:
@@ -55,9 +60,25 @@ class Rule:
             object.__setattr__(self, "decomposition", decomposition(self.decomposition))
         if self.keep == (self.decomposition is not None):
             raise PolicyError(f"rule '{self.match}' must name a decomposition or say keep, not both or neither")
+        if not isinstance(self.keep, bool):
+            raise PolicyError(f"rule '{self.match}': keep={self.keep!r} must be true or false")
         given: object = self.types
-        object.__setattr__(self, "types", (given,) if isinstance(given, str) else tuple(self.types))
-        check_ratio(self.budget, f"rule '{self.match}': budget")
+        types = (given,) if isinstance(given, str) else given
+        if not isinstance(types, list | tuple) or not all(isinstance(kind, str) for kind in types):
+            raise PolicyError(f"rule '{self.match}': types={given!r} must be layer types, such as ['Linear']")
+        object.__setattr__(self, "types", tuple(types))
+        for option in ("min_params", "max_params"):
+            value = getattr(self, option)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise PolicyError(f"rule '{self.match}': {option}={value!r} must be an integer")
+        if self.min_params is not None and self.max_params is not None and self.min_params > self.max_params:
+            raise PolicyError(
+                f"rule '{self.match}': min_params={self.min_params} is above max_params={self.max_params}"
+            )
+        for option in ("budget", "min_keep", "max_keep"):
+            check_ratio(getattr(self, option), f"rule '{self.match}': {option}")
+        if self.min_keep is not None and self.max_keep is not None and self.min_keep > self.max_keep:
+            raise PolicyError(f"rule '{self.match}': min_keep={self.min_keep} is above max_keep={self.max_keep}")
 
     def names_match(self, name: str) -> bool:
         """Whether the pattern matches a layer name."""
@@ -88,7 +109,7 @@ class Rule:
             form["keep"] = True
         if self.types:
             form["types"] = list(self.types)
-        for option in ("min_params", "max_params", "budget"):
+        for option in ("min_params", "max_params", "budget", "min_keep", "max_keep"):
             if getattr(self, option) is not None:
                 form[option] = getattr(self, option)
         return form
@@ -98,7 +119,7 @@ class Rule:
         """A rule from its YAML form."""
         if not isinstance(form, Mapping):
             raise PolicyError(f"a rule is 'match:' with 'with:' or 'keep: true', not {form!r}")
-        known = ("match", "with", "keep", "types", "min_params", "max_params", "budget")
+        known = ("match", "with", "keep", "types", "min_params", "max_params", "budget", "min_keep", "max_keep")
         _refuse_unknown(form, known, f"rule '{form.get('match', '?')}'")
         if "match" not in form:
             raise PolicyError(f"rule {dict(form)!r} lacks 'match'")
@@ -117,11 +138,15 @@ class Policy:
         budget: params after / params before of the whole model, tied weights once. It is shared among
             the matched layers whose decomposition leaves its rank open.
         allow_growth: permit a factorisation with more parameters than the dense weight.
+        allocation: how the budget is shared. ``uniform`` gives each layer the same share of its parameters;
+            ``loss`` chooses the sizes with the least estimated loss, which needs a calibration with
+            gradients; ``auto`` is ``loss`` where there is one and ``uniform`` otherwise.
     """
 
     rules: Sequence[Rule]
     budget: float | None = None
     allow_growth: bool = False
+    allocation: str = "auto"
 
     def __post_init__(self) -> None:
         if isinstance(self.rules, Rule) or not all(isinstance(rule, Rule) for rule in self.rules):
@@ -130,6 +155,13 @@ class Policy:
         if not self.rules:
             raise PolicyError("a policy needs at least one rule")
         check_ratio(self.budget, "policy budget")
+        if not isinstance(self.allow_growth, bool):
+            raise PolicyError(f"policy allow_growth={self.allow_growth!r} must be true or false")
+        if self.allocation not in ALLOCATIONS:
+            raise PolicyError(
+                f"policy allocation={self.allocation!r}{did_you_mean(str(self.allocation), ALLOCATIONS)} "
+                f"known: {', '.join(ALLOCATIONS)}"
+            )
 
     def assign(self, found: Survey) -> dict[str, Rule]:
         """The rule of each site, by site name; sites that no rule selects are absent.
@@ -156,6 +188,8 @@ class Policy:
             form["budget"] = self.budget
         if self.allow_growth:
             form["allow_growth"] = True
+        if self.allocation != "auto":
+            form["allocation"] = self.allocation
         return form
 
     @classmethod
@@ -163,16 +197,29 @@ class Policy:
         """A policy from its YAML form; every fault of it is reported at once."""
         if not isinstance(form, Mapping):
             raise PolicyError("a policy is 'rules:' and, mostly, 'budget:'")
-        _refuse_unknown(form, ("rules", "budget", "allow_growth"), "policy")
-        rules, problems = [], []
-        for number, entry in enumerate(form.get("rules") or (), 1):
+        problems = []
+        try:
+            _refuse_unknown(form, ("rules", "budget", "allow_growth", "allocation"), "policy")
+        except PolicyError as error:
+            problems.append(str(error))
+        entries = form.get("rules") or []
+        if not isinstance(entries, list | tuple):
+            problems.append(f"a policy's 'rules' must be a list, not {entries!r}")
+            entries = []
+        rules = []
+        for number, entry in enumerate(entries, 1):
             try:
                 rules.append(Rule.from_dict(entry))
             except (PolicyError, OptionError, RegistryError) as error:
                 problems.append(f"rule {number}: {error}")
+        options = {key: form[key] for key in ("budget", "allow_growth", "allocation") if key in form}
+        try:
+            policy = cls(rules if rules or not problems else [Rule("*", keep=True)], **options)
+        except PolicyError as error:
+            problems.append(str(error))
         if problems:
             raise PolicyError("\n".join(problems))
-        return cls(rules, form.get("budget"), bool(form.get("allow_growth", False)))
+        return policy
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)

@@ -90,6 +90,7 @@ decompositions: Registry[type[Decomposition]] = Registry(
         "kronecker": "tdkit.decompositions.kronecker:Kronecker",
         "permuted_kronecker": "tdkit.decompositions.permuted_kronecker:PermutedKronecker",
         "tt_matrix": "tdkit.decompositions.tt_matrix:TTMatrix",
+        "auto": "tdkit.auto:Auto",
     },
 )
 

@@ -59,7 +59,8 @@ def _smollm2(dtype: torch.dtype) -> Source:
     model = package.AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=SMOLLM2_FILE, dtype=dtype, quantization_config=package.GgufConfig(dequantize=True)
     )
-    del model.config.quantization_config  # the weights are dense floats now
+    if hasattr(model.config, "quantization_config"):  # the weights are dense floats now
+        del model.config.quantization_config
     return Source("smollm2", model.eval(), tokenizer)
 
 
@@ -195,3 +196,30 @@ def windows(ids: Tensor, context: int) -> Tensor:
     if count == 0:
         raise SourceError(f"{len(ids)} tokens do not fill one window of {context}: give more text or a shorter context")
     return ids[: count * context].reshape(count, context)
+
+
+def spread_windows(
+    name: str | Path | Sequence[str | Path], tokenizer: Any, *, context: int = 512, tokens: int = 16384
+) -> Tensor:
+    """Windows (count, context) of token ids at even distances over all of a text, about `tokens` in all.
+
+    Raises:
+        SourceError: when there is no such text or tokenizer, or the text is shorter than one window.
+    """
+    texts = load_texts(name)
+    count = max(tokens // context, 1)
+    every = "\n\n".join(texts)
+    rows = []
+    for k in range(count):
+        start = len(every) * k // count
+        start = every.find(" ", start) + 1 if k else 0  # at a word
+        length = 8 * context  # characters: enough for most windows, doubled while it is not
+        row = encode([every[start : start + length]], tokenizer, context)
+        while len(row) < context and start + length < len(every):
+            length *= 2
+            row = encode([every[start : start + length]], tokenizer, context)
+        if len(row) == context:
+            rows.append(row)
+    if not rows:
+        raise SourceError(f"'{name}' does not fill one window of {context} tokens: give more text or a shorter context")
+    return torch.stack(rows)
