@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,10 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tdkit import huggingface
+from tdkit.decompositions.base import Decomposition, FactorizedMatrix
 from tdkit.errors import CheckpointError, TdkitError
 from tdkit.files import whole_folder
-from tdkit.hosts import host_of, install
+from tdkit.hosts import Host, host_of, install
 from tdkit.registry import decomposition, spec_of
+from tdkit.shapes import Shape
 from tdkit.sites import factorized_groups, replace_module
 from tdkit.ties import follow_ties
 
@@ -25,6 +28,7 @@ FORMAT = "tdkit"
 FORMAT_VERSION = 1
 DESCRIPTION = "tdkit.json"
 WEIGHTS = "model.safetensors"
+BUILD_IT = "build it on a device that holds weights"
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -58,6 +62,7 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwri
             "model": huggingface.describe_model(model),
             "layers": [_describe(group) for group in factorized_groups(model)],
             "ties": ties,
+            "buffers": _rounded_buffers(model),
             "sha256": _digest(target / WEIGHTS),
         }
         huggingface.save_companions(model, tokenizer, target)
@@ -106,8 +111,9 @@ def load(
     try:
         _rewrite(model, description, folder, before)
         _fill(model, tensors, description["ties"], folder)
+        _round_buffers(model, description.get("buffers", {}), folder)
     except BaseException:
-        for name, module in before.items():
+        for name, module in reversed(before.items()):
             replace_module(model, name, module)
         raise
     huggingface.settle(model, folder)
@@ -134,7 +140,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a tdkit description")
     version = description.get("version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version!r}, this tdkit reads up to {FORMAT_VERSION}: update tdkit"
         )
@@ -163,6 +169,8 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"cannot save '{name}': extra state of type {type(tensor).__name__} is not a tensor")
+        if tensor.is_meta:
+            raise CheckpointError(f"cannot save '{name}': it is on the meta device and has no values")
         key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and key in first:
             ties[name] = first[key]
@@ -186,43 +194,80 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder / WEIGHTS} is damaged or truncated: {error}") from None
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """One factorised matrix of a description, checked: the layers that use it and what it is."""
+
+    names: list[str]
+    options: list[dict[str, Any]]
+    shape: Shape
+    decomposition: Decomposition
+    error: float | None
+
+    @classmethod
+    def read(cls, entry: Any, place: str) -> _Layer:
+        forms = {"names": list, "options": list, "shape": list, "decomposition": dict}
+        if not isinstance(entry, dict):
+            raise CheckpointError(f"{place}: {entry!r} is not a layer")
+        for key, form in forms.items():
+            if not isinstance(entry.get(key), form):
+                raise CheckpointError(f"{place}: '{key}' is missing or malformed")
+        names, options, shape, error = entry["names"], entry["options"], entry["shape"], entry.get("error")
+        if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise CheckpointError(f"{place}: names={names!r} must be layer names")
+        if len(options) != len(names) or not all(isinstance(option, dict) for option in options):
+            raise CheckpointError(f"{place}: options={options!r} must be one set for each of {len(names)} names")
+        if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
+            raise CheckpointError(f"{place}: shape={shape!r} must be two sizes")
+        if isinstance(error, bool) or not isinstance(error, int | float | None):
+            raise CheckpointError(f"{place}: error={error!r} must be a number")
+        try:
+            kind = decomposition(entry["decomposition"])
+            kind.empty((shape[0], shape[1]), device="meta")
+        except TdkitError as problem:
+            raise CheckpointError(f"{place}: {problem}") from None
+        return cls(names, options, (shape[0], shape[1]), kind, error)
+
+
 def _rewrite(model: nn.Module, description: Mapping[str, Any], folder: Path, before: dict[str, nn.Module]) -> None:
     for number, entry in enumerate(description["layers"]):
-        try:
-            names, shape = list(entry["names"]), (int(entry["shape"][0]), int(entry["shape"][1]))
-            kind = decomposition(entry["decomposition"])
-            options, error = entry["options"], entry.get("error")
-        except (KeyError, TypeError, IndexError, ValueError) as problem:
-            raise CheckpointError(f"{folder / DESCRIPTION} is damaged: layer {number}: {problem}") from None
-        except TdkitError as problem:
-            raise CheckpointError(f"{folder / DESCRIPTION}: layer {number}: {problem}") from None
-        matrix = None
-        built: dict[int, nn.Module] = {}
-        for name, user_options in zip(names, options, strict=True):
+        place = f"{folder / DESCRIPTION}: layer {number}"
+        wanted = _Layer.read(entry, place)
+        matrix: FactorizedMatrix | None = None
+        built: dict[int, nn.Module] = {}  # one layer per module, also when it has several names
+        for name, options in zip(wanted.names, wanted.options, strict=True):
             module = _dense_layer(model, name, folder)
-            host = host_of(module)
-            if id(module) in built:
-                before.setdefault(name, module)
-                replace_module(model, name, built[id(module)])
-                continue
-            if host is None or not isinstance(module.weight, Tensor):
-                raise CheckpointError(
-                    f"{folder}: layer {name} is a {type(module).__name__} in this model, not one that tdkit rewrites"
-                )
-            weight = host.matrix(module.weight)
-            if tuple(weight.shape) != shape:
-                raise CheckpointError(
-                    f"{folder}: layer {name} is {shape[0]}x{shape[1]} in the file, "
-                    f"{weight.shape[0]}x{weight.shape[1]} in this model"
-                )
-            if matrix is None:
-                matrix = kind.empty(shape, device=weight.device, dtype=weight.dtype)
-                matrix.error = error
-            layer = install(module, host.build(module, matrix, user_options))
-            built[id(module)] = layer
+            if id(module) not in built:
+                host, weight = _weight(module, name, wanted.shape, folder)
+                if matrix is None:
+                    matrix = wanted.decomposition.empty(wanted.shape, device=weight.device, dtype=weight.dtype)
+                    matrix.error = wanted.error
+                try:
+                    layer = host.build(module, matrix, options)
+                except TypeError:
+                    raise CheckpointError(f"{place}: {options!r} are no options of {name}") from None
+                built[id(module)] = built[id(layer)] = install(module, layer)  # a shared block shows it anew
             before.setdefault(name, module)
-            replace_module(model, name, layer)
+            replace_module(model, name, built[id(module)])
     follow_ties(model)
+
+
+def _weight(module: nn.Module, name: str, shape: Shape, folder: Path) -> tuple[Host, Tensor]:
+    """The host of a dense layer and its weight as (out, in), which must have the shape of the file."""
+    host = host_of(module)
+    if host is None or not isinstance(module.weight, Tensor):
+        raise CheckpointError(
+            f"{folder}: layer {name} is a {type(module).__name__} in this model, not one that tdkit rewrites"
+        )
+    weight = host.matrix(module.weight)
+    if weight.is_meta:
+        raise CheckpointError(f"the model given for {folder} is on the meta device: {BUILD_IT}")
+    if tuple(weight.shape) != shape:
+        raise CheckpointError(
+            f"{folder}: layer {name} is {shape[0]}x{shape[1]} in the file, "
+            f"{weight.shape[0]}x{weight.shape[1]} in this model"
+        )
+    return host, weight
 
 
 def _dense_layer(model: nn.Module, name: str, folder: Path) -> nn.Module:
@@ -235,24 +280,57 @@ def _dense_layer(model: nn.Module, name: str, folder: Path) -> nn.Module:
 def _fill(model: nn.Module, tensors: dict[str, Tensor], ties: Mapping[str, str], folder: Path) -> None:
     state = dict(tensors)
     for repeated, original in ties.items():
-        if original not in tensors:
+        if not isinstance(original, str) or original not in tensors:
             raise CheckpointError(f"{folder / DESCRIPTION} ties {repeated} to {original}, which is not in {WEIGHTS}")
         state[repeated] = tensors[original]
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     problems = [f"lacks {name}" for name in own if name not in state]
     problems += [f"has {name}, which the model lacks" for name in state if name not in own]
+    shared = [name for name in own if name in state]
     problems += [
         f"holds {name} as {tuple(state[name].shape)}, the model as {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
+        for name in shared
+        if state[name].shape != own[name].shape
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{folder / WEIGHTS} " + "; ".join(problems[:5]) + more)
+    holders: dict[int, str] = {}
+    for name in shared:
+        if own[name].is_meta:
+            raise CheckpointError(f"{name} of the model given for {folder} is on the meta device: {BUILD_IT}")
+        first = holders.setdefault(id(own[name]), name)
+        if not torch.equal(state[first], state[name]):
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {name} and {first} are one tensor in this model, two in the file: "
+                "build the model without this tie (config.tie_word_embeddings=False in transformers)"
+            )
     for name, tensor in state.items():
         if own[name].dtype != tensor.dtype:
             _retype(model, name, tensor.dtype)
     model.load_state_dict(state)
+
+
+def _rounded_buffers(model: nn.Module) -> dict[str, str]:
+    """The dtypes of buffers that no file holds, which the model builds again, perhaps in another dtype."""
+    saved = model.state_dict()
+    return {
+        name: str(buffer.dtype).removeprefix("torch.")
+        for name, buffer in model.named_buffers()
+        if name not in saved and buffer.is_floating_point()
+    }
+
+
+def _round_buffers(model: nn.Module, dtypes: Any, folder: Path) -> None:
+    own = dict(model.named_buffers())
+    if not isinstance(dtypes, dict):
+        raise CheckpointError(f"{folder / DESCRIPTION} is damaged: 'buffers' is malformed")
+    for name, spelt in dtypes.items():
+        dtype = getattr(torch, spelt, None) if isinstance(spelt, str) else None
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"{folder / DESCRIPTION} is damaged: buffer {name} has no dtype {spelt!r}")
+        if name in own and own[name].dtype != dtype:
+            _retype(model, name, dtype)
 
 
 def _retype(model: nn.Module, name: str, dtype: torch.dtype) -> None:

@@ -83,7 +83,7 @@ def empty_model(description: Mapping[str, Any], folder: Path) -> nn.Module:
     if not (isinstance(kind, type) and issubclass(kind, package.PreTrainedModel)):
         raise CheckpointError(f"{folder}: this transformers ({package.__version__}) has no model class '{name}'")
     try:
-        config = package.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = package.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} lacks a readable config.json: {error}") from None
     if description.get("attention") in EXACT_ATTENTION:
