@@ -1,0 +1,108 @@
+"""The teacher during training: a model run in inference mode, or its logits read from a cache."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tdkit_distill.losses import View
+from tdkit_distill.taps import AttentionRecord, tapped
+
+Call = Callable[[Any, Mapping[str, Tensor]], Any]
+
+
+class Teacher(Protocol):
+    """What the engine asks of a teacher."""
+
+    def view(self, batch: Mapping[str, Tensor], rows: Tensor) -> View:
+        """What it says about a batch, whose rows have these numbers."""
+
+
+def call_model(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    """``model(**batch)`` without the labels, or ``model(ids)`` when there is nothing but ids.
+
+    The second form is for modules that do not name their argument ``input_ids``.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return model(next(iter(inputs.values()))) if len(inputs) == 1 else model(**inputs)
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The logits in what a model returned: the output itself when it is a tensor."""
+    if isinstance(output, Tensor):
+        return output
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else None
+
+
+class LiveTeacher:
+    """A model in eval and inference mode, with taps. Made by `live_teacher`."""
+
+    def __init__(self, model: nn.Module, record: Any, call: Call, device: torch.device) -> None:
+        self._model = model
+        self._record = record
+        self._call = call
+        self._device = device
+        self._at = next(model.parameters()).device
+
+    def view(self, batch: Mapping[str, Tensor], rows: Tensor) -> View:
+        """What the teacher says; its logits stay inference tensors, clone them before autograd keeps them."""
+        with torch.inference_mode():
+            output = self._call(self._model, {name: value.to(self._at) for name, value in batch.items()})
+        logits = logits_of(output)
+        view = View(
+            None if logits is None else logits.to(self._device),
+            {name: self._out(x) for name, x in self._record.outputs.items()},
+            {
+                name: AttentionRecord(
+                    self._out(r.scores), None if r.allowed is None else self._out(r.allowed), r.are_probabilities
+                )
+                for name, r in self._record.attention.items()
+            },
+        )
+        self._record.clear()
+        return view
+
+    def _out(self, x: Tensor) -> Tensor:
+        """An ordinary tensor on the student's device: autograd refuses to keep one made in inference mode."""
+        return x.to(self._device, copy=True)
+
+
+@contextmanager
+def live_teacher(
+    model: nn.Module,
+    *,
+    outputs: Iterable[str] = (),
+    attention: Iterable[str] = (),
+    dtype: torch.dtype | None = None,
+    at: torch.device | str | None = None,
+    device: torch.device | None = None,
+    call: Call = call_model,
+) -> Iterator[LiveTeacher]:
+    """A teacher ready to be asked; on leaving, the model is as it was.
+
+    Args:
+        model: copied when another dtype or device is asked for, otherwise used in place.
+        outputs, attention: names of modules to tap.
+        dtype, at: of the teacher's own forward.
+        device: where the views go; the teacher's own when None.
+        call: how to run a model on a batch.
+    """
+    parameter = next(model.parameters())
+    moved = (dtype is not None and dtype != parameter.dtype) or (
+        at is not None and torch.device(at) != parameter.device
+    )
+    used = copy.deepcopy(model).to(device=at, dtype=dtype) if moved else model
+    modes = {module: module.training for module in used.modules()}
+    used.eval()
+    try:
+        with tapped(used, outputs, attention) as record:
+            yield LiveTeacher(used, record, call, device or next(used.parameters()).device)
+    finally:
+        for module, training in modes.items():
+            module.training = training

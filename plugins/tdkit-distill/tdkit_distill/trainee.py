@@ -1,0 +1,181 @@
+"""The student together with its loss terms as one module, so that wrappers (DDP, autocast) see one forward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdkit_distill.chunked import IGNORED, cross_entropy
+from tdkit_distill.errors import CacheError, StageError, VocabularyError
+from tdkit_distill.examples import Examples
+from tdkit_distill.losses import Loss, Needs, Term, View
+from tdkit_distill.stages import Running, Stage, trainable_names
+from tdkit_distill.taps import Record
+from tdkit_distill.teacher import Call, Teacher, logits_of
+from tdkit_distill.teacher_cache import CachedTeacher
+
+STUDENT = "student."
+
+
+class Trainee(nn.Module):
+    """Runs the student on a batch and every loss term on what it said; returns the terms, unweighted."""
+
+    def __init__(self, student: nn.Module, terms: list[Term], record: Record, call: Call) -> None:
+        super().__init__()
+        self.student = student
+        self.terms = nn.ModuleList(terms)
+        self._record = record
+        self._call = call
+
+    def view(self, batch: Mapping[str, Tensor]) -> View:
+        """What the student says about a batch."""
+        self._record.clear()
+        self._record.open = True
+        output = self._call(self.student, batch)
+        self._record.open = False
+        return View(logits_of(output), dict(self._record.outputs), dict(self._record.attention))
+
+    def forward(self, batch: Mapping[str, Tensor], teacher: View | None) -> Tensor:  # (terms,)
+        view = self.view(batch)
+        self._record.clear()
+        return torch.stack([term(view, teacher, batch) for term in self.terms])
+
+
+@dataclass(frozen=True)
+class BoundTerms:
+    """The losses of a stage, bound to the two models."""
+
+    labels: tuple[str, ...]
+    weights: tuple[float, ...]
+    terms: tuple[Term, ...]
+
+    def gather(self, entry: str) -> tuple[str, ...]:
+        """All modules that the terms need under one heading of `Needs`, each once."""
+        return tuple(dict.fromkeys(name for term in self.terms for name in getattr(term.needs, entry)))
+
+    @property
+    def need_teacher(self) -> bool:
+        return any(term.needs.teacher for term in self.terms)
+
+
+def bind(stage: Stage, student: nn.Module, teacher: nn.Module | CachedTeacher | None) -> BoundTerms:
+    """The stage's losses for these models.
+
+    Raises:
+        StageError: when a layer map matches nothing or a loss lacks its teacher.
+        CacheError: when a loss looks inside a teacher of which only logits were kept.
+    """
+    losses: dict[str, Loss] = stage.loss_terms()
+    live = teacher if isinstance(teacher, nn.Module) else student  # a cached teacher has no layers: names are checked
+    terms = []
+    for label, loss in losses.items():
+        place = f"stage '{stage.name}', loss '{label}'"
+        term = loss.bind(student, None if teacher is None else live, place)
+        needs: Needs = term.needs
+        if needs.teacher and teacher is None:
+            raise StageError(f"{place} compares with a teacher, and there is none: pass teacher=, or use cross_entropy")
+        if needs.inside_teacher and isinstance(teacher, CachedTeacher):
+            raise CacheError(f"{place} looks inside the teacher, but the cache keeps logits only: use the live teacher")
+        terms.append(term)
+    return BoundTerms(tuple(losses), tuple(loss.weight for loss in losses.values()), tuple(terms))
+
+
+def probe(trainee: Trainee, teacher: Teacher | None, examples: Examples, seed: int, device: torch.device) -> None:
+    """Run one row through both models, so that terms see the shapes and mistakes are told before any training.
+
+    Raises:
+        VocabularyError: when the models' logits differ in size.
+    """
+    rows = torch.tensor([0])
+    batch = to_device(examples.batch(rows, torch.Generator().manual_seed(seed)), device)
+    modes = {module: module.training for module in trainee.modules()}
+    trainee.eval()
+    try:
+        with torch.no_grad():
+            mine = trainee.view(batch)
+        theirs = None if teacher is None else teacher.view(batch, rows)
+        _check_vocabularies(mine, theirs)
+        torch.manual_seed(seed)
+        for term in trainee.terms:
+            assert isinstance(term, Term)
+            term.prepare(mine, theirs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _check_vocabularies(mine: View, theirs: View | None) -> None:
+    if theirs is None or theirs.logits is None or not isinstance(mine.logits, Tensor):
+        return
+    other = theirs.logits.shape[-1] if isinstance(theirs.logits, Tensor) else theirs.logits.vocabulary
+    if mine.logits.shape[-1] != other:
+        raise VocabularyError(
+            f"the student has {mine.logits.shape[-1]:,} logits and the teacher {other:,}: they must share a tokenizer. "
+            "Take a teacher of the same family, or losses without logits (hidden, ffn, attention)"
+        )
+
+
+@contextmanager
+def training_mode(student: nn.Module, stage: Stage, running: Running) -> Iterator[set[str]]:
+    """Switch on what a stage asks of the student, yield its trainable names, and put everything back after it."""
+    chosen = trainable_names(student, stage.trainable, f"stage '{stage.name}'")
+    model: Any = student
+    with ExitStack() as stack:
+        for module in student.modules():
+            stack.callback(setattr, module, "training", module.training)
+        for name, parameter in student.named_parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(name in chosen)
+        config = getattr(student, "config", None)
+        if getattr(config, "use_cache", None) is not None:
+            stack.callback(setattr, config, "use_cache", config.use_cache)  # type: ignore[union-attr]
+            config.use_cache = False  # type: ignore[union-attr]
+        if running.gradient_checkpointing:
+            if not hasattr(model, "gradient_checkpointing_enable"):
+                raise StageError(f"{type(student).__name__} offers no gradient checkpointing: switch it off")
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            stack.callback(model.gradient_checkpointing_disable)
+        if running.compile:
+            student.compile(backend="inductor" if running.compile is True else running.compile)
+            stack.callback(setattr, student, "_compiled_call_impl", None)
+        student.train()
+        try:
+            yield chosen
+        finally:
+            for parameter in student.parameters():
+                parameter.grad = None
+
+
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The same batch on a device."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, examples: Examples, call: Call, *, batch: int, seed: int) -> float:
+    """The mean cross-entropy of a model over all labels of some examples, in eval mode."""
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    model.eval()
+    total, count = 0.0, 0
+    try:
+        for start in range(0, len(examples), batch):
+            rows = torch.arange(start, min(start + batch, len(examples)))
+            given = to_device(examples.batch(rows, torch.Generator().manual_seed(seed + start)), device)
+            logits = logits_of(call(model, given))
+            if logits is None:
+                raise StageError("held-out rows can only be measured on a student that returns logits")
+            labels = given["labels"].flatten()
+            known = int((labels != IGNORED).sum())
+            total += float(cross_entropy(logits.flatten(0, -2), labels)) * known
+            count += known
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return total / count if count else math.nan

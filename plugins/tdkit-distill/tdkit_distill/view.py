@@ -1,0 +1,96 @@
+"""What a person sees while a run goes on: stage, loss terms, tokens per second, time left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class LiveView:
+    """One line per stage that follows its steps."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=1, terms="", speed="")
+
+    def stage(self, title: str, steps: int, done: int) -> None:
+        """Begin a stage of `steps`, of which some were done before."""
+        self._progress.reset(self._task, total=steps, completed=done, description=title, terms="", speed="")
+
+    def step(self, terms: Mapping[str, float], tokens_per_second: float) -> None:
+        """Count one step."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        self._progress.update(self._task, advance=1, terms=text, speed=f"{tokens_per_second:,.0f} tok/s")
+
+    def say(self, text: str) -> None:
+        """A line above the bar that stays."""
+        self._progress.console.print(text, markup=False, highlight=False)
+
+
+@contextmanager
+def live_view(show: bool | None = None) -> Iterator[LiveView]:
+    """A live view on standard error; None shows it on a terminal only."""
+    console = Console(stderr=True)
+    visible = console.is_terminal if show is None else show
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[terms]}"),
+    )
+    with Progress(*columns, console=console if visible else Console(quiet=True), disable=not visible) as progress:
+        yield LiveView(progress)
+
+
+class Log:
+    """One JSON object per optimizer step, appended to ``log.jsonl`` in the run's folder and kept in memory.
+
+    Args:
+        folder: None keeps it in memory only.
+        total: steps that a resumed run had done; what was written after them is dropped.
+    """
+
+    def __init__(self, folder: Path | None, total: int) -> None:
+        self.entries: list[dict[str, Any]] = []
+        self._file = None
+        if folder is None:
+            return
+        path = folder / "log.jsonl"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            self.entries = [entry for entry in map(_parsed, lines) if entry and entry["total"] <= total]
+        self._file = path.open("w", encoding="utf-8")
+        for entry in self.entries:
+            self._write(entry)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Append an entry."""
+        self.entries.append(entry)
+        self._write(entry)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        entry: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
+        return None
+    return entry

@@ -1,0 +1,93 @@
+"""Small models that the tests share; each call builds a fresh one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+VOCABULARY = 48
+
+
+def gpt2(layers: int = 2, width: int = 16, seed: int = 0, vocabulary: int = VOCABULARY, dropout: float = 0.0) -> Any:
+    """A random GPT-2."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    drop = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+    config = GPT2Config(
+        n_layer=layers,
+        n_embd=width,
+        n_head=4,
+        vocab_size=vocabulary,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=0,
+        **drop,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def llama(layers: int = 2, seed: int = 0) -> Any:
+    """A random Llama with grouped keys."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=32,
+    )
+    return LlamaForCausalLM(config)
+
+
+def bert(layers: int = 2, width: int = 32, seed: int = 0) -> Any:
+    """A random BERT classifier."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertForSequenceClassification(config)
+
+
+class Plain(nn.Module):
+    """A language model of no library: an embedding, blocks, a head; called with ids, returns logits."""
+
+    def __init__(self, layers: int = 2, width: int = 12, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(layers))
+        self.head = nn.Linear(width, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def ids(rows: int = 24, length: int = 8, seed: int = 3) -> Tensor:
+    """Random token ids (rows, length)."""
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models hold bit-identical parameters and buffers."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
