@@ -20,8 +20,9 @@ from tdkit.evaluation import PROTOCOL, Evaluation, evaluate
 from tdkit.huggingface import is_transformers
 from tdkit.planning import plan
 from tdkit.policy import Policy, Rule
-from tdkit.recipe import Recipe, Run, StepConfig
+from tdkit.recipe import Recipe, StepConfig
 from tdkit.registry import decomposition, spec_of
+from tdkit.running import Run
 from tdkit.tables import table_of
 
 FIGURE_COLUMNS = ("model", "params", "ratio", "MB", "perplexity", "tokens/s", "fit seconds")

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from tdkit.checkpoint import load
 from tdkit.errors import RecipeError, RegistryError
-from tdkit.recipe import Recipe, load_recipe, recipe_files, recipe_text, run_recipe, steps
+from tdkit.recipe import Recipe, load_recipe, recipe_files, recipe_text, steps
+from tdkit.running import run_recipe
 
 QUIET = Console(quiet=True)
 FORM: dict[str, Any] = {

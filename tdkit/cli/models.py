@@ -18,8 +18,8 @@ from tdkit.evaluation import PROTOCOL, evaluate
 from tdkit.planning import applied_plan
 from tdkit.planning import plan as plan_model
 from tdkit.policy import Policy, Rule
-from tdkit.recipe import DTYPES
 from tdkit.registry import decomposition
+from tdkit.running import DTYPES
 from tdkit.sources import Source, encode, load_model, load_texts, windows
 from tdkit.tables import table_of
 

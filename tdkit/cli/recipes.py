@@ -11,7 +11,8 @@ import yaml
 from tdkit.cli.output import AsJson, Device, DryRun, err, out, show
 from tdkit.errors import RecipeError
 from tdkit.files import write_text
-from tdkit.recipe import Recipe, load_recipe, recipe_files, recipe_text, run_recipe
+from tdkit.recipe import Recipe, load_recipe, recipe_files, recipe_text
+from tdkit.running import run_recipe
 from tdkit.tables import table_of
 
 Name = Annotated[str, typer.Argument(metavar="RECIPE", help="A registered recipe, or a .yaml file.")]
