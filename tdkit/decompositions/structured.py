@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import cache
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ class StructuredMatrix(FactorizedMatrix):
         return self.structure.paths(tokens)
 
     def schedule(self, dtype: torch.dtype, device: str, *, held: bool) -> Schedule:
-        return cast(Schedule, _constant_schedule(self.structure, dtype, device, held))
+        return _constant_schedule(self.structure, dtype, device, held)
 
     def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
         return linear(x, bias, self.factors(), self.structure, path)
@@ -48,9 +47,12 @@ class StructuredMatrix(FactorizedMatrix):
         return self.factors()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _constant_schedule(structure: Structure, dtype: torch.dtype, device: str, held: bool) -> Schedule:
     return _schedule(structure, dtype, device, held, torch.get_num_threads())
+
+
+# All that torch.compiler.assume_constant_result does; calling it would import torch._dynamo, two seconds for everybody.
+vars(_constant_schedule)["_dynamo_marked_constant"] = True
 
 
 @cache
