@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,7 @@ def calibrate(
     batches: Iterable[Batch] | str | Path,
     *,
     gradients: bool = True,
+    names: Collection[str] | None = None,
     loss: Loss | None = None,
     tokenizer: Any = None,
     context: int = 512,
@@ -155,6 +156,7 @@ def calibrate(
             of keyword arguments (padding under ``attention_mask`` is left out). Or the name of a text, as
             `tdkit.sources.load_texts` knows it, of which windows spread over all of it are used.
         gradients: measure S too, at the cost of a backward; without it S is None.
+        names: the sites to measure, by the name of any of their layers; all when None.
         loss: (model output, batch) to a scalar, summed over tokens rather than averaged, so that all
             batches count alike. None is the next-token cross-entropy of a causal language model, or the
             model's own ``loss`` where a batch holds ``labels``.
@@ -171,7 +173,7 @@ def calibrate(
     chosen = list(_text_batches(batches, tokenizer, context, tokens) if isinstance(batches, str | Path) else batches)
     if not chosen:
         raise CalibrationError("there are no calibration batches: give at least one")
-    sites = survey(model).sites
+    sites = tuple(site for site in survey(model).sites if names is None or not set(names).isdisjoint(site.names))
     if not sites:
         raise CalibrationError("the model has no layer that can be rewritten, so there is nothing to calibrate")
     with as_it_was(model, device):

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from tdkit.decompositions.base import Decomposition
 from tdkit.errors import OptionError, PolicyError, RegistryError, did_you_mean
 from tdkit.registry import decomposition, spec_of
-from tdkit.sites import Site, Survey
+from tdkit.sites import Site, Survey, survey
 
 ALLOCATIONS = ("auto", "uniform", "loss")
 
@@ -181,6 +182,11 @@ class Policy:
             if first is not None:
                 assigned[site.name] = first
         return assigned
+
+    def rewritten(self, model: nn.Module) -> list[str]:
+        """The names of the sites of `model` that a rule gives to a decomposition."""
+        assigned = self.assign(survey(model))
+        return [name for name, rule in assigned.items() if not rule.keep]
 
     def to_dict(self) -> dict[str, Any]:
         form: dict[str, Any] = {"rules": [rule.to_dict() for rule in self.rules]}

@@ -63,7 +63,7 @@ class CompressStep(StepConfig):
             raise RecipeError("compress with sequential needs calibrated: true")
 
     def run(self, run: Run) -> dict[str, Any]:
-        calibration = run.calibration() if self.calibrated else None
+        calibration = run.calibration(self.policy) if self.calibrated else None
         chosen = plan(run.model, self.policy, calibration=calibration)
         run.console.print(chosen)
         compress(run.model, chosen, calibration=calibration, sequential=self.sequential, device=run.device)
@@ -100,6 +100,7 @@ class CompareStep(StepConfig):
         check_calibration(self.calibrated, recipe, "compare")
 
     def run(self, run: Run) -> dict[str, Any]:
+        kinds = [decomposition(candidate) for candidate in self.candidates]
         ids = run.tokens("evaluation")
         context = run.recipe.data.context
         dense = evaluate(run.model, ids, context=context)
@@ -107,11 +108,11 @@ class CompareStep(StepConfig):
         figures: list[dict[str, Any]] = [{"name": "dense", **dense.to_dict()}]
         best: tuple[float, nn.Module] | None = None
         started = time.perf_counter()
-        calibration = run.calibration() if self.calibrated else None
+        calibration = run.calibration(self._policy(kinds[0])) if self.calibrated else None
         if calibration is not None:
             seconds = time.perf_counter() - started
             run.console.print(f"  calibrated on {run.recipe.data.calibration_tokens:,} tokens in {seconds:.0f} s")
-        for kind in (decomposition(candidate) for candidate in self.candidates):
+        for kind in kinds:
             started = time.perf_counter()
             chosen = plan(run.model, self._policy(kind), calibration=calibration)
             if best is None:

@@ -57,7 +57,9 @@ def plan(
     chosen = _policy(policy, with_, match, budget)
     texts = None if calibration is None else load_texts(calibration)
     source = load_model(model, dtype=_dtype(dtype))
-    made = plan_model(source.model, chosen, calibration=_calibration(source, texts, calibration_tokens, context))
+    made = plan_model(
+        source.model, chosen, calibration=_calibration(source, texts, calibration_tokens, context, chosen)
+    )
     show(made.table(every=every), made.to_dict(), as_json)
 
 
@@ -89,7 +91,7 @@ def compress(
         _check_folder(folder, overwrite)
     texts = None if calibration is None else load_texts(calibration)
     source = load_model(model, dtype=_dtype(dtype))
-    known = _calibration(source, texts, calibration_tokens, context)
+    known = _calibration(source, texts, calibration_tokens, context, chosen)
     made = plan_model(source.model, chosen, calibration=known)
     if not dry_run:
         compress_model(source.model, made, calibration=known, sequential=sequential, device=device)
@@ -172,11 +174,13 @@ def _policy(file: Path | None, with_: str, match: list[str] | None, budget: floa
     return Policy([Rule(glob, kind) for glob in match or ["*"]], budget)
 
 
-def _calibration(source: Source, texts: list[str] | None, tokens: int, context: int) -> Calibration | None:
+def _calibration(
+    source: Source, texts: list[str] | None, tokens: int, context: int, policy: Policy
+) -> Calibration | None:
     if texts is None:
         return None
     rows = windows(encode(texts, source.tokenizer, tokens), context)
-    return calibrate(source.model, [row.unsqueeze(0) for row in rows])
+    return calibrate(source.model, [row.unsqueeze(0) for row in rows], names=policy.rewritten(source.model))
 
 
 def _dtype(name: str) -> torch.dtype:
