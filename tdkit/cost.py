@@ -13,7 +13,7 @@ import torch
 
 DENSE = "dense"  # the name of the path that builds the weight, in every structure
 HELD = "dense, held"  # the same with the weight kept from call to call
-MARGIN = 0.9  # factors are preferred to a held weight only when they promise at least a tenth less time
+MARGIN = 0.85  # factors are preferred to a held weight only when they promise at least this much less time
 BOUNDS = tuple(2**k for k in range(17))  # tokens at which the paths are compared
 CHUNK_BYTES = 3 * 2**20  # of what lies between two products; 1 to 4 MiB were equally good with 1 MiB of L2 per core
 
@@ -106,8 +106,10 @@ def _seconds(product: Product, rates: Rates, itemsize: int) -> float:
     smallest = min(product.m, product.k, product.n)
     share = max(smallest / (smallest + rates.half_size), rates.floor)
     size = product.elements * itemsize
-    bandwidth = rates.cached_bytes if size <= rates.cache else rates.bytes
-    return rates.call + max(product.multiply_adds / (rates.multiply_adds * share), size / bandwidth)
+    reading = size / (rates.cached_bytes if size <= rates.cache else rates.bytes)
+    if smallest == 1:  # a matrix times a vector is bound by reading the matrix
+        return rates.call + reading
+    return rates.call + reading + product.multiply_adds / (rates.multiply_adds * share)
 
 
 Schedule = tuple[tuple[int, Path], ...]  # (the most tokens it serves, path), ascending; the last serves all above

@@ -43,3 +43,9 @@ class HeldWeight:
     def bytes(self) -> int:
         """What the weight takes in memory; 0 while there is none."""
         return 0 if self._weight is None else self._weight.numel() * self._weight.element_size()
+
+
+def holdable(factors: Sequence[Tensor]) -> bool:
+    """Whether the weight of these factors may be held now: not where they need gradients, or have no versions."""
+    recording = torch.is_grad_enabled()
+    return not any((recording and factor.requires_grad) or factor.is_inference() for factor in factors)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tdkit.autograd import autocast_dtype
 from tdkit.cost import DENSE, HELD, Path, Product, Schedule, schedule_of, select
 from tdkit.errors import OptionError
-from tdkit.held import HeldWeight
+from tdkit.held import HeldWeight, holdable
 from tdkit.linalg import relative_error, working
 from tdkit.metric import Metric
 from tdkit.shapes import Shape
@@ -62,11 +62,19 @@ class FactorizedMatrix(nn.Module, ABC):
         bias: Tensor | None = None,  # (out,)
     ) -> Tensor:  # (*batch, out)
         """``x @ dense().T + bias`` by the path that costs least for this many rows of x."""
-        held = self._may_hold()
-        path = select(self.schedule(x.dtype, x.device.type, held=held), x.numel() // self.shape[1])
-        if path.name == HELD:
-            dtype = autocast_dtype(x.device.type) or x.dtype
-            return F.linear(x, self._held.get(self._tensors(), dtype, self.dense), bias)
+        tokens = x.numel() // self.shape[1]
+        if self.prefer == "speed" and not self.training and not torch.compiler.is_compiling():
+            tensors = self._tensors()
+            if holdable(tensors):
+                path = select(self.schedule(x.dtype, x.device.type, held=True), tokens)
+                if path.name == HELD:
+                    dtype = autocast_dtype(x.device.type) or x.dtype
+                    return F.linear(x, self._held.get(tensors, dtype, self.dense), bias)
+                return self.multiply(x, bias, path)
+        if torch.compiler.is_compiling():
+            path = select(self.constant_schedule(x.dtype, x.device.type), tokens)
+        else:
+            path = select(self.schedule(x.dtype, x.device.type, held=False), tokens)
         return self.multiply(x, bias, path)
 
     def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
@@ -97,19 +105,24 @@ class FactorizedMatrix(nn.Module, ABC):
         of = next(self.parameters())
         kind = torch.device(device).type if device is not None else of.device.type
         kind = "cpu" if kind == "meta" else kind
-        return select(self.schedule(dtype or of.dtype, kind, held=(prefer or self.prefer) == "speed"), tokens)
+        held = (prefer or self.prefer) == "speed"
+        name = select(self.schedule(dtype or of.dtype, kind, held=held), tokens).name
+        dense = Path(HELD, (Product(tokens, self.shape[1], self.shape[0]),))
+        return next(path for path in (*self.paths(tokens), dense) if path.name == name)
 
     def schedule(self, dtype: torch.dtype, device: str, *, held: bool) -> Schedule:
         """The path for every number of tokens."""
-        if torch.compiler.is_compiling():  # a plugin's own arithmetic on shapes stays out of the graph
-            return ((0, self.paths(1)[0]),)
-        threads = torch.get_num_threads()
-        key = (dtype, device, held, threads)
+        key = (dtype, device, held)
         if key not in self._schedules:
+            threads = torch.get_num_threads()
             self._schedules[key] = schedule_of(
                 self.paths, self.shape, dtype=dtype, device=device, threads=threads, held=held
             )
         return self._schedules[key]
+
+    def constant_schedule(self, dtype: torch.dtype, device: str) -> Schedule:
+        """The same for torch.compile, without holding: arithmetic on shapes stays out of the graph."""
+        return ((0, self.paths(1)[0]),)
 
     def hold(self, prefer: Preference) -> None:
         """Set `prefer` and forget a weight that is held."""
@@ -135,15 +148,6 @@ class FactorizedMatrix(nn.Module, ABC):
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return (*self.parameters(), *self.buffers())
-
-    def _may_hold(self) -> bool:
-        """Whether the weight may be held now: never where a gradient or a compiled graph needs the factors."""
-        if self.prefer != "speed" or self.training or torch.compiler.is_compiling():
-            return False
-        tensors = self._tensors()
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return False
-        return not any(tensor.is_inference() for tensor in tensors)  # these carry no version counter
 
     def rows(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -37,8 +36,8 @@ class StructuredMatrix(FactorizedMatrix):
     def paths(self, tokens: int) -> tuple[Path, ...]:
         return self.structure.paths(tokens)
 
-    def schedule(self, dtype: torch.dtype, device: str, *, held: bool) -> Schedule:
-        return _constant_schedule(self.structure, dtype, device, held)
+    def constant_schedule(self, dtype: torch.dtype, device: str) -> Schedule:
+        return _constant_schedule(self.structure, dtype, device)
 
     def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
         return linear(x, bias, self.factors(), self.structure, path)
@@ -47,14 +46,10 @@ class StructuredMatrix(FactorizedMatrix):
         return self.factors()
 
 
-def _constant_schedule(structure: Structure, dtype: torch.dtype, device: str, held: bool) -> Schedule:
-    return _schedule(structure, dtype, device, held, torch.get_num_threads())
+def _constant_schedule(structure: Structure, dtype: torch.dtype, device: str) -> Schedule:
+    threads = torch.get_num_threads()
+    return schedule_of(structure.paths, structure.shape, dtype=dtype, device=device, threads=threads, held=False)
 
 
 # All that torch.compiler.assume_constant_result does; calling it would import torch._dynamo, two seconds for everybody.
 vars(_constant_schedule)["_dynamo_marked_constant"] = True
-
-
-@cache
-def _schedule(structure: Structure, dtype: torch.dtype, device: str, held: bool, threads: int) -> Schedule:
-    return schedule_of(structure.paths, structure.shape, dtype=dtype, device=device, threads=threads, held=held)

@@ -45,7 +45,7 @@ class TTMatrixMatrix(StructuredMatrix):
         )
 
     def factors(self) -> tuple[Tensor, ...]:
-        return tuple(self.cores)
+        return tuple(self.cores.parameters(recurse=False))
 
     def rows(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)
