@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -125,7 +125,6 @@ def _check_vocabularies(mine: View, theirs: View | None) -> None:
 def training_mode(student: nn.Module, stage: Stage, running: Running) -> Iterator[set[str]]:
     """Switch on what a stage asks of the student, yield its trainable names, and put everything back after it."""
     chosen = trainable_names(student, stage.trainable, f"stage '{stage.name}'")
-    model: Any = student
     with ExitStack() as stack:
         for module in student.modules():
             stack.callback(setattr, module, "training", module.training)
@@ -137,10 +136,7 @@ def training_mode(student: nn.Module, stage: Stage, running: Running) -> Iterato
             stack.callback(setattr, config, "use_cache", config.use_cache)  # type: ignore[union-attr]
             config.use_cache = False  # type: ignore[union-attr]
         if running.gradient_checkpointing:
-            if not hasattr(model, "gradient_checkpointing_enable"):
-                raise StageError(f"{type(student).__name__} offers no gradient checkpointing: switch it off")
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            stack.callback(model.gradient_checkpointing_disable)
+            stack.callback(_checkpoint_activations(student))
         if running.compile:
             student.compile(backend="inductor" if running.compile is True else running.compile)
             stack.callback(setattr, student, "_compiled_call_impl", None)
@@ -150,6 +146,17 @@ def training_mode(student: nn.Module, stage: Stage, running: Running) -> Iterato
         finally:
             for parameter in student.parameters():
                 parameter.grad = None
+
+
+def _checkpoint_activations(student: nn.Module) -> Callable[[], None]:
+    """Switch activation checkpointing on; returns what switches it off. The method has a new name in newer transformers."""
+    model: Any = student
+    for kind in ("activation", "gradient"):
+        if hasattr(model, f"{kind}_checkpointing_enable"):
+            getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+            off: Callable[[], None] = getattr(model, f"{kind}_checkpointing_disable")
+            return off
+    raise StageError(f"{type(student).__name__} offers no gradient checkpointing: switch it off")
 
 
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

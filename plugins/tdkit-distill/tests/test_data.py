@@ -58,7 +58,7 @@ def test_the_second_time_is_read_from_the_cache(
     assert first.train.fingerprint == again.train.fingerprint
     (packed,) = (tmp_path / "cache").glob("*/windows.i32")
     packed.write_bytes(packed.read_bytes()[:-4])
-    with pytest.raises(DataError, match="delete .* to pack the text again"):
+    with pytest.raises(DataError, match=r"delete .* to pack the text again"):
         text_windows(file, tokenizer, length=32, cache=tmp_path / "cache")
 
 

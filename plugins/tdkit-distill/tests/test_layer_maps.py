@@ -43,7 +43,7 @@ def test_patterns_and_mappings() -> None:
         ("blocks.1", "transformer.h.2"),
     )
     assert map_layers(student, teacher, r"re:transformer\.h\.\d+\.ln_2", place="x")[1][1] == "transformer.h.3.ln_2"
-    with pytest.raises(StageError, match="teacher layers 'transformer.h.9' match no module; did you mean"):
+    with pytest.raises(StageError, match=r"teacher layers 'transformer.h.9' match no module; did you mean"):
         map_layers(student, teacher, {"transformer.h.0": "transformer.h.9"}, place="loss 'hidden'")
-    with pytest.raises(StageError, match="loss 'ffn': student layers like 'blocks.0' have none of mlp"):
+    with pytest.raises(StageError, match=r"loss 'ffn': student layers like 'blocks.0' have none of mlp"):
         map_layers(Plain(), teacher, "all", inside=FEED_FORWARD, place="loss 'ffn'")

@@ -142,8 +142,16 @@ def test_padding_counts_in_no_loss() -> None:
 
 @pytest.mark.parametrize(
     "form",
-    [{"hidden": {"distance": "mse"}}, {"hidden": {"distance": "cosine"}}, {"ffn": 1}, {"attention": 1}]
-    + [{"attention_scores": 1}, {"embedding": 1}, {"logits": {"kind": "jensen_shannon"}}, {"cross_entropy": 1}],
+    [
+        {"hidden": {"distance": "mse"}},
+        {"hidden": {"distance": "cosine"}},
+        {"ffn": 1},
+        {"attention": 1},
+        {"attention_scores": 1},
+        {"embedding": 1},
+        {"logits": {"kind": "jensen_shannon"}},
+        {"cross_entropy": 1},
+    ],
     ids=lambda form: next(iter(form)),
 )
 def test_gradients_by_finite_differences(form: dict[str, Any]) -> None:
@@ -184,14 +192,14 @@ def test_widths_that_differ_get_a_learned_projection_or_an_error() -> None:
         probe(trainee, live, Windows(ids(2)), 0, CPU)
         shapes = [tuple(p.shape) for name, p in trainee.named_parameters() if name.startswith("terms.")]
     assert shapes == [(16, 8), (16, 8)]
-    with pytest.raises(StageError, match="is 8 wide and 'transformer.h.0' 16: set project: true"):
+    with pytest.raises(StageError, match=r"is 8 wide and 'transformer.h.0' 16: set project: true"):
         value(student, teacher, {"hidden": {"project": False}})
 
 
 def test_what_cannot_be_compared_is_told() -> None:
     with pytest.raises(StageError, match="loss 'hidden' compares with a teacher, and there is none"):
         bind(Stage(losses={"hidden": 1}, steps=1), gpt2(), None)
-    with pytest.raises(StageError, match="has 4 heads and 'transformer.h.0.attn' 2"):
+    with pytest.raises(StageError, match=r"has 4 heads and 'transformer.h.0.attn' 2"):
         other = gpt2()
         other.transformer.h[0].attn.num_heads = 2
         other.transformer.h[0].attn.head_dim = 8

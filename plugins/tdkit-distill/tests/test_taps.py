@@ -80,7 +80,7 @@ def test_an_exception_inside_leaves_no_hook() -> None:
 def test_an_unknown_name_is_told_before_any_hook_stays() -> None:
     model = gpt2()
     with (
-        pytest.raises(StageError, match="did you mean 'transformer.h.0.mlp'"),
+        pytest.raises(StageError, match=r"did you mean 'transformer.h.0.mlp'"),
         tapped(model, ["transformer.h.1", "transformer.h.0.mpl"]),
     ):
         pass
