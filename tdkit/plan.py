@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from tdkit.decompositions.base import Decomposition
 from tdkit.errors import PolicyError
 from tdkit.registry import decomposition, spec_of
 from tdkit.shapes import Shape
 from tdkit.tables import render, table_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FORMAT_VERSION = 1
 GROUP_ABOVE = 40  # a longer plan is shown with equal layers of different depth in one row

@@ -1,20 +1,16 @@
-"""A progress bar that shows itself only where a person is looking."""
+"""A progress bar that shows itself only where a person is looking.
+
+rich is imported when a bar is made: it takes time, and a draw from Python's global random state.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 class Bar:
@@ -40,6 +36,16 @@ def progress_bar(title: str, total: float, show: bool | None = None) -> Iterator
     Args:
         show: None shows it on a terminal only.
     """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(stderr=True)
     visible = console.is_terminal if show is None else show
     progress = Progress(

@@ -1,16 +1,22 @@
-"""Tables for people, as rich tables, plain text or Markdown."""
+"""Tables for people, as rich tables, plain text or Markdown.
+
+rich is imported when a table is made: it takes time, and a draw from Python's global random state.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def render(table: Table, width: int = 160) -> str:
     """A rich table as plain text, without trailing blanks."""
+    from rich.console import Console
+
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(table)
     output = console.file
@@ -20,6 +26,8 @@ def render(table: Table, width: int = 160) -> str:
 
 def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
     """A table with its first column left and the others right aligned."""
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", overflow="fold")

@@ -1,0 +1,157 @@
+"""``import tdkit`` is quick and touches nothing; modules import only from the rooms above them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tdkit
+
+# Each line may import from the lines above it, not from its own line or those below.
+# A new module takes the first line that is below everything it imports and above everything that imports it.
+ROOMS = """
+    errors shapes files tables progress timing held assignment quasi_newton product_metric
+    huggingface linalg cost
+    spectral_start metric contraction
+    autograd permutations trains tensor_train whitening
+    metric_fit
+    decompositions.base
+    decompositions.structured
+    decompositions.low_rank decompositions.kronecker decompositions.tt_matrix
+    decompositions.permuted_kronecker
+    decompositions
+    registry
+    testing auto layers
+    hosts prepare ties
+    sites plan
+    policy checkpoint fitting moments
+    sources
+    calibration evaluation
+    budget sequential
+    planning
+    compression
+    __init__
+    recipes
+    recipe
+    running
+    steps
+    cli cli.output
+    cli.registered cli.models cli.recipes
+    cli.app
+"""
+LINES = [line.split() for line in ROOMS.strip().splitlines()]
+FLOOR = {module: number for number, line in enumerate(LINES) for module in line}
+PACKAGE = Path(tdkit.__file__).parent
+LEAN = ("rich", "transformers", "datasets", "accelerate", "scipy", "tensorly", "pandas", "matplotlib", "typer")
+
+
+def modules() -> dict[str, Path]:
+    """Every module's name below ``tdkit``, a package by its own name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
+    return found
+
+
+def imported(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of tdkit that a file imports, anywhere in it: an import inside a function hides a cycle."""
+    names = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    unseen = {id(n) for block in ast.walk(tree) if _is_for_types_only(block) for n in ast.walk(block)}
+    for node in ast.walk(tree):
+        if id(node) in unseen:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    below = {name.removeprefix("tdkit.") for name in names if name.startswith("tdkit.")}
+    found = below & set(known)
+    return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
+
+
+def _is_for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def test_every_module_has_its_room() -> None:
+    homeless = set(modules()) - set(FLOOR)
+    assert not homeless, f"add {', '.join(sorted(homeless))} to ROOMS in {Path(__file__).name}, below what they import"
+    gone = set(FLOOR) - set(modules())
+    assert not gone, f"take {', '.join(sorted(gone))} out of ROOMS in {Path(__file__).name}: there is no such module"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_point_only_downward(name: str) -> None:
+    known = modules()
+    upward = {other for other in imported(known[name], known) if FLOOR.get(other, -1) >= FLOOR.get(name, len(LINES))}
+    assert not upward, (
+        f"{name} imports {', '.join(sorted(upward))}, which ROOMS in {Path(__file__).name} does not place above it: "
+        "move the import, or the line of the module"
+    )
+
+
+def in_a_new_process(code: str) -> Any:
+    """What `code` prints as JSON, run by a new interpreter with the tests' warnings as errors."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_import_is_lean_quick_and_without_traces() -> None:
+    seen = in_a_new_process(
+        f"""
+import json, os, random, sys, threading, time, warnings
+import numpy, torch
+def state():
+    return {{
+        "dtype": str(torch.get_default_dtype()), "rng": torch.get_rng_state().sum().item(),
+        "numpy": str(numpy.random.get_state()[1][:5]), "random": hash(random.getstate()),
+        "threads": [torch.get_num_threads(), torch.get_num_interop_threads(), threading.active_count()],
+        "environment": dict(os.environ), "grad": torch.is_grad_enabled(), "filters": len(warnings.filters),
+        "cuda": torch.cuda.is_initialized(), "precision": torch.get_float32_matmul_precision(),
+    }}
+before, loaded = state(), set(sys.modules)
+started = time.perf_counter()
+import tdkit
+seconds = time.perf_counter() - started
+new = set(sys.modules) - loaded
+print(json.dumps({{
+    "heavy": sorted(set({LEAN!r}) & {{name.split(".")[0] for name in new}}),
+    "changed": sorted(key for key, value in state().items() if value != before[key]),
+    "seconds": seconds,
+    "plugins": sorted(name for name in new if name.startswith("tdkit_")),
+}}))
+"""
+    )
+    assert seen["heavy"] == []
+    assert seen["plugins"] == []
+    assert seen["changed"] == []
+    assert seen["seconds"] < 1.5  # 0.3 on an idle machine; this one may be busy
+
+
+def test_names_are_listed_without_importing_plugins() -> None:
+    seen = in_a_new_process(
+        """
+import json, sys
+import tdkit.registry
+names = tdkit.registry.decompositions.names()
+print(json.dumps({"names": names, "plugins": sorted(name for name in sys.modules if name.startswith("tdkit_"))}))
+"""
+    )
+    assert "low_rank" in seen["names"]
+    assert seen["plugins"] == []
+
+
+def test_every_public_name_exists() -> None:
+    assert list(tdkit.__all__) == sorted(tdkit.__all__)
+    assert all(hasattr(tdkit, name) for name in tdkit.__all__)
+    assert tdkit.__version__
