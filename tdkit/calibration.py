@@ -23,6 +23,7 @@ from tdkit.metric import Metric
 from tdkit.moments import Reach, Recorder, SharingBrokeError, groups_within, reaching
 from tdkit.progress import Bar, progress_bar
 from tdkit.sites import survey
+from tdkit.sources import spread_windows
 
 LIMIT_BYTES = 8 * 2**30
 FORMAT_VERSION = 1
@@ -315,8 +316,6 @@ def as_it_was(model: nn.Module, device: torch.device | str | None) -> Iterator[N
 
 
 def _text_batches(name: str | Path, tokenizer: Any, context: int, tokens: int) -> list[Tensor]:
-    from tdkit.sources import spread_windows  # here: it stands above this file, as it also reads saved models
-
     return [row[None] for row in spread_windows(name, tokenizer, context=context, tokens=tokens)]
 
 
