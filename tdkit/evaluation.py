@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tdkit.errors import SourceError
 from tdkit.progress import progress_bar
 from tdkit.sites import num_bytes, num_params
 from tdkit.sources import windows
@@ -60,11 +61,13 @@ def evaluate(
         batch: windows per forward pass.
 
     Raises:
-        SourceError: when the text does not fill one window.
+        SourceError: when the text does not fill one window, or a window holds nothing to predict.
     """
     device = next(model.parameters()).device
     rows = windows(ids, context)
-    training = model.training
+    if context < 2:
+        raise SourceError(f"a context of {context} predicts nothing: give at least 2 tokens")
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     loss, seconds = torch.zeros((), dtype=torch.float64), 0.0
     try:
@@ -82,13 +85,14 @@ def evaluate(
                 loss += losses.double().cpu()
                 bar.advance(len(chunk))
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     tokens = rows.numel() - len(rows)
     mean = float(loss) / tokens
     return Evaluation(
         params=num_params(model),
         bytes=num_bytes(model),
-        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        perplexity=math.inf if mean >= 700 else math.exp(mean),  # NaN stays NaN
         tokens=tokens,
         context=context,
         tokens_per_second=rows.numel() / seconds if seconds else math.inf,

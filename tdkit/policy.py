@@ -160,7 +160,7 @@ class Policy:
             raise PolicyError(f"policy allow_growth={self.allow_growth!r} must be true or false")
         if self.allocation not in ALLOCATIONS:
             raise PolicyError(
-                f"policy allocation={self.allocation!r}{did_you_mean(str(self.allocation), ALLOCATIONS)} "
+                f"policy allocation={self.allocation!r}{did_you_mean(str(self.allocation), ALLOCATIONS)}; "
                 f"known: {', '.join(ALLOCATIONS)}"
             )
 

