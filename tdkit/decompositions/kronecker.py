@@ -16,6 +16,7 @@ from tdkit.decompositions.structured import StructuredMatrix
 from tdkit.errors import OptionError
 from tdkit.linalg import nearest_kronecker
 from tdkit.metric import Metric
+from tdkit.metric_fit import kronecker_in_metric
 from tdkit.shapes import Shape, divisors
 
 
@@ -129,7 +130,10 @@ class Kronecker(Decomposition):
         shape = (weight.shape[0], weight.shape[1])
         matrix = self.empty(shape, device=weight.device, dtype=weight.dtype)
         terms, a, b = self._closed(shape)
-        factor_a, factor_b = nearest_kronecker(weight, a, b, terms)
+        if metric is None:
+            factor_a, factor_b = nearest_kronecker(weight, a, b, terms)
+        else:
+            factor_a, factor_b = kronecker_in_metric(weight, metric, a, b, terms)
         assign(matrix.a, factor_a)
         assign(matrix.b, factor_b)
         return matrix

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tdkit.decompositions.base import Decomposition, assign, factor, integers, positive
 from tdkit.decompositions.structured import StructuredMatrix
 from tdkit.errors import OptionError
-from tdkit.linalg import orthogonal_split, working
 from tdkit.metric import Metric
+from tdkit.metric_fit import fit_train
 from tdkit.shapes import Shape, balanced_modes
+from tdkit.tensor_train import bond_balanced, tt_svd
 from tdkit.trains import TrainStructure
 
 Modes = tuple[int, ...]
@@ -133,9 +132,12 @@ class TTMatrix(Decomposition):
     def fit(self, weight: Tensor, metric: Metric | None = None) -> TTMatrixMatrix:
         shape = (weight.shape[0], weight.shape[1])
         matrix = self.empty(shape, device=weight.device, dtype=weight.dtype)
-        for parameter, core in zip(
-            matrix.cores, tt_svd(weight, self._closed_ranks(shape), *self.modes(shape)), strict=True
-        ):
+        ranks, (out_modes, in_modes) = self._closed_ranks(shape), self.modes(shape)
+        if metric is None:
+            cores, _ = bond_balanced(tt_svd(weight, ranks, out_modes, in_modes))
+        else:
+            cores = fit_train(weight, metric, ranks, out_modes, in_modes)
+        for parameter, core in zip(matrix.cores, cores, strict=True):
             assign(parameter, core)
         return matrix
 
@@ -171,31 +173,3 @@ class TTMatrix(Decomposition):
                 f"tt_matrix: ranks={self.ranks} are above the full ranks {full} of a {shape[0]}x{shape[1]} matrix"
             )
         return (1, *self.ranks, 1)
-
-
-def tt_svd(weight: Tensor, ranks: Sequence[int], out_modes: Modes, in_modes: Modes) -> list[Tensor]:
-    """Cores of `weight` (out, in) by successive truncated SVDs, float64; zero padding to the modes.
-
-    Source: Oseledets (2011), algorithm 1, on the tensor with row and column modes interleaved.
-    """
-    padding = (0, math.prod(in_modes) - weight.shape[1], 0, math.prod(out_modes) - weight.shape[0])
-    tensor = F.pad(working(weight), padding).reshape(*out_modes, *in_modes)
-    count = len(out_modes)
-    rest = tensor.permute([axis for k in range(count) for axis in (k, count + k)]).reshape(1, -1)
-    cores = []
-    for k in range(count - 1):
-        size = out_modes[k] * in_modes[k]
-        left, right = orthogonal_split(rest.reshape(ranks[k] * size, -1), ranks[k + 1])
-        cores.append(left.reshape(ranks[k], out_modes[k], in_modes[k], ranks[k + 1]))
-        rest = right
-    cores.append(rest.reshape(ranks[-2], out_modes[-1], in_modes[-1], 1))
-    return balanced(cores)
-
-
-def balanced(cores: list[Tensor]) -> list[Tensor]:
-    """The same tensor with cores of equal norm, which conditions later optimisation."""
-    norms = torch.stack([core.norm() for core in cores])
-    if not bool((norms > 0).all()):
-        return cores
-    level = norms.log().mean().exp()
-    return [core * (level / norm) for core, norm in zip(cores, norms, strict=True)]
