@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tdkit.linalg import nearest_kronecker, restore
+from tdkit.assignment import best_assignment
+from tdkit.linalg import nearest_kronecker, rearrange, restore
 from tdkit.shapes import Shape
+from tdkit.spectral_start import DETECTED, embed, regrouped, spectral_starts
 
-MAX_ROUNDS = 15
-TOLERANCE = 1e-6  # of the matrix's energy: an alternation that gains less has converged
+MAX_ROUNDS = 15  # of one alternation
+ROUNDS = 60  # of all alternations together, for one unit of effort
+NEGLIGIBLE = 1e-12  # of the energy: an exact fit
+TOLERANCE = 3e-5  # of the matrix's energy: an alternation that gains less has converged
+FEW_TERMS = 16  # up to here a few power iterations stand in for the exact fit while the orders still move
+QUICK_SIDE = 192  # and only when the rearranged matrix is at least this long on its short side
+POWER_ITERATIONS = 3
+WORTH = 0.02  # of the energy: with many terms, a start that gains less over the plain order is dropped
+STAGES = 4  # of spectral starts that one unit of effort tries
 
 
 @dataclass(frozen=True)
@@ -35,64 +45,185 @@ def search(
     rows: bool = True,
     columns: bool = True,
     seed: int = 0,
+    effort: int = 1,
 ) -> Ordering:
-    """The best ordering found from several starts, the identity first, each improved by alternation.
+    """The best ordering found from several starts, each improved by alternation.
 
-    Every step is monotone: the Kronecker fit is optimal for an ordering, and for fixed factors the best
-    order of the rows (then of the columns) is a linear assignment. So the result is never worse than
-    `nearest_kronecker` on the matrix as it stands. Deterministic for a seed.
+    The starts are the order as it stands, the order by norm and, where the matrix shows a permuted
+    structure, the spectral ones. In an alternation every step is monotone: the fit is the best for an
+    order, and for fixed factors the best order of the rows (then of the columns) is a linear assignment.
+    The result is never worse than `nearest_kronecker` on the matrix as it stands. Deterministic for a seed.
+
+    Args:
+        matrix: what to fit.
+        a, b, terms: factor shapes and their number, as for `nearest_kronecker`.
+        rows, columns: whether they may be reordered.
+        seed: of the trials that tell the two indices apart.
+        effort: how many spectral stages are tried before giving up, in units of `STAGES`; 0 tries none.
 
     Source: alternation of an exact fit with exact assignments; the permuted form is that of Abronin et
-    al., TQCompressor (2024), section 3.
+    al., TQCompressor (2024), section 3; the spectral start is ours (`tdkit.spectral_start`).
     """
-    best: Ordering | None = None
-    for start_rows, start_columns in _starts(matrix, rows, columns, seed):
-        found = _alternate(matrix, a, b, terms, start_rows, start_columns, rows, columns)
-        if best is None or found.energy > best.energy:
-            best = found
-    assert best is not None
-    return best
-
-
-def _starts(matrix: Tensor, rows: bool, columns: bool, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    out_order = torch.arange(matrix.shape[0])
-    in_order = torch.arange(matrix.shape[1])
-    yield out_order, in_order
-    by_norm = matrix.cpu()
-    yield (
-        by_norm.norm(dim=1).argsort(descending=True, stable=True) if rows else out_order,
-        by_norm.norm(dim=0).argsort(descending=True, stable=True) if columns else in_order,
-    )
-
-
-def _alternate(
-    matrix: Tensor, a: Shape, b: Shape, terms: int, rows: Tensor, columns: Tensor, move_rows: bool, move_columns: bool
-) -> Ordering:
+    plain = _exact_fit(matrix, a, b, terms, torch.arange(matrix.shape[0]), torch.arange(matrix.shape[1]))
     total = float(matrix.square().sum())
-    current = _fit(matrix, a, b, terms, rows, columns)
-    for _ in range(MAX_ROUNDS):
-        approximation = restore(current.a.flatten(1).T @ current.b.flatten(1), a, b)
-        rows, columns = current.rows, current.columns
-        if move_rows:
-            rows = _assign(approximation @ matrix[:, columns].T)
-        if move_columns:
-            columns = _assign(approximation.T @ matrix[rows])
-        improved = _fit(matrix, a, b, terms, rows, columns)
-        if improved.energy <= current.energy + TOLERANCE * total:
-            return max(current, improved, key=lambda o: o.energy)
-        current = improved
-    return current
+    if not (rows or columns) or plain.energy >= (1 - NEGLIGIBLE) * total:
+        return plain
+    climb = _Climb(matrix, a, b, terms, rows, columns, rounds=ROUNDS * max(1, effort))
+    best = start = climb.scaled(plain)
+    for spectral in climb.spectral(start, seed, STAGES * effort):
+        best = max(best, climb.finished(climb.improved(spectral)), key=lambda o: o.energy)
+        if climb.is_explained(best) or climb.rounds <= 0:
+            break
+    else:
+        for other in (start, climb.by_norm()):
+            best = max(best, climb.improved(other), key=lambda o: o.energy)
+    if best is start:
+        return plain
+    return max(plain, _exact_fit(matrix, a, b, terms, best.rows, best.columns), key=lambda o: o.energy)
 
 
-def _assign(gain: Tensor) -> Tensor:
-    """For each place (row of `gain`) the item (column) so that the summed gain is largest."""
-    from scipy.optimize import linear_sum_assignment  # here: importing tdkit must stay quick
+class _Climb:
+    """Fits and alternations on one matrix, in float32: only the orders leave it, the factors are fitted anew."""
 
-    return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1])
+    def __init__(self, matrix: Tensor, a: Shape, b: Shape, terms: int, rows: bool, columns: bool, rounds: int) -> None:
+        self.size = float(matrix.abs().max())
+        self.matrix = (matrix / self.size).float()
+        self.total = float(self.matrix.double().square().sum())
+        self.a, self.b, self.terms = a, b, terms
+        self.move_rows, self.move_columns = rows, columns
+        self.rounds = rounds
+
+    def scaled(self, ordering: Ordering) -> Ordering:
+        """`ordering` of the matrix as one of `self.matrix`."""
+        a, b = ordering.a.float(), (ordering.b / self.size).float()
+        return replace(ordering, a=a, b=b, energy=ordering.energy / self.size**2)
+
+    def spectral(self, plain: Ordering, seed: int, stages: int) -> Iterator[Ordering]:
+        """Fitted spectral starts, the better of a stage first."""
+        if stages == 0:
+            return
+        few = min(self.terms, FEW_TERMS)
+        floor = 0.0
+        if few < self.terms:
+            floor = self.fit(plain.rows, plain.columns, few).energy + WORTH * self.total
+        for _, stage in zip(range(stages), spectral_starts(self.matrix, self.a, self.b, seed=seed), strict=False):
+            fitted = [
+                self.fit(rows if self.move_rows else plain.rows, columns if self.move_columns else plain.columns, few)
+                for rows, columns in stage
+            ]
+            for start in sorted(fitted, key=lambda o: -o.energy):
+                if start.energy > floor:
+                    yield start if few == self.terms else self.fit(start.rows, start.columns, self.terms)
+
+    def by_norm(self) -> Ordering:
+        """Rows and columns in descending order of their norms."""
+        rows, columns = (self.matrix.norm(dim=d).cpu().argsort(descending=True, stable=True) for d in (1, 0))
+        return self.fit(
+            rows if self.move_rows else torch.arange(len(rows)),
+            columns if self.move_columns else torch.arange(len(columns)),
+            self.terms,
+        )
+
+    def improved(self, start: Ordering) -> Ordering:
+        """The ordering that alternation reaches from `start`."""
+        best = start
+        for _ in range(min(MAX_ROUNDS, max(1, self.rounds))):
+            self.rounds -= 1
+            now = best
+            if self.move_rows:
+                rows = _better_rows(self.matrix[:, now.columns], now.a, now.b, now.rows)
+                now = self.refit(now, rows, now.columns)
+            if self.move_columns:
+                columns = _better_rows(self.matrix[now.rows].T, now.a.mT, now.b.mT, now.columns)
+                now = self.refit(now, now.rows, columns)
+            if now.energy <= best.energy + TOLERANCE * self.total:
+                return max(best, now, key=lambda o: o.energy)
+            best = now
+        return best
+
+    def finished(self, ordering: Ordering) -> Ordering:
+        """`ordering` with its rows and columns grouped afresh for as long as that gains something.
+
+        Alternation moves single rows; grouping all of them again from the columns' order alone undoes
+        whole groups that are mixed up.
+        """
+        while self.rounds > 0 and not self.is_explained(ordering):
+            now = ordering
+            if self.move_rows:
+                rows = regrouped(self.matrix[:, now.columns], self.a, self.b, self.terms)
+                now = self.refit(now, rows, now.columns)
+            if self.move_columns:
+                a, b = self.a[::-1], self.b[::-1]
+                now = self.refit(now, now.rows, regrouped(self.matrix[now.rows].T, a, b, self.terms))
+            now = self.improved(now)
+            if now.energy <= ordering.energy + TOLERANCE * self.total:
+                return ordering
+            ordering = now
+        return ordering
+
+    def is_explained(self, ordering: Ordering) -> bool:
+        """Whether what the fit leaves shows no permuted structure any more."""
+        if ordering.energy >= (1 - NEGLIGIBLE) * self.total:
+            return True
+        left = self.matrix[ordering.rows][:, ordering.columns] - _dense(ordering.a, ordering.b)
+        return float(left.square().sum()) <= NEGLIGIBLE * self.total or embed(left, count=4).excess < DETECTED
+
+    def refit(self, ordering: Ordering, rows: Tensor, columns: Tensor) -> Ordering:
+        """The fit for new orders; the old one where they are the old."""
+        if torch.equal(rows, ordering.rows) and torch.equal(columns, ordering.columns):
+            return ordering
+        return self.fit(rows, columns, self.terms, ordering.b)
+
+    def fit(self, rows: Tensor, columns: Tensor, terms: int, warm: Tensor | None = None) -> Ordering:
+        """The fit for an order; of few terms by power iterations, from the factors `warm` where given."""
+        ordered = self.matrix[rows][:, columns]
+        if terms > FEW_TERMS or min(math.prod(self.a), math.prod(self.b)) < QUICK_SIDE:
+            return _ordering(rows, columns, *nearest_kronecker(ordered, self.a, self.b, terms))
+        flat = rearrange(ordered, self.a, self.b)
+        generator = torch.Generator().manual_seed(0)
+        guess = torch.randn(flat.shape[1], terms + 4, generator=generator).to(flat.device)
+        if warm is not None:
+            guess = torch.cat([warm.flatten(1).T, guess], dim=1)
+        for _ in range(POWER_ITERATIONS):
+            guess = torch.linalg.qr(flat.T @ (flat @ guess))[0]
+        u, singular, v = torch.linalg.svd(flat @ guess, full_matrices=False)
+        left, right = (u * singular)[:, :terms], (guess @ v.T)[:, :terms]
+        return _ordering(rows, columns, left.T.reshape(terms, *self.a), right.T.reshape(terms, *self.b))
 
 
-def _fit(matrix: Tensor, a: Shape, b: Shape, terms: int, rows: Tensor, columns: Tensor) -> Ordering:
+def _better_rows(matrix: Tensor, a: Tensor, b: Tensor, rows: Tensor) -> Tensor:
+    """The best order found of the rows of `matrix`, whose columns are in order, for fixed factors."""
+    gain = _row_gain(matrix, a, b).cpu()
+    order = best_assignment(gain)
+    places = torch.arange(len(rows))
+    return order if gain[places, order].sum() > gain[places, rows].sum() else rows
+
+
+def _row_gain(matrix: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """(place, row): the inner product of each row of `matrix` with each row of the sum of Kronecker products."""
+    terms, a1, a2 = a.shape
+    _, b1, b2 = b.shape
+    if terms * a2 * b1 * (b2 + a1) >= a1 * b1 * a2 * b2:
+        return _dense(a, b) @ matrix.T
+    blocks = matrix.reshape(-1, b2)
+    gain = torch.zeros(a1, len(matrix) * b1, dtype=matrix.dtype, device=matrix.device)
+    for upper, lower in zip(a, b, strict=True):
+        inner = (blocks @ lower.T).reshape(len(matrix), a2, b1)
+        gain += upper @ inner.transpose(0, 1).reshape(a2, -1)
+    return gain.reshape(a1, len(matrix), b1).transpose(1, 2).reshape(a1 * b1, len(matrix))
+
+
+def _dense(a: Tensor, b: Tensor) -> Tensor:
+    return restore(a.flatten(1).T @ b.flatten(1), (a.shape[1], a.shape[2]), (b.shape[1], b.shape[2]))
+
+
+def _exact_fit(matrix: Tensor, a: Shape, b: Shape, terms: int, rows: Tensor, columns: Tensor) -> Ordering:
     factor_a, factor_b = nearest_kronecker(matrix[rows][:, columns], a, b, terms)
     gram_a = factor_a.flatten(1) @ factor_a.flatten(1).T
     gram_b = factor_b.flatten(1) @ factor_b.flatten(1).T
     return Ordering(rows, columns, factor_a, factor_b, float((gram_a * gram_b).sum()))
+
+
+def _ordering(rows: Tensor, columns: Tensor, a: Tensor, b: Tensor) -> Ordering:
+    energy = (a.flatten(1) @ a.flatten(1).T).double() * (b.flatten(1) @ b.flatten(1).T).double()
+    return Ordering(rows, columns, a.float(), b.float(), float(energy.sum()))
