@@ -175,13 +175,13 @@ class Recorder:
             if not multiplies:
                 sums.lookup_rows.add_ids((x if mask is None else x[mask]).reshape(-1))
             elif not self._follows(site.name, x):
-                sums.multiply_input.add(_rows(x, mask))
+                sums.multiply_input.add(token_rows(x, mask))
             if not self.gradients:
                 return None
             if not output.requires_grad:
                 output = output.detach().clone().requires_grad_()
             side = sums.multiply_output if multiplies else sums.lookup_output
-            output.register_hook(lambda gradient: side.add(_rows(gradient.detach(), mask)))  # type: ignore[no-untyped-call]
+            output.register_hook(lambda gradient: side.add(token_rows(gradient.detach(), mask)))  # type: ignore[no-untyped-call]
             return output
 
         return see
@@ -199,7 +199,9 @@ class Recorder:
         return True
 
 
-def _rows(x: Tensor, mask: Tensor | None) -> Row:
+def token_rows(x: Tensor, mask: Tensor | None) -> Row:
+    """The vectors of `x` (batch, length, n) as (tokens, n), without those that the mask (batch, length) leaves out."""
+    mask = mask if mask is not None and x.shape[:2] == mask.shape else None
     return (x if mask is None else x[mask]).reshape(-1, x.shape[-1])
 
 
