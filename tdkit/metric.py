@@ -50,9 +50,20 @@ class Metric:
         gap = self.squared_error(working(weight) - working(approximation))
         return float((gap / size) ** 0.5) if size > 0 else float(gap**0.5)
 
+    def reordered(self, rows: Tensor, columns: Tensor) -> Metric:
+        """The metric of ``W[rows][:, columns]``."""
+        return Metric(_reordered(self.input, columns), _reordered(self.output, rows))
+
     def weighted(self, matrix: Tensor) -> Tensor:
         """S D C for a matrix D (out, in), in its dtype and on its device."""
         return times_right(times_left(self.ridged_output(), matrix), self.ridged_input())
+
+
+def _reordered(moment: Tensor | None, order: Tensor) -> Tensor | None:
+    if moment is None:
+        return None
+    order = order.to(moment.device)
+    return moment[order] if moment.ndim == 1 else moment[order][:, order]
 
 
 def ridged(moment: Tensor | None, share: float) -> Tensor | None:

@@ -20,12 +20,13 @@ from tdkit.tensor_train import (
     Modes,
     bond_balanced,
     padded,
+    truncated_train,
     tt_matrix,
     tt_pullback,
     tt_svd,
 )
 
-MAX_STEPS = 24
+MAX_STEPS = 100
 TOLERANCE = 3e-3  # of the error, over a few steps: what is left to gain is then below one percent
 CURVE_STEPS = 5
 DAMPING = 0.05  # of a bond's mean singular value: weak terms are not moved at once by their full Newton step
@@ -61,19 +62,38 @@ def fit_train(
     problem = whitened_problem(weight, metric, out_modes, in_modes)
     plain = problem.whiten(tt_svd(weight, ranks, out_modes, in_modes))
     closed = tt_svd(problem.weight, ranks, out_modes, in_modes)
-    start = min((closed, plain), key=problem.error)
-    refined = problem.refine(start, steps)
-    return bond_balanced(problem.unwhiten(min((refined, start), key=problem.error)))[0]
+    start, error = min(((cores, problem.error(cores)) for cores in (closed, plain)), key=lambda pair: pair[1])
+    refined, _ = problem.refine(start, steps)
+    if problem.error(refined) > error:  # by rounding, where nothing was left to gain
+        refined = start
+    return bond_balanced(problem.unwhiten(refined))[0]
 
 
-def kronecker_in_metric(weight: Tensor, metric: Metric, a: Shape, b: Shape, terms: int) -> tuple[Tensor, Tensor]:
+def kronecker_in_metric(
+    weight: Tensor, metric: Metric, a: Shape, b: Shape, terms: int, *, steps: int = MAX_STEPS
+) -> tuple[Tensor, Tensor]:
     """A sum of Kronecker products near `weight` in the metric: `fit_train` with two cores.
 
     Returns:
         A (terms, *a) and B (terms, *b), float64.
     """
-    first, second = fit_train(weight, metric, (1, terms, 1), (a[0], b[0]), (a[1], b[1]))
+    first, second = fit_train(weight, metric, (1, terms, 1), (a[0], b[0]), (a[1], b[1]), steps=steps)
     return first[0].permute(2, 0, 1), second[..., 0]
+
+
+def train_errors(
+    weight: Tensor, metric: Metric, ranks: Sequence[Sequence[int]], out_modes: Modes, in_modes: Modes
+) -> list[float]:
+    """The error that `fit_train` reaches at each of `ranks`, from above: after few steps from one closed form.
+
+    Args:
+        weight, metric, out_modes, in_modes: as for `fit_train`.
+        ranks: for each fit (cores + 1) ranks, the largest last.
+    """
+    problem = whitened_problem(weight, metric, out_modes, in_modes)
+    largest, _ = bond_balanced(tt_svd(problem.weight, ranks[-1], out_modes, in_modes))
+    starts = [truncated_train(largest, each) for each in ranks]
+    return [problem.refine(start, CURVE_STEPS)[1] for start in starts]
 
 
 @dataclass(frozen=True)
@@ -107,10 +127,13 @@ class WhitenedProblem:
         """The inverse of `whiten`."""
         return self._apply(cores, 1)
 
-    def refine(self, cores: Sequence[Tensor], steps: int) -> list[Tensor]:
-        """Cores after at most `steps` quasi-Newton steps on the objective."""
+    def refine(self, cores: Sequence[Tensor], steps: int) -> tuple[list[Tensor], float]:
+        """Cores after at most `steps` quasi-Newton steps on the objective, and its value there.
+
+        Matrices of `SINGLE_FROM` entries and more are refined, and the value computed, in float32.
+        """
         if not self.size > 0 or len(cores) == 1:
-            return list(cores)
+            return list(cores), self.error(cores)
         cores, spectra = bond_balanced(cores)
         dtype = torch.float32 if self.weight.numel() >= SINGLE_FROM else torch.float64
         level = self.size**-0.5
@@ -142,7 +165,8 @@ class WhitenedProblem:
             tolerance=TOLERANCE,
         )
         parts = torch.split(found.point.to(torch.float64), sizes)
-        return [part.reshape(shape) / share for part, shape in zip(parts, shapes, strict=True)]
+        refined = [part.reshape(shape) / share for part, shape in zip(parts, shapes, strict=True)]
+        return refined, 2 * found.values[-1] * self.size
 
     def _weighted(self, gap: Tensor) -> Tensor:
         return times_right(times_left(self.output, gap), self.input)

@@ -21,7 +21,8 @@ ROOMS = """
     spectral_start metric contraction
     autograd permutations trains tensor_train whitening
     metric_fit
-    decompositions.base
+    permuted_fit decompositions.base
+    decompositions.curves
     decompositions.structured
     decompositions.low_rank decompositions.kronecker decompositions.tt_matrix
     decompositions.permuted_kronecker

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tdkit.contraction import LowRankStructure
 from tdkit.decompositions.base import Decomposition, Point, assign, factor, positive
+from tdkit.decompositions.curves import exact_curve
 from tdkit.decompositions.structured import StructuredMatrix
 from tdkit.errors import OptionError
 from tdkit.metric import Metric
@@ -98,13 +99,13 @@ class LowRank(Decomposition):
         squares = squared_singular_values(weight, metric or Metric())
         tails = squares.flip(0).cumsum(0).flip(0)  # summed from the smallest up: the last keep their digits
         errors = [*tails.tolist()[1:], 0.0]
-        points: list[Point] = []
-        for rank, error in enumerate(errors, start=1):
-            if rank * sum(shape) >= weight.numel():
-                break
-            if self.rank in (None, rank) and (not points or error < points[-1].error):
-                points.append(Point(replace(self, rank=rank), rank * sum(shape), error))
-        return points
+        smaller = [(rank * sum(shape), replace(self, rank=rank)) for rank in range(1, len(errors) + 1)]
+        pairs = [
+            (choice, error)
+            for choice, error in zip(smaller, errors, strict=True)
+            if choice[0] < weight.numel() and self.rank in (None, choice[1].rank)
+        ]
+        return exact_curve([choice for choice, _ in pairs], [error for _, error in pairs])
 
     def _closed_rank(self, shape: Shape) -> int:
         self.check(shape)

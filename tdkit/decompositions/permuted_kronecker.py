@@ -10,12 +10,13 @@ from torch import Tensor
 
 from tdkit.autograd import reorder
 from tdkit.cost import Path
-from tdkit.decompositions.base import Decomposition, assign
+from tdkit.decompositions.base import Decomposition, Point, assign
 from tdkit.decompositions.kronecker import Kronecker, KroneckerMatrix
 from tdkit.errors import OptionError
 from tdkit.linalg import working
 from tdkit.metric import Metric
 from tdkit.permutations import search
+from tdkit.permuted_fit import search_in_metric
 from tdkit.shapes import Shape
 
 
@@ -60,7 +61,7 @@ class PermutedKroneckerMatrix(KroneckerMatrix):
 
     def paths(self, tokens: int) -> tuple[Path, ...]:
         moved = tokens * sum(order.numel() for order in (self.row_order, self.column_source) if order is not None)
-        return tuple(replace(path, moved=path.moved + moved) for path in super().paths(tokens))
+        return tuple(replace(path, calls=path.calls + 2, moved=path.moved + moved) for path in super().paths(tokens))
 
     def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
         x = x if self.column_source is None else reorder(x, self.column_source)
@@ -114,7 +115,10 @@ class PermutedKronecker(Kronecker):
         shape = (weight.shape[0], weight.shape[1])
         matrix = self.empty(shape, device=weight.device, dtype=weight.dtype)
         terms, a, b = self._closed(shape)
-        found = search(working(weight), a, b, terms, rows=self.rows, columns=self.cols, seed=self.seed)
+        if metric is None:
+            found = search(working(weight), a, b, terms, rows=self.rows, columns=self.cols, seed=self.seed)
+        else:
+            found = search_in_metric(weight, metric, a, b, terms, rows=self.rows, columns=self.cols, seed=self.seed)
         assign(matrix.a, found.a)
         assign(matrix.b, found.b)
         if matrix.row_order is not None:  # weight[rows][:, columns] = K, so W[i, j] = K[rows^-1[i], columns^-1[j]]
@@ -122,3 +126,9 @@ class PermutedKronecker(Kronecker):
         if matrix.column_source is not None:
             assign(matrix.column_source, found.columns)
         return matrix
+
+    def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
+        """See `Decomposition.curve`; in the metric that of `Kronecker`, than which `fit` is never worse."""
+        if metric is None:
+            return Decomposition.curve(self, weight)
+        return super().curve(weight, metric)

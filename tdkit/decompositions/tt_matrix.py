@@ -9,11 +9,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from tdkit.decompositions.base import Decomposition, assign, factor, integers, positive
+from tdkit.decompositions.base import Decomposition, Point, assign, factor, integers, positive
+from tdkit.decompositions.curves import sampled_curve
 from tdkit.decompositions.structured import StructuredMatrix
 from tdkit.errors import OptionError
 from tdkit.metric import Metric
-from tdkit.metric_fit import fit_train
+from tdkit.metric_fit import fit_train, train_errors
 from tdkit.shapes import Shape, balanced_modes
 from tdkit.tensor_train import bond_balanced, tt_svd
 from tdkit.trains import TrainStructure
@@ -70,7 +71,8 @@ class TTMatrix(Decomposition):
         ranks: one bound for every bond (cut to the full rank of each), or the cores - 1 ranks; left open,
             the budget chooses one bound for all.
         in_modes, out_modes: how the two dimensions split; their products may exceed the dimensions, which
-            are then padded, at no error. Left open, balanced modes are chosen.
+            are then padded, at no error. Left open with `ranks` given, balanced modes are chosen; left open
+            with the ranks, the wide modes that keep most (`wide_modes`).
         cores: number of cores when no modes are given.
 
     Sources: Oseledets (2011), algorithm 1; Novikov et al. (2015); Chekalina et al., TTM-GPT2 (2023).
@@ -106,7 +108,13 @@ class TTMatrix(Decomposition):
         if self.ranks is not None:
             self._closed_ranks(shape)
             return [self]
-        return [replace(self, ranks=r) for r in range(1, max(self.full_ranks(shape), default=1) + 1)]
+        out_modes, in_modes = self.out_modes, self.in_modes
+        if out_modes is None and in_modes is None:
+            out_modes, in_modes = self.modes(shape)  # written down: with ranks given, open modes are balanced ones
+        return [
+            replace(self, ranks=r, out_modes=out_modes, in_modes=in_modes)
+            for r in range(1, max(self.full_ranks(shape), default=1) + 1)
+        ]
 
     def complete(self, shape: Shape, max_params: int) -> Self | None:
         candidates = self.candidates(shape)
@@ -141,8 +149,30 @@ class TTMatrix(Decomposition):
             assign(parameter, core)
         return matrix
 
+    def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
+        """See `Decomposition.curve`.
+
+        In the metric a few points are fitted with few steps, so that `fit` does no worse, and the others lie
+        between them.
+        """
+        shape = (weight.shape[0], weight.shape[1])
+        self.check(shape)
+        if metric is None:
+            return super().curve(weight)
+        smaller: list[tuple[int, TTMatrix]] = [(c.num_params(shape), c) for c in self.candidates(shape)]
+        smaller = [(params, c) for params, c in smaller if params < weight.numel()]
+        by_params = dict(smaller)
+
+        def errors(params: list[int]) -> list[float]:
+            ranks = [by_params[count]._closed_ranks(shape) for count in params]
+            return train_errors(weight, metric, ranks, *self.modes(shape))
+
+        return sampled_curve(smaller, weight.numel(), errors)
+
     def modes(self, shape: Shape) -> tuple[Modes, Modes]:
-        """(out_modes, in_modes) for a matrix of `shape`: those given, or balanced ones."""
+        """(out_modes, in_modes) for a matrix of `shape`: those given, or as the class says."""
+        if self.ranks is None and self.out_modes is None and self.in_modes is None and self.cores > 1:
+            return wide_modes(shape, self.cores)
         chosen = []
         for option, given, size in (("out_modes", self.out_modes, shape[0]), ("in_modes", self.in_modes, shape[1])):
             if given is not None and math.prod(given) < size:
@@ -173,3 +203,19 @@ class TTMatrix(Decomposition):
                 f"tt_matrix: ranks={self.ranks} are above the full ranks {full} of a {shape[0]}x{shape[1]} matrix"
             )
         return (1, *self.ranks, 1)
+
+
+def wide_modes(shape: Shape, cores: int) -> tuple[Modes, Modes]:
+    """(out_modes, in_modes) of a train that is nearly a low-rank product: a wide core for each side.
+
+    The longer side gives two to the last core, and the first core what that leaves of it; the second core
+    holds the other side. Trained weights keep most in such trains, by far in the calibrated metric; balanced
+    modes spend the parameters on bonds that mix rows with columns.
+    """
+    rows, columns = shape
+    split, whole = (rows, columns) if rows >= columns else (columns, rows)
+    if split < 4:
+        return balanced_modes(rows, cores), balanced_modes(columns, cores)
+    ends = [-(-split // 2), *[1] * (cores - 2), 2] if cores > 2 else [-(-split // 2), 2]
+    middle = [1, whole, *[1] * (cores - 2)]
+    return (tuple(ends), tuple(middle)) if rows >= columns else (tuple(middle), tuple(ends))

@@ -1,0 +1,49 @@
+"""A whole error curve from fits at a few sizes."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Callable, Sequence
+
+from tdkit.decompositions.base import Decomposition, Point
+
+SHARES = (0.08, 0.22, 0.4, 0.6, 0.8, 0.95)  # of the dense size, at which to fit
+BETWEEN = 8  # points from one fit to the next
+
+
+def exact_curve(smaller: Sequence[tuple[int, Decomposition]], errors: Sequence[float]) -> list[Point]:
+    """The choices (params ascending) with the errors they have, without those that gain nothing."""
+    points: list[Point] = []
+    for (params, choice), error in zip(smaller, errors, strict=True):
+        if not points or (params > points[-1].params and error < points[-1].error):
+            points.append(Point(choice, params, error))
+    return points
+
+
+def sampled_curve(
+    smaller: Sequence[tuple[int, Decomposition]], size: int, errors: Callable[[list[int]], list[float]]
+) -> list[Point]:
+    """A whole error curve from fits at a few sizes: between them the logarithm of the error is interpolated.
+
+    Args:
+        smaller: (params, choice), ascending, all below the dense `size`.
+        size: entries of the dense matrix.
+        errors: from the params of a few choices, ascending, to their errors as fitted.
+    """
+    params = [count for count, _ in smaller]
+    wanted = sorted({max(bisect.bisect_right(params, share * size) - 1, 0) for share in SHARES} if params else ())
+    anchors: list[tuple[int, float]] = []
+    for index, error in zip(wanted, errors([params[i] for i in wanted]) if wanted else [], strict=True):
+        if not anchors or (params[index] > params[anchors[-1][0]] and 0 < error < anchors[-1][1]):
+            anchors.append((index, error))
+    chosen, between = [], []
+    for (index, error), (next_index, next_error) in itertools.pairwise(anchors):
+        for i in range(index, next_index, max(1, (next_index - index) // BETWEEN)):
+            part = (params[i] - params[index]) / (params[next_index] - params[index])
+            chosen.append(smaller[i])
+            between.append(error ** (1 - part) * next_error**part)
+    for index, error in anchors[-1:]:
+        chosen.append(smaller[index])
+        between.append(error)
+    return exact_curve(chosen, between)
