@@ -15,13 +15,14 @@ from tdkit.shapes import Shape
 from tdkit.spectral_start import DETECTED, embed, regrouped, spectral_starts
 
 MAX_ROUNDS = 15  # of one alternation
-ROUNDS = 60  # of all alternations together, for one unit of effort
+ROUNDS = 60  # of all alternations together for one unit of effort, fewer for larger matrices
+LEAST_ROUNDS = 8
+FULL_BUDGET_SIDE = 512  # a square matrix up to this side gets all of `ROUNDS`
 NEGLIGIBLE = 1e-12  # of the energy: an exact fit
 TOLERANCE = 3e-5  # of the matrix's energy: an alternation that gains less has converged
-FEW_TERMS = 16  # up to here a few power iterations stand in for the exact fit while the orders still move
-QUICK_SIDE = 192  # and only when the rearranged matrix is at least this long on its short side
+FEW_TERMS = 16  # above, hidden orders drown (a planted one is not detected either): no spectral start, one round
+QUICK_SIDE = 192  # from this short side of the rearranged matrix on, power iterations stand in for exact fits
 POWER_ITERATIONS = 3
-WORTH = 0.02  # of the energy: with many terms, a start that gains less over the plain order is dropped
 STAGES = 4  # of spectral starts that one unit of effort tries
 
 
@@ -59,61 +60,60 @@ def search(
         a, b, terms: factor shapes and their number, as for `nearest_kronecker`.
         rows, columns: whether they may be reordered.
         seed: of the trials that tell the two indices apart.
-        effort: how many spectral stages are tried before giving up, in units of `STAGES`; 0 tries none.
+        effort: multiplies the bounds on the spectral stages and on the rounds of alternation; 0: no spectral start.
 
     Source: alternation of an exact fit with exact assignments; the permuted form is that of Abronin et
     al., TQCompressor (2024), section 3; the spectral start is ours (`tdkit.spectral_start`).
     """
-    plain = _exact_fit(matrix, a, b, terms, torch.arange(matrix.shape[0]), torch.arange(matrix.shape[1]))
-    total = float(matrix.square().sum())
-    if not (rows or columns) or plain.energy >= (1 - NEGLIGIBLE) * total:
+    size = float(matrix.abs().max())
+    if size == 0 or not (rows or columns):
+        return _exact_fit(matrix, a, b, terms, *_as_it_stands(matrix))
+    scale = 2.0 ** math.floor(math.log2(size))  # a power of two: scaling by it is exact
+    found = _search(_Climb(matrix / scale, a, b, terms, rows, columns, effort), seed)
+    return replace(found, b=found.b * scale, energy=found.energy * scale**2)
+
+
+def _search(climb: _Climb, seed: int) -> Ordering:
+    plain = best = _exact_fit(climb.matrix, climb.a, climb.b, climb.terms, *_as_it_stands(climb.matrix))
+    if plain.energy >= (1 - NEGLIGIBLE) * climb.total:
         return plain
-    climb = _Climb(matrix, a, b, terms, rows, columns, rounds=ROUNDS * max(1, effort))
-    best = start = climb.scaled(plain)
-    for spectral in climb.spectral(start, seed, STAGES * effort):
-        best = max(best, climb.finished(climb.improved(spectral)), key=lambda o: o.energy)
+    if climb.terms > FEW_TERMS:
+        best = climb.improved(max(plain, climb.by_norm(), key=_energy))
+        return max(plain, best, key=_energy)
+    for start in climb.spectral(plain, seed):
+        best = max(best, climb.finished(climb.improved(start)), key=_energy)
         if climb.is_explained(best) or climb.rounds <= 0:
             break
     else:
-        for other in (start, climb.by_norm()):
-            best = max(best, climb.improved(other), key=lambda o: o.energy)
-    if best is start:
-        return plain
-    return max(plain, _exact_fit(matrix, a, b, terms, best.rows, best.columns), key=lambda o: o.energy)
+        best = max(best, *(climb.improved(start) for start in (plain, climb.by_norm())), key=_energy)
+    if best.a.dtype != torch.float64:
+        best = _exact_fit(climb.matrix, climb.a, climb.b, climb.terms, best.rows, best.columns)
+    return max(plain, best, key=_energy)
 
 
 class _Climb:
-    """Fits and alternations on one matrix, in float32: only the orders leave it, the factors are fitted anew."""
+    """Fits and alternations on one matrix, in float32 where only the orders count."""
 
-    def __init__(self, matrix: Tensor, a: Shape, b: Shape, terms: int, rows: bool, columns: bool, rounds: int) -> None:
-        self.size = float(matrix.abs().max())
-        self.matrix = (matrix / self.size).float()
-        self.total = float(self.matrix.double().square().sum())
+    def __init__(self, matrix: Tensor, a: Shape, b: Shape, terms: int, rows: bool, columns: bool, effort: int) -> None:
+        self.matrix = matrix
+        self.single = matrix.float()
+        self.total = float(matrix.square().sum())
         self.a, self.b, self.terms = a, b, terms
         self.move_rows, self.move_columns = rows, columns
-        self.rounds = rounds
+        small = min(1.0, 2 * FULL_BUDGET_SIDE**2 / (matrix.shape[0] ** 2 + matrix.shape[1] ** 2))
+        self.stages = STAGES * effort
+        self.rounds = max(1, effort) * (1 if terms > FEW_TERMS else max(LEAST_ROUNDS, round(ROUNDS * small)))
 
-    def scaled(self, ordering: Ordering) -> Ordering:
-        """`ordering` of the matrix as one of `self.matrix`."""
-        a, b = ordering.a.float(), (ordering.b / self.size).float()
-        return replace(ordering, a=a, b=b, energy=ordering.energy / self.size**2)
-
-    def spectral(self, plain: Ordering, seed: int, stages: int) -> Iterator[Ordering]:
+    def spectral(self, plain: Ordering, seed: int) -> Iterator[Ordering]:
         """Fitted spectral starts, the better of a stage first."""
-        if stages == 0:
+        if self.stages == 0:
             return
-        few = min(self.terms, FEW_TERMS)
-        floor = 0.0
-        if few < self.terms:
-            floor = self.fit(plain.rows, plain.columns, few).energy + WORTH * self.total
-        for _, stage in zip(range(stages), spectral_starts(self.matrix, self.a, self.b, seed=seed), strict=False):
+        for _, stage in zip(range(self.stages), spectral_starts(self.single, self.a, self.b, seed=seed), strict=False):
             fitted = [
-                self.fit(rows if self.move_rows else plain.rows, columns if self.move_columns else plain.columns, few)
+                self.fit(rows if self.move_rows else plain.rows, columns if self.move_columns else plain.columns)
                 for rows, columns in stage
             ]
-            for start in sorted(fitted, key=lambda o: -o.energy):
-                if start.energy > floor:
-                    yield start if few == self.terms else self.fit(start.rows, start.columns, self.terms)
+            yield from sorted(fitted, key=lambda o: -o.energy)
 
     def by_norm(self) -> Ordering:
         """Rows and columns in descending order of their norms."""
@@ -121,7 +121,6 @@ class _Climb:
         return self.fit(
             rows if self.move_rows else torch.arange(len(rows)),
             columns if self.move_columns else torch.arange(len(columns)),
-            self.terms,
         )
 
     def improved(self, start: Ordering) -> Ordering:
@@ -131,13 +130,13 @@ class _Climb:
             self.rounds -= 1
             now = best
             if self.move_rows:
-                rows = _better_rows(self.matrix[:, now.columns], now.a, now.b, now.rows)
+                rows = _better_rows(self.single[:, now.columns], now.a, now.b, now.rows)
                 now = self.refit(now, rows, now.columns)
             if self.move_columns:
-                columns = _better_rows(self.matrix[now.rows].T, now.a.mT, now.b.mT, now.columns)
+                columns = _better_rows(self.single[now.rows].T, now.a.mT, now.b.mT, now.columns)
                 now = self.refit(now, now.rows, columns)
             if now.energy <= best.energy + TOLERANCE * self.total:
-                return max(best, now, key=lambda o: o.energy)
+                return max(best, now, key=_energy)
             best = now
         return best
 
@@ -150,11 +149,11 @@ class _Climb:
         while self.rounds > 0 and not self.is_explained(ordering):
             now = ordering
             if self.move_rows:
-                rows = regrouped(self.matrix[:, now.columns], self.a, self.b, self.terms)
+                rows = regrouped(self.single[:, now.columns], self.a, self.b, self.terms)
                 now = self.refit(now, rows, now.columns)
             if self.move_columns:
                 a, b = self.a[::-1], self.b[::-1]
-                now = self.refit(now, now.rows, regrouped(self.matrix[now.rows].T, a, b, self.terms))
+                now = self.refit(now, now.rows, regrouped(self.single[now.rows].T, a, b, self.terms))
             now = self.improved(now)
             if now.energy <= ordering.energy + TOLERANCE * self.total:
                 return ordering
@@ -165,25 +164,25 @@ class _Climb:
         """Whether what the fit leaves shows no permuted structure any more."""
         if ordering.energy >= (1 - NEGLIGIBLE) * self.total:
             return True
-        left = self.matrix[ordering.rows][:, ordering.columns] - _dense(ordering.a, ordering.b)
+        left = self.single[ordering.rows][:, ordering.columns] - _dense(ordering.a, ordering.b).float()
         return float(left.square().sum()) <= NEGLIGIBLE * self.total or embed(left, count=4).excess < DETECTED
 
     def refit(self, ordering: Ordering, rows: Tensor, columns: Tensor) -> Ordering:
         """The fit for new orders; the old one where they are the old."""
         if torch.equal(rows, ordering.rows) and torch.equal(columns, ordering.columns):
             return ordering
-        return self.fit(rows, columns, self.terms, ordering.b)
+        return self.fit(rows, columns, ordering.b)
 
-    def fit(self, rows: Tensor, columns: Tensor, terms: int, warm: Tensor | None = None) -> Ordering:
+    def fit(self, rows: Tensor, columns: Tensor, warm: Tensor | None = None) -> Ordering:
         """The fit for an order; of few terms by power iterations, from the factors `warm` where given."""
-        ordered = self.matrix[rows][:, columns]
+        terms = self.terms
         if terms > FEW_TERMS or min(math.prod(self.a), math.prod(self.b)) < QUICK_SIDE:
-            return _ordering(rows, columns, *nearest_kronecker(ordered, self.a, self.b, terms))
-        flat = rearrange(ordered, self.a, self.b)
+            return _exact_fit(self.matrix, self.a, self.b, terms, rows, columns)
+        flat = rearrange(self.single[rows][:, columns], self.a, self.b)
         generator = torch.Generator().manual_seed(0)
         guess = torch.randn(flat.shape[1], terms + 4, generator=generator).to(flat.device)
         if warm is not None:
-            guess = torch.cat([warm.flatten(1).T, guess], dim=1)
+            guess = torch.cat([warm.flatten(1).T.float(), guess], dim=1)
         for _ in range(POWER_ITERATIONS):
             guess = torch.linalg.qr(flat.T @ (flat @ guess))[0]
         u, singular, v = torch.linalg.svd(flat @ guess, full_matrices=False)
@@ -193,7 +192,7 @@ class _Climb:
 
 def _better_rows(matrix: Tensor, a: Tensor, b: Tensor, rows: Tensor) -> Tensor:
     """The best order found of the rows of `matrix`, whose columns are in order, for fixed factors."""
-    gain = _row_gain(matrix, a, b).cpu()
+    gain = _row_gain(matrix, a.to(matrix), b.to(matrix)).cpu()
     order = best_assignment(gain)
     places = torch.arange(len(rows))
     return order if gain[places, order].sum() > gain[places, rows].sum() else rows
@@ -218,12 +217,17 @@ def _dense(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _exact_fit(matrix: Tensor, a: Shape, b: Shape, terms: int, rows: Tensor, columns: Tensor) -> Ordering:
-    factor_a, factor_b = nearest_kronecker(matrix[rows][:, columns], a, b, terms)
-    gram_a = factor_a.flatten(1) @ factor_a.flatten(1).T
-    gram_b = factor_b.flatten(1) @ factor_b.flatten(1).T
-    return Ordering(rows, columns, factor_a, factor_b, float((gram_a * gram_b).sum()))
+    return _ordering(rows, columns, *nearest_kronecker(matrix[rows][:, columns], a, b, terms))
 
 
 def _ordering(rows: Tensor, columns: Tensor, a: Tensor, b: Tensor) -> Ordering:
-    energy = (a.flatten(1) @ a.flatten(1).T).double() * (b.flatten(1) @ b.flatten(1).T).double()
-    return Ordering(rows, columns, a.float(), b.float(), float(energy.sum()))
+    grams = [f.flatten(1).double() @ f.flatten(1).double().T for f in (a, b)]
+    return Ordering(rows, columns, a, b, float((grams[0] * grams[1]).sum()))
+
+
+def _energy(ordering: Ordering) -> float:
+    return ordering.energy
+
+
+def _as_it_stands(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.arange(matrix.shape[0]), torch.arange(matrix.shape[1])

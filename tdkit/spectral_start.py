@@ -105,7 +105,7 @@ def regrouped(
         lower = torch.linalg.qr(blocks.mT @ upper)[0]
     features = [_projector_coordinates(v) for v in (upper, lower)]
     width = [f.shape[1] for f in features]
-    choose = torch.eye(sum(width)).split(width, dim=1)  # type: ignore[no-untyped-call]
+    choose = torch.split(torch.eye(sum(width)), width, dim=1)
     return _places(torch.cat(features, dim=1), choose[0], choose[1], a[0], b[0], _scales(matrix))
 
 
@@ -169,7 +169,8 @@ def _third_moments(vectors: Tensor) -> Tensor:
     scaled = vectors.double() * len(vectors) ** 0.5
     pairs = (scaled[:, :, None] * scaled[:, None, :]).flatten(1)
     size = vectors.shape[1]
-    return (pairs.T @ scaled).reshape(size, size, size) / len(vectors)
+    moments: Tensor = pairs.T @ scaled / len(vectors)
+    return moments.reshape(size, size, size)
 
 
 def _cheapest_cut(affinity: Tensor, ranks: tuple[int, int]) -> tuple[float, Tensor, Tensor]:
