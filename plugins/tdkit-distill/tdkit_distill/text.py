@@ -29,11 +29,23 @@ Objective = Literal["causal", "masked"]
 
 @dataclass(frozen=True)
 class TextWindows:
-    """Training windows and the windows that are never trained on."""
+    """Training windows and the windows that are never trained on.
+
+    Attributes:
+        train: examples of the objective asked for.
+        held_out: (count, length) token ids; without start and end tokens when masked.
+        tokens: of the whole text that was packed.
+        masking: what masking needs; None for causal windows.
+    """
 
     train: Examples
-    held_out: Tensor  # (count, length) token ids
+    held_out: Tensor
     tokens: int
+    masking: MaskTokens | None = None
+
+    def held_out_examples(self) -> Examples:
+        """The held-out windows under the same objective."""
+        return Windows(self.held_out) if self.masking is None else MaskedWindows(self.held_out, self.masking)
 
 
 def text_windows(
@@ -106,7 +118,7 @@ def _divide(ids: Tensor, held_out: int, seed: int, key: str, objective: Objectiv
         tokens = MaskTokens(
             _token(tokenizer, "mask"), _token(tokenizer, "cls"), _token(tokenizer, "sep"), len(tokenizer)
         )
-        return TextWindows(MaskedWindows(ids, tokens, fingerprint=fingerprint, rows=rows), kept, ids.numel())
+        return TextWindows(MaskedWindows(ids, tokens, fingerprint=fingerprint, rows=rows), kept, ids.numel(), tokens)
     return TextWindows(Windows(ids, fingerprint, rows=rows), kept, ids.numel())
 
 

@@ -149,7 +149,7 @@ def training_mode(student: nn.Module, stage: Stage, running: Running) -> Iterato
 
 
 def _checkpoint_activations(student: nn.Module) -> Callable[[], None]:
-    """Switch activation checkpointing on; returns what switches it off. The method has a new name in newer transformers."""
+    """Switch activation checkpointing on, by its newer or older name, and return what switches it off."""
     model: Any = student
     for kind in ("activation", "gradient"):
         if hasattr(model, f"{kind}_checkpointing_enable"):
