@@ -70,7 +70,7 @@ def search(
         return _exact_fit(matrix, a, b, terms, *_as_it_stands(matrix))
     scale = 2.0 ** math.floor(math.log2(size))  # a power of two: scaling by it is exact
     found = _search(_Climb(matrix / scale, a, b, terms, rows, columns, effort), seed)
-    return replace(found, b=found.b * scale, energy=found.energy * scale**2)
+    return replace(found, b=found.b * scale, energy=found.energy * scale * scale)
 
 
 def _search(climb: _Climb, seed: int) -> Ordering:

@@ -1,0 +1,109 @@
+"""The permutation search finds what was planted, never loses to the plain order and repeats itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tdkit.assignment import best_assignment
+from tdkit.linalg import nearest_kronecker, relative_error, restore
+from tdkit.permutations import Ordering, search
+from tdkit.shapes import Shape
+from tests.planted import Factors, gaussian, non_negative, orthogonal, plant, rank_two, repeated
+
+
+def error(matrix: Tensor, found: Ordering, a: Shape, b: Shape) -> float:
+    approximation = restore(found.a.flatten(1).T @ found.b.flatten(1), a, b)
+    return relative_error(matrix[found.rows][:, found.columns], approximation)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "terms"),
+    [
+        ((16, 16), (12, 12), 1),  # 192 x 192
+        ((8, 24), (24, 8), 1),
+        ((8, 24), (24, 8), 2),
+        ((4, 4), (48, 48), 1),
+        ((16, 16), (16, 36), 1),  # 256 x 576
+        ((16, 24), (16, 24), 4),
+        ((24, 24), (24, 24), 3),  # 576 x 576
+    ],
+    ids=str,
+)
+def test_planted_orders_are_found_under_noise(a: Shape, b: Shape, terms: int) -> None:
+    planted = plant(a, b, terms=terms, noise=0.3)
+    found = search(planted.matrix, a, b, terms)
+    assert error(planted.matrix, found, a, b) < planted.error + 0.01
+
+
+@pytest.mark.parametrize("factors", [gaussian, orthogonal, non_negative, rank_two, repeated])
+@pytest.mark.parametrize("shuffled", ["rows", "columns", "both"])
+def test_planted_orders_are_found_exactly(factors: Factors, shuffled: str) -> None:
+    a, b = (16, 16), (16, 16)
+    matrix = plant(a, b, factors=factors).matrix
+    found = search(matrix, a, b, 1)
+    if shuffled != "both":  # undo the order of the other side, and let the search move one side only
+        matrix = matrix[:, found.columns] if shuffled == "rows" else matrix[found.rows]
+        found = search(matrix, a, b, 1, rows=shuffled == "rows", columns=shuffled == "columns")
+    assert error(matrix, found, a, b) < 1e-6
+    assert sorted(found.rows.tolist()) == list(range(256)) == sorted(found.columns.tolist())
+
+
+sizes = st.integers(1, 6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(a=st.tuples(sizes, sizes), b=st.tuples(sizes, sizes), terms=st.integers(1, 3), rows=st.booleans(), seed=sizes)
+def test_never_worse_than_the_order_as_it_stands(a: Shape, b: Shape, terms: int, rows: bool, seed: int) -> None:
+    terms = min(terms, a[0] * a[1], b[0] * b[1])
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(a[0] * b[0], a[1] * b[1], generator=generator, dtype=torch.float64)
+    left, right = nearest_kronecker(matrix, a, b, terms)
+    plain = relative_error(matrix, restore(left.flatten(1).T @ right.flatten(1), a, b))
+    found = search(matrix, a, b, terms, rows=rows)
+    assert error(matrix, found, a, b) <= plain + 1e-12
+    assert found.energy == pytest.approx((1 - error(matrix, found, a, b) ** 2) * float(matrix.square().sum()))
+    if not rows:
+        assert torch.equal(found.rows, torch.arange(len(matrix)))
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_tiny_and_huge_matrices(size: float) -> None:
+    matrix = plant((8, 8), (8, 9)).matrix * size
+    found = search(matrix, (8, 8), (8, 9), 1)
+    assert error(matrix / size, Ordering(found.rows, found.columns, found.a, found.b / size, 0), (8, 8), (8, 9)) < 1e-6
+
+
+@pytest.mark.parametrize("matrix", [torch.zeros(6, 6), torch.ones(6, 6), torch.eye(6)], ids=["zeros", "ones", "eye"])
+def test_degenerate_matrices(matrix: Tensor) -> None:
+    found = search(matrix.double(), (2, 3), (3, 2), 1)
+    assert torch.isfinite(found.a).all()
+    assert torch.isfinite(found.b).all()
+
+
+def test_deterministic_and_monotone_in_effort() -> None:
+    matrix = torch.randn(96, 64, dtype=torch.float64)
+    first, second = (search(matrix, (8, 8), (12, 8), 2, seed=3) for _ in range(2))
+    assert torch.equal(first.rows, second.rows)
+    assert torch.equal(first.columns, second.columns)
+    assert torch.equal(first.a, second.a)
+    assert search(matrix, (8, 8), (12, 8), 2, effort=0).energy <= first.energy * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("exact_size", [1, 7, 64])
+def test_an_assignment_is_a_permutation(exact_size: int) -> None:
+    gain = torch.randn(40, 40)
+    order = best_assignment(gain, exact_size=exact_size)
+    assert sorted(order.tolist()) == list(range(40))
+    best = gain[torch.arange(40), best_assignment(gain)].sum()
+    assert gain[torch.arange(40), order].sum() <= best + 1e-4
+
+
+def test_an_obvious_assignment_needs_no_exact_one() -> None:
+    order = torch.randperm(50)
+    gain = torch.rand(50, 50)
+    gain[torch.arange(50), order] += 1
+    assert torch.equal(best_assignment(gain, exact_size=1), order)
