@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-slow check format docs clean
+.PHONY: demo test test-slow check format bench-accuracy docs clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/tdkit run smollm2-demo --overwrite
@@ -26,6 +26,10 @@ check: $(VENV)/dev.done
 format: $(VENV)/dev.done
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Hours on two cores; every finished row is stored, and a rerun computes only what is missing.
+bench-accuracy: $(VENV)/dev.done
+	$(BIN)/python tests/benchmarks/accuracy.py --run runs/accuracy
 
 docs: $(VENV)/docs.done
 	$(BIN)/mkdocs build --strict

@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tdkit.decompositions.base import Decomposition, Point
 from tdkit.errors import CalibrationError
 from tdkit.files import whole_folder
 from tdkit.metric import Metric
 from tdkit.moments import Reach, Recorder, SharingBrokeError, groups_within, reaching
 from tdkit.progress import Bar, progress_bar
-from tdkit.sites import survey
+from tdkit.sites import Site, survey
 from tdkit.sources import spread_windows
 
 LIMIT_BYTES = 8 * 2**30
@@ -48,6 +49,7 @@ class Calibration:
         self.gradients = gradients
         self._metrics = dict(metrics)
         self._files: dict[str, Path] = {}  # moments that did not fit in memory, or were not read yet: site to file
+        self._curves: dict[tuple[str, str, float, float], list[Point]] = {}
         self._folder: Path | None = None  # of moments set aside; lives as long as this object
 
     @property
@@ -60,6 +62,14 @@ class Calibration:
         if name in self._files:
             return _read(self._files[name], name)
         return self._metrics.get(name)
+
+    def curve(self, site: Site, kind: Decomposition) -> list[Point]:
+        """The error curve of `kind` for a site's weight in its metric; kept, so that the next plan is quick."""
+        weight = site.weight.detach()
+        key = (site.name, repr(kind), float(weight.double().sum()), float(weight.double().square().sum()))
+        if key not in self._curves:
+            self._curves[key] = kind.curve(weight, self.metric(site.name))
+        return self._curves[key]
 
     def inputs_only(self) -> Calibration:
         """The same without the output gradients: fits weigh the layer's outputs equally."""

@@ -186,9 +186,8 @@ class _Allocation:
             for open_site in sites:
                 site, kind = open_site.site, open_site.kind
                 bar.now(site.name)
-                metric = self.calibration.metric(site.name)
                 every = kind.members_of(site.shape) if isinstance(kind, Auto) else [kind]
-                curves[site.name] = [point for one in every for point in one.curve(site.weight, metric)]
+                curves[site.name] = [point for one in every for point in self.calibration.curve(site, one)]
                 bar.advance()
         return curves
 

@@ -83,6 +83,23 @@ def estimated(model: nn.Module, plan: tdkit.Plan, calibration: Calibration) -> f
     return total
 
 
+def test_curves_are_kept_for_the_next_budget_but_not_for_other_weights(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = tdkit.calibrate(llama, text())
+    first = tdkit.plan(llama, blocks_policy(llama, 0.6), calibration=calibration)
+    computed: list[Tensor] = []
+    curve = LowRank.curve
+    monkeypatch.setattr(LowRank, "curve", lambda self, w, m=None: computed.append(w) or curve(self, w, m))
+    assert tdkit.plan(llama, blocks_policy(llama, 0.6), calibration=calibration) == first
+    tdkit.plan(llama, blocks_policy(llama, 0.8), calibration=calibration)
+    assert not computed
+    with torch.no_grad():
+        llama.model.layers[0].self_attn.q_proj.weight.mul_(2)
+    tdkit.plan(llama, blocks_policy(llama, 0.6), calibration=calibration)
+    assert len(computed) == 1
+
+
 def test_bounds_of_a_rule(llama: Any) -> None:
     rule = Rule("model.layers.*", LowRank(), budget=0.6, min_keep=0.4, max_keep=0.8)
     assert Rule.from_dict(rule.to_dict()) == rule

@@ -1,0 +1,275 @@
+"""Perplexity of SmolLM2-135M at several sizes: every decomposition, plain and calibrated, one table.
+
+    python tests/benchmarks/accuracy.py --run FOLDER [--rows 'low_rank/*'] [--budgets 0.8] [--tokens 12288]
+
+Each row is stored in `docs/results/accuracy.json` as soon as it is there; a rerun computes only what is missing.
+The calibration is measured once and kept in the run folder. All rows are evaluated on the same tokens.
+
+`low_rank/whitened` is the method of SVD-LLM (Wang et al., 2024): the peer to beat in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tdkit
+from tdkit import Auto, Calibration, Decomposition, Kronecker, LowRank, PermutedKronecker, Policy, Rule, TTMatrix
+from tdkit.evaluation import PROTOCOL, evaluate
+from tdkit.files import write_text
+from tdkit.sources import Source, load_model, spread_windows
+from tdkit.tables import markdown_table
+
+SEED = 0
+CONTEXT = 512
+CALIBRATION_TEXT, EVALUATION_TEXT = "sotu:calibration", "sotu:evaluation"
+CALIBRATION_TOKENS = 16384
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which layers are rewritten, and how much of their parameters is kept."""
+
+    layers: str
+    keep: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.keep:.0%} of {self.layers}"
+
+    @property
+    def match(self) -> str:
+        return {"blocks": "model.layers.*", "MLP": "model.layers.*.mlp.*"}[self.layers]
+
+
+SCOPES = (Scope("blocks", 0.8), Scope("MLP", 0.8), Scope("blocks", 0.6), Scope("blocks", 0.9))
+
+DECOMPOSITIONS: Mapping[str, Decomposition] = {
+    "low_rank": LowRank(),
+    "kronecker": Kronecker(),
+    "tt_matrix": TTMatrix(),
+    "permuted_kronecker": PermutedKronecker(),
+    "auto": Auto(),
+}
+
+METHODS: Mapping[str, dict[str, Any]] = {
+    "plain": {"calibrated": False},
+    "whitened": {"gradients": False, "allocation": "uniform"},
+    "two-sided": {"allocation": "uniform"},
+    "allocated": {"allocation": "loss"},
+    "sequential": {"allocation": "loss", "sequential": True},
+}
+
+
+def rows() -> list[tuple[str, Scope]]:
+    """Every row there is, the peer and the bars first."""
+    names = [f"{kind}/{method}" for kind in DECOMPOSITIONS for method in METHODS]
+    names = [name for name in names if not name.startswith("auto/") or name in ("auto/allocated", "auto/sequential")]
+    order = [f"low_rank/{m}" for m in ("whitened", "allocated", "sequential", "plain", "two-sided")]
+    names.sort(key=lambda name: order.index(name) if name in order else len(order))
+    return [(name, scope) for scope in SCOPES for name in names]
+
+
+def compressed(source: Source, name: str, scope: Scope, calibration: Calibration) -> tuple[nn.Module, dict[str, Any]]:
+    """A copy of the model, compressed as a row says, and what that took."""
+    kind, _, method = name.partition("/")
+    options = METHODS[method]
+    model = copy.deepcopy(source.model)
+    known: Calibration | None = calibration
+    if not options.get("calibrated", True):
+        known = None
+    elif not options.get("gradients", True):
+        known = calibration.inputs_only()
+    policy = Policy(
+        [Rule(scope.match, DECOMPOSITIONS[kind], budget=scope.keep)], allocation=options.get("allocation", "auto")
+    )
+    started = time.perf_counter()
+    plan = tdkit.plan(model, policy, calibration=known)
+    planned = time.perf_counter()
+    tdkit.compress(model, plan, calibration=known, sequential=options.get("sequential", False))
+    fitted = time.perf_counter()
+    before = sum(step.params_before for step in plan if Rule(scope.match, keep=True).names_match(step.name))
+    after = sum(step.params_after for step in plan if Rule(scope.match, keep=True).names_match(step.name))
+    chosen: dict[str, int] = {}
+    for step in plan.rewritten:
+        assert step.decomposition is not None
+        chosen[step.decomposition.name] = chosen.get(step.decomposition.name, 0) + 1
+    return model, {
+        "params": plan.params_after,
+        "kept": after / before,
+        "plan_seconds": round(planned - started, 1),
+        "fit_seconds": round(fitted - planned, 1),
+        "estimated_loss": sum(step.loss or 0.0 for step in plan) or None,
+        "chosen": chosen,
+        "plan": hashlib.sha256(plan.to_json().encode()).hexdigest()[:12],
+    }
+
+
+def calibrated(source: Source, folder: Path) -> tuple[Calibration, float]:
+    """The calibration of the run folder, measured when it is not there yet, and the seconds it took then."""
+    saved, clock = folder / "calibration", folder / "calibration.seconds"
+    if not saved.exists():
+        started = time.perf_counter()
+        measured = tdkit.calibrate(
+            source.model, CALIBRATION_TEXT, tokenizer=source.tokenizer, context=CONTEXT, tokens=CALIBRATION_TOKENS
+        )
+        measured.save(saved)
+        clock.write_text(f"{time.perf_counter() - started:.1f}")
+    return Calibration.load(saved), float(clock.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder for the calibration")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of accuracy.json and accuracy.md")
+    parser.add_argument("--rows", nargs="*", default=["*"], help="globs of DECOMPOSITION/METHOD")
+    parser.add_argument("--budgets", nargs="*", default=["*"], help="globs of scopes, such as '80%% of blocks'")
+    parser.add_argument("--tokens", type=int, default=12288, help="to evaluate on, at most")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.manual_seed(SEED)
+    torch.set_num_threads(options.threads)
+    options.run.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    source = load_model("smollm2")
+    ids = spread_windows(EVALUATION_TEXT, source.tokenizer, context=CONTEXT, tokens=options.tokens).flatten()
+    calibration, calibration_seconds = calibrated(source, options.run)
+    store = Store(options.out, ids, calibration_seconds)
+    if store.find("dense", "") is None:
+        store.add({"row": "dense", "scope": "", "params": 134_515_008, "kept": 1.0, **measured(source.model, ids)})
+    for name, scope in rows():
+        wanted = any(fnmatch.fnmatch(name, glob) for glob in options.rows)
+        if not wanted or not any(fnmatch.fnmatch(scope.name, glob) for glob in options.budgets):
+            continue
+        if store.find(name, scope.name) is None:
+            model, took = compressed(source, name, scope, calibration)
+            store.add({"row": name, "scope": scope.name, **took, **measured(model, ids)})
+
+
+def measured(model: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """The perplexity, to four digits."""
+    return {"perplexity": float(f"{evaluate(model, ids, context=CONTEXT).perplexity:.4g}"), "seed": SEED}
+
+
+class Store:
+    """The rows that are there, as JSON and as a table."""
+
+    def __init__(self, folder: Path, ids: Tensor, calibration_seconds: float) -> None:
+        self.folder = folder
+        self.setting = {
+            "model": "smollm2 (SmolLM2-135M-Instruct, 4-bit weights made dense)",
+            "calibration": f"{CALIBRATION_TOKENS:,} tokens of {CALIBRATION_TEXT} in windows of {CONTEXT}",
+            "calibration_seconds": calibration_seconds,
+            "evaluation": f"{len(ids):,} tokens of {EVALUATION_TEXT} in windows of {CONTEXT}",
+            "evaluation_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12],
+            "protocol": PROTOCOL,
+        }
+        self.found: list[dict[str, Any]] = self.read()
+
+    def read(self) -> list[dict[str, Any]]:
+        """The rows in the file: this run's, and those of one beside it."""
+        path = self.folder / "accuracy.json"
+        if not path.is_file():
+            return []
+        form = json.loads(path.read_text(encoding="utf-8"))
+        if form["setting"]["evaluation_sha256"] != self.setting["evaluation_sha256"]:
+            raise SystemExit(f"{path} was measured on other tokens: move it away, or give its --tokens")
+        rows: list[dict[str, Any]] = form["rows"]
+        return rows
+
+    def find(self, name: str, scope: str) -> dict[str, Any] | None:
+        return next((r for r in self.found if r["row"] == name and r["scope"] == scope), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.found = [*self.read(), row]
+        order = {"": -1, **{scope.name: number for number, scope in enumerate(SCOPES)}}
+        self.found.sort(key=lambda r: (order[r["scope"]], r["perplexity"]))
+        form = {"setting": self.setting, "rows": self.found}
+        write_text(self.folder / "accuracy.json", json.dumps(form, indent=1) + "\n")
+        write_text(self.folder / "accuracy.md", self.markdown())
+        print(f"{row['scope']:16} {row['row']:32} {row['perplexity']:.4g}", flush=True)
+
+    def markdown(self) -> str:
+        dense = self.find("dense", "")
+        assert dense is not None
+        lines = ["# Accuracy of compressed models", ""]
+        lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in self.setting.items()]
+        lines += [f"- dense: perplexity {dense['perplexity']:.4g}, {dense['params']:,} params", ""]
+        lines += [*self.bars(), ""]
+        for scope in SCOPES:
+            table = [row for row in self.found if row["scope"] == scope.name]
+            if table:
+                lines += [f"## {scope.name} kept", "", self.table(table, scope)]
+        return "\n".join(lines)
+
+    def table(self, table: list[dict[str, Any]], scope: Scope) -> str:
+        peer = self.find("low_rank/whitened", scope.name)
+        columns = ["decomposition / method", "perplexity", "x peer", "kept", "params", "plan s", "fit s", "seed"]
+        return markdown_table(
+            columns,
+            (
+                [
+                    row["row"] + (" (peer: SVD-LLM)" if row is peer else ""),
+                    f"{row['perplexity']:,.4g}",
+                    f"{row['perplexity'] / peer['perplexity']:.3g}" if peer else "",
+                    f"{row['kept']:.4f}",
+                    f"{row['params']:,}",
+                    f"{row['plan_seconds']:.0f}",
+                    f"{row['fit_seconds']:.0f}",
+                    str(row["seed"]),
+                ]
+                for row in table
+            ),
+        )
+
+    def bars(self) -> list[str]:
+        """What was asked for, beside what was measured."""
+        lines = []
+        for scope, factor in (("80% of MLP", 0.48), ("80% of blocks", 0.35), ("60% of blocks", 0.20)):
+            peer, best = self.find("low_rank/whitened", scope), self.best(scope)
+            if peer and best:
+                ratio = best["perplexity"] / peer["perplexity"]
+                lines.append(_bar(f"{scope}, best ({best['row']}) / peer", ratio, factor))
+        dense, best = self.find("dense", ""), self.best("90% of blocks")
+        if dense and best:
+            ratio = best["perplexity"] / dense["perplexity"]
+            lines.append(_bar(f"90% of blocks, best ({best['row']}) / dense", ratio, 1.25))
+        for kind in ("kronecker", "tt_matrix"):
+            plain, best = self.find(f"{kind}/plain", "80% of blocks"), self.best("80% of blocks", f"{kind}/*")
+            if plain and best and plain is not best:
+                ratio = best["perplexity"] / plain["perplexity"]
+                lines.append(_bar(f"80% of blocks, best {kind} ({best['row']}) / plain", ratio, 0.05))
+        for scope_ in SCOPES:
+            for method in ("allocated", "sequential"):
+                auto = self.find(f"auto/{method}", scope_.name)
+                singles = [self.find(f"{kind}/{method}", scope_.name) for kind in DECOMPOSITIONS if kind != "auto"]
+                known = [row["perplexity"] for row in singles if row]
+                if auto and known:
+                    ratio = auto["perplexity"] / min(known)
+                    lines.append(_bar(f"{scope_.name}, auto / best single, {method}", ratio, 1.02))
+        return lines
+
+    def best(self, scope: str, glob: str = "*") -> dict[str, Any] | None:
+        fitting = [r for r in self.found if r["scope"] == scope and fnmatch.fnmatch(r["row"], glob)]
+        return min(fitting, key=lambda r: r["perplexity"], default=None)
+
+
+def _bar(what: str, ratio: float, at_most: float) -> str:
+    return f"- {what}: **{ratio:.3g}**, asked for at most {at_most:g}: {'met' if ratio <= at_most else 'not met'}"
+
+
+if __name__ == "__main__":
+    main()
