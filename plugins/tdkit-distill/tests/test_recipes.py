@@ -249,7 +249,7 @@ def put_empty_factors(model: Any, chosen: Any) -> None:
     ("name", "whole", "without_head"),
     [
         ("gpt2-tqcompressed", 119_933_764, 81_336_388),
-        ("gpt2-kngpt2", None, None),
+        ("gpt2-kngpt2", 124_274_342, 85_676_966),
         ("gpt2-ttm", 84_215_424, None),
         ("gpt2-krony", 96_100_000, None),
     ],
