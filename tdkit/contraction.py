@@ -76,7 +76,7 @@ class Structure(ABC):
         """Every way to multiply `tokens` rows."""
         build = self.build_path()
         dense = Product(tokens, self.shape[1], self.shape[0])
-        return (*self.factor_paths(tokens), Path(DENSE, (*build.products, dense), build.moved))
+        return (*self.factor_paths(tokens), Path(DENSE, (*build.products, dense), build.calls + 1, build.moved))
 
     def multiply_adds(self) -> int:
         """Multiply-adds of the path that needs fewest, for one row."""
@@ -99,7 +99,7 @@ class LowRankStructure(Structure):
 
     def factor_paths(self, tokens: int) -> tuple[Path, ...]:
         rows, columns = self.shape
-        return (Path("right, left", (Product(tokens, columns, self.rank), Product(tokens, self.rank, rows))),)
+        return (Path("right, left", (Product(tokens, columns, self.rank), Product(tokens, self.rank, rows)), calls=2),)
 
     def build_path(self) -> Path:
         return Path("build", (Product(self.shape[0], self.rank, self.shape[1]),))
@@ -159,13 +159,13 @@ class KroneckerStructure(Structure):
         if self.b_first:
             first = Product(tokens * a2, b2, terms * b1)
             second, moved = _broadcast(a1, a2 * terms, b1, tokens)
-            return (Path("B, A", (first, second), moved),)
+            return (Path("B, A", (first, second), calls=5, moved=moved),)
         first, moved = _broadcast(a1 * terms, a2, b2, tokens)
-        return (Path("A, B", (first, Product(tokens * a1, terms * b2, b1)), moved),)
+        return (Path("A, B", (first, Product(tokens * a1, terms * b2, b1)), calls=5, moved=moved),)
 
     def build_path(self) -> Path:
         product = Product(math.prod(self.a), self.terms, math.prod(self.b))
-        return Path("build", (product,), moved=math.prod(self.shape))
+        return Path("build", (product,), calls=4, moved=math.prod(self.shape))
 
     def multiply(self, x: Tensor, factors: Factors, path: Path) -> Tensor:
         a, b = factors

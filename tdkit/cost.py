@@ -47,12 +47,14 @@ class Path:
     Attributes:
         name: 'dense' builds the weight; other names are the structure's own.
         products: the matrix products, in order.
+        calls: operations on tensors, each of which costs a fixed time however small it is.
         moved: numbers copied from one layout to another in between.
         steps, transposed_steps: pairs of operands and the equation that joins them, for a path that has them.
     """
 
     name: str
     products: tuple[Product, ...]
+    calls: int = 1
     moved: int = 0
     steps: Steps = field(default=(), repr=False)
     transposed_steps: Steps = field(default=(), repr=False)
@@ -65,7 +67,8 @@ class Path:
         """The estimated time on a kind of device ('cpu', 'cuda', ...)."""
         rates = rates_of(device, dtype, threads or torch.get_num_threads())
         copies = self.moved * dtype.itemsize / rates.copy_bytes
-        return copies + sum(_seconds(product, rates, dtype.itemsize) for product in self.products)
+        fixed = self.calls * rates.call
+        return fixed + copies + sum(_seconds(product, rates, dtype.itemsize) for product in self.products)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Rates:
         cached_bytes, bytes: read by products whose operands fit in the last-level cache, or do not.
         cache: size of that cache in bytes.
         copy_bytes: written by a copy that reorders axes.
-        call: seconds that a product takes at least.
+        call: seconds that an operation takes at least.
     """
 
     multiply_adds: float
@@ -108,8 +111,8 @@ def _seconds(product: Product, rates: Rates, itemsize: int) -> float:
     size = product.elements * itemsize
     reading = size / (rates.cached_bytes if size <= rates.cache else rates.bytes)
     if smallest == 1:  # a matrix times a vector is bound by reading the matrix
-        return rates.call + reading
-    return rates.call + reading + product.multiply_adds / (rates.multiply_adds * share)
+        return reading
+    return reading + product.multiply_adds / (rates.multiply_adds * share)
 
 
 Schedule = tuple[tuple[int, Path], ...]  # (the most tokens it serves, path), ascending; the last serves all above
@@ -137,7 +140,7 @@ def schedule_of(
         if held:
             dense = Path(HELD, (Product(tokens, shape[1], shape[0]),))
             own = (*(path for path in own if path.name != DENSE), dense)
-        best = min(own, key=lambda path: path.seconds(dtype, device, threads) / (MARGIN if path.name == HELD else 1))
+        best = min(own, key=lambda path: path.seconds(dtype, device, threads) * (MARGIN if path.name == HELD else 1))
         if schedule and _same(schedule[-1][1], best):
             schedule.pop()
         schedule.append((tokens, best))

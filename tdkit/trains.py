@@ -64,7 +64,7 @@ class TrainStructure(Structure):
             products.append(Product(rows * columns, rank, m * n * next_rank))
             rows, columns = rows * m, columns * n
             moved += rows * columns * next_rank
-        return Path("build", tuple(products), moved)
+        return Path("build", tuple(products), 4 * len(products) + 2, moved)
 
     def multiply(self, x: Tensor, factors: Factors, path: Path) -> Tensor:
         padded = F.pad(x, (0, math.prod(self.in_modes) - self.shape[1]))
@@ -104,7 +104,7 @@ def _cores_path(cores: tuple[Modes, ...], tokens: int) -> Path:
     """The path of x (tokens, *in_modes) through the cores, and of (tokens, *out_modes) through their transposes."""
     steps, products, moved = _pairwise(cores, tokens)
     back, _, _ = _pairwise(tuple((rank, n, m, next_rank) for rank, m, n, next_rank in cores), tokens)
-    return Path("cores", products, moved, steps, back)
+    return Path("cores", products, 6 * len(steps) + 2, moved, steps, back)
 
 
 def _pairwise(cores: tuple[Modes, ...], tokens: int) -> tuple[Steps, tuple[Product, ...], int]:

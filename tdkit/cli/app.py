@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 import tdkit
-from tdkit.cli import models, recipes, registered
+from tdkit.cli import bench, models, recipes, registered
 from tdkit.errors import BudgetError, OptionError, PolicyError, RecipeError, RegistryError, TdkitError
 
 USAGE_ERRORS = (OptionError, PolicyError, BudgetError, RegistryError, RecipeError)
@@ -42,7 +42,7 @@ def _global(
 
 settings = {"debug": False}
 
-for group in (registered, recipes, models):
+for group in (registered, recipes, models, bench):
     for command in group.COMMANDS:
         app.command(command.__name__.rstrip("_"))(command)
 

@@ -54,9 +54,9 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what a policy would do to every layer of a model; nothing is changed."""
-    chosen = _policy(policy, with_, match, budget)
+    chosen = policy_of(policy, with_, match, budget)
     texts = None if calibration is None else load_texts(calibration)
-    source = load_model(model, dtype=_dtype(dtype))
+    source = load_model(model, dtype=dtype_of(dtype))
     made = plan_model(
         source.model, chosen, calibration=_calibration(source, texts, calibration_tokens, context, chosen)
     )
@@ -84,13 +84,13 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Compress a model by a policy and save it."""
-    chosen = _policy(policy, with_, match, budget)
+    chosen = policy_of(policy, with_, match, budget)
     if sequential and calibration is None:
         raise OptionError("--sequential needs --calibration TEXT")
     if not dry_run:
         _check_folder(folder, overwrite)
     texts = None if calibration is None else load_texts(calibration)
-    source = load_model(model, dtype=_dtype(dtype))
+    source = load_model(model, dtype=dtype_of(dtype))
     known = _calibration(source, texts, calibration_tokens, context, chosen)
     made = plan_model(source.model, chosen, calibration=known)
     if not dry_run:
@@ -113,7 +113,7 @@ def eval_(
 ) -> None:
     """Measure a language model: perplexity, parameters, bytes, tokens per second."""
     texts = load_texts(text)
-    kind = _dtype(dtype)
+    kind = dtype_of(dtype)
     if dry_run:
         size = sum(len(t) for t in texts)
         plan_of = {"model": model, "characters": size, "tokens": tokens, "context": context, "protocol": PROTOCOL}
@@ -161,7 +161,7 @@ def info(
     show(table, {**description, "bytes_on_disk": size}, as_json)
 
 
-def _policy(file: Path | None, with_: str, match: list[str] | None, budget: float | None) -> Policy:
+def policy_of(file: Path | None, with_: str, match: list[str] | None, budget: float | None) -> Policy:
     if file is not None:
         if not file.is_file():
             raise PolicyError(f"policy file {file} does not exist")
@@ -183,7 +183,7 @@ def _calibration(
     return calibrate(source.model, [row.unsqueeze(0) for row in rows], names=policy.rewritten(source.model))
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise OptionError(f"--dtype {name} is none of {', '.join(DTYPES)}")
     return DTYPES[name]

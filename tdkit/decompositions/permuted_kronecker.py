@@ -68,7 +68,7 @@ class PermutedKroneckerMatrix(KroneckerMatrix):
         if self.row_order is None:
             return super().multiply(x, bias, path)
         y = reorder(super().multiply(x, None, path), self.row_order)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         rows = super().rows(ids if self.row_order is None else self.row_order[ids].long())

@@ -1,0 +1,58 @@
+"""``tdkit bench``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from tdkit.benchmark import benchmark, unfitted
+from tdkit.cli.models import Budget, Dtype, Match, ModelName, PolicyFile, With, dtype_of, policy_of
+from tdkit.cli.output import AsJson, Device, err, show
+from tdkit.errors import OptionError
+from tdkit.planning import plan
+from tdkit.sites import factorized_groups
+from tdkit.sources import load_model
+
+
+def bench(
+    model: ModelName,
+    tokens: Annotated[str, typer.Option(help="Rows per call, as a list.")] = "1,16,512",
+    train: Annotated[bool, typer.Option("--train", help="Forward and backward pass instead of inference.")] = False,
+    prefer: Annotated[
+        Literal["speed", "memory"], typer.Option(help="'speed' may hold dense weights in eval mode.")
+    ] = "speed",
+    policy: PolicyFile = None,
+    with_: With = "low_rank",
+    match: Match = None,
+    budget: Budget = None,
+    seconds: Annotated[float, typer.Option(help="How long to time each call.", min=0.01)] = 0.5,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time dense against factorised layers and models, side by side.
+
+    A dense model is rewritten by the policy with random factors first: its speed is known before any fit.
+    """
+    counts = _tokens(tokens)
+    source = load_model(model, dtype=dtype_of(dtype), device=device)
+    if not factorized_groups(source.model):
+        chosen = policy_of(policy, with_, match, budget)
+        err.print("the model is dense: the policy is tried on it with random factors")
+        unfitted(source.model, plan(source.model, chosen))
+    result = benchmark(source.model, tokens=counts, train=train, prefer=prefer, seconds=seconds)
+    show(result.table(), result.to_dict(), as_json)
+
+
+def _tokens(text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise OptionError(f"--tokens {text!r} must be positive integers, such as 1,16,512")
+    return counts
+
+
+COMMANDS = (bench,)

@@ -1,0 +1,140 @@
+"""Times and memory of calls, measured side by side so that a busy machine slows all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+SAMPLE_SECONDS = 1e-3  # a shorter call is repeated within one sample: the clock and the loop must not count
+MAX_REPEATS = 200
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender.
+
+    Attributes:
+        seconds: median of a call.
+        ratio: median, over the rounds, of its time by that of the first contender in the same round.
+    """
+
+    seconds: float
+    ratio: float
+
+
+def side_by_side(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 0.5,
+    min_rounds: int = 7,
+    device: torch.device | str = "cpu",
+) -> dict[str, Timing]:
+    """Time calls in turn, round after round, and compare each with the first of the same round.
+
+    Args:
+        contenders: the first is what the others are compared with.
+        seconds: how long to go on for each contender, after a warm-up.
+        min_rounds: rounds at least, however long they take.
+        device: waited for at the end of each sample.
+    """
+    kind = torch.device(device)
+    repeats = {name: _repeats(call, kind) for name, call in contenders.items()}
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    started = time.perf_counter()
+    while len(next(iter(samples.values()))) < min_rounds or time.perf_counter() - started < seconds * len(samples):
+        for name, call in contenders.items():
+            samples[name].append(_sample(call, repeats[name], kind))
+    base = next(iter(samples.values()))
+    return {
+        name: Timing(
+            statistics.median(times), statistics.median(own / first for own, first in zip(times, base, strict=True))
+        )
+        for name, times in samples.items()
+    }
+
+
+def _repeats(call: Callable[[], object], device: torch.device) -> int:
+    _sample(call, 2, device)  # warm-up: allocations, thread pools, held weights
+    shortest = min(_sample(call, 1, device) for _ in range(3))
+    return max(1, min(MAX_REPEATS, round(SAMPLE_SECONDS / shortest)))
+
+
+def _sample(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / repeats
+
+
+def saved_bytes(forward: Callable[[], object]) -> int:
+    """Bytes that one forward pass keeps for its backward pass, a storage once; parameters count where they are kept."""
+    storages: dict[int, int] = {}
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)  # no storage may be freed and its address used again while we count
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output
+    return sum(storages.values())
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Bytes of tensors that a call allocates at its peak, beyond what was there before it."""
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        torch.cuda.synchronize(kind)
+        torch.cuda.reset_peak_memory_stats(kind)
+        before = torch.cuda.memory_allocated(kind)
+        call()
+        torch.cuda.synchronize(kind)
+        return int(torch.cuda.max_memory_allocated(kind)) - before
+    with _Allocations() as allocations:
+        call()
+    return int(allocations.peak)
+
+
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the storages that operations make, from their making to their end."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        output = func(*args, **kwargs)
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage(), given)
+        return output
+
+    def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in given or key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

@@ -1,0 +1,178 @@
+"""Every structure multiplies, builds and pulls back as the dense matrix does; the cost model ranks as measured."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tdkit import Kronecker, LowRank
+from tdkit.contraction import KroneckerStructure, LowRankStructure, Structure
+from tdkit.cost import BOUNDS, HELD, Path, Product, chunk_of, schedule_of, select
+from tdkit.trains import TrainStructure
+
+STRUCTURES: list[Structure] = [
+    LowRankStructure((5, 7), 3),
+    LowRankStructure((1, 1), 1),
+    KroneckerStructure((6, 20), 2, (3, 4), (2, 5)),
+    KroneckerStructure((34, 40), 1, (2, 2), (17, 20)),
+    KroneckerStructure((40, 34), 1, (20, 17), (2, 2)),
+    KroneckerStructure((12, 12), 2, (2, 6), (6, 2)),
+    KroneckerStructure((12, 12), 3, (6, 2), (2, 6)),
+    KroneckerStructure((40, 40), 2, (2, 20), (20, 2)),
+    TrainStructure((11, 23), (1, 2, 3, 1), (2, 3, 2), (4, 3, 2)),
+    TrainStructure((6, 5), (1, 1), (7,), (6,)),
+    TrainStructure((30, 16), (1, 2, 3, 2, 1), (2, 3, 2, 3), (2, 2, 2, 2)),
+    TrainStructure((30, 16), (1, 2, 3, 3, 2, 1), (2, 3, 2, 3, 1), (2, 2, 2, 2, 1)),
+]
+IDS = [f"{type(s).__name__}-{'x'.join(map(str, s.shape))}-{number}" for number, s in enumerate(STRUCTURES)]
+
+
+def factors_of(structure: Structure) -> list[Tensor]:
+    """Random float64 factors."""
+    match structure:
+        case LowRankStructure((rows, columns), rank):
+            sizes: Sequence[tuple[int, ...]] = [(rows, rank), (rank, columns)]
+        case KroneckerStructure(_, terms, a, b):
+            sizes = [(terms, *a), (terms, *b)]
+        case TrainStructure():
+            sizes = structure.cores
+    return [torch.randn(*size, dtype=torch.float64) for size in sizes]
+
+
+def dense_of(structure: Structure, factors: list[Tensor]) -> Tensor:
+    """The matrix by its definition, entry by entry or with torch.kron."""
+    match structure:
+        case LowRankStructure():
+            return torch.einsum("or,ri->oi", *factors)
+        case KroneckerStructure():
+            return sum(torch.kron(a, b) for a, b in zip(*factors, strict=True))
+        case TrainStructure((rows, columns), _, out_modes, in_modes):
+            dense = torch.zeros(math.prod(out_modes), math.prod(in_modes), dtype=torch.float64)
+            outs = itertools.product(*map(range, out_modes))
+            for i, out in enumerate(outs):
+                for j, into in enumerate(itertools.product(*map(range, in_modes))):
+                    row = torch.ones(1, 1, dtype=torch.float64)
+                    for core, m, n in zip(factors, out, into, strict=True):
+                        row = row @ core[:, m, n]
+                    dense[i, j] = row.item()
+            return dense[:rows, :columns]
+    raise AssertionError(structure)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=IDS)
+def test_build_is_the_definition(structure: Structure) -> None:
+    factors = factors_of(structure)
+    torch.testing.assert_close(structure.build(factors), dense_of(structure, factors))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+@pytest.mark.parametrize("structure", STRUCTURES, ids=IDS)
+def test_products_equal_the_dense_ones(structure: Structure, tokens: int) -> None:
+    factors = factors_of(structure)
+    dense = dense_of(structure, factors)
+    x = torch.randn(tokens, structure.shape[1], dtype=torch.float64)
+    y = torch.randn(tokens, structure.shape[0], dtype=torch.float64)
+    for path in structure.factor_paths(max(tokens, 1)):
+        torch.testing.assert_close(structure.multiply(x, factors, path), x @ dense.T)
+        torch.testing.assert_close(structure.multiply_transposed(y, factors, path), y @ dense)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=IDS)
+def test_pullbacks_equal_autograd(structure: Structure) -> None:
+    factors = [factor.requires_grad_() for factor in factors_of(structure)]
+    x = torch.randn(5, structure.shape[1], dtype=torch.float64)
+    gradient = torch.randn(5, structure.shape[0], dtype=torch.float64)
+    expected = torch.autograd.grad((gradient * (x @ structure.build(factors).T)).sum(), factors)
+    with torch.no_grad():
+        found = [structure.pullback(gradient.T @ x, factors)]
+        found += [structure.multiply_pullback(gradient, x, factors, path) for path in structure.factor_paths(5)]
+    for gradients in found:
+        for one, other in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_chunks_give_what_one_piece_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    structure = KroneckerStructure((96, 80), 2, (4, 4), (24, 20))
+    factors = factors_of(structure)
+    x, y = torch.randn(37, 80, dtype=torch.float64), torch.randn(37, 96, dtype=torch.float64)
+    path = structure.factor_paths(37)[0]
+    with torch.no_grad():
+        whole = structure.multiply(x, factors, path)
+        pulled = structure.multiply_pullback(y, x, factors, path)
+        monkeypatch.setattr("tdkit.cost.CHUNK_BYTES", 16 * 2 * 96 * 8)
+        assert chunk_of(37, structure._between * 8, "cpu") < 37
+        torch.testing.assert_close(structure.multiply(x, factors, path), whole)
+        for one, other in zip(structure.multiply_pullback(y, x, factors, path), pulled, strict=True):
+            torch.testing.assert_close(one, other)
+    torch.testing.assert_close(structure.multiply(x, factors, path), whole)
+
+
+def test_only_a_cpu_multiplies_in_chunks() -> None:
+    assert chunk_of(10_000, 10**6, "cuda") == 10_000
+    assert chunk_of(10_000, 10**6, "cpu") < 10
+
+
+@pytest.mark.parametrize("a", [(8, 2), (2, 8)])
+def test_kronecker_factors_lie_in_memory_as_their_products_need_them(a: tuple[int, int]) -> None:
+    matrix = Kronecker(terms=3, a=a).empty((16, 16))
+    structure = matrix.structure
+    axes = (1, 2, 0) if structure.b_first else (1, 0, 2)
+    assert matrix.a.permute(axes).is_contiguous()
+    moved = (0, 1, 2) if structure.b_first else (1, 0, 2)
+    assert matrix.b.permute(moved).is_contiguous()
+    for twin in (matrix.double(), torch.nn.Sequential(matrix).to(torch.bfloat16)[0]):
+        assert twin.a.permute(axes).is_contiguous()
+
+
+def test_multiply_adds_of_a_path_are_those_of_its_products() -> None:
+    (path,) = KroneckerStructure((48 * 64, 24 * 32), 4, (48, 24), (64, 32)).factor_paths(512)
+    assert path.name == "B, A"
+    assert path.multiply_adds == 512 * 4 * 24 * 64 * (32 + 48)
+    assert LowRank(rank=8).empty((30, 20), device="meta").multiply_adds() == 8 * 50
+
+
+def test_a_train_contracts_in_the_optimal_order() -> None:
+    structure = TrainStructure((64, 64), (1, 2, 2, 1), (4, 4, 4), (4, 4, 4))
+    (path,) = structure.factor_paths(1)
+    assert path.multiply_adds <= 4 * 64 * 2 + 4 * 64 * 4 + 4 * 64 * 2  # one core after the other
+    assert structure.factor_paths(4096)[0].multiply_adds <= 4096 * path.multiply_adds
+
+
+def slow_and_fast(tokens: int) -> tuple[Path, ...]:
+    """Factors that do 3 times the work per token, and a weight that costs a fixed time to build."""
+    build = Product(1000, 1000, 1000)
+    return Path("factors", (Product(tokens, 3000, 1000),)), Path("dense", (build, Product(tokens, 1000, 1000)))
+
+
+def test_a_schedule_changes_where_the_paths_cross() -> None:
+    options = {"dtype": torch.float32, "device": "cpu", "threads": 1}
+    built = schedule_of(slow_and_fast, (1000, 1000), held=False, **options)
+    assert [path.name for _, path in built] == ["factors", "dense"]
+    assert 64 <= built[0][0] <= 2048
+    for tokens in (1, built[0][0]):
+        assert select(built, tokens).name == "factors"
+    for tokens in (built[0][0] + 1, 10**7):
+        assert select(built, tokens).name == "dense"
+    held = schedule_of(slow_and_fast, (1000, 1000), held=True, **options)
+    assert [path.name for _, path in held] == [HELD]
+    assert held[-1][0] == BOUNDS[-1]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_few_parameters_are_multiplied_as_factors_and_many_are_not(device: str, dtype: torch.dtype) -> None:
+    thin, thick = (LowRank(rank=r).empty((4096, 4096), device="meta") for r in (64, 2048))
+    for tokens in (1, 512):
+        assert thin.path(tokens, prefer="speed", dtype=dtype, device=device).name == "right, left"
+        assert thick.path(tokens, prefer="speed", dtype=dtype, device=device).name == HELD
+        assert thin.path(tokens, dtype=dtype, device=device).seconds(dtype, device, 1) > 0
+
+
+def test_linear_of_a_layer_keeps_batch_axes_and_bias() -> None:
+    matrix = Kronecker(terms=2, a=(2, 2)).fit(torch.randn(6, 8))
+    bias, x = nn.Parameter(torch.randn(6)), torch.randn(2, 3, 8)
+    torch.testing.assert_close(matrix.linear(x, bias), x @ matrix.dense().T + bias)
+    torch.testing.assert_close(matrix.matmul(x[0, 0]), x[0, 0] @ matrix.dense().T)
