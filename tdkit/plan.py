@@ -171,7 +171,7 @@ class Plan:
 
         Args:
             every: one row per layer even in a long plan; otherwise layers that differ only in their depth
-                and share shape and treatment are one row.
+                and share shape and decomposition are one row, with the range of their ranks.
         """
         columns = ["layer", "shape", "becomes", "params", "of dense", "multiply-adds / token"]
         with_error = any(step.error is not None for step in self.steps)
@@ -209,7 +209,7 @@ def _row(group: Sequence[Step]) -> list[str]:
     return [
         _common_name(group) + (f" ({len(group)} layers)" if len(group) > 1 else ""),
         f"{first.shape[0]}x{first.shape[1]}",
-        first.decomposition.describe() if first.decomposition else f"kept: {first.reason}",
+        _becomes(group),
         params + (f" (+{indices:,} indices)" if indices else ""),
         f"{after / before:.1%}" if before else "",
         f"{adds_before:,}" if adds_before == adds_after else f"{adds_before:,} -> {adds_after:,}",
@@ -219,11 +219,31 @@ def _row(group: Sequence[Step]) -> list[str]:
     ]
 
 
+def _becomes(group: Sequence[Step]) -> str:
+    """The decomposition with its options; where they differ within the group, their range."""
+    first = group[0].decomposition
+    if first is None:
+        return f"kept: {group[0].reason}"
+    others = [step.decomposition.options() for step in group if step.decomposition is not None]
+    if all(options == others[0] for options in others):
+        return first.describe()
+    ranges = []
+    for option in others[0]:
+        values: list[Any] = [options.get(option) for options in others]
+        if all(value == values[0] for value in values):
+            ranges.append(f"{option}={'x'.join(map(str, values[0])) if isinstance(values[0], list) else values[0]}")
+        elif all(isinstance(value, int) for value in values):
+            ranges.append(f"{option}={min(values)}..{max(values)}")
+        else:
+            ranges.append(f"{option} varies")
+    return f"{first.name}({', '.join(ranges)})"
+
+
 def _groups(steps: Sequence[Step]) -> list[list[Step]]:
     groups: dict[tuple[object, ...], list[Step]] = {}
     for step in steps:
         pattern = tuple("*" if part.isdigit() else part for part in step.name.split("."))
-        key = (pattern, step.shape, step.decomposition, step.reason if step.decomposition is None else "")
+        key = (pattern, step.shape, step.decomposition.name if step.decomposition else None, step.reason)
         groups.setdefault(key, []).append(step)
     return list(groups.values())
 

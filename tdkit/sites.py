@@ -151,8 +151,8 @@ def num_params(model: nn.Module) -> int:
 
 
 def num_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers, tied ones counted once."""
-    tensors: dict[int, torch.Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    """Bytes of the tensors that a saved model holds, tied ones counted once."""
+    tensors: dict[int, torch.Tensor] = {t.data_ptr(): t for t in model.state_dict().values()}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
