@@ -1,0 +1,362 @@
+"""Speed of the factorised product, against dense layers and other libraries; writes docs/results/speed.md.
+
+    python tests/benchmarks/speed.py [--threads 2] [--seconds 0.5] [--parts eval,train,model,peers]
+
+Calls alternate in one process and ratios are medians of paired ratios, so that other work on the machine
+slows both sides. The peers (peft, tltorch) are used where they can be imported and named where they cannot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tdkit
+from tdkit import Decomposition, FactorizedMatrix, Kronecker, LowRank, PermutedKronecker, Policy, Rule, TTMatrix
+from tdkit.benchmark import densified, ready, unfitted
+from tdkit.layers import FactorizedLinear
+from tdkit.prepare import held_bytes
+from tdkit.tables import markdown_table
+from tdkit.timing import saved_bytes, side_by_side
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+SHAPES = ((3072, 768), (768, 3072), (4096, 4096))  # (out, in)
+SHARES = (0.05, 0.2, 0.4, 0.6, 0.8)
+KINDS = (LowRank(), Kronecker(), PermutedKronecker(), TTMatrix())
+SQUARE_KRONECKER = Kronecker(terms=4, a=(64, 64), b=(64, 64))
+Row = dict[str, Any]
+
+
+def filled(kind: Decomposition, shape: tuple[int, int]) -> FactorizedMatrix:
+    """Random factors: the time does not depend on their values."""
+    matrix = kind.empty(shape).eval()
+    with torch.no_grad():
+        for factor in matrix.parameters():
+            factor.normal_(std=0.05)
+    return matrix
+
+
+def inferring(call: Callable[[], object]) -> Callable[[], object]:
+    """The call without gradients."""
+
+    def run() -> object:
+        with torch.inference_mode():
+            return call()
+
+    return run
+
+
+def evaluation(shapes: Sequence[tuple[int, int]], seconds: float) -> Iterator[Row]:
+    """The grid of shapes, decompositions and shares at 1 and 512 tokens, in both preferences."""
+    cases = [
+        (shape, kind.complete(shape, int(s * shape[0] * shape[1])), s)
+        for shape in shapes
+        for kind in KINDS
+        for s in SHARES
+    ]
+    cases.append(((4096, 4096), SQUARE_KRONECKER, SQUARE_KRONECKER.num_params((4096, 4096)) / 4096**2))
+    for shape, kind, share in cases:
+        weight, bias = torch.randn(shape), torch.randn(shape[0])
+        small = filled(kind, shape)
+        fast = copy.deepcopy(small)
+        fast.hold("speed")
+        for tokens in (1, 512):
+            x = torch.randn(tokens, shape[1])
+            calls = {"dense": partial(F.linear, x, weight, bias), "memory": partial(small.linear, x, bias)}
+            if fast.path(tokens).name != small.path(tokens).name:
+                calls["speed"] = partial(fast.linear, x, bias)
+            timings = side_by_side({name: inferring(call) for name, call in calls.items()}, seconds=seconds)
+            path = small.path(tokens)
+            yield {
+                "shape": f"{shape[0]}x{shape[1]}",
+                "decomposition": kind.describe(),
+                "share": round(share, 4),
+                "tokens": tokens,
+                "dense_ms": timings["dense"].seconds * 1e3,
+                "multiply_adds": path.multiply_adds / (tokens * shape[0] * shape[1]),
+                "memory_path": path.name,
+                "memory": timings["memory"].ratio,
+                "speed_path": fast.path(tokens).name,
+                "speed": timings.get("speed", timings["memory"]).ratio,
+            }
+
+
+def training(seconds: float) -> list[Row]:
+    """Forward and backward of one layer at 512 tokens, and what it saves in between."""
+    shape, rows = (3072, 768), []
+    x, gradient = torch.randn(512, shape[1], requires_grad=True), torch.randn(512, shape[0])
+    dense = nn.Linear(shape[1], shape[0])
+    kinds = (TTMatrix(ranks=16), LowRank(rank=245), SQUARE_768, PermutedKronecker(terms=4, a=(48, 24), b=(64, 32)))
+    for kind in kinds:
+        layer = FactorizedLinear(filled(kind, shape), nn.Parameter(torch.zeros(shape[0]))).train()
+        plain = lambda layer=layer: F.linear(x, layer.matrix.dense(), layer.bias)  # noqa: E731
+        calls = {"dense": lambda: dense(x), "ours": lambda layer=layer: layer(x), "plain autograd": plain}
+        timings = side_by_side({n: (lambda c=c: c().backward(gradient)) for n, c in calls.items()}, seconds=seconds)
+        saved = {name: saved_bytes(call) / 2**20 for name, call in calls.items()}
+        for name, timing in timings.items():
+            rows.append(
+                {
+                    "decomposition": kind.describe(),
+                    "how": name,
+                    "ms": timing.seconds * 1e3,
+                    "ratio": timing.ratio,
+                    "saved_mib": saved[name],
+                    "saved_ratio": saved[name] / saved["dense"],
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+SQUARE_768 = Kronecker(terms=4, a=(48, 24), b=(64, 32))
+
+
+def whole_model(seconds: float) -> list[Row]:
+    """A model of GPT-2 small's size at 66%: 64 tokens generated one by one, and a training step of 128."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config()).eval()
+    rules = [Rule("*.wte", keep=True), Rule("lm_head", keep=True), Rule("*.wpe", keep=True)]
+    rows = []
+    for kind in (LowRank(), Kronecker(), TTMatrix()):
+        small = copy.deepcopy(model)
+        plan = tdkit.plan(small, Policy([*rules[:1], rules[2], Rule("*.h.*", kind)], budget=0.66))
+        unfitted(small, plan)
+        dense, _ = densified(small)
+        ids = torch.arange(128).unsqueeze(0)
+        for what in ("generate 64", "training step"):
+            train = what == "training step"
+            for each in (dense, small):
+                ready(each, train, "speed")
+                for module in each.modules():
+                    if isinstance(module, nn.Dropout):
+                        module.p = 0.0
+
+            act = partial(_step, ids=ids) if train else partial(_generate, ids=ids[:, :8])
+            calls = {"dense": partial(act, dense), "ours": partial(act, small)}
+            timings = side_by_side(calls, seconds=seconds * 4, min_rounds=3)
+            rows.append(
+                {
+                    "decomposition": kind.name,
+                    "params_ratio": plan.ratio,
+                    "what": what,
+                    "dense_ms": timings["dense"].seconds * 1e3,
+                    "ms": timings["ours"].seconds * 1e3,
+                    "ratio": timings["ours"].ratio,
+                    "held_mib": held_bytes(small) / 2**20,
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+@torch.inference_mode()
+def _generate(model: Any, ids: Tensor) -> Tensor:
+    tokens: Tensor = model.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)
+    return tokens
+
+
+def _step(model: nn.Module, ids: Tensor) -> None:
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.zero_grad()
+
+
+def peers(seconds: float) -> tuple[list[Row], list[str]]:
+    """Other ways to run the same product, 768 -> 3072, 512 tokens."""
+    shape, x, absent, rows = (3072, 768), torch.randn(512, 768), [], []
+    weight = torch.randn(shape)
+    ours = filled(SQUARE_768, shape)
+    train = filled(TTMatrix(ranks=16), shape)
+    groups: dict[str, dict[str, Callable[[], object]]] = {
+        "Kronecker, 4 terms of 48x24 and 64x32": {
+            "dense": lambda: F.linear(x, weight),
+            "tdkit, factors": lambda: ours.linear(x),
+            "torch.kron on every forward": lambda: F.linear(
+                x, sum(torch.kron(a, b) for a, b in zip(ours.a, ours.b, strict=True))
+            ),
+            "einsum as written": lambda: torch.einsum("raj,rbk,tjk->tab", ours.a, ours.b, x.view(-1, 24, 32)),
+        },
+        "TT-matrix, 3 cores, rank 16": {
+            "dense": lambda: F.linear(x, weight),
+            "tdkit, prefer=memory": lambda: train.linear(x),
+        },
+    }
+    held = copy.deepcopy(train)
+    held.hold("speed")
+    groups["TT-matrix, 3 cores, rank 16"]["tdkit, prefer=speed"] = lambda: held.linear(x)
+    try:
+        from peft import LoKrConfig, get_peft_model
+
+        base = nn.Sequential(nn.Linear(768, 3072, bias=False))
+        config = LoKrConfig(r=2048, alpha=1, target_modules=["0"], decompose_factor=24, init_weights=False)
+        lokr = get_peft_model(base, config).eval()
+        one = filled(Kronecker(terms=1, a=(24, 24)), shape)
+        groups["One Kronecker term added to a frozen dense layer"] = {
+            "dense": lambda: F.linear(x, weight),
+            "tdkit, dense + one term": lambda: F.linear(x, weight) + one.linear(x),
+            "peft LoKr": lambda: lokr(x),
+        }
+    except ImportError as error:
+        absent.append(f"peft ({error})")
+    try:
+        import tltorch
+
+        dense = nn.Linear(768, 3072, bias=False)
+        modes = {"in_tensorized_features": (12, 8, 8), "out_tensorized_features": (16, 16, 12)}
+        for how in ("factorized", "reconstructed"):
+            layer = tltorch.FactorizedLinear.from_linear(
+                dense, **modes, factorization="blocktt", rank=16, implementation=how, bias=False
+            ).eval()
+            groups["TT-matrix, 3 cores, rank 16"][f"tltorch, {how}"] = lambda layer=layer: layer(x)
+    except ImportError as error:
+        absent.append(f"tltorch ({error})")
+    for group, calls in groups.items():
+        timings = side_by_side({name: inferring(call) for name, call in calls.items()}, seconds=seconds)
+        for name, timing in timings.items():
+            rows.append({"product": group, "how": name, "ms": timing.seconds * 1e3, "ratio": timing.ratio})
+            print(rows[-1], flush=True)
+    return rows, absent
+
+
+def write(results: dict[str, Any]) -> None:
+    """The JSON and the page."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "speed.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    machine = results["machine"]
+    parts = [
+        "# Speed\n",
+        f"Written by `python tests/benchmarks/speed.py`: float32, {machine['threads']} threads of {machine['cpus']} "
+        f"CPUs, torch {machine['torch']}, load average {machine['load']:.1f} when it began. Ratios are medians of "
+        "paired ratios to the dense call of the same round: below 1 is faster than dense. Every bar is listed with "
+        "what was measured; a ratio above its bar is a miss.\n",
+        "## Bars\n",
+        markdown_table(["bar", "wanted", "worst measured", "met"], bars(results)),
+    ]
+    columns = {
+        "eval": (
+            "Inference",
+            [
+                "shape",
+                "decomposition",
+                "share",
+                "tokens",
+                "dense_ms",
+                "multiply_adds",
+                "memory_path",
+                "memory",
+                "speed_path",
+                "speed",
+            ],
+        ),
+        "train": (
+            "Training, 768 to 3072, 512 tokens",
+            ["decomposition", "how", "ms", "ratio", "saved_mib", "saved_ratio"],
+        ),
+        "model": (
+            "GPT-2 small's size at 66%",
+            ["decomposition", "params_ratio", "what", "dense_ms", "ms", "ratio", "held_mib"],
+        ),
+        "peers": ("Side by side, 768 to 3072, 512 tokens", ["product", "how", "ms", "ratio"]),
+    }
+    for part, (title, names) in columns.items():
+        if results.get(part):
+            rows = [
+                [f"{row[n]:.3g}" if isinstance(row[n], float) else str(row[n]) for n in names] for row in results[part]
+            ]
+            parts += [f"## {title}\n", markdown_table([n.replace("_", " ") for n in names], rows)]
+    if results.get("absent"):
+        parts.append("Not installed in this run: " + "; ".join(results["absent"]) + ".\n")
+    (RESULTS / "speed.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def bars(results: dict[str, Any]) -> list[list[str]]:
+    """Each bar with the worst figure of this run."""
+    listed: list[list[str]] = []
+
+    def bar(name: str, limit: float, values: list[float]) -> None:
+        if values:
+            listed.append([name, f"<= {limit:g}", f"{max(values):.3g}", "yes" if max(values) <= limit else "no"])
+
+    grid, train, model = (results.get(part, []) for part in ("eval", "train", "model"))
+    low_rank = [r for r in grid if r["decomposition"].startswith("low_rank")]
+    bar("512 tokens, prefer=speed, any, / dense", 1.1, [r["speed"] for r in grid if r["tokens"] == 512])
+    bar(
+        "512 tokens, low-rank, ratio / its share of the multiply-adds",
+        1.25,
+        [r["speed"] / r["multiply_adds"] for r in low_rank if r["tokens"] == 512],
+    )
+    bar("1 token, prefer=speed, any, / dense", 1.1, [r["speed"] for r in grid if r["tokens"] == 1])
+    for share, times in ((0.4, 1.7), (0.2, 3.0)):
+        picked = [r["memory"] for r in low_rank if r["tokens"] == 1 and r["share"] == share]
+        bar(f"1 token, low-rank at {share:.0%}, / dense ({times:g} x faster)", round(1 / times, 3), picked)
+    square = [r["memory"] for r in grid if r["tokens"] == 1 and r["decomposition"] == SQUARE_KRONECKER.describe()]
+    bar("1 token, 4 terms of 64x64 and 64x64 at 4096, / dense (15 x faster)", round(1 / 15, 3), square)
+    ours = [r for r in train if r["how"] == "ours" and r["decomposition"].startswith("tt_matrix")]
+    bar("training step, TT-matrix rank 16, / dense", 1.4, [r["ratio"] for r in ours])
+    bar("saved for backward, TT-matrix rank 16, / dense", 0.25, [r["saved_ratio"] for r in ours])
+    bar(
+        "GPT-2 small's size at 66%, 64 tokens generated, / dense",
+        1.0,
+        [r["ratio"] for r in model if r["what"] == "generate 64"],
+    )
+    bar(
+        "GPT-2 small's size at 66%, training step, / dense",
+        1.15,
+        [r["ratio"] for r in model if r["what"] == "training step"],
+    )
+    return listed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each timed call")
+    parser.add_argument("--parts", default="train,model,peers,eval", help="what to measure again; the rest is kept")
+    parser.add_argument("--largest", type=int, default=4096, help="leave larger shapes out of the grid")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    path = RESULTS / "speed.json"
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    results["machine"] = {
+        "command": " ".join(sys.argv[1:]),
+        "threads": options.threads,
+        "cpus": os.cpu_count(),
+        "torch": torch.__version__,
+        "load": os.getloadavg()[0],
+        "processor": platform.processor(),
+    }
+    for part in options.parts.split(","):
+        if part == "eval":
+            shapes = [shape for shape in SHAPES if max(shape) <= options.largest]
+            results["eval"] = []
+            for row in evaluation(shapes, options.seconds):
+                print(row, flush=True)
+                results["eval"].append(row)
+                write(results)
+        elif part == "train":
+            results["train"] = training(options.seconds)
+        elif part == "model":
+            results["model"] = whole_model(options.seconds)
+        elif part == "peers":
+            results["peers"], results["absent"] = peers(options.seconds)
+        else:
+            parser.error(f"--parts {part} is none of eval, train, model, peers")
+        write(results)
+
+
+if __name__ == "__main__":
+    main()
