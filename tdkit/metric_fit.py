@@ -27,8 +27,11 @@ from tdkit.tensor_train import (
 )
 
 MAX_STEPS = 100
-TOLERANCE = 3e-3  # of the error, over a few steps: what is left to gain is then below one percent
-CURVE_STEPS = 5
+LARGE = 1 << 20  # entries from which the steps are few, for time: each costs a product with both moments
+LARGE_STEPS = 12
+TOLERANCE = 3e-3  # of the error, over a few steps
+CURVE_STEPS = 5  # where a matrix is small they cost nothing, and there are as many as in a fit
+SMALL = 1 << 16
 DAMPING = 0.05  # of a bond's mean singular value: weak terms are not moved at once by their full Newton step
 SINGLE_FROM = 1 << 17  # entries from which the steps are taken in float32
 
@@ -54,7 +57,7 @@ def fit_train(
         metric: S and C.
         ranks: (cores + 1), the outer two are 1.
         out_modes, in_modes: may span more than the weight, which is then padded.
-        steps: at most so many; 0 gives the closed form.
+        steps: at most so many, and at most `LARGE_STEPS` for a large weight; 0 gives the closed form.
 
     Returns:
         cores (rank, out mode, in mode, next rank), float64, bonds balanced.
@@ -63,7 +66,7 @@ def fit_train(
     plain = problem.whiten(tt_svd(weight, ranks, out_modes, in_modes))
     closed = tt_svd(problem.weight, ranks, out_modes, in_modes)
     start, error = min(((cores, problem.error(cores)) for cores in (closed, plain)), key=lambda pair: pair[1])
-    refined, _ = problem.refine(start, steps)
+    refined, _ = problem.refine(start, min(steps, LARGE_STEPS) if weight.numel() >= LARGE else steps)
     if problem.error(refined) > error:  # by rounding, where nothing was left to gain
         refined = start
     return bond_balanced(problem.unwhiten(refined))[0]
@@ -93,7 +96,8 @@ def train_errors(
     problem = whitened_problem(weight, metric, out_modes, in_modes)
     largest, _ = bond_balanced(tt_svd(problem.weight, ranks[-1], out_modes, in_modes))
     starts = [truncated_train(largest, each) for each in ranks]
-    return [problem.refine(start, CURVE_STEPS)[1] for start in starts]
+    steps = CURVE_STEPS if weight.numel() >= SMALL else MAX_STEPS
+    return [problem.refine(start, steps)[1] for start in starts]
 
 
 @dataclass(frozen=True)
