@@ -1,0 +1,1 @@
+"""Monarch matrices for tdkit."""
