@@ -8,6 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 demo: $(VENV)/demo.done
 	$(BIN)/tdkit run smollm2-demo --overwrite
+	$(BIN)/tdkit run smollm2-distill --overwrite
 
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest -n auto -m "not slow and not gpu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from tdkit.decompositions.base import Decomposition
 from tdkit.errors import CheckpointError, RecipeError
 from tdkit.evaluation import PROTOCOL, Evaluation, evaluate
 from tdkit.huggingface import is_transformers
+from tdkit.plan import Plan
 from tdkit.planning import plan
 from tdkit.policy import Policy, Rule
 from tdkit.recipe import Recipe, StepConfig
@@ -73,11 +75,14 @@ class CompressStep(StepConfig):
 class CompareStep(StepConfig):
     """Compress the model with each of several decompositions at one budget, tabulate, and keep the best.
 
+    The plan of the first decomposition sets the size of every layer, by the estimated loss where the step is
+    calibrated; the others get the same sizes, so that the table compares decompositions and nothing else.
+
     Attributes:
         match: globs of the layers that are rewritten; the others stay.
         budget: params after / params before of the whole model.
         candidates: decompositions, ``with`` in YAML.
-        calibrated: fit in the metric of the calibration text, and share the budget by the estimated loss.
+        calibrated: fit in the metric of the calibration text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -106,21 +111,23 @@ class CompareStep(StepConfig):
         dense = evaluate(run.model, ids, context=context)
         rows = [_row("dense", dense, dense, None)]
         figures: list[dict[str, Any]] = [{"name": "dense", **dense.to_dict()}]
-        best: tuple[float, nn.Module] | None = None
+        policy = Policy([Rule(glob, kinds[0]) for glob in self.match], budget=self.budget)
         started = time.perf_counter()
-        calibration = run.calibration(self._policy(kinds[0])) if self.calibrated else None
+        calibration = run.calibration(policy) if self.calibrated else None
+        first = plan(run.model, policy, calibration=calibration)
         if calibration is not None:
             seconds = time.perf_counter() - started
             run.console.print(f"  calibrated on {run.recipe.data.calibration_tokens:,} tokens in {seconds:.0f} s")
+        run.console.print(first)
+        best: tuple[float, nn.Module] | None = None
         for kind in kinds:
             started = time.perf_counter()
-            chosen = plan(run.model, self._policy(kind), calibration=calibration)
-            if best is None:
-                run.console.print(chosen)
+            chosen = first if kind is kinds[0] else plan(run.model, _same_sizes(first, kind), calibration=calibration)
             model = compress(copy.deepcopy(run.model), chosen, calibration=calibration, device=run.device)
             seconds = time.perf_counter() - started
             measured = evaluate(model, ids, context=context)
             rows.append(_row(kind.describe(), measured, dense, seconds))
+            run.console.print(f"  {kind.describe()}: perplexity {rows[-1][4]}, {seconds:.0f} s")
             figures.append({"name": kind.name, **spec_of(kind), **measured.to_dict(), "fit_seconds": round(seconds, 2)})
             if best is None or measured.perplexity < best[0]:
                 best = measured.perplexity, model
@@ -133,8 +140,14 @@ class CompareStep(StepConfig):
         run.model = best[1]
         return {"rows": figures}
 
-    def _policy(self, kind: Decomposition) -> Policy:
-        return Policy([Rule(glob, kind) for glob in self.match], budget=self.budget)
+
+def _same_sizes(first: Plan, kind: Decomposition) -> Policy:
+    """The policy that gives every layer as many parameters as `first` does, in another decomposition."""
+    rules = [
+        Rule(f"re:{re.escape(step.name)}", kind, budget=min(1.0, (step.params_after + 0.5) / step.params_before))
+        for step in first.rewritten
+    ]
+    return Policy(rules, allocation="uniform")
 
 
 def check_calibration(calibrated: bool, recipe: Recipe, step: str) -> None:
