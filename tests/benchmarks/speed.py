@@ -215,7 +215,11 @@ def peers(seconds: float) -> tuple[list[Row], list[str]]:
         import tltorch
 
         dense = nn.Linear(768, 3072, bias=False)
-        modes = {"in_tensorized_features": (12, 8, 8), "out_tensorized_features": (16, 16, 12)}
+        modes: Row = {
+            "auto_tensorize": False,
+            "in_tensorized_features": (12, 8, 8),
+            "out_tensorized_features": (16, 16, 12),
+        }
         for how in ("factorized", "reconstructed"):
             layer = tltorch.FactorizedLinear.from_linear(
                 dense, **modes, factorization="blocktt", rank=16, implementation=how, bias=False
