@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -68,7 +69,9 @@ def test_the_budget_is_never_exceeded_and_nearly_spent(kind: type[Decomposition]
     model = blocks(width=48)
     plan = tdkit.plan(model, Policy([Rule("*", kind())], budget=budget))
     assert plan.params_after <= budget * plan.params_before
-    assert plan.ratio >= budget - 0.06
+    sizes = [candidate.num_params((192, 48)) / (192 * 48) for candidate in kind().candidates((192, 48))]
+    step = max(after - before for before, after in itertools.pairwise(sizes))
+    assert plan.ratio >= budget - max(0.06, step)  # no layer could have been a step larger
     assert len(plan.rewritten) == 4
 
 
