@@ -21,25 +21,19 @@ Fitted = list[tuple[Site, FactorizedMatrix]]
 
 
 def fit_step(
-    step: Step,
-    site: Site,
-    metric: Metric | None = None,
-    device: torch.device | str | None = None,
-    *,
-    weight: Tensor | None = None,
+    step: Step, site: Site, metric: Metric | None = None, device: torch.device | str | None = None
 ) -> FactorizedMatrix:
     """The factors that `step` asks for, with their relative error, on the weight's own device.
 
     Args:
         metric: calibrated moments; the Frobenius norm when None.
         device: where to fit; the weight's own when None.
-        weight: what to fit instead of the site's own weight.
 
     Raises:
         PolicyError: when the weight is not finite.
     """
     assert step.decomposition is not None
-    weight = site.weight.detach() if weight is None else weight.to(site.weight.dtype)
+    weight = site.weight.detach()
     if not bool(torch.isfinite(weight).all()):
         raise PolicyError(f"{site.name} holds NaN or infinite weights: repair it, or keep it with a rule")
     at = weight if device is None else weight.to(device)

@@ -240,7 +240,7 @@ class Store:
         lines = []
         for scope, factor in (("80% of MLP", 0.48), ("80% of blocks", 0.35), ("60% of blocks", 0.20)):
             peer, best = self.find("low_rank/whitened", scope), self.best(scope)
-            if peer and best:
+            if peer and best and best is not peer:
                 ratio = best["perplexity"] / peer["perplexity"]
                 lines.append(_bar(f"{scope}, best ({best['row']}) / peer", ratio, factor))
         dense, best = self.find("dense", ""), self.best("90% of blocks")
