@@ -161,6 +161,8 @@ def test_run_on_a_local_model(tdkit: Tdkit, gpt2_folder: Path, text_file: Path, 
         "data.context=32",
         "data.evaluation_tokens=256",
         "data.calibration_tokens=256",
+        "steps.0.compare.match=['*.mlp.*']",
+        "steps.0.compare.budget=0.9",
         "--out",
         tmp_path / "run",
     )
