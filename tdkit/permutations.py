@@ -108,11 +108,9 @@ class _Climb:
         """Fitted spectral starts, the better of a stage first."""
         if self.stages == 0:
             return
-        for _, stage in zip(range(self.stages), spectral_starts(self.single, self.a, self.b, seed=seed), strict=False):
-            fitted = [
-                self.fit(rows if self.move_rows else plain.rows, columns if self.move_columns else plain.columns)
-                for rows, columns in stage
-            ]
+        starts = spectral_starts(self.single, self.a, self.b, rows=self.move_rows, columns=self.move_columns, seed=seed)
+        for _, stage in zip(range(self.stages), starts, strict=False):
+            fitted = [self.fit(rows, columns) for rows, columns in stage]
             yield from sorted(fitted, key=lambda o: -o.energy)
 
     def by_norm(self) -> Ordering:

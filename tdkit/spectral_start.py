@@ -19,6 +19,7 @@ from tdkit.assignment import best_assignment
 from tdkit.shapes import Shape
 
 FEATURES = 24  # singular vectors that are looked at
+MOST_PROJECTORS = 1 << 26  # numbers in explicit projectors
 ABOVE_NOISE = 0.8  # of the largest singular value of noise: weaker vectors are dropped
 DETECTED = 1.15  # a leading singular value this far above that of noise is no accident
 ROTATIONS = 12  # trials of `_partitions`
@@ -58,10 +59,14 @@ def spectral_starts(
     a: Shape,
     b: Shape,
     *,
+    rows: bool = True,
+    columns: bool = True,
     seed: int = 0,
     partitions: int = 2,
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Stages of (row order, column order) guesses, the most promising stage first; none without structure.
+
+    A side that may not be reordered keeps its order, and none is sought: a vocabulary's would not fit in memory.
 
     Source: ours.
     """
@@ -74,11 +79,12 @@ def spectral_starts(
         if found.excess < DETECTED:
             continue
         scales = _scales(matrix), _scales(matrix.T)
+        still = torch.arange(matrix.shape[0]), torch.arange(matrix.shape[1])
         for first, second in _partitions(found, ranks, seed, partitions):
             yield [
                 (
-                    _places(found.rows * found.values, upper, lower, a[0], b[0], scales[0]),
-                    _places(found.columns * found.values, upper, lower, a[1], b[1], scales[1]),
+                    _places(found.rows * found.values, upper, lower, a[0], b[0], scales[0]) if rows else still[0],
+                    _places(found.columns * found.values, upper, lower, a[1], b[1], scales[1]) if columns else still[1],
                 )
                 for upper, lower in ((first, second), (second, first))
                 if upper.shape[1] <= ranks[0] and lower.shape[1] <= ranks[1]
@@ -113,10 +119,24 @@ def _projector_coordinates(bases: Tensor) -> Tensor:
     """Principal coordinates (items, k) of the projectors onto the spans of (items, n, rank)."""
     if bases.shape[1] == bases.shape[2]:
         return torch.zeros(len(bases), 0)  # the whole space: tells nothing
+    if len(bases) * bases.shape[1] ** 2 > MOST_PROJECTORS:
+        return _coordinates_by_products(bases)
     projectors = (bases @ bases.mT).flatten(1)
     left, singular, _ = _leading(projectors - projectors.mean(dim=0), min(2 * FEATURES, *projectors.shape))
     coordinates: Tensor = left * singular
     return coordinates.cpu()
+
+
+def _coordinates_by_products(bases: Tensor) -> Tensor:
+    """The same from inner products, <P_i, P_j> = |U_i^T U_j|^2, where the projectors would not fit in memory."""
+    items, _, rank = bases.shape
+    flat = bases.mT.flatten(0, 1).double()
+    products = (flat @ flat.T).square().reshape(items, rank, items, rank).sum(dim=(1, 3))
+    centred = products - products.mean(dim=0) - products.mean(dim=1, keepdim=True) + products.mean()
+    values, vectors = torch.linalg.eigh(centred)
+    count = min(2 * FEATURES, items)
+    coordinates: Tensor = (vectors * values.clamp_min(0).sqrt())[:, -count:].flip(1)
+    return coordinates.to(bases.dtype).cpu()
 
 
 def _scales(matrix: Tensor) -> Tensor:

@@ -107,3 +107,12 @@ def test_an_obvious_assignment_needs_no_exact_one() -> None:
     gain = torch.rand(50, 50)
     gain[torch.arange(50), order] += 1
     assert torch.equal(best_assignment(gain, exact_size=1), order)
+
+
+def test_a_side_that_stays_is_not_searched_and_tall_tables_fit_in_memory() -> None:
+    """An embedding: only its columns move; projectors of the rows' space would hold 192 x 4096^2 numbers."""
+    table = torch.kron(torch.randn(4096, 48, dtype=torch.float64), torch.randn(1, 4, dtype=torch.float64))
+    shuffled = table[:, torch.randperm(192)] + 0.1 * torch.randn(4096, 192, dtype=torch.float64)
+    found = search(shuffled, (4096, 48), (1, 4), 1, rows=False)
+    assert torch.equal(found.rows, torch.arange(4096))
+    assert found.energy > 0.97 * float(shuffled.square().sum())
