@@ -126,8 +126,8 @@ class CompareStep(StepConfig):
             model = compress(copy.deepcopy(run.model), chosen, calibration=calibration, device=run.device)
             seconds = time.perf_counter() - started
             measured = evaluate(model, ids, context=context)
-            rows.append(_row(kind.describe(), measured, dense, seconds))
-            run.console.print(f"  {kind.describe()}: perplexity {rows[-1][4]}, {seconds:.0f} s")
+            rows.append(_row(kind.describe().removesuffix("()"), measured, dense, seconds))
+            run.console.print(f"  {rows[-1][0]}: perplexity {rows[-1][4]}, {seconds:.0f} s")
             figures.append({"name": kind.name, **spec_of(kind), **measured.to_dict(), "fit_seconds": round(seconds, 2)})
             if best is None or measured.perplexity < best[0]:
                 best = measured.perplexity, model
