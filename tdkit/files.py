@@ -24,8 +24,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
             folder.rename(aside / "old")
-            target.rename(folder)
-            shutil.rmtree(aside)
+            try:
+                target.rename(folder)
+            except BaseException:
+                (aside / "old").rename(folder)
+                raise
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
         else:
             target.rename(folder)
     finally:

@@ -39,6 +39,23 @@ def test_a_folder_replaces_an_old_one_entirely(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"]
 
 
+def test_a_failing_last_rename_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with whole_folder(tmp_path / "a") as target:
+        (target / "x").write_text("old")
+    rename = Path.rename
+
+    def fails_for_the_new_one(self: Path, to: Path) -> Path:
+        if to == tmp_path / "a" and self.name != "old":
+            raise OSError("the disk is gone")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fails_for_the_new_one)
+    with pytest.raises(OSError, match="the disk is gone"), whole_folder(tmp_path / "a") as target:
+        (target / "x").write_text("new")
+    assert (tmp_path / "a" / "x").read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
 def test_a_file_is_replaced_or_left(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "f.txt"
     write_text(path, "old")
