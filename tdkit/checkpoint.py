@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,8 +29,6 @@ FORMAT_VERSION = 1
 DESCRIPTION = "tdkit.json"
 WEIGHTS = "model.safetensors"
 BUILD_IT = "build it on a device that holds weights"
-
-M = TypeVar("M", bound=nn.Module)
 
 
 def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False) -> Path:
@@ -105,9 +103,7 @@ def load(
     tensors = _read_tensors(folder)
     if model is None:
         model = huggingface.empty_model(description["model"], folder)
-        before: dict[str, nn.Module] = {}
-    else:
-        before = {}
+    before: dict[str, nn.Module] = {}
     try:
         _rewrite(model, description, folder, before)
         _fill(model, tensors, description["ties"], folder)

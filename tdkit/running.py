@@ -6,7 +6,6 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -170,10 +169,9 @@ def _open_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) ->
 
 def _open_model(recipe: Recipe, folder: Path, finished: int, device: str | None) -> tuple[Source, nn.Module | None]:
     changed = _last_change(recipe, finished)
-    rest = range(finished, len(recipe.steps))
-    if changed == 0 or not rest:
-        return load_model(recipe.model, dtype=DTYPES[recipe.dtype], device=device), None
     original = load_model(recipe.model, dtype=DTYPES[recipe.dtype], device=device)
+    if changed == 0 or finished == len(recipe.steps):
+        return original, None
     fresh = None if is_transformers(original.model) else copy.deepcopy(original.model)
     model = load(_after(folder, changed), model=fresh, device=device)
     dense = original.model if _needs_dense(recipe, finished) else None
@@ -188,10 +186,6 @@ def _write_state(folder: Path, recipe: Recipe, finished: int, results: list[dict
 def _drop_older(folder: Path, results: list[dict[str, Any]], recipe: Recipe) -> None:
     """Remove the checkpoints that a resumed run would not read."""
     keep = _after(folder, _last_change(recipe, len(results)))
-    for place in _checkpoints(folder):
+    for place in folder.glob("after-step-*"):
         if place != keep or len(results) == len(recipe.steps):
             shutil.rmtree(place, ignore_errors=True)
-
-
-def _checkpoints(folder: Path) -> Iterator[Path]:
-    return folder.glob("after-step-*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -166,7 +167,7 @@ def policy_of(file: Path | None, with_: str, match: list[str] | None, budget: fl
         if not file.is_file():
             raise PolicyError(f"policy file {file} does not exist")
         chosen = Policy.from_yaml(file)
-        return chosen if budget is None else Policy(chosen.rules, budget, chosen.allow_growth)
+        return chosen if budget is None else replace(chosen, budget=budget)
     try:
         kind = decomposition(yaml.safe_load(with_))
     except yaml.YAMLError as error:

@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tdkit.cli.models import policy_of
+from tdkit.policy import Policy
 from tdkit.registry import decompositions
 from tests.cli.command import Result, run
 
@@ -62,6 +65,14 @@ def test_plan_reads_a_policy_file(tdkit: Tdkit, gpt2_folder: Path, tmp_path: Pat
     rewritten = [step for step in form["steps"] if step["decomposition"]]
     assert [step["names"] for step in rewritten] == [["transformer.h.0.mlp.c_fc"], ["transformer.h.1.mlp.c_fc"]]
     assert rewritten[0]["decomposition"] == {"kronecker": {"terms": 2, "b": [2, 4]}}
+
+
+def test_a_budget_on_the_command_line_leaves_the_rest_of_a_policy_file(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("budget: 0.9\nallocation: uniform\nrules:\n- {match: '*', with: low_rank}\n")
+    chosen = policy_of(policy, "low_rank", None, 0.8)
+    assert chosen == replace(Policy.from_yaml(policy), budget=0.8)
+    assert chosen.allocation == "uniform"
 
 
 def test_compress_eval_info(tdkit: Tdkit, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
