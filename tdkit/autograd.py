@@ -48,8 +48,7 @@ def linear(
 def _forward(structure: Structure, path: Path, x: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
     if path.name == DENSE:
         return F.linear(x, structure.build(factors), bias)
-    y = structure.multiply(x, factors, path)
-    return y if bias is None else y + bias
+    return structure.multiply(x, factors, path, bias)
 
 
 class FactorizedProduct(torch.autograd.Function):
@@ -75,16 +74,7 @@ class FactorizedProduct(torch.autograd.Function):
         x, *factors = ctx.saved_tensors
         structure: Structure = ctx.structure
         _, _, needs_x, needs_bias, *needs_factors = ctx.needs_input_grad
-        grad_x = None
-        if needs_x and ctx.path.name == DENSE:
-            grad_x = gradient @ structure.build(factors)
-        elif needs_x:
-            grad_x = structure.multiply_transposed(gradient, factors, ctx.path)
-        grad_factors: Any = [None] * len(factors)
-        if any(needs_factors) and ctx.path.name == DENSE:
-            grad_factors = structure.pullback(gradient.T @ x, factors)
-        elif any(needs_factors):
-            grad_factors = structure.multiply_pullback(gradient, x, factors, ctx.path)
+        grad_x, grad_factors = structure.backward(gradient, x, factors, ctx.path, needs_x, needs_factors)
         grad_bias = gradient.sum(0) if needs_bias else None
         return None, None, grad_x, grad_bias, *grad_factors
 

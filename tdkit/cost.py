@@ -18,9 +18,6 @@ BOUNDS = tuple(2**k for k in range(17))  # tokens at which the paths are compare
 CHUNK_BYTES = 3 * 2**20  # of what lies between two products; 1 to 4 MiB were equally good with 1 MiB of L2 per core
 
 
-Steps = tuple[tuple[int, int, str], ...]
-
-
 @dataclass(frozen=True)
 class Product:
     """`batch` matrix products (m, k) @ (k, n)."""
@@ -49,26 +46,37 @@ class Path:
         products: the matrix products, in order.
         calls: operations on tensors, each of which costs a fixed time however small it is.
         moved: numbers copied from one layout to another in between.
-        steps, transposed_steps: pairs of operands and the equation that joins them, for a path that has them.
+        order: in which the factors are taken up, where the path has a choice.
+        backward: what the gradients of x and of the factors cost.
     """
 
     name: str
     products: tuple[Product, ...]
     calls: int = 1
     moved: int = 0
-    steps: Steps = field(default=(), repr=False)
-    transposed_steps: Steps = field(default=(), repr=False)
+    order: tuple[int, ...] = ()
+    backward: Path | None = field(default=None, repr=False)
 
     @property
     def multiply_adds(self) -> int:
         return sum(product.multiply_adds for product in self.products)
 
-    def seconds(self, dtype: torch.dtype = torch.float32, device: str = "cpu", threads: int | None = None) -> float:
-        """The estimated time on a kind of device ('cpu', 'cuda', ...)."""
+    def seconds(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        threads: int | None = None,
+        *,
+        training: bool = False,
+    ) -> float:
+        """The estimated time on a kind of device ('cpu', 'cuda', ...), with that of the backward pass in training."""
         rates = rates_of(device, dtype, threads or torch.get_num_threads())
         copies = self.moved * dtype.itemsize / rates.copy_bytes
         fixed = self.calls * rates.call
-        return fixed + copies + sum(_seconds(product, rates, dtype.itemsize) for product in self.products)
+        time = fixed + copies + sum(_seconds(product, rates, dtype.itemsize) for product in self.products)
+        if training and self.backward is not None:
+            time += self.backward.seconds(dtype, device, threads)
+        return time
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,7 @@ def schedule_of(
     device: str,
     threads: int,
     held: bool,
+    training: bool = False,
 ) -> Schedule:
     """The cheapest path for every number of tokens, compared at powers of two.
 
@@ -133,6 +142,7 @@ def schedule_of(
         paths: the ways to multiply a number of tokens; one of them is named 'dense'.
         shape: (out, in) of the matrix.
         held: compare with a weight that is kept rather than built on every call.
+        training: compare with the backward pass included.
     """
     schedule: list[tuple[int, Path]] = []
     for tokens in BOUNDS:
@@ -140,15 +150,16 @@ def schedule_of(
         if held:
             dense = Path(HELD, (Product(tokens, shape[1], shape[0]),))
             own = (*(path for path in own if path.name != DENSE), dense)
-        best = min(own, key=lambda path: path.seconds(dtype, device, threads) * (MARGIN if path.name == HELD else 1))
-        if schedule and _same(schedule[-1][1], best):
+        best = min(
+            own,
+            key=lambda path: (
+                path.seconds(dtype, device, threads, training=training) * (MARGIN if path.name == HELD else 1)
+            ),
+        )
+        if schedule and schedule[-1][1].name == best.name:
             schedule.pop()
         schedule.append((tokens, best))
     return tuple(schedule)
-
-
-def _same(path: Path, other: Path) -> bool:
-    return (path.name, path.steps, path.transposed_steps) == (other.name, other.steps, other.transposed_steps)
 
 
 def select(schedule: Schedule, tokens: int) -> Path:

@@ -46,6 +46,5 @@ class HeldWeight:
 
 
 def holdable(factors: Sequence[Tensor]) -> bool:
-    """Whether the weight of these factors may be held now: not where they need gradients, or have no versions."""
-    recording = torch.is_grad_enabled()
-    return not any((recording and factor.requires_grad) or factor.is_inference() for factor in factors)
+    """Whether changes of these factors can be seen: tensors made in inference mode have no versions."""
+    return not any(factor.is_inference() for factor in factors)

@@ -1,8 +1,14 @@
-"""How a TT-matrix multiplies: the cheapest pairwise order of x and its cores, or the matrix built core by core."""
+"""How a train of cores multiplies: one core after another, each by one plain matrix product.
+
+A Kronecker sum is a train of two cores, whose bond counts the terms.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,39 +18,60 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tdkit.contraction import Factors, Gradients, Structure
-from tdkit.cost import Path, Product, Steps
+from tdkit.cost import Path, Product, chunk_of
+from tdkit.shapes import Shape
 
 Modes = tuple[int, ...]
-OPTIMAL_CORES = 4  # up to this many the exhaustive search for the order takes milliseconds
+Order = tuple[int, ...]  # in which the cores are taken up
+
+EVERY_ORDER = 4  # up to this many cores all orders are compared; of more, opt_einsum's and the two sweeps
+WIDE = 16  # columns below which a batch of small products is slower than moving the axes to make one large one
+FEW = 3  # columns up to which as many products with a vector are faster than one with a matrix
 
 
-@dataclass(frozen=True)
-class TrainStructure(Structure):
+class ChainStructure(Structure):
     """Cores (rank, out mode, in mode, next rank); the matrix is padded to the product of its modes.
 
-    The path 'cores' contracts x with the cores pair by pair, in opt_einsum's optimal order for the tokens.
+    With x as (tokens, *in_modes) a core is taken up by contracting its in mode, and the bonds to those of its
+    neighbours that were taken up before, with the same axes of what there is; its out mode and its other
+    bonds take their place. These axes lie side by side, so each step is a matrix, the core, times a batch of
+    matrices, in every order of the cores and without moving an axis.
 
-    Sources: Novikov et al. (2015); Smith and Gray, opt_einsum (2018).
+    Sources: Oseledets (2011), section 4; Novikov et al. (2015), section 4.
     """
 
-    ranks: Modes  # (cores + 1), the outer two are 1
-    out_modes: Modes
-    in_modes: Modes
-
     @property
+    @abstractmethod
     def cores(self) -> tuple[Modes, ...]:
         """The shape of each core."""
-        return tuple(zip(self.ranks[:-1], self.out_modes, self.in_modes, self.ranks[1:], strict=True))
+
+    def to_cores(self, factors: Factors) -> Factors:
+        """Views of the factors as cores."""
+        return factors
+
+    def from_cores(self, gradients: Gradients) -> Gradients:
+        """The reverse of `to_cores`, for gradients."""
+        return gradients
+
+    def label(self, order: Order) -> str:
+        """The name of the path that takes the cores up in an order."""
+        return f"cores {', '.join(str(core + 1) for core in order)}"
+
+    @property
+    def layout(self) -> tuple[Modes, ...]:
+        """For each core the order of its axes in memory: as the fastest order for one token needs them."""
+        return _layout(self.cores)
 
     def build(self, factors: Factors) -> Tensor:
-        return self._trains(factors)[-1][: self.shape[0], : self.shape[1], 0]
+        train = _trains(self.to_cores(factors))[-1][..., 0]
+        return train if train.shape == self.shape else train[: self.shape[0], : self.shape[1]]
 
     def pullback(self, gradient: Tensor, factors: Factors) -> Gradients:
-        trains = self._trains(factors[:-1])
-        padding = (0, math.prod(self.in_modes) - self.shape[1], 0, math.prod(self.out_modes) - self.shape[0])
-        rest = F.pad(gradient, padding).unsqueeze(2)  # the gradient of the train up to a core
-        gradients: list[Tensor] = []
-        for train, core in zip(reversed(trains), reversed(factors[1:]), strict=True):
+        cores = self.to_cores(factors)
+        trains = _trains(cores[:-1])
+        rest = _padded(_padded(gradient, self._columns).T, self._rows).T.unsqueeze(2)  # of the train up to a core
+        gradients: list[Tensor | None] = []
+        for train, core in zip(reversed(trains), reversed(cores[1:]), strict=True):
             rows, columns, rank = train.shape
             _, m, n, next_rank = core.shape
             moved = (
@@ -52,84 +79,303 @@ class TrainStructure(Structure):
             )
             gradients.append((train.reshape(-1, rank).T @ moved).reshape(core.shape))
             rest = (moved @ core.reshape(rank, -1).T).reshape(rows, columns, rank)
-        return (rest.reshape(factors[0].shape), *reversed(gradients))
-
-    def factor_paths(self, tokens: int) -> tuple[Path, ...]:
-        return (_cores_path(self.cores, tokens),)
+        return self.from_cores((rest.reshape(cores[0].shape), *reversed(gradients)))
 
     def build_path(self) -> Path:
         products, moved = [], 0
-        rows, columns = self.out_modes[0], self.in_modes[0]
+        _, rows, columns, _ = self.cores[0]
         for rank, m, n, next_rank in self.cores[1:]:
             products.append(Product(rows * columns, rank, m * n * next_rank))
             rows, columns = rows * m, columns * n
             moved += rows * columns * next_rank
         return Path("build", tuple(products), 4 * len(products) + 2, moved)
 
-    def multiply(self, x: Tensor, factors: Factors, path: Path) -> Tensor:
-        padded = F.pad(x, (0, math.prod(self.in_modes) - self.shape[1]))
-        out = _contract(padded.reshape(-1, *self.in_modes), factors, path.steps)
-        return out.reshape(x.shape[0], math.prod(self.out_modes))[:, : self.shape[0]]
+    def factor_paths(self, tokens: int) -> tuple[Path, ...]:
+        return tuple(self._path(tokens, order) for order in _orders(self.cores, tokens))
 
-    def multiply_transposed(self, y: Tensor, factors: Factors, path: Path) -> Tensor:
-        padded = F.pad(y, (0, math.prod(self.out_modes) - self.shape[0]))
-        cores = [core.transpose(1, 2) for core in factors]
-        out = _contract(padded.reshape(-1, *self.out_modes), cores, path.transposed_steps)
-        return out.reshape(y.shape[0], math.prod(self.in_modes))[:, : self.shape[1]]
+    def _path(self, tokens: int, order: Order) -> Path:
+        forward, backward = _chain_path(self.cores, order, tokens, self.layout)
+        return Path(self.label(order), forward.products, forward.calls, forward.moved, order, backward)
 
-    def _trains(self, factors: Factors) -> list[Tensor]:
-        """The products (rows, columns, rank) of the first core, the first two, and so on."""
-        if not factors:
-            return []
-        first = factors[0]
-        trains = [first.reshape(first.shape[1], first.shape[2], -1)]
-        for core in factors[1:]:
-            rank, m, n, next_rank = core.shape
-            rows, columns, _ = trains[-1].shape
-            joined = (trains[-1].reshape(-1, rank) @ core.reshape(rank, -1)).reshape(rows, columns, m, n, next_rank)
-            trains.append(joined.transpose(1, 2).reshape(rows * m, columns * n, next_rank))
-        return trains
+    def multiply(self, x: Tensor, factors: Factors, path: Path, bias: Tensor | None = None) -> Tensor:
+        steps, cores = _stages(self.cores, path.order), self.to_cores(factors)
+        x = _padded(x, self._columns)
+        matrices = [_matrix(cores[stage.core], stage) for stage in steps]
+        size = chunk_of(x.shape[0], self._between(steps) * x.element_size(), x.device.type)
+        if size >= x.shape[0]:
+            out = _forward(x, matrices, steps)
+        elif torch.is_grad_enabled():
+            out = torch.cat([_forward(x[start : start + size], matrices, steps) for start in range(0, len(x), size)])
+        else:
+            out = x.new_empty(x.shape[0], self._rows)
+            for start in range(0, x.shape[0], size):
+                out[start : start + size] = _forward(x[start : start + size], matrices, steps)
+        out = out if out.shape[1] == self.shape[0] else out[:, : self.shape[0]]
+        return out if bias is None else out + bias if torch.is_grad_enabled() else out.add_(bias)
+
+    def factor_backward(
+        self, gradient: Tensor, x: Tensor, factors: Factors, path: Path, needs_x: bool, needs_factors: Sequence[bool]
+    ) -> tuple[Tensor | None, Gradients]:
+        """Backwards through the chain, in chunks of tokens; what lies between the products is computed again."""
+        steps, cores = _stages(self.cores, path.order), self.to_cores(factors)
+        x, gradient = _padded(x, self._columns), _padded(gradient, self._rows)
+        matrices = [_matrix(cores[stage.core], stage) for stage in steps]
+        wanted = [needs_factors[stage.core] for stage in steps]
+        size = chunk_of(x.shape[0], 2 * self._between(steps) * x.element_size(), x.device.type)
+        parts = [
+            _backward(gradient[start : start + size], x[start : start + size], matrices, steps, needs_x, wanted)
+            for start in range(0, max(x.shape[0], 1), size)
+        ]
+        grad_x = torch.cat([part[0] for part in parts if part[0] is not None]) if needs_x else None
+        grads: list[Tensor | None] = [None] * len(cores)
+        for place, stage in enumerate(steps):
+            found = [part[1][place] for part in parts]
+            if found[0] is not None:
+                total = torch.stack([each for each in found if each is not None]).sum(0) if len(found) > 1 else found[0]
+                shape = [cores[stage.core].shape[axis] for axis in stage.axes]
+                grads[stage.core] = total.reshape(shape).permute([stage.axes.index(axis) for axis in range(4)])
+        return None if grad_x is None else grad_x[:, : self.shape[1]], self.from_cores(tuple(grads))
+
+    @property
+    def _rows(self) -> int:
+        return math.prod([core[1] for core in self.cores])
+
+    @property
+    def _columns(self) -> int:
+        return math.prod([core[2] for core in self.cores])
+
+    def _between(self, steps: tuple[Stage, ...]) -> int:
+        """Numbers per token that lie between two products, at most; 0 for a single product."""
+        return max([stage.left * stage.rows * stage.right for stage in steps[:-1]], default=0)
 
 
-def _contract(x: Tensor, cores: Factors, steps: Steps) -> Tensor:
-    operands = [x, *cores]
-    for first, second, equation in steps:
-        right, left = operands.pop(second), operands.pop(first)
-        operands.append(torch.einsum(equation, left, right))
-    return operands[0]
+@dataclass(frozen=True)
+class TrainStructure(ChainStructure):
+    """A TT-matrix: ranks (cores + 1), the outer two of which are 1, and the modes of both sides."""
+
+    ranks: Modes
+    out_modes: Modes
+    in_modes: Modes
+
+    @property
+    def cores(self) -> tuple[Modes, ...]:
+        return tuple(zip(self.ranks[:-1], self.out_modes, self.in_modes, self.ranks[1:], strict=True))
+
+
+@dataclass(frozen=True)
+class KroneckerStructure(ChainStructure):
+    """sum_r A[r] kron B[r], with A (terms, a1, a2) and B (terms, b1, b2)."""
+
+    terms: int
+    a: Shape
+    b: Shape
+
+    @property
+    def cores(self) -> tuple[Modes, ...]:
+        return (1, *self.a, self.terms), (self.terms, *self.b, 1)
+
+    def to_cores(self, factors: Factors) -> Factors:
+        a, b = factors
+        return a.permute(1, 2, 0).unsqueeze(0), b.unsqueeze(3)
+
+    def from_cores(self, gradients: Gradients) -> Gradients:
+        a, b = gradients
+        return None if a is None else a.squeeze(0).permute(2, 0, 1), None if b is None else b.squeeze(3)
+
+    def label(self, order: Order) -> str:
+        return ", ".join("AB"[core] for core in order)
+
+    @property
+    def a_axes(self) -> Modes:
+        """The order of A's axes (term, row, column) in memory."""
+        return tuple({1: 1, 2: 2, 3: 0}[axis] for axis in self.layout[0] if axis != 0)
+
+    @property
+    def b_axes(self) -> Modes:
+        """The order of B's axes (term, row, column) in memory."""
+        return tuple(axis for axis in self.layout[1] if axis != 3)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One core taken up: a matrix (rows, inner) times a batch (tokens * left, inner, right).
+
+    Attributes:
+        core: its number.
+        axes: of the core, those of the rows first, then those of the inner dimension.
+    """
+
+    core: int
+    axes: Modes
+    rows: int
+    inner: int
+    left: int
+    right: int
 
 
 @cache
-def _cores_path(cores: tuple[Modes, ...], tokens: int) -> Path:
-    """The path of x (tokens, *in_modes) through the cores, and of (tokens, *out_modes) through their transposes."""
-    steps, products, moved = _pairwise(cores, tokens)
-    back, _, _ = _pairwise(tuple((rank, n, m, next_rank) for rank, m, n, next_rank in cores), tokens)
-    return Path("cores", products, 6 * len(steps) + 2, moved, steps, back)
+def _stages(cores: tuple[Modes, ...], order: Order) -> tuple[Stage, ...]:
+    """The products that take up the cores in an order."""
+    taken: set[int] = set()
+    found = []
+    for k in order:
+        inner = [*([0] if k - 1 in taken else []), 2, *([3] if k + 1 in taken else [])]
+        outer = [axis for axis in range(4) if axis not in inner]
+        rows, columns = math.prod([cores[k][axis] for axis in outer]), math.prod([cores[k][axis] for axis in inner])
+        sizes = [core[1] if i in taken else core[2] for i, core in enumerate(cores)]
+        bonds = [core[3] if (i in taken) != (i + 1 in taken) else 1 for i, core in enumerate(cores)]
+        left = math.prod(sizes[:k]) * math.prod(bonds[: max(k - 1, 0)])
+        right = math.prod(sizes[k + 1 :]) * math.prod(bonds[k + 1 : -1])
+        found.append(Stage(k, (*outer, *inner), rows, columns, left, right))
+        taken.add(k)
+    return tuple(found)
 
 
-def _pairwise(cores: tuple[Modes, ...], tokens: int) -> tuple[Steps, tuple[Product, ...], int]:
-    """Steps, products and numbers moved of opt_einsum's order for x (tokens, *in_modes) and the cores."""
+def _matrix(core: Tensor, stage: Stage) -> Tensor:
+    """The core as (rows, inner); a view where it lies in memory as the stage needs it."""
+    return core.permute(stage.axes).reshape(stage.rows, stage.inner)
+
+
+def _forward(x: Tensor, matrices: Sequence[Tensor], steps: Sequence[Stage]) -> Tensor:
+    state, tokens = x, x.shape[0]
+    for matrix, stage in zip(matrices, steps, strict=True):
+        state = _times(matrix, state.reshape(tokens * stage.left, stage.inner, stage.right))
+    return state.reshape(tokens, steps[-1].left * steps[-1].rows * steps[-1].right)
+
+
+def _backward(
+    gradient: Tensor,
+    x: Tensor,
+    matrices: Sequence[Tensor],
+    steps: Sequence[Stage],
+    needs_x: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of x and of every stage's matrix."""
+    tokens, states = x.shape[0], [x]
+    for matrix, stage in zip(matrices[:-1], steps, strict=False):
+        states.append(_times(matrix, states[-1].reshape(tokens * stage.left, stage.inner, stage.right)))
+    found: list[Tensor | None] = [None] * len(steps)
+    for place in reversed(range(len(steps))):
+        stage = steps[place]
+        out = gradient.reshape(tokens * stage.left, stage.rows, stage.right)
+        if wanted[place]:
+            found[place] = _outer(out, states[place].reshape(tokens * stage.left, stage.inner, stage.right))
+        if not needs_x and not any(wanted[:place]):
+            break
+        gradient = _times(matrices[place].T, out)
+    return gradient.reshape(x.shape) if needs_x else None, found
+
+
+def _times(
+    matrix: Tensor,  # (rows, inner)
+    batch: Tensor,  # (n, inner, right)
+) -> Tensor:  # (n, rows, right)
+    n, _, right = batch.shape
+    if right == 1:
+        return F.linear(batch.squeeze(2), matrix).unsqueeze(2)
+    if right >= WIDE:
+        return torch.matmul(matrix, batch)
+    if right <= FEW and n == 1:
+        return torch.stack([torch.mv(matrix, column) for column in batch[0].unbind(1)], 1).unsqueeze(0)
+    return F.linear(batch.transpose(1, 2), matrix).transpose(1, 2)
+
+
+def _outer(
+    out: Tensor,  # (n, rows, right)
+    batch: Tensor,  # (n, inner, right)
+) -> Tensor:  # (rows, inner)
+    """The sum over n and right of the outer products."""
+    if out.shape[2] == 1:
+        return out.squeeze(2).T @ batch.squeeze(2)
+    return out.transpose(0, 1).flatten(1) @ batch.transpose(0, 1).flatten(1).T
+
+
+def _chain_path(cores: tuple[Modes, ...], order: Order, tokens: int, layout: tuple[Modes, ...]) -> tuple[Path, Path]:
+    """What an order costs forwards and backwards."""
+    products, backward, moved, moved_back, copied = [], [], 0, 0, 0
+    steps = _stages(cores, order)
+    for place, stage in enumerate(steps):
+        n, size = tokens * stage.left, stage.rows + stage.inner
+        narrow = 1 < stage.right < WIDE
+        whole = Product(n * stage.right, stage.inner, stage.rows)
+        step = Product(stage.rows, stage.inner, stage.right, batch=n) if stage.right >= WIDE else whole
+        products.append(step)
+        moved += n * stage.right * size if narrow else 0
+        if _order_of(cores[stage.core], layout[stage.core]) != _order_of(cores[stage.core], stage.axes):
+            copied += math.prod(cores[stage.core])
+        backward += [step, Product(stage.rows, n * stage.right, stage.inner)]
+        moved_back += n * stage.right * size * (2 if narrow else 1 if stage.right > 1 else 0)
+        if place + 1 < len(steps):  # computed again
+            backward.append(step)
+            moved_back += n * stage.right * size if narrow else 0
+    calls = 4 * len(steps) + 2
+    again = Path("backward", tuple(backward), 3 * calls, moved_back + copied)
+    return Path("forward", tuple(products), calls, moved + copied), again
+
+
+def _order_of(core: Modes, axes: Modes) -> Modes:
+    """The order of axes in memory that matters: axes of one entry lie anywhere."""
+    return tuple(axis for axis in axes if core[axis] > 1)
+
+
+@cache
+def _layout(cores: tuple[Modes, ...]) -> tuple[Modes, ...]:
+    best: tuple[float, tuple[Modes, ...]] | None = None
+    for order in _orders(cores, 1):
+        steps = {stage.core: stage.axes for stage in _stages(cores, order)}
+        layout = tuple(steps[k] for k in range(len(cores)))
+        seconds = _chain_path(cores, order, 1, layout)[0].seconds(threads=1)
+        if best is None or seconds < best[0]:
+            best = seconds, layout
+    assert best is not None
+    return best[1]
+
+
+@cache
+def _orders(cores: tuple[Modes, ...], tokens: int) -> tuple[Order, ...]:
+    """The orders of the cores that are compared."""
+    forwards = tuple(range(len(cores)))
+    if len(cores) <= EVERY_ORDER:
+        return tuple(itertools.permutations(forwards))
+    return tuple(dict.fromkeys((forwards, forwards[::-1], _searched(cores, tokens))))
+
+
+def _searched(cores: tuple[Modes, ...], tokens: int) -> Order:
+    """The order in which the cores join x on the path that opt_einsum finds. Source: Smith and Gray (2018)."""
     count, symbol = len(cores), opt_einsum.get_symbol
     ins, outs = [symbol(1 + k) for k in range(count)], [symbol(1 + count + k) for k in range(count)]
     bonds = [symbol(1 + 2 * count + k) for k in range(count + 1)]
     terms = [symbol(0) + "".join(ins), *(bonds[k] + outs[k] + ins[k] + bonds[k + 1] for k in range(count))]
     shapes = [(tokens, *(core[2] for core in cores)), *cores]
-    sizes = {s: n for term, shape in zip(terms, shapes, strict=True) for s, n in zip(term, shape, strict=True)}
     equation = ",".join(terms) + "->" + symbol(0) + "".join(outs)
-    search = "optimal" if count <= OPTIMAL_CORES else "auto"
-    _, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=search)
-    steps, products, moved = [], [], 0
-    for (later, earlier), _, step, *_ in info.contraction_list:
-        inputs, output = step.split("->")
-        second, first = inputs.split(",")  # opt_einsum names the later operand first
-        steps.append((earlier, later, f"{first},{second}->{output}"))
-        batch = set(first) & set(second) & set(output)
-        shared = (set(first) & set(second)) - batch
-        free = [set(first) - shared - batch, shared, set(second) - shared - batch, batch]
-        products.append(Product(*(_size(sizes, symbols) for symbols in free)))
-        moved += _size(sizes, set(first)) + _size(sizes, set(output))
-    return tuple(steps), tuple(products), moved
+    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")
+    operands: list[Order] = [(), *((k,) for k in range(count))]
+    order: Order = ()
+    x = 0  # where x is among the operands
+    for pair in path:
+        joined = [operands[place] for place in sorted(pair)]
+        if x in pair:
+            order = (*order, *(core for core in itertools.chain(*joined) if core not in order))
+        x = len(operands) - len(pair) if x in pair else x - sum(place < x for place in pair)
+        operands = [operand for place, operand in enumerate(operands) if place not in pair]
+        operands.append(tuple(itertools.chain(*joined)))
+    return order
 
 
-def _size(sizes: dict[str, int], symbols: set[str]) -> int:
-    return math.prod(sizes[symbol] for symbol in symbols)
+def _trains(cores: Factors) -> list[Tensor]:
+    """The products (rows, columns, rank) of the first core, the first two, and so on."""
+    if not cores:
+        return []
+    first = cores[0]
+    trains = [first.reshape(first.shape[1], first.shape[2], -1)]
+    for core in cores[1:]:
+        rank, m, n, next_rank = core.shape
+        rows, columns, _ = trains[-1].shape
+        joined = (trains[-1].reshape(-1, rank) @ core.reshape(rank, -1)).reshape(rows, columns, m, n, next_rank)
+        trains.append(joined.transpose(1, 2).reshape(rows * m, columns * n, next_rank))
+    return trains
+
+
+def _padded(x: Tensor, columns: int) -> Tensor:
+    return x if x.shape[1] == columns else F.pad(x, (0, columns - x.shape[1]))

@@ -63,19 +63,17 @@ class FactorizedMatrix(nn.Module, ABC):
     ) -> Tensor:  # (*batch, out)
         """``x @ dense().T + bias`` by the path that costs least for this many rows of x."""
         tokens = x.numel() // self.shape[1]
-        if self.prefer == "speed" and not self.training and not torch.compiler.is_compiling():
-            tensors = self._tensors()
-            if holdable(tensors):
-                path = select(self.schedule(x.dtype, x.device.type, held=True), tokens)
-                if path.name == HELD:
-                    dtype = autocast_dtype(x.device.type) or x.dtype
-                    return F.linear(x, self._held.get(tensors, dtype, self.dense), bias)
-                return self.multiply(x, bias, path)
         if torch.compiler.is_compiling():
-            path = select(self.constant_schedule(x.dtype, x.device.type), tokens)
-        else:
-            path = select(self.schedule(x.dtype, x.device.type, held=False), tokens)
-        return self.multiply(x, bias, path)
+            training = torch.is_grad_enabled()
+            return self.multiply(x, bias, select(self.constant_schedule(x.dtype, x.device.type, training), tokens))
+        tensors = self._tensors()
+        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        held = self.prefer == "speed" and not self.training and not training and holdable(tensors)
+        path = select(self.schedule(x.dtype, x.device.type, held=held, training=training), tokens)
+        if path.name != HELD:
+            return self.multiply(x, bias, path)
+        dtype = autocast_dtype(x.device.type) or x.dtype
+        return F.linear(x, self._held.get(tensors, dtype, self.dense), bias)
 
     def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
         """``x @ dense().T + bias`` by one of `paths`."""
@@ -110,17 +108,18 @@ class FactorizedMatrix(nn.Module, ABC):
         dense = Path(HELD, (Product(tokens, self.shape[1], self.shape[0]),))
         return next(path for path in (*self.paths(tokens), dense) if path.name == name)
 
-    def schedule(self, dtype: torch.dtype, device: str, *, held: bool) -> Schedule:
-        """The path for every number of tokens."""
-        key = (dtype, device, held)
-        if key not in self._schedules:
+    def schedule(self, dtype: torch.dtype, device: str, *, held: bool, training: bool = False) -> Schedule:
+        """The path for every number of tokens, with the backward pass counted in training."""
+        key = (dtype, device, held, training)
+        found = self._schedules.get(key)
+        if found is None:
             threads = torch.get_num_threads()
-            self._schedules[key] = schedule_of(
-                self.paths, self.shape, dtype=dtype, device=device, threads=threads, held=held
+            found = self._schedules[key] = schedule_of(
+                self.paths, self.shape, dtype=dtype, device=device, threads=threads, held=held, training=training
             )
-        return self._schedules[key]
+        return found
 
-    def constant_schedule(self, dtype: torch.dtype, device: str) -> Schedule:
+    def constant_schedule(self, dtype: torch.dtype, device: str, training: bool) -> Schedule:  # noqa: ARG002
         """The same for torch.compile, without holding: arithmetic on shapes stays out of the graph."""
         return ((0, self.paths(1)[0]),)
 

@@ -10,7 +10,6 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from tdkit.contraction import KroneckerStructure
 from tdkit.decompositions.base import Decomposition, Point, assign, factor, pair, positive
 from tdkit.decompositions.curves import exact_curve, sampled_curve
 from tdkit.decompositions.structured import StructuredMatrix
@@ -19,6 +18,7 @@ from tdkit.linalg import nearest_kronecker, rearrange, singular_values, working
 from tdkit.metric import Metric
 from tdkit.metric_fit import kronecker_in_metric, train_errors
 from tdkit.shapes import Shape, divisors
+from tdkit.trains import KroneckerStructure
 
 
 class KroneckerMatrix(StructuredMatrix):
@@ -208,7 +208,10 @@ class Kronecker(Decomposition):
 
 
 def _shape_cost(a: Shape, b: Shape) -> tuple[float, ...]:
-    """What is least for the preferred shapes: distance from low rank, params per term, multiply-adds; then a wide A."""
+    """What is least for the preferred shapes: distance from low rank, params per term, multiply-adds.
+
+    Then B is a vector, if one of them is: no axis has to move between the products.
+    """
     distance = min(a[0] * b[1], a[1] * b[0])  # 1 where A is a column and B a row, or the reverse
     multiply_adds = min(a[1] * b[0] * (b[1] + a[0]), a[0] * b[1] * (a[1] + b[0]))
-    return distance, math.prod(a) + math.prod(b), multiply_adds, -a[1]
+    return distance, math.prod(a) + math.prod(b), multiply_adds, min(b), -a[1]

@@ -36,8 +36,8 @@ class StructuredMatrix(FactorizedMatrix):
     def paths(self, tokens: int) -> tuple[Path, ...]:
         return self.structure.paths(tokens)
 
-    def constant_schedule(self, dtype: torch.dtype, device: str) -> Schedule:
-        return _constant_schedule(self.structure, dtype, device)
+    def constant_schedule(self, dtype: torch.dtype, device: str, training: bool) -> Schedule:
+        return _constant_schedule(self.structure, dtype, device, training)
 
     def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
         return linear(x, bias, self.factors(), self.structure, path)
@@ -46,9 +46,11 @@ class StructuredMatrix(FactorizedMatrix):
         return self.factors()
 
 
-def _constant_schedule(structure: Structure, dtype: torch.dtype, device: str) -> Schedule:
+def _constant_schedule(structure: Structure, dtype: torch.dtype, device: str, training: bool) -> Schedule:
     threads = torch.get_num_threads()
-    return schedule_of(structure.paths, structure.shape, dtype=dtype, device=device, threads=threads, held=False)
+    return schedule_of(
+        structure.paths, structure.shape, dtype=dtype, device=device, threads=threads, held=False, training=training
+    )
 
 
 # All that torch.compiler.assume_constant_result does; calling it would import torch._dynamo, two seconds for everybody.

@@ -36,16 +36,17 @@ class TTMatrixMatrix(StructuredMatrix):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(decomposition, TrainStructure(shape, ranks, out_modes, in_modes))
+        structure = TrainStructure(shape, ranks, out_modes, in_modes)
+        super().__init__(decomposition, structure)
         self.out_modes = out_modes
         self.in_modes = in_modes
         self.cores = nn.ParameterList(
-            factor(ranks[k], m, n, ranks[k + 1], device=device, dtype=dtype)
-            for k, (m, n) in enumerate(zip(out_modes, in_modes, strict=True))
+            factor(*core, axes=axes, device=device, dtype=dtype)
+            for core, axes in zip(structure.cores, structure.layout, strict=True)
         )
 
     def factors(self) -> tuple[Tensor, ...]:
-        return tuple(self.cores.parameters(recurse=False))
+        return tuple(self._modules["cores"]._parameters.values())  # type: ignore[union-attr, arg-type, return-value]
 
     def rows(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)
@@ -208,14 +209,14 @@ class TTMatrix(Decomposition):
 def wide_modes(shape: Shape, cores: int) -> tuple[Modes, Modes]:
     """(out_modes, in_modes) of a train that is nearly a low-rank product: a wide core for each side.
 
-    The longer side gives two to the last core, and the first core what that leaves of it; the second core
-    holds the other side. Trained weights keep most in such trains, by far in the calibrated metric; balanced
-    modes spend the parameters on bonds that mix rows with columns.
+    The longer side gives two to the first core, and the last core what that leaves of it; the one before the
+    last holds the other side. Trained weights keep most in such trains, by far in the calibrated metric;
+    balanced modes spend the parameters on bonds that mix rows with columns.
     """
     rows, columns = shape
     split, whole = (rows, columns) if rows >= columns else (columns, rows)
     if split < 4:
         return balanced_modes(rows, cores), balanced_modes(columns, cores)
-    ends = [-(-split // 2), *[1] * (cores - 2), 2] if cores > 2 else [-(-split // 2), 2]
-    middle = [1, whole, *[1] * (cores - 2)]
-    return (tuple(ends), tuple(middle)) if rows >= columns else (tuple(middle), tuple(ends))
+    half = -(-split // 2)
+    longer, shorter = (2, *[1] * (cores - 2), half), (*[1] * (cores - 2), whole, 1)
+    return (longer, shorter) if rows >= columns else (shorter, longer)
