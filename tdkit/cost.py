@@ -108,7 +108,7 @@ def rates_of(device: str, dtype: torch.dtype, threads: int) -> Rates:
     if device == "cpu":
         speed = 45e9 * threads * {8: 0.5}.get(dtype.itemsize, 1.0)
         memory = 25e9 * max(1.0, threads / 4)
-        return Rates(speed, 5, 0.3, 55e9 * threads, memory, 16e6, 8e9 * threads, 5e-6)
+        return Rates(speed, 5, 0.3, 55e9 * threads, memory, 16e6, 8e9 * threads, 2.5e-6)
     speed = {8: 5e12, 4: 20e12}.get(dtype.itemsize, 300e12)
     return Rates(speed, 64, 0.02, 2e12, 2e12, 40e6, 1e12, 6e-6)
 

@@ -18,33 +18,37 @@ class HeldWeight:
     def __init__(self) -> None:
         self._weight: Tensor | None = None
         self._dtype: torch.dtype | None = None
-        self._sources: list[tuple[Tensor, Tensor, int]] = []  # factor, alias that keeps its storage alive, version
+        self._sources: list[tuple[Tensor, int, int]] = []  # factor, address, version
+        self._aliases: list[Tensor] = []  # keep the storages alive, so that no address is used again
 
-    def get(self, factors: Sequence[Tensor], dtype: torch.dtype, build: Callable[[], Tensor]) -> Tensor:
-        """The weight in `dtype`, built by `build` when there is none or the factors have changed."""
-        if self._weight is None or self._dtype != dtype or not self._is_of(factors):
-            with torch.inference_mode(False), torch.no_grad():
-                self._weight = build().to(dtype).contiguous()
-            self._dtype = dtype
-            self._sources = [(factor, factor.detach(), factor._version) for factor in factors]
+    def get(self, factors: Sequence[Tensor], dtype: torch.dtype, build: Callable[[], Tensor]) -> Tensor | None:
+        """The weight in `dtype`, built by `build` when there is none or the factors have changed.
+
+        None for factors made in inference mode: they count no versions, so that changes cannot be seen.
+        """
+        if self._weight is not None and self._dtype is dtype and self._is_of(factors):
+            return self._weight
+        self.drop()
+        if any(factor.is_inference() for factor in factors):
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            self._weight = build().to(dtype).contiguous()
+        self._dtype = dtype
+        self._sources = [(factor, factor.data_ptr(), factor._version) for factor in factors]
+        self._aliases = [factor.detach() for factor in factors]
         return self._weight
 
     def drop(self) -> None:
         """Forget the weight."""
-        self._weight, self._dtype, self._sources = None, None, []
+        self._weight, self._dtype, self._sources, self._aliases = None, None, [], []
 
     def _is_of(self, factors: Sequence[Tensor]) -> bool:
-        return len(factors) == len(self._sources) and all(
-            now is then and now._version == version and now.data_ptr() == alias.data_ptr()
-            for now, (then, alias, version) in zip(factors, self._sources, strict=True)
-        )
+        for now, (then, address, version) in zip(factors, self._sources, strict=True):
+            if now is not then or now._version != version or now.data_ptr() != address:
+                return False
+        return True
 
     @property
     def bytes(self) -> int:
         """What the weight takes in memory; 0 while there is none."""
         return 0 if self._weight is None else self._weight.numel() * self._weight.element_size()
-
-
-def holdable(factors: Sequence[Tensor]) -> bool:
-    """Whether changes of these factors can be seen: tensors made in inference mode have no versions."""
-    return not any(factor.is_inference() for factor in factors)

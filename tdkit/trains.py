@@ -202,15 +202,26 @@ class Stage:
 
     Attributes:
         core: its number.
-        axes: of the core, those of the rows first, then those of the inner dimension.
+        free, contracted: the axes of the core that make the rows, and the inner dimension.
     """
 
     core: int
-    axes: Modes
+    free: Modes
+    contracted: Modes
     rows: int
     inner: int
     left: int
     right: int
+
+    @property
+    def axes(self) -> Modes:
+        """The axes of the core, as they make the matrix."""
+        return *self.free, *self.contracted
+
+    @property
+    def lying(self) -> Modes:
+        """The order of the axes in memory that one token's product reads fastest: along the longer side."""
+        return (*self.contracted, *self.free) if self.rows > self.inner else self.axes
 
 
 @cache
@@ -226,7 +237,7 @@ def _stages(cores: tuple[Modes, ...], order: Order) -> tuple[Stage, ...]:
         bonds = [core[3] if (i in taken) != (i + 1 in taken) else 1 for i, core in enumerate(cores)]
         left = math.prod(sizes[:k]) * math.prod(bonds[: max(k - 1, 0)])
         right = math.prod(sizes[k + 1 :]) * math.prod(bonds[k + 1 : -1])
-        found.append(Stage(k, (*outer, *inner), rows, columns, left, right))
+        found.append(Stage(k, tuple(outer), tuple(inner), rows, columns, left, right))
         taken.add(k)
     return tuple(found)
 
@@ -302,7 +313,7 @@ def _chain_path(cores: tuple[Modes, ...], order: Order, tokens: int, layout: tup
         step = Product(stage.rows, stage.inner, stage.right, batch=n) if stage.right >= WIDE else whole
         products.append(step)
         moved += n * stage.right * size if narrow else 0
-        if _order_of(cores[stage.core], layout[stage.core]) != _order_of(cores[stage.core], stage.axes):
+        if not _lies_ready(cores[stage.core], layout[stage.core], stage):
             copied += math.prod(cores[stage.core])
         backward += [step, Product(stage.rows, n * stage.right, stage.inner)]
         moved_back += n * stage.right * size * (2 if narrow else 1 if stage.right > 1 else 0)
@@ -314,17 +325,21 @@ def _chain_path(cores: tuple[Modes, ...], order: Order, tokens: int, layout: tup
     return Path("forward", tuple(products), calls, moved + copied), again
 
 
-def _order_of(core: Modes, axes: Modes) -> Modes:
-    """The order of axes in memory that matters: axes of one entry lie anywhere."""
-    return tuple(axis for axis in axes if core[axis] > 1)
+def _lies_ready(core: Modes, layout: Modes, stage: Stage) -> bool:
+    """Whether a core whose axes lie in memory as `layout` says is the stage's matrix, or its transpose, without a copy.
+
+    Axes of one entry lie anywhere.
+    """
+    lying, free, inner = ([axis for axis in axes if core[axis] > 1] for axes in (layout, stage.free, stage.contracted))
+    return lying in ([*free, *inner], [*inner, *free])
 
 
 @cache
 def _layout(cores: tuple[Modes, ...]) -> tuple[Modes, ...]:
     best: tuple[float, tuple[Modes, ...]] | None = None
     for order in _orders(cores, 1):
-        steps = {stage.core: stage.axes for stage in _stages(cores, order)}
-        layout = tuple(steps[k] for k in range(len(cores)))
+        lying = {stage.core: stage.lying for stage in _stages(cores, order)}
+        layout = tuple(lying[k] for k in range(len(cores)))
         seconds = _chain_path(cores, order, 1, layout)[0].seconds(threads=1)
         if best is None or seconds < best[0]:
             best = seconds, layout

@@ -124,9 +124,7 @@ def test_only_a_cpu_multiplies_in_chunks() -> None:
 @pytest.mark.parametrize("a", [(8, 2), (2, 8)])
 def test_factors_lie_in_memory_as_the_products_of_one_token_need_them(a: tuple[int, int]) -> None:
     matrix = Kronecker(terms=3, a=a).empty((16, 16))
-    best = min(matrix.structure.factor_paths(1), key=lambda path: path.seconds(threads=1))
     axes, moved = matrix.structure.a_axes, matrix.structure.b_axes
-    assert (axes, moved) == {"B, A": ((1, 2, 0), (0, 1, 2)), "A, B": ((1, 0, 2), (1, 0, 2))}[best.name]
     for twin in (matrix, matrix.double(), torch.nn.Sequential(matrix).to(torch.bfloat16)[0]):
         assert twin.a.permute(axes).is_contiguous()
         assert twin.b.permute(moved).is_contiguous()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tdkit.autograd import autocast_dtype
 from tdkit.cost import DENSE, HELD, Path, Product, Schedule, schedule_of, select
 from tdkit.errors import OptionError
-from tdkit.held import HeldWeight, holdable
+from tdkit.held import HeldWeight
 from tdkit.linalg import relative_error, working
 from tdkit.metric import Metric
 from tdkit.shapes import Shape
@@ -68,12 +68,15 @@ class FactorizedMatrix(nn.Module, ABC):
             return self.multiply(x, bias, select(self.constant_schedule(x.dtype, x.device.type, training), tokens))
         tensors = self._tensors()
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        held = self.prefer == "speed" and not self.training and not training and holdable(tensors)
-        path = select(self.schedule(x.dtype, x.device.type, held=held, training=training), tokens)
-        if path.name != HELD:
-            return self.multiply(x, bias, path)
-        dtype = autocast_dtype(x.device.type) or x.dtype
-        return F.linear(x, self._held.get(tensors, dtype, self.dense), bias)
+        if self.prefer == "speed" and not self.training and not training:
+            path = select(self.schedule(x.dtype, x.device.type, held=True), tokens)
+            if path.name != HELD:
+                return self.multiply(x, bias, path)
+            weight = self._held.get(tensors, autocast_dtype(x.device.type) or x.dtype, self.dense)
+            if weight is not None:
+                return F.linear(x, weight, bias)
+        path = select(self.schedule(x.dtype, x.device.type, held=False, training=training), tokens)
+        return self.multiply(x, bias, path)
 
     def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
         """``x @ dense().T + bias`` by one of `paths`."""

@@ -41,7 +41,8 @@ class KroneckerMatrix(StructuredMatrix):
         self.b = factor(terms, *b, axes=structure.b_axes, device=device, dtype=dtype)
 
     def factors(self) -> tuple[Tensor, ...]:
-        return self.a, self.b
+        parameters = self._parameters
+        return parameters["a"], parameters["b"]  # type: ignore[return-value]
 
     def rows(self, ids: Tensor) -> Tensor:
         b1 = self.b.shape[1]

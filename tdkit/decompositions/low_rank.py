@@ -32,11 +32,12 @@ class LowRankMatrix(StructuredMatrix):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__(decomposition, LowRankStructure(shape, rank))
-        self.left = factor(shape[0], rank, device=device, dtype=dtype)
+        self.left = factor(shape[0], rank, axes=(1, 0), device=device, dtype=dtype)  # the longer side is read along
         self.right = factor(rank, shape[1], device=device, dtype=dtype)
 
     def factors(self) -> tuple[Tensor, ...]:
-        return self.left, self.right
+        parameters = self._parameters
+        return parameters["left"], parameters["right"]  # type: ignore[return-value]
 
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.left) @ self.right
