@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from tdkit.files import whole_folder
 from tdkit.metric import Metric
 from tdkit.moments import Reach, Recorder, SharingBrokeError, groups_within, reaching
 from tdkit.progress import Bar, progress_bar
-from tdkit.sites import Site, survey
+from tdkit.sites import Site, User, survey
 from tdkit.sources import spread_windows
 
 LIMIT_BYTES = 8 * 2**30
@@ -40,13 +40,20 @@ class Calibration:
     Attributes:
         batches: what they were measured on; None when that was not kept.
         gradients: whether the moments of the output gradients are known too.
+        loss: whose gradients they are; None for the default one. It is not saved.
     """
 
     def __init__(
-        self, metrics: Mapping[str, Metric], *, batches: list[Batch] | None = None, gradients: bool = True
+        self,
+        metrics: Mapping[str, Metric],
+        *,
+        batches: list[Batch] | None = None,
+        gradients: bool = True,
+        loss: Loss | None = None,
     ) -> None:
         self.batches = batches
         self.gradients = gradients
+        self.loss = loss
         self._metrics = dict(metrics)
         self._files: dict[str, Path] = {}  # moments that did not fit in memory, or were not read yet: site to file
         self._curves: dict[tuple[str, str, float, float], list[Point]] = {}
@@ -75,7 +82,7 @@ class Calibration:
         """The same without the output gradients: fits weigh the layer's outputs equally."""
         known = {name: self.metric(name) for name in self.names}
         metrics = {name: Metric(metric.input) for name, metric in known.items() if metric is not None}
-        return Calibration(metrics, batches=self.batches, gradients=False)
+        return Calibration(metrics, batches=self.batches, gradients=False, loss=self.loss)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the moments, and the batches when they are tensors, to a new folder: whole or not at all.
@@ -187,6 +194,42 @@ def calibrate(
     sites = tuple(site for site in survey(model).sites if names is None or not set(names).isdisjoint(site.names))
     if not sites:
         raise CalibrationError("the model has no layer that can be rewritten, so there is nothing to calibrate")
+    return _calibrated(model, sites, chosen, loss, gradients, limit_bytes, device, progress)
+
+
+def recalibrate(
+    model: nn.Module,
+    sites: Sequence[Site],
+    calibration: Calibration,
+    *,
+    limit_bytes: int = LIMIT_BYTES,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> Calibration:
+    """Measure `sites` again on the same batches, with what now stands in the place of their layers.
+
+    Raises:
+        CalibrationError: when the calibration has no batches.
+    """
+    if calibration.batches is None:
+        raise CalibrationError("the calibration was saved without its batches, so it cannot be measured again")
+    users = [tuple(User(u.name, model.get_submodule(u.name), u.host) for u in site.users) for site in sites]
+    now = tuple(Site(each) for each in users)
+    return _calibrated(
+        model, now, calibration.batches, calibration.loss, calibration.gradients, limit_bytes, device, progress
+    )
+
+
+def _calibrated(
+    model: nn.Module,
+    sites: tuple[Site, ...],
+    chosen: list[Batch],
+    loss: Loss | None,
+    gradients: bool,
+    limit_bytes: int,
+    device: torch.device | str | None,
+    progress: bool | None,
+) -> Calibration:
     with as_it_was(model, device):
         runner = Runner(model, loss, gradients)
         with reaching(sites) as reach, torch.no_grad():
@@ -208,7 +251,7 @@ def _measure(
 ) -> Calibration:
     groups = groups_within(reach.sites, reach.shared, runner.gradients, limit_bytes)
     groups[0] += reach.others  # a later batch may reach them
-    calibration = Calibration({}, batches=batches, gradients=runner.gradients)
+    calibration = Calibration({}, batches=batches, gradients=runner.gradients, loss=runner.loss)
     with progress_bar("calibrate", len(groups) * len(batches), progress) as bar:
         for number, group in enumerate(groups):
             recorder = Recorder(group, gradients=runner.gradients, shared=reach.shared)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tdkit.calibration import Batch, Calibration
-from tdkit.errors import CalibrationError, PolicyError
+from tdkit.calibration import Batch, Calibration, recalibrate
+from tdkit.errors import CalibrationError, OptionError, PolicyError
 from tdkit.fitting import Fitted, fit_step, swapping
 from tdkit.plan import Plan, Step
 from tdkit.planning import calibrated, plan
@@ -25,6 +25,7 @@ def compress(
     *,
     calibration: Calibration | Iterable[Batch] | str | Path | None = None,
     sequential: bool = False,
+    passes: int = 1,
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -40,23 +41,35 @@ def compress(
             metric of their inputs and output gradients instead of the Frobenius norm.
         sequential: fit block by block with the inputs that the blocks before, already compressed, produce.
             It needs the calibration's batches and a model whose blocks follow each other in one list.
+        passes: how often to fit. Each pass after the first measures the moments of the compressed model on the
+            calibration's batches and fits the dense weights again in them, with sizes planned anew unless a
+            plan was given: where much is removed, the dense model's moments no longer say what matters.
         device: where to fit; the weight's own device when None. Factors end on the weight's device.
         progress: show a progress bar; on a terminal only when None.
 
     Raises:
         PolicyError, OptionError, BudgetError, CalibrationError: as `plan` and `calibrate`, before any work.
     """
-    known = calibrated(model, calibration, progress=progress)
-    if sequential and (known is None or known.batches is None):
-        raise CalibrationError("sequential=True runs the calibration batches again: give calibration= with its batches")
-    chosen = policy if isinstance(policy, Plan) else plan(model, policy, calibration=known, progress=progress)
-    pairs = _sites_of(model, chosen)
-    with swapping(model) as swap:
-        if sequential:
-            assert known is not None
-            fit_in_order(model, pairs, known, swap, device=device, progress=progress)
-        else:
-            swap.put(_fit_all(pairs, known, device, progress))
+    if passes < 1:
+        raise OptionError(f"compress: passes={passes} must be at least 1")
+    known = calibrated(model, policy, calibration, progress=progress)
+    for what, asked in (("sequential=True", sequential), (f"passes={passes}", passes > 1)):
+        if asked and (known is None or known.batches is None):
+            raise CalibrationError(f"{what} runs the calibration batches again: give calibration= with its batches")
+    for number in range(passes):
+        chosen = policy if isinstance(policy, Plan) else plan(model, policy, calibration=known, progress=progress)
+        pairs = _sites_of(model, chosen)
+        measured = [site for site in survey(model).sites if known is not None and site.name in known.names]
+        with swapping(model) as swap:
+            if sequential:
+                assert known is not None
+                fit_in_order(model, pairs, known, swap, device=device, progress=progress)
+            else:
+                swap.put(_fit_all(pairs, known, device, progress))
+            if number + 1 < passes:
+                assert known is not None
+                known = recalibrate(model, measured, known, device=device, progress=progress)
+                swap.undo()
     return model
 
 

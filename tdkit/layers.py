@@ -87,6 +87,7 @@ class FactorizedEmbedding(FactorizedLayer):
 
     def __init__(self, matrix: FactorizedMatrix, padding_idx: int | None = None, *, zero_padding: bool = False) -> None:
         super().__init__()
+        matrix.lay_out_for_rows()
         self.matrix = matrix
         self.num_embeddings, self.embedding_dim = matrix.shape
         self.padding_idx = padding_idx

@@ -38,9 +38,9 @@ def plan(
         OptionError: when options cannot be met by the layers they are meant for; all of them together.
         BudgetError: when the budget cannot be met.
     """
+    known = calibrated(model, policy, calibration, progress=progress)
     found = survey(model)
     assigned = policy.assign(found)
-    known = calibrated(model, calibration, progress=progress)
     choices = _choose(model, policy, found, assigned, known, progress)
     steps = []
     for site in found.sites:
@@ -87,24 +87,34 @@ def applied_plan(model: nn.Module) -> Plan:
 
 
 def calibrated(
-    model: nn.Module, given: Calibration | Iterable[Batch] | str | Path | None, *, progress: bool | None = None
+    model: nn.Module,
+    policy: Policy | Plan,
+    given: Calibration | Iterable[Batch] | str | Path | None,
+    *,
+    progress: bool | None = None,
 ) -> Calibration | None:
-    """The calibration that was given, or one measured on the batches that were."""
+    """The calibration that was given, or one measured on the batches that were, of what `policy` rewrites.
+
+    A fault of the policy is told before the model runs.
+    """
+    if isinstance(policy, Policy):
+        found = survey(model)
+        assigned = policy.assign(found)
+        _sorted(policy, found, assigned)
+        names = [name for name, rule in assigned.items() if not rule.keep]
+    else:
+        names = [step.name for step in policy.rewritten]
     if given is None or isinstance(given, Calibration):
         return given
-    return calibrate(model, given, progress=progress)
+    return calibrate(model, given, names=names, progress=progress) if names else None
 
 
-def _choose(
-    model: nn.Module,
-    policy: Policy,
-    found: Survey,
-    assigned: Mapping[str, Rule],
-    calibration: Calibration | None,
-    progress: bool | None,
-) -> dict[str, Choice]:
+def _sorted(
+    policy: Policy, found: Survey, assigned: Mapping[str, Rule]
+) -> tuple[dict[str, Choice], dict[int | None, list[OpenSite]]]:
+    """The sites whose rule says all, and those whose rank a budget chooses: by id of the rule that has its own."""
     fixed: dict[str, Choice] = {}
-    open_sites: dict[int | None, list[OpenSite]] = {}  # by id of the rule that has a budget of its own
+    open_sites: dict[int | None, list[OpenSite]] = {}
     problems = []
     for site in found.sites:
         rule = assigned.get(site.name)
@@ -125,7 +135,18 @@ def _choose(
             open_sites.setdefault(id(rule) if rule.budget is not None else None, []).append(open_site)
     if problems:
         raise OptionError("\n".join(problems))
+    return fixed, open_sites
 
+
+def _choose(
+    model: nn.Module,
+    policy: Policy,
+    found: Survey,
+    assigned: Mapping[str, Rule],
+    calibration: Calibration | None,
+    progress: bool | None,
+) -> dict[str, Choice]:
+    fixed, open_sites = _sorted(policy, found, assigned)
     allocate = _Allocation(policy.allocation, calibration, progress)
     choices = dict(fixed)
     for rule in policy.rules:

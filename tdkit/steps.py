@@ -25,6 +25,7 @@ from tdkit.policy import Policy, Rule
 from tdkit.recipe import Recipe, StepConfig
 from tdkit.registry import decomposition, spec_of
 from tdkit.running import Run
+from tdkit.sites import num_params
 from tdkit.tables import table_of
 
 FIGURE_COLUMNS = ("model", "params", "ratio", "MB", "perplexity", "tokens/s", "fit seconds")
@@ -37,6 +38,7 @@ class CompressStep(StepConfig):
         rules, budget, allow_growth, allocation: the policy's YAML form.
         calibrated: fit in the metric of the calibration text.
         sequential: fit block by block on what the compressed prefix produces; needs `calibrated`.
+        passes: fit so often, each time in the moments of what the pass before made; more than one needs `calibrated`.
     """
 
     changes_model: ClassVar[bool] = True
@@ -46,6 +48,7 @@ class CompressStep(StepConfig):
     allocation: str = "auto"
     calibrated: bool = False
     sequential: bool = False
+    passes: int = Field(default=1, ge=1)
 
     @field_validator("rules")
     @classmethod
@@ -63,13 +66,23 @@ class CompressStep(StepConfig):
         check_calibration(self.calibrated, recipe, "compress")
         if self.sequential and not self.calibrated:
             raise RecipeError("compress with sequential needs calibrated: true")
+        if self.passes > 1 and not self.calibrated:
+            raise RecipeError(f"compress with passes: {self.passes} needs calibrated: true")
 
     def run(self, run: Run) -> dict[str, Any]:
         calibration = run.calibration(self.policy) if self.calibrated else None
         chosen = plan(run.model, self.policy, calibration=calibration)
         run.console.print(chosen)
-        compress(run.model, chosen, calibration=calibration, sequential=self.sequential, device=run.device)
-        return {"params_before": chosen.params_before, "params_after": chosen.params_after, "ratio": chosen.ratio}
+        compress(
+            run.model,
+            chosen if self.passes == 1 else self.policy,
+            calibration=calibration,
+            sequential=self.sequential,
+            passes=self.passes,
+            device=run.device,
+        )
+        after = num_params(run.model)
+        return {"params_before": chosen.params_before, "params_after": after, "ratio": after / chosen.params_before}
 
 
 class CompareStep(StepConfig):

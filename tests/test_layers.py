@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tdkit import LowRank
+from tdkit import Decomposition, Kronecker, LowRank, TTMatrix
 from tdkit.layers import FactorizedEmbedding, FactorizedLinear
 from tdkit.registry import decompositions
 
@@ -96,3 +96,9 @@ def test_layers_print_what_they_are() -> None:
     text = str(fitted("low_rank", torch.randn(12, 18)))
     assert "in_features=18, out_features=12, bias=False" in text
     assert "12x18, low_rank(rank=1), params=30" in text
+
+
+@pytest.mark.parametrize("kind", [LowRank(rank=3), Kronecker(terms=2, a=(4, 2)), TTMatrix(ranks=3)])
+def test_the_factors_of_an_embedding_lie_as_its_rows_are_read(kind: Decomposition) -> None:
+    layer = FactorizedEmbedding(kind.fit(torch.randn(40, 12)))
+    assert all(parameter.is_contiguous() for parameter in layer.parameters())

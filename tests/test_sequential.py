@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 
 import tdkit
 from tdkit import Auto, Calibration, Kronecker, LowRank, Policy, Rule, TTMatrix
-from tdkit.errors import CalibrationError, PolicyError
+from tdkit.errors import CalibrationError, OptionError, PolicyError
 from tdkit.sequential import block_names, trace
-from tdkit.sites import survey
+from tdkit.sites import replace_module, survey
 from tests.conftest import make_gpt2, make_llama
 
 
@@ -40,7 +41,7 @@ def kl(model: nn.Module, reference: list[Tensor], batches: list[Tensor]) -> floa
 @pytest.mark.parametrize("make", [make_gpt2, make_llama])
 def test_calibrated_fits_change_the_model_less(make: Any) -> None:
     batches = text(16)
-    models = {name: make() for name in ("plain", "two-sided", "sequential")}
+    models = {name: make() for name in ("plain", "two-sided", "sequential", "passes")}
     for parameter in models["plain"].parameters():  # a random model says little: let the blocks speak up
         parameter.data.mul_(4.0 if parameter.ndim == 2 else 1.0)
     for model in models.values():
@@ -51,9 +52,11 @@ def test_calibrated_fits_change_the_model_less(make: Any) -> None:
     tdkit.compress(models["plain"], blocks_policy(models["plain"]))
     tdkit.compress(models["two-sided"], blocks_policy(models["two-sided"]), calibration=calibration)
     tdkit.compress(models["sequential"], blocks_policy(models["sequential"]), calibration=calibration, sequential=True)
+    tdkit.compress(models["passes"], blocks_policy(models["passes"]), calibration=calibration, passes=2)
     costs = {name: kl(model, reference, batches) for name, model in models.items()}
     assert costs["two-sided"] < costs["plain"]
     assert costs["sequential"] < costs["plain"]
+    assert costs["passes"] < costs["plain"]
 
 
 def test_the_budget_goes_where_the_loss_is(llama: Any) -> None:
@@ -237,3 +240,59 @@ def test_an_interrupted_sequential_run_leaves_the_model_as_it_was(llama: Any, mo
     assert dict(llama.named_modules()) == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.modules())
     assert llama.config.use_cache
+
+
+def test_a_second_pass_fits_the_dense_weights_in_the_moments_of_the_compressed_model() -> None:
+    batches = text()
+    model, by_hand = make_gpt2(), make_gpt2()
+    by_hand.load_state_dict(model.state_dict())
+    first = tdkit.calibrate(by_hand, batches)
+    policy = blocks_policy(model)
+    compressed = tdkit.compress(copy.deepcopy(by_hand), policy, calibration=first)
+    with torch.no_grad():
+        for site in survey(by_hand).sites:  # the same functions as dense layers, so that all can be measured
+            layer = compressed.get_submodule(site.name)
+            for user in site.users:
+                twin = copy.deepcopy(user.module)
+                twin.weight.copy_(layer.weight)
+                replace_module(compressed, user.name, twin)
+    second = tdkit.calibrate(compressed, batches)
+    expected = tdkit.compress(by_hand, policy, calibration=second)
+    found = tdkit.compress(model, policy, calibration=first, passes=2)
+    assert [name for name, _ in found.named_parameters()] == [name for name, _ in expected.named_parameters()]
+    with torch.no_grad():
+        torch.testing.assert_close(found(batches[0]).logits, expected(batches[0]).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_a_pass_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = make_gpt2(), text()
+    before = model(batches[0]).logits
+    calibration = tdkit.calibrate(model, batches)
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tdkit.compression.recalibrate", fail)
+    with pytest.raises(KeyboardInterrupt):
+        tdkit.compress(model, blocks_policy(model), calibration=calibration, passes=2)
+    torch.testing.assert_close(model(batches[0]).logits, before)
+    with pytest.raises(CalibrationError, match="passes=2"):
+        tdkit.compress(model, blocks_policy(model), passes=2)
+    with pytest.raises(OptionError, match="passes=0"):
+        tdkit.compress(model, blocks_policy(model), passes=0)
+
+
+def test_batches_are_run_only_for_the_layers_that_a_sound_policy_rewrites(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = make_gpt2(), []
+    measured = tdkit.planning.calibrate
+
+    def watched(*args: Any, **options: Any) -> Calibration:
+        seen.append(sorted(options["names"]))
+        return measured(*args, **options)
+
+    monkeypatch.setattr("tdkit.planning.calibrate", watched)
+    with pytest.raises(OptionError, match="rank=1000"):
+        tdkit.compress(model, Policy([Rule("*.mlp.c_fc", LowRank(rank=1000))]), calibration=text())
+    assert not seen
+    tdkit.compress(model, Policy([Rule("*.mlp.c_fc", LowRank(rank=2))]), calibration=text())
+    assert seen == [[name for name, _ in model.named_modules() if name.endswith("mlp.c_fc")]]

@@ -77,6 +77,9 @@ def compress(
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Fit block by block on what the compressed prefix produces.")
     ] = False,
+    passes: Annotated[
+        int, typer.Option(help="Fit so often, each time in the moments of what the pass before made.", min=1)
+    ] = 1,
     dtype: Dtype = "float32",
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier save.")] = False,
@@ -88,6 +91,8 @@ def compress(
     chosen = policy_of(policy, with_, match, budget)
     if sequential and calibration is None:
         raise OptionError("--sequential needs --calibration TEXT")
+    if passes > 1 and calibration is None:
+        raise OptionError(f"--passes {passes} needs --calibration TEXT")
     if not dry_run:
         _check_folder(folder, overwrite)
     texts = None if calibration is None else load_texts(calibration)
@@ -95,7 +100,8 @@ def compress(
     known = _calibration(source, texts, calibration_tokens, context, chosen)
     made = plan_model(source.model, chosen, calibration=known)
     if not dry_run:
-        compress_model(source.model, made, calibration=known, sequential=sequential, device=device)
+        what = made if passes == 1 else chosen
+        compress_model(source.model, what, calibration=known, sequential=sequential, passes=passes, device=device)
         save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite)
         made = applied_plan(source.model)
         err.print(f"saved to {folder}")

@@ -122,7 +122,7 @@ class FactorizedMatrix(nn.Module, ABC):
             )
         return found
 
-    def constant_schedule(self, dtype: torch.dtype, device: str, training: bool) -> Schedule:  # noqa: ARG002
+    def constant_schedule(self, dtype: torch.dtype, device: str, training: bool) -> Schedule:
         """The same for torch.compile, without holding: arithmetic on shapes stays out of the graph."""
         return ((0, self.paths(1)[0]),)
 
@@ -157,6 +157,11 @@ class FactorizedMatrix(nn.Module, ABC):
     ) -> Tensor:  # (*n, in)
         """``dense()[ids]``, the look-up of an embedding."""
         return F.embedding(ids, self.dense())
+
+    def lay_out_for_rows(self) -> None:
+        """Let every factor lie in memory as `rows` reads it, first axis slowest; products may lay them out otherwise."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.contiguous()
 
     def multiply_adds(self) -> int:
         """Multiply-adds of `matmul` for one row of x, when the factors are contracted one by one."""

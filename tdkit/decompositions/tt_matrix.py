@@ -46,7 +46,7 @@ class TTMatrixMatrix(StructuredMatrix):
         )
 
     def factors(self) -> tuple[Tensor, ...]:
-        return tuple(self._modules["cores"]._parameters.values())  # type: ignore[union-attr, arg-type, return-value]
+        return tuple(self._modules["cores"]._parameters.values())  # type: ignore[union-attr, arg-type]
 
     def rows(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)

@@ -28,6 +28,7 @@ import tdkit
 from tdkit import Auto, Calibration, Decomposition, Kronecker, LowRank, PermutedKronecker, Policy, Rule, TTMatrix
 from tdkit.evaluation import PROTOCOL, evaluate
 from tdkit.files import write_text
+from tdkit.planning import applied_plan
 from tdkit.sources import Source, load_model, spread_windows
 from tdkit.tables import markdown_table
 
@@ -70,14 +71,15 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "two-sided": {"allocation": "uniform"},
     "allocated": {"allocation": "loss"},
     "sequential": {"allocation": "loss", "sequential": True},
+    "three passes": {"allocation": "loss", "passes": 3},
 }
 
 
 def rows() -> list[tuple[str, Scope]]:
     """Every row there is, the peer and the bars first."""
     names = [f"{kind}/{method}" for kind in DECOMPOSITIONS for method in METHODS]
-    names = [name for name in names if not name.startswith("auto/") or name in ("auto/allocated", "auto/sequential")]
-    order = [f"low_rank/{m}" for m in ("whitened", "allocated", "sequential", "plain", "two-sided")]
+    names = [name for name in names if not name.startswith("auto/") or METHODS[name[5:]].get("allocation") == "loss"]
+    order = [f"low_rank/{m}" for m in ("whitened", "allocated", "three passes", "sequential", "plain", "two-sided")]
     names.sort(key=lambda name: order.index(name) if name in order else len(order))
     return [(name, scope) for scope in SCOPES for name in names]
 
@@ -98,8 +100,11 @@ def compressed(source: Source, name: str, scope: Scope, calibration: Calibration
     started = time.perf_counter()
     plan = tdkit.plan(model, policy, calibration=known)
     planned = time.perf_counter()
-    tdkit.compress(model, plan, calibration=known, sequential=options.get("sequential", False))
+    passes = options.get("passes", 1)
+    sequential = options.get("sequential", False)
+    tdkit.compress(model, plan if passes == 1 else policy, calibration=known, sequential=sequential, passes=passes)
     fitted = time.perf_counter()
+    plan = plan if passes == 1 else applied_plan(model)
     before = sum(step.params_before for step in plan if Rule(scope.match, keep=True).names_match(step.name))
     after = sum(step.params_after for step in plan if Rule(scope.match, keep=True).names_match(step.name))
     chosen: dict[str, int] = {}
@@ -253,7 +258,7 @@ class Store:
                 ratio = best["perplexity"] / plain["perplexity"]
                 lines.append(_bar(f"80% of blocks, best {kind} ({best['row']}) / plain", ratio, 0.05))
         for scope_ in SCOPES:
-            for method in ("allocated", "sequential"):
+            for method in ("allocated", "sequential", "three passes"):
                 auto = self.find(f"auto/{method}", scope_.name)
                 singles = [self.find(f"{kind}/{method}", scope_.name) for kind in DECOMPOSITIONS if kind != "auto"]
                 known = [row["perplexity"] for row in singles if row]
