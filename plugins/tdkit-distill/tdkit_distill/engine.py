@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdkit_distill.acceleration import check_accelerator, make_accelerator
 from tdkit_distill.checkpoints import (
     Position,
     Saved,
@@ -29,7 +30,7 @@ from tdkit_distill.checkpoints import (
 from tdkit_distill.errors import CacheError, InterruptedRun, StageError
 from tdkit_distill.examples import Examples, as_examples, mixed_seed
 from tdkit_distill.loop import Loop
-from tdkit_distill.stages import Running, Stage, read_stages
+from tdkit_distill.stages import Running, Stage, read_running, read_stages
 from tdkit_distill.taps import tapped
 from tdkit_distill.teacher import Call, Teacher, call_model, live_teacher
 from tdkit_distill.teacher_cache import CachedTeacher, model_digest
@@ -92,12 +93,13 @@ def distill(
         accelerator: an ``accelerate.Accelerator`` of your own, with its plugins; one is made when None.
 
     Raises:
-        StageError: for malformed stages, a layer map that matches nothing, or a missing device.
+        StageError: for malformed stages or options, a layer map that matches nothing, or a device, precision or
+            tracker that is not there.
         VocabularyError: when the models' logits differ in size.
         NotFiniteError: when a term turns NaN or infinite; the step is not taken.
         ResumeError, StorageError, InterruptedRun: see there.
     """
-    chosen = running if isinstance(running, Running) else Running.model_validate(dict(running or {}))
+    chosen = read_running(running)
     read = read_stages(stages)
     sets = _data_sets(data)
     place = None if folder is None else Path(folder)
@@ -106,12 +108,8 @@ def distill(
         _examples_of(stage, sets)
     if isinstance(teacher, CachedTeacher):
         _check_cache(teacher, read, sets)
-    engine = accelerator or _accelerator(chosen, place, read)
-    if place is not None and str(engine.distributed_type).endswith("FSDP"):
-        raise StageError(
-            "a student sharded by FSDP cannot be checkpointed here: pass folder=None and save it through accelerate, "
-            "or train with DDP"
-        )
+    engine = accelerator or make_accelerator(chosen, place, read)
+    check_accelerator(engine, place)
     aside = None if held_out is None else as_examples(held_out)
     run = _Run(student, teacher, read, sets, place, aside, seed, chosen, call, engine)
     with ExitStack() as stack:
@@ -142,26 +140,6 @@ def _check_cache(teacher: CachedTeacher, stages: list[Stage], sets: dict[str, Ex
             raise CacheError(
                 f"stage '{stage.name}': {teacher.folder} was computed on other rows: build a cache for this data"
             )
-
-
-def _accelerator(running: Running, folder: Path | None, stages: list[Stage]) -> Any:
-    from accelerate import Accelerator, DistributedDataParallelKwargs  # slow to import
-    from accelerate.state import AcceleratorState
-
-    if running.device == "cuda" and not torch.cuda.is_available():
-        raise StageError(
-            f"device: cuda, but this torch ({torch.__version__}) sees no CUDA device: set device: cpu, or install a "
-            "torch build for CUDA and check nvidia-smi"
-        )
-    AcceleratorState._reset_state()  # a precision chosen by an earlier run in this process would stay
-    ends = all({label.partition("@")[0] for label in stage.losses} & {"cross_entropy", "logits"} for stage in stages)
-    return Accelerator(
-        mixed_precision=running.precision,
-        cpu=running.device == "cpu",
-        log_with=list(running.trackers) or None,
-        project_dir=None if folder is None else str(folder),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not ends, broadcast_buffers=False)],
-    )
 
 
 @contextmanager

@@ -101,7 +101,7 @@ class Running(Options):
     """How the stages are run.
 
     Attributes:
-        precision: of the student's forward; autocast by accelerate.
+        precision: of the student's forward; autocast by accelerate. ``fp16`` needs a GPU.
         device: ``cpu`` or ``cuda``; None takes what there is.
         teacher_dtype, teacher_device: run a copy of the teacher there instead.
         compile: the backend of ``torch.compile`` for the student, or true for ``inductor``.
@@ -109,7 +109,7 @@ class Running(Options):
         checkpoint_every: optimizer steps between checkpoints; None saves at the end of stages only.
         keep: how many checkpoints stay.
         evaluate_every: optimizer steps between measurements on the held-out rows; None at stage ends only.
-        trackers: as accelerate names them: ``tensorboard``, ``wandb``, ...
+        trackers: as accelerate names them: ``tensorboard``, ``wandb``, ...; they are given every loss term.
         timings: wait for the device to tell teacher, student and optimizer time apart.
     """
 
@@ -156,6 +156,27 @@ def read_stages(stages: Stage | Mapping[str, Any] | list[Stage | Mapping[str, An
     if not found:
         raise StageError("give at least one stage")
     return found
+
+
+def read_running(running: Running | Mapping[str, Any] | None) -> Running:
+    """How a run goes, from itself or from its YAML form.
+
+    Raises:
+        StageError: with every fault at once.
+    """
+    from pydantic import ValidationError
+
+    if isinstance(running, Running):
+        return running
+    try:
+        return Running.model_validate(dict(running or {}))
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            name = ".".join(map(str, fault["loc"]))
+            hint = did_you_mean(name, Running.model_fields) if fault["type"] == "extra_forbidden" else ""
+            lines.append(f"running.{name}: {fault['msg']} (got {fault['input']!r}){hint}")
+        raise StageError("\n".join(lines)) from None
 
 
 def trainable_names(model: nn.Module, patterns: tuple[str, ...], place: str) -> set[str]:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import tdkit
 import torch
-from accelerate.tracking import GeneralTracker
 from distill_models import VOCABULARY, Plain, bert, gpt2, ids, llama, same_weights
 from torch import Tensor
 
@@ -169,18 +168,6 @@ def test_gradient_checkpointing_and_compilation_change_nothing() -> None:
             assert torch.allclose(one, two, atol=1e-6)
 
 
-def test_bf16_autocast_and_a_bf16_teacher() -> None:
-    exact = distill(gpt2(1, seed=1), gpt2(), LOGITS, text()).history
-    teacher, student = gpt2(), gpt2(1, seed=1)
-    running = {"precision": "bf16", "teacher_dtype": "bfloat16"}
-    rough = distill(student, teacher, LOGITS, text(), running=running).history
-    assert next(student.parameters()).dtype == next(teacher.parameters()).dtype == torch.float32
-    assert rough[0]["loss"] != exact[0]["loss"]
-    assert rough[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.05)
-    again = distill(gpt2(1, seed=1), gpt2(), LOGITS, text()).history
-    assert [e["loss"] for e in again] == [e["loss"] for e in exact]
-
-
 def test_stages_in_order_with_data_of_their_own() -> None:
     table = Table({"input_ids": text(), "labels": text().roll(-1, 1)})
     stages = [{**LOGITS, "name": "one", "data": "a"}, {**LOGITS, "name": "two", "data": "b", "share": 0.1}]
@@ -206,13 +193,6 @@ def test_tokens_set_the_length() -> None:
 def test_vocabularies_that_differ() -> None:
     with pytest.raises(VocabularyError, match="the student has 40 logits and the teacher 48"):
         distill(gpt2(1, vocabulary=40), gpt2(), LOGITS, text() % 40)
-
-
-def test_no_cuda_is_told() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is CUDA")
-    with pytest.raises(StageError, match="sees no CUDA device: set device: cpu"):
-        distill(gpt2(1), gpt2(), LOGITS, text(), running={"device": "cuda"})
 
 
 def test_a_loss_that_turns_nan_stops_the_run_with_its_name_and_step(tmp_path: Path) -> None:
@@ -255,34 +235,3 @@ def test_a_classifier_through_every_loss() -> None:
     result = distill(bert(1, seed=1), bert(2), {**LOGITS, "losses": EVERY}, table, held_out=table)
     assert all(v >= 0 for v in result.history[0]["terms"].values())
     assert result.held_out is not None
-
-
-class Kept(GeneralTracker):  # type: ignore[misc]
-    name = "kept"
-    requires_logging_directory = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[int, dict[str, float]]] = []
-
-    @property
-    def tracker(self) -> Any:
-        return self
-
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        self.configuration = values
-
-    def log(self, values: dict[str, float], step: int | None, **_: Any) -> None:
-        assert step is not None
-        self.seen.append((step, values))
-
-
-def test_trackers_are_accelerates() -> None:
-    from accelerate import Accelerator
-
-    tracker = Kept()
-    accelerator = Accelerator(log_with=tracker, cpu=True)
-    distill(gpt2(1), gpt2(), LOGITS, text(), accelerator=accelerator, running={"trackers": ["kept"]}, held_out=text(4))
-    assert [step for step, _ in tracker.seen] == [1, 2, 3, 4, 4]
-    assert {"loss", "loss/logits", "lr"} <= tracker.seen[0][1].keys()
-    assert "held_out/loss" in tracker.seen[-1][1]
