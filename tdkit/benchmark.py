@@ -328,15 +328,16 @@ def _tensor(output: Any) -> Tensor:
 def _restored(model: nn.Module) -> Iterator[None]:
     """Give every module its mode, every matrix its preference and every parameter its gradient back."""
     modes = [(module, module.training) for module in model.modules()]
-    preferences = [(layer.matrix, layer.matrix.prefer) for group in factorized_groups(model) for _, layer in group]
+    matrices = [layer.matrix for group in factorized_groups(model) for _, layer in group]
+    preferences = [(matrix, matrix.prefer, matrix.graphs) for matrix in matrices]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for matrix, preference in preferences:
-            matrix.hold(preference)
+        for matrix, prefer, graphs in preferences:
+            matrix.hold(prefer, graphs=graphs)
         for parameter, gradient in gradients:
             parameter.grad = gradient
 

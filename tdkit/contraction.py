@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdkit.cost import DENSE, Path, Product
+from tdkit.cost import DENSE, FUSED, Path, Product
+from tdkit.kernels import FEW_TOKENS
 from tdkit.shapes import Shape
 
 Factors = Sequence[Tensor]
@@ -37,6 +38,10 @@ class Structure(ABC):
     @abstractmethod
     def factor_paths(self, tokens: int) -> tuple[Path, ...]:
         """The ways to multiply without building the matrix."""
+
+    def kernel_paths(self, tokens: int) -> tuple[Path, ...]:
+        """The way to multiply by a kernel of `tdkit.kernels`, where there is one for this many tokens; forward only."""
+        return ()
 
     @abstractmethod
     def build_path(self) -> Path:
@@ -120,6 +125,11 @@ class LowRankStructure(Structure):
         slopes = (Product(rows, tokens, rank), Product(rank, tokens, columns))
         backward = Path("backward", (first, second, first, *slopes), calls=5)
         return (Path("right, left", (first, second), calls=2, backward=backward),)
+
+    def kernel_paths(self, tokens: int) -> tuple[Path, ...]:
+        if tokens > FEW_TOKENS:
+            return ()
+        return (replace(self.factor_paths(tokens)[0], name=FUSED, backward=None),)
 
     def build_path(self) -> Path:
         return Path("build", (Product(self.shape[0], self.rank, self.shape[1]),))

@@ -1,19 +1,24 @@
 """What a way to multiply costs: its matrix products, its copies, and an estimate of its time on a device.
 
 The estimate only ranks the ways to compute one product, so a few rates per device are enough. Those of the CPU
-were measured (float32, one and two threads); those of CUDA are round figures of a data-centre card.
+were measured (float32, one and two threads); those of CUDA are round figures of a data-centre card, not measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 DENSE = "dense"  # the name of the path that builds the weight, in every structure
 HELD = "dense, held"  # the same with the weight kept from call to call
-MARGIN = 0.85  # factors are preferred to a held weight only when they promise at least this much less time
+FUSED = "fused"  # the name of the path that is a kernel of our own, in every structure that has one
+GRAPH = "cuda graph"  # the kind of device that replays what it was told before: a launch costs it little
+MARGIN = 0.85  # factors are preferred to a held weight only when they promise at least this much less time,
+# and a kernel of our own to calls of a library
+FEW_ROWS = 16  # up to this many rows a product takes the time of reading its matrix
+KERNEL_SHARE = 0.5  # of the rate of a large product that a kernel of our own reaches
 BOUNDS = tuple(2**k for k in range(17))  # tokens at which the paths are compared
 CHUNK_BYTES = 3 * 2**20  # of what lies between two products; 1 to 4 MiB were equally good with 1 MiB of L2 per core
 
@@ -42,7 +47,7 @@ class Path:
     """One way to multiply a batch by a factorised matrix.
 
     Attributes:
-        name: 'dense' builds the weight; other names are the structure's own.
+        name: 'dense' builds the weight, 'fused' is a kernel of our own; other names are the structure's own.
         products: the matrix products, in order.
         calls: operations on tensors, each of which costs a fixed time however small it is.
         moved: numbers copied from one layout to another in between.
@@ -71,6 +76,8 @@ class Path:
     ) -> float:
         """The estimated time on a kind of device ('cpu', 'cuda', ...), with that of the backward pass in training."""
         rates = rates_of(device, dtype, threads or torch.get_num_threads())
+        if self.name == FUSED:
+            rates = rates.of_kernels()
         copies = self.moved * dtype.itemsize / rates.copy_bytes
         fixed = self.calls * rates.call
         time = fixed + copies + sum(_seconds(product, rates, dtype.itemsize) for product in self.products)
@@ -91,6 +98,8 @@ class Rates:
         cache: size of that cache in bytes.
         copy_bytes: written by a copy that reorders axes.
         call: seconds that an operation takes at least.
+        launch: the same for a kernel of our own.
+        few_rows: the share of `bytes` at which a library reads the matrix of a product with few rows.
     """
 
     multiply_adds: float
@@ -101,6 +110,12 @@ class Rates:
     cache: float
     copy_bytes: float
     call: float
+    launch: float
+    few_rows: float = 1.0
+
+    def of_kernels(self) -> Rates:
+        """The rates of kernels of our own on the same device."""
+        return replace(self, multiply_adds=self.multiply_adds * KERNEL_SHARE, call=self.launch, few_rows=1.0)
 
 
 def rates_of(device: str, dtype: torch.dtype, threads: int) -> Rates:
@@ -108,9 +123,10 @@ def rates_of(device: str, dtype: torch.dtype, threads: int) -> Rates:
     if device == "cpu":
         speed = 45e9 * threads * {8: 0.5}.get(dtype.itemsize, 1.0)
         memory = 25e9 * max(1.0, threads / 4)
-        return Rates(speed, 5, 0.3, 55e9 * threads, memory, 16e6, 8e9 * threads, 2.5e-6)
+        return Rates(speed, 5, 0.3, 55e9 * threads, memory, 16e6, 8e9 * threads, 2.5e-6, 2.5e-6)
     speed = {8: 5e12, 4: 20e12}.get(dtype.itemsize, 300e12)
-    return Rates(speed, 64, 0.02, 2e12, 2e12, 40e6, 1e12, 6e-6)
+    call, launch = (1.5e-6, 1.5e-6) if device == GRAPH else (6e-6, 12e-6)  # Triton launches through more Python
+    return Rates(speed, 64, 0.02, 2e12, 2e12, 40e6, 1e12, call, launch, few_rows=0.7)
 
 
 def _seconds(product: Product, rates: Rates, itemsize: int) -> float:
@@ -118,6 +134,8 @@ def _seconds(product: Product, rates: Rates, itemsize: int) -> float:
     share = max(smallest / (smallest + rates.half_size), rates.floor)
     size = product.elements * itemsize
     reading = size / (rates.cached_bytes if size <= rates.cache else rates.bytes)
+    if smallest <= FEW_ROWS:
+        reading /= rates.few_rows
     if smallest == 1:  # a matrix times a vector is bound by reading the matrix
         return reading
     return reading + product.multiply_adds / (rates.multiply_adds * share)
@@ -145,6 +163,7 @@ def schedule_of(
         training: compare with the backward pass included.
     """
     schedule: list[tuple[int, Path]] = []
+    handicap = {HELD: MARGIN, FUSED: 1 / MARGIN}
     for tokens in BOUNDS:
         own = paths(tokens)
         if held:
@@ -152,9 +171,7 @@ def schedule_of(
             own = (*(path for path in own if path.name != DENSE), dense)
         best = min(
             own,
-            key=lambda path: (
-                path.seconds(dtype, device, threads, training=training) * (MARGIN if path.name == HELD else 1)
-            ),
+            key=lambda path: path.seconds(dtype, device, threads, training=training) * handicap.get(path.name, 1.0),
         )
         if schedule and schedule[-1][1].name == best.name:
             schedule.pop()

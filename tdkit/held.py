@@ -24,12 +24,13 @@ class HeldWeight:
     def get(self, factors: Sequence[Tensor], dtype: torch.dtype, build: Callable[[], Tensor]) -> Tensor | None:
         """The weight in `dtype`, built by `build` when there is none or the factors have changed.
 
-        None for factors made in inference mode: they count no versions, so that changes cannot be seen.
+        None for factors made in inference mode: they count no versions, so that changes cannot be seen. None
+        also while a CUDA graph is captured: what it builds has no values until the graph is replayed.
         """
         if self._weight is not None and self._dtype is dtype and self._is_of(factors):
             return self._weight
         self.drop()
-        if any(factor.is_inference() for factor in factors):
+        if any(factor.is_inference() for factor in factors) or _captured(factors):
             return None
         with torch.inference_mode(False), torch.no_grad():
             self._weight = build().to(dtype).contiguous()
@@ -48,7 +49,14 @@ class HeldWeight:
                 return False
         return True
 
+    def __reduce__(self) -> tuple[type[HeldWeight], tuple[()]]:
+        return HeldWeight, ()  # neither copies nor pickles carry the weight
+
     @property
     def bytes(self) -> int:
         """What the weight takes in memory; 0 while there is none."""
         return 0 if self._weight is None else self._weight.numel() * self._weight.element_size()
+
+
+def _captured(factors: Sequence[Tensor]) -> bool:
+    return any(factor.is_cuda for factor in factors) and torch.cuda.is_current_stream_capturing()

@@ -12,7 +12,7 @@ from tdkit.errors import OptionError, did_you_mean
 M = TypeVar("M", bound=nn.Module)
 
 
-def prepare(model: M, *, prefer: Preference = "speed") -> M:
+def prepare(model: M, *, prefer: Preference = "speed", graphs: bool = False) -> M:
     """Put `model` in eval mode and say what its factorised matrices may spend, in place.
 
     With ``prefer="speed"`` a matrix whose factors would be slower than the dense weight, for the tokens of a
@@ -29,6 +29,9 @@ def prepare(model: M, *, prefer: Preference = "speed") -> M:
     Args:
         model: any module; without factorised layers nothing but eval mode is set.
         prefer: 'speed' or 'memory'.
+        graphs: the calls will be replayed from a CUDA graph, where a launch costs little: paths are chosen for
+            that, also in the calls before the capture. At least one must come before it, so that weights are
+            held and kernels are compiled.
 
     Returns:
         The same model.
@@ -42,7 +45,7 @@ def prepare(model: M, *, prefer: Preference = "speed") -> M:
             f"prepare: prefer={prefer!r} must be one of {', '.join(map(repr, known))}{did_you_mean(str(prefer), known)}"
         )
     for matrix in factorized_matrices(model):
-        matrix.hold(prefer)
+        matrix.hold(prefer, graphs=graphs)
     return model.eval()
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tdkit.contraction import Factors, Gradients, Structure
-from tdkit.cost import Path, Product, chunk_of
+from tdkit.cost import FUSED, Path, Product, chunk_of
+from tdkit.kernels import SMALL
 from tdkit.shapes import Shape
 
 Modes = tuple[int, ...]
@@ -184,6 +185,14 @@ class KroneckerStructure(ChainStructure):
 
     def label(self, order: Order) -> str:
         return ", ".join("AB"[core] for core in order)
+
+    def kernel_paths(self, tokens: int) -> tuple[Path, ...]:
+        b_is_small = math.prod(self.b) <= math.prod(self.a)
+        (rows, columns), small = (self.a, self.b) if b_is_small else (self.b, self.a)
+        if max(*small, self.terms) > SMALL:
+            return ()
+        product = Product(tokens * small[1], columns, self.terms * rows)
+        return (Path(FUSED, (product,), order=(0, 1) if b_is_small else (1, 0)),)
 
     @property
     def a_axes(self) -> Modes:

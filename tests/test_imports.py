@@ -18,6 +18,7 @@ import tdkit
 ROOMS = """
     errors shapes files tables progress timing held assignment quasi_newton product_metric
     huggingface linalg cost
+    kernels kernels.low_rank kernels.kronecker
     spectral_start metric contraction
     autograd permutations trains tensor_train whitening
     metric_fit
@@ -50,7 +51,18 @@ ROOMS = """
 LINES = [line.split() for line in ROOMS.strip().splitlines()]
 FLOOR = {module: number for number, line in enumerate(LINES) for module in line}
 PACKAGE = Path(tdkit.__file__).parent
-LEAN = ("rich", "transformers", "datasets", "accelerate", "scipy", "tensorly", "pandas", "matplotlib", "typer")
+LEAN = (
+    "rich",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "scipy",
+    "tensorly",
+    "pandas",
+    "matplotlib",
+    "typer",
+    "triton",
+)
 
 
 def modules() -> dict[str, Path]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tdkit import kernels
 from tdkit.autograd import autocast_dtype
-from tdkit.cost import DENSE, HELD, Path, Product, Schedule, schedule_of, select
+from tdkit.cost import DENSE, GRAPH, HELD, Path, Product, Schedule, schedule_of, select
 from tdkit.errors import OptionError
 from tdkit.held import HeldWeight
 from tdkit.linalg import relative_error, working
@@ -34,6 +35,7 @@ class FactorizedMatrix(nn.Module, ABC):
     Attributes:
         prefer: 'memory' computes from the factors on every call; 'speed' may hold the dense weight in eval
             mode. Set by `tdkit.prepare`.
+        graphs: paths are chosen for calls that a CUDA graph replays. Set by `tdkit.prepare`.
     """
 
     def __init__(self, decomposition: Decomposition, shape: Shape) -> None:
@@ -42,6 +44,7 @@ class FactorizedMatrix(nn.Module, ABC):
         self.shape = shape
         self.error: float | None = None  # relative error of the fit, where there was one
         self.prefer: Preference = "memory"
+        self.graphs = False
         self._held = HeldWeight()
         self._schedules: dict[tuple[object, ...], Schedule] = {}
 
@@ -88,6 +91,10 @@ class FactorizedMatrix(nn.Module, ABC):
         name = DENSE if type(self).matmul is FactorizedMatrix.matmul else "matmul"
         return (Path(name, (Product(tokens, self.multiply_adds(), 1),)),)
 
+    def kernel_paths(self, tokens: int) -> tuple[Path, ...]:
+        """The ways to multiply by kernels of our own, which `multiply` must know; offered where they can run."""
+        return ()
+
     def path(
         self,
         tokens: int,
@@ -109,16 +116,24 @@ class FactorizedMatrix(nn.Module, ABC):
         held = (prefer or self.prefer) == "speed"
         name = select(self.schedule(dtype or of.dtype, kind, held=held), tokens).name
         dense = Path(HELD, (Product(tokens, self.shape[1], self.shape[0]),))
-        return next(path for path in (*self.paths(tokens), dense) if path.name == name)
+        return next(path for path in (*self.paths(tokens), *self.kernel_paths(tokens), dense) if path.name == name)
 
     def schedule(self, dtype: torch.dtype, device: str, *, held: bool, training: bool = False) -> Schedule:
         """The path for every number of tokens, with the backward pass counted in training."""
+        device = GRAPH if self.graphs and device == "cuda" else device
         key = (dtype, device, held, training)
         found = self._schedules.get(key)
         if found is None:
             threads = torch.get_num_threads()
+            fused = not training and kernels.offered(dtype, device)
             found = self._schedules[key] = schedule_of(
-                self.paths, self.shape, dtype=dtype, device=device, threads=threads, held=held, training=training
+                lambda tokens: (*self.paths(tokens), *(self.kernel_paths(tokens) if fused else ())),
+                self.shape,
+                dtype=dtype,
+                device=device,
+                threads=threads,
+                held=held,
+                training=training,
             )
         return found
 
@@ -126,9 +141,9 @@ class FactorizedMatrix(nn.Module, ABC):
         """The same for torch.compile, without holding: arithmetic on shapes stays out of the graph."""
         return ((0, self.paths(1)[0]),)
 
-    def hold(self, prefer: Preference) -> None:
-        """Set `prefer` and forget a weight that is held."""
-        self.prefer = prefer
+    def hold(self, prefer: Preference, *, graphs: bool = False) -> None:
+        """Set `prefer` and `graphs` and forget a weight that is held."""
+        self.prefer, self.graphs = prefer, graphs
         self._held.drop()
 
     @property
@@ -145,9 +160,6 @@ class FactorizedMatrix(nn.Module, ABC):
         self._held.drop()  # moved, or in another dtype: built anew when it is next needed
         return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": HeldWeight()}  # neither copies nor pickles carry the weight
-
     def _tensors(self) -> tuple[Tensor, ...]:
         return (*self.parameters(), *self.buffers())
 
@@ -159,7 +171,7 @@ class FactorizedMatrix(nn.Module, ABC):
         return F.embedding(ids, self.dense())
 
     def lay_out_for_rows(self) -> None:
-        """Let every factor lie in memory as `rows` reads it, first axis slowest; products may lay them out otherwise."""
+        """Let every factor lie in memory as `rows` reads it, its first axis slowest."""
         for parameter in self.parameters():
             parameter.data = parameter.data.contiguous()
 

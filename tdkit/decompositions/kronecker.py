@@ -44,6 +44,16 @@ class KroneckerMatrix(StructuredMatrix):
         parameters = self._parameters
         return parameters["a"], parameters["b"]  # type: ignore[return-value]
 
+    def fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        from tdkit.kernels.kronecker import kronecker_product  # imports Triton
+
+        (a, b), (source, target) = self.factors(), self.orders()
+        return kronecker_product(x, a, b, bias, source=source, target=target)
+
+    def orders(self) -> tuple[Tensor | None, Tensor | None]:
+        """Where in x the columns of the Kronecker sum find their entries and where in y its rows go; None: in order."""
+        return None, None
+
     def rows(self, ids: Tensor) -> Tensor:
         b1 = self.b.shape[1]
         flat = ids.reshape(-1)

@@ -39,6 +39,12 @@ class LowRankMatrix(StructuredMatrix):
         parameters = self._parameters
         return parameters["left"], parameters["right"]  # type: ignore[return-value]
 
+    def fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        from tdkit.kernels.low_rank import low_rank_pair  # imports Triton
+
+        left, right = self.factors()
+        return low_rank_pair(x, left, right, bias)
+
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.left) @ self.right
 

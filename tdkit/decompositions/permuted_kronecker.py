@@ -13,6 +13,7 @@ from tdkit.cost import Path
 from tdkit.decompositions.base import Decomposition, Point, assign
 from tdkit.decompositions.kronecker import Kronecker, KroneckerMatrix
 from tdkit.errors import OptionError
+from tdkit.held import HeldWeight
 from tdkit.linalg import working
 from tdkit.metric import Metric
 from tdkit.permutations import search
@@ -47,6 +48,7 @@ class PermutedKroneckerMatrix(KroneckerMatrix):
         self.register_buffer(
             "column_source", torch.arange(shape[1], dtype=torch.int32, device=device) if columns else None
         )
+        self._row_target = HeldWeight()  # the inverse of the row order
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return (*self.factors(), *self.buffers())
@@ -63,12 +65,19 @@ class PermutedKroneckerMatrix(KroneckerMatrix):
         moved = tokens * sum(order.numel() for order in (self.row_order, self.column_source) if order is not None)
         return tuple(replace(path, calls=path.calls + 2, moved=path.moved + moved) for path in super().paths(tokens))
 
-    def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
+    def by_factors(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
         x = x if self.column_source is None else reorder(x, self.column_source)
         if self.row_order is None:
-            return super().multiply(x, bias, path)
-        y = reorder(super().multiply(x, None, path), self.row_order)
+            return super().by_factors(x, bias, path)
+        y = reorder(super().by_factors(x, None, path), self.row_order)
         return y if bias is None else y + bias.to(y.dtype)
+
+    def orders(self) -> tuple[Tensor | None, Tensor | None]:
+        rows = self.row_order
+        if rows is None:
+            return self.column_source, None
+        target = self._row_target.get((rows,), rows.dtype, rows.argsort)
+        return self.column_source, rows.argsort() if target is None else target
 
     def rows(self, ids: Tensor) -> Tensor:
         rows = super().rows(ids if self.row_order is None else self.row_order[ids].long())

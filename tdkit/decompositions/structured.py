@@ -7,9 +7,10 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from tdkit import kernels
 from tdkit.autograd import linear
 from tdkit.contraction import Structure
-from tdkit.cost import Path, Schedule, schedule_of
+from tdkit.cost import FUSED, Path, Schedule, schedule_of
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix
 
 
@@ -36,11 +37,28 @@ class StructuredMatrix(FactorizedMatrix):
     def paths(self, tokens: int) -> tuple[Path, ...]:
         return self.structure.paths(tokens)
 
+    def kernel_paths(self, tokens: int) -> tuple[Path, ...]:
+        return self.structure.kernel_paths(tokens)
+
     def constant_schedule(self, dtype: torch.dtype, device: str, training: bool) -> Schedule:
         return _constant_schedule(self.structure, dtype, device, training)
 
     def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
+        if path.name == FUSED and kernels.accept(x, bias, *self.factors()):
+            return self.fused(x.reshape(-1, self.shape[1]), bias).reshape(*x.shape[:-1], self.shape[0])
+        return self.by_factors(x, bias, path)
+
+    def by_factors(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
+        """``x @ dense().T + bias`` by operations of torch, also for a path whose kernel cannot take this x."""
         return linear(x, bias, self.factors(), self.structure, path)
+
+    def fused(
+        self,
+        x: Tensor,  # (tokens, in)
+        bias: Tensor | None,  # (out,)
+    ) -> Tensor:  # (tokens, out)
+        """The same by a kernel of our own, for a structure that has `kernel_paths`."""
+        raise NotImplementedError
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.factors()
