@@ -9,6 +9,7 @@ from tdkit_distill.engine import Result, distill
 from tdkit_distill.errors import DistillError
 from tdkit_distill.examples import Examples, MaskedWindows, Table, Windows
 from tdkit_distill.losses import Loss, Term
+from tdkit_distill.next_sentence import MaskedPairs
 from tdkit_distill.schedule import Schedule
 from tdkit_distill.stages import Optimizer, Running, Stage
 from tdkit_distill.taps import tapped
@@ -22,6 +23,7 @@ __all__ = [
     "DistillError",
     "Examples",
     "Loss",
+    "MaskedPairs",
     "MaskedWindows",
     "Optimizer",
     "Result",

@@ -17,7 +17,7 @@ Batch = dict[str, Tensor]
 
 
 class Examples(ABC):
-    """Numbered training rows; ``labels`` of a batch are for the losses, everything else goes to the models.
+    """Numbered training rows; entries named ``...labels`` are for the losses, everything else goes to the models.
 
     Attributes:
         fingerprint: changes when any row changes.
@@ -95,10 +95,11 @@ class MaskedWindows(Examples):
         ids: (count, length - 2) integers.
         share: how many tokens are chosen.
 
-    Source: Devlin et al., BERT (2019), section 3.1; without next-sentence prediction.
+    Source: Devlin et al., BERT (2019), section 3.1; `MaskedPairs` adds next-sentence prediction.
     """
 
     fixed = False
+    edges = 2  # tokens around the text of a row
 
     def __init__(
         self,
@@ -119,21 +120,27 @@ class MaskedWindows(Examples):
 
     @property
     def length(self) -> int:
-        return self._windows.length + 2
+        return self._windows.length + self.edges
 
     def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
-        ids = self._windows.take(rows)
+        hidden, labels = self.enclose(*self.hide(self._windows.take(rows), generator))
+        return {"input_ids": hidden, "labels": labels, "attention_mask": torch.ones_like(hidden)}
+
+    def hide(self, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Token ids with some hidden, and the labels of these."""
         draw = torch.rand(ids.shape, generator=generator)
         kind = torch.rand(ids.shape, generator=generator)
         random = torch.randint(self.tokens.vocabulary, ids.shape, generator=generator)
         chosen = draw < self.share
         labels = ids.masked_fill(~chosen, IGNORED)
         hidden = torch.where(chosen & (kind < 0.8), torch.full_like(ids, self.tokens.mask), ids)
-        hidden = torch.where(chosen & (kind >= 0.9), random, hidden)
-        edges = torch.ones(len(ids), 1, dtype=torch.long)
-        hidden = torch.cat([edges * self.tokens.start, hidden, edges * self.tokens.end], dim=1)
-        labels = torch.cat([edges * IGNORED, labels, edges * IGNORED], dim=1)
-        return {"input_ids": hidden, "labels": labels, "attention_mask": torch.ones_like(hidden)}
+        return torch.where(chosen & (kind >= 0.9), random, hidden), labels
+
+    def enclose(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and labels between start and end tokens."""
+        edge = torch.ones(len(hidden), 1, dtype=torch.long)
+        hidden = torch.cat([edge * self.tokens.start, hidden, edge * self.tokens.end], dim=1)
+        return hidden, torch.cat([edge * IGNORED, labels, edge * IGNORED], dim=1)
 
 
 class Table(Examples):

@@ -29,7 +29,7 @@ class Reading(Options):
     """How the training text becomes rows.
 
     Attributes:
-        objective: ``causal`` or ``masked`` language modelling, or ``labels`` for a classifier.
+        objective: ``causal``, ``masked`` or ``masked_pairs`` language modelling, or ``labels`` for a classifier.
         length: tokens per row; the recipe's ``data.context`` when None.
         held_out: rows put aside by the seed, to measure on and never train on.
         limit: tokens to read at most.
@@ -38,7 +38,7 @@ class Reading(Options):
         cache: folder of packed windows.
     """
 
-    objective: Literal["causal", "masked", "labels"] = "causal"
+    objective: Objective | Literal["labels"] = "causal"
     length: int | None = Field(default=None, ge=2)
     held_out: int = Field(default=32, ge=0)
     limit: int | str | None = None
@@ -123,7 +123,6 @@ class DistillStep(Stage, StepConfig):
             texts, labels = read_labelled(source, column=text.column, labels=text.labels)
             table = labelled_rows(texts, labels, run.tokenizer, length=length)
             return divide(table, text.held_out, run.recipe.seed) if text.held_out else (table, None)
-        objective: Objective = "masked" if text.objective == "masked" else "causal"
         packed = text_windows(
             data.train,
             run.tokenizer,
@@ -132,7 +131,7 @@ class DistillStep(Stage, StepConfig):
             held_out=text.held_out,
             limit=count_of(text.limit),
             seed=run.recipe.seed,
-            objective=objective,
+            objective=text.objective,
             streaming=text.streaming,
             column=text.column,
             cache=text.cache,

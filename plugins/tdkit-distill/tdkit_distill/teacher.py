@@ -28,16 +28,19 @@ def call_model(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
 
     The second form is for modules that do not name their argument ``input_ids``.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {name: value for name, value in batch.items() if not name.endswith("labels")}
     return model(next(iter(inputs.values()))) if len(inputs) == 1 else model(**inputs)
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """The logits in what a model returned: the output itself when it is a tensor."""
+    """The logits in what a model returned: the output itself when it is a tensor, a word's in pre-training models."""
     if isinstance(output, Tensor):
         return output
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return found if isinstance(found, Tensor) else None
+    for name in ("logits", "prediction_logits"):
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
+    return None
 
 
 class LiveTeacher:

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from tdkit_distill.errors import DataError, StorageError
 from tdkit_distill.examples import Examples, MaskedWindows, MaskTokens, Windows, mixed_seed
+from tdkit_distill.next_sentence import MaskedPairs
 
 FORMAT = 1
 PIECE = 1 << 14  # characters of a text file that are chosen or left out together
 TOGETHER = 256  # documents tokenised in one call
 
-Objective = Literal["causal", "masked"]
+Objective = Literal["causal", "masked", "masked_pairs"]
+MASKED: dict[str, type[MaskedWindows]] = {"masked": MaskedWindows, "masked_pairs": MaskedPairs}
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,23 @@ class TextWindows:
 
     Attributes:
         train: examples of the objective asked for.
-        held_out: (count, length) token ids; without start and end tokens when masked.
+        held_out: (count, length) token ids; without the tokens that masked rows have around them.
         tokens: of the whole text that was packed.
         masking: what masking needs; None for causal windows.
+        objective: of the training windows.
     """
 
     train: Examples
     held_out: Tensor
     tokens: int
     masking: MaskTokens | None = None
+    objective: Objective = "causal"
 
     def held_out_examples(self) -> Examples:
         """The held-out windows under the same objective."""
-        return Windows(self.held_out) if self.masking is None else MaskedWindows(self.held_out, self.masking)
+        if self.masking is None:
+            return Windows(self.held_out)
+        return MASKED[self.objective](self.held_out, self.masking)
 
 
 def text_windows(
@@ -73,7 +79,8 @@ def text_windows(
             about 16,000 characters of text files count as documents for this.
         held_out: how many windows are put aside, chosen by the seed; they are never trained on.
         limit: stop after this many tokens.
-        objective: ``causal`` windows, or ``masked`` ones between start and end tokens.
+        objective: ``causal`` windows, ``masked`` ones between start and end tokens, or ``masked_pairs`` of
+            segments for next-sentence prediction.
         streaming: read a hub dataset as a stream rather than download it whole.
         column: of the dataset that holds the text.
         cache: folder of packed windows; ``~/.cache/tdkit/windows`` when None.
@@ -84,7 +91,7 @@ def text_windows(
     """
     if tokenizer is None:
         raise DataError("this model has no tokenizer: give a folder that holds one, model=PATH")
-    inner = length - 2 if objective == "masked" else length
+    inner = length - (MASKED[objective].edges if objective in MASKED else 0)
     sources = [str(source)] if isinstance(source, str | Path) else [str(one) for one in source]
     settings = {
         "format": FORMAT,
@@ -114,11 +121,12 @@ def _divide(ids: Tensor, held_out: int, seed: int, key: str, objective: Objectiv
     kept = ids[aside].long() if held_out else ids[:0].long()
     rows = rest if held_out else None
     fingerprint = f"{key}-{held_out}-{seed}"
-    if objective == "masked":
+    if objective in MASKED:
         tokens = MaskTokens(
             _token(tokenizer, "mask"), _token(tokenizer, "cls"), _token(tokenizer, "sep"), len(tokenizer)
         )
-        return TextWindows(MaskedWindows(ids, tokens, fingerprint=fingerprint, rows=rows), kept, ids.numel(), tokens)
+        train = MASKED[objective](ids, tokens, fingerprint=fingerprint, rows=rows)
+        return TextWindows(train, kept, ids.numel(), tokens, objective)
     return TextWindows(Windows(ids, fingerprint, rows=rows), kept, ids.numel())
 
 

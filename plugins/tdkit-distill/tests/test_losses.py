@@ -56,6 +56,7 @@ def test_the_registered_losses_are_the_plugins() -> None:
         "ffn",
         "attention",
         "attention_scores",
+        "next_sentence",
     }
     assert losses.origins()["logits"] == ["tdkit-distill"]
 
