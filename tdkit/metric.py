@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tdkit.linalg import working
 
@@ -97,6 +98,33 @@ def root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(moment)
     values = values.clamp_min(float(values[-1]) * 1e-12)
     return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+
+
+def extended(moment: Tensor, extra: int, value: float) -> Tensor:
+    """`moment` with `extra` more entries of `value` on its diagonal."""
+    if not extra:
+        return moment
+    if moment.ndim == 1:
+        return F.pad(moment, (0, extra), value=value)
+    larger = F.pad(moment, (0, extra, 0, extra))
+    larger.diagonal()[-extra:] = value
+    return larger
+
+
+def factor_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Some F with F^T F = `moment`, and its inverse: by Cholesky, a fraction of the time of the symmetric root.
+
+    Args:
+        moment: as for `root_and_inverse`, whose answer this is where rounding made the moment indefinite.
+    """
+    if moment.ndim == 1:
+        return root_and_inverse(moment)
+    lower, failed = torch.linalg.cholesky_ex(moment)
+    if int(failed):
+        return root_and_inverse(moment)
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    inverse: Tensor = torch.linalg.solve_triangular(lower.T, identity, upper=True)
+    return lower.T, inverse
 
 
 def times_left(moment: Tensor | None, matrix: Tensor) -> Tensor:

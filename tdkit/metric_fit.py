@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from tdkit.block_fit import SINGLE_FROM, BlockProblem, block_problem
 from tdkit.linalg import working
-from tdkit.metric import Metric, root_and_inverse, times_left, times_right
+from tdkit.metric import Metric, extended, factor_and_inverse, times_left, times_right
 from tdkit.product_metric import along_modes, product_moments
 from tdkit.quasi_newton import minimise
 from tdkit.shapes import Shape
@@ -26,14 +26,15 @@ from tdkit.tensor_train import (
     tt_svd,
 )
 
+Pairs = list[tuple[Tensor, Tensor]]
+
 MAX_STEPS = 100
-LARGE = 1 << 19  # entries from which the steps are few, for time: each costs a product with both moments
-LARGE_STEPS = 12
-TOLERANCE = 3e-3  # of the error, over a few steps
-CURVE_STEPS = 5  # where a matrix is small they cost nothing, and there are as many as in a fit
+LARGE = 1 << 20  # entries from which the steps are few, for time: each costs a product with both moments
+LARGE_STEPS = 5
+TOLERANCE = 1e-3  # of the error, over a few steps
+CURVE_STEPS = 3  # where a matrix is small they cost nothing, and there are as many as in a fit
 SMALL = 1 << 16
 DAMPING = 0.05  # of a bond's mean singular value: weak terms are not moved at once by their full Newton step
-SINGLE_FROM = 1 << 17  # entries from which the steps are taken in float32
 
 
 def fit_train(
@@ -45,12 +46,14 @@ def fit_train(
     *,
     steps: int = MAX_STEPS,
 ) -> list[Tensor]:
-    """Cores that make tr(S (W - What) C (W - What)^T) small, never larger than those of the plain TT-SVD.
+    """Cores that make tr(S (W - What) C (W - What)^T) small.
 
     The moments are replaced by the nearest Kronecker products of small ones, S_1 kron ... kron S_d and
     C_1 kron ... kron C_d, for which whitening is exact: multiplied by their roots the weight stays a train of
-    the same ranks, and its TT-SVD is the fit. From there (or from the plain fit, where that is nearer)
-    L-BFGS descends on the true metric, in the whitened coordinates and scaled by the bonds' singular values.
+    the same ranks, and its TT-SVD is the fit. Where the train is (I kron B) X, `block_fit` goes on from there;
+    otherwise L-BFGS descends on the true metric, in the whitened
+    coordinates and scaled by the bonds' singular values. Below `LARGE` entries it starts from the plain TT-SVD
+    where that is nearer, so that the result is never worse than the plain fit.
 
     Args:
         weight: (out, in), any float dtype.
@@ -62,14 +65,17 @@ def fit_train(
     Returns:
         cores (rank, out mode, in mode, next rank), float64, bonds balanced.
     """
+    form = BlockForm.of(weight, ranks, out_modes, in_modes)
+    if form is not None:
+        return form.fit(weight, metric, steps)
     problem = whitened_problem(weight, metric, out_modes, in_modes)
-    plain = problem.whiten(tt_svd(weight, ranks, out_modes, in_modes))
-    closed = tt_svd(problem.weight, ranks, out_modes, in_modes)
-    start, error = min(((cores, problem.error(cores)) for cores in (closed, plain)), key=lambda pair: pair[1])
-    refined, _ = problem.refine(start, min(steps, LARGE_STEPS) if weight.numel() >= LARGE else steps)
-    if problem.error(refined) > error:  # by rounding, where nothing was left to gain
-        refined = start
-    return bond_balanced(problem.unwhiten(refined))[0]
+    large = weight.numel() >= LARGE
+    start = tt_svd(problem.whitened_weight(), ranks, out_modes, in_modes)
+    if not large:
+        plain = problem.whiten(tt_svd(weight, ranks, out_modes, in_modes))
+        start = min(start, plain, key=problem.error)
+    refined, first, last = problem.refine(start, min(steps, LARGE_STEPS) if large else steps)
+    return bond_balanced(problem.unwhiten(refined if last < first else start))[0]
 
 
 def kronecker_in_metric(
@@ -93,71 +99,143 @@ def train_errors(
         weight, metric, out_modes, in_modes: as for `fit_train`.
         ranks: for each fit (cores + 1) ranks, the largest last.
     """
-    problem = whitened_problem(weight, metric, out_modes, in_modes)
-    largest, _ = bond_balanced(tt_svd(problem.weight, ranks[-1], out_modes, in_modes))
-    starts = [truncated_train(largest, each) for each in ranks]
     steps = CURVE_STEPS if weight.numel() >= SMALL else MAX_STEPS
-    return [problem.refine(start, steps)[1] for start in starts]
+    forms = [BlockForm.of(weight, each, out_modes, in_modes) for each in ranks]
+    blocks = [form for form in forms if form is not None]
+    found = iter(blocks[-1].errors(weight, metric, [form.rank for form in blocks], steps) if blocks else [])
+    others = [each for each, form in zip(ranks, forms, strict=True) if form is None]
+    if others:
+        problem = whitened_problem(weight, metric, out_modes, in_modes)
+        largest, _ = bond_balanced(tt_svd(problem.whitened_weight(), others[-1], out_modes, in_modes))
+        rest = iter([problem.refine(truncated_train(largest, each), steps)[2] for each in others])
+    return [next(rest if form is None else found) for form in forms]
+
+
+@dataclass(frozen=True)
+class BlockForm:
+    """A train that is (I kron B) X, or the transpose of one.
+
+    All columns lie in one core, what comes before it has bonds of full rank, and one core of rows follows.
+
+    Attributes:
+        core: the number of the core with the columns.
+        blocks: the product of the modes of rows up to that core.
+        rank: of the bond after it.
+        ranks, out_modes, in_modes: of the train, as it stands for the weight or its transpose.
+    """
+
+    core: int
+    blocks: int
+    rank: int
+    ranks: Modes
+    out_modes: Modes
+    in_modes: Modes
+    transposed: bool
+
+    @classmethod
+    def of(cls, weight: Tensor, ranks: Sequence[int], out_modes: Modes, in_modes: Modes) -> BlockForm | None:
+        """The form of a train for `weight`; None when it has not this form."""
+        rows, columns = weight.shape
+        core = len(ranks) - 3
+        for outs, ins, m, n in ((out_modes, in_modes, rows, columns), (in_modes, out_modes, columns, rows)):
+            if core < 0 or ins[core] != n or math.prod(ins) != n or math.prod(outs) - m >= outs[-1]:
+                continue
+            blocks = math.prod(outs[: core + 1])
+            full = all(ranks[k] == math.prod(outs[:k]) for k in range(core + 1))
+            if full and -(-m // blocks) == outs[-1]:
+                return cls(core, blocks, ranks[-2], tuple(ranks), outs, ins, outs is not out_modes)
+        return None
+
+    def problems(self, weight: Tensor, metric: Metric) -> list[BlockProblem]:
+        """What is to be minimised; where it costs little also from the plain fit, so as to be never worse."""
+        starts = (False, True) if weight.numel() < SINGLE_FROM else (False,)
+        if self.transposed:
+            weight, metric = weight.T, Metric(metric.output, metric.input)
+        return [block_problem(weight, metric, self.blocks, self.rank, plain=plain) for plain in starts]
+
+    def fit(self, weight: Tensor, metric: Metric, steps: int) -> list[Tensor]:
+        """As `fit_train`."""
+        fits = [problem.fit(self.rank, steps) for problem in self.problems(weight, metric)]
+        b, x, _ = min(fits, key=lambda fit: fit[2])
+        cores = []
+        for k in range(self.core):
+            size = self.ranks[k] * self.out_modes[k]
+            identity = torch.eye(size, dtype=b.dtype, device=b.device)
+            cores.append(identity.reshape(self.ranks[k], self.out_modes[k], 1, size))
+        middle = x.transpose(1, 2).reshape(self.ranks[self.core], self.out_modes[self.core], -1, self.rank)
+        cores += [middle, b.T.reshape(self.rank, -1, 1, 1)]
+        return bond_balanced([core.transpose(1, 2) for core in cores] if self.transposed else cores)[0]
+
+    def errors(self, weight: Tensor, metric: Metric, ranks: Sequence[int], steps: int) -> list[float]:
+        """As `train_errors`, for ranks of the one bond that counts."""
+        problems = self.problems(weight, metric)
+        return [min(problem.fit(rank, steps)[2] for problem in problems) for rank in ranks]
 
 
 @dataclass(frozen=True)
 class WhitenedProblem:
-    """``tr(S (W - What) C (W - What)^T)`` in coordinates where S and C are near the identity; all float64.
+    """``tr(S (W - What) C (W - What)^T)`` for trains given in coordinates where S and C are near the identity.
 
     Attributes:
-        weight: W, padded and whitened, (rows, columns) that the modes span.
-        output, input: S and C of the whitened coordinates, diagonal where they were; None for the identity.
-        out_roots, in_roots: for each core the root and inverse root that whitened its modes; None likewise.
+        weight: W, padded, (rows, columns) that the modes span; float64 as all that follows.
+        output, input: S and C, zero in the padding, diagonal where they were; None for the identity.
+        out_factors, in_factors: for each core the factor that whitens its modes, and its inverse; None likewise.
         size: tr(S W C W^T).
     """
 
     weight: Tensor
     output: Tensor | None
     input: Tensor | None
-    out_roots: list[tuple[Tensor, Tensor]] | None
-    in_roots: list[tuple[Tensor, Tensor]] | None
+    out_factors: Pairs | None
+    in_factors: Pairs | None
     size: float
 
     def error(self, cores: Sequence[Tensor]) -> float:
         """The objective at whitened cores."""
-        gap = self.weight - tt_matrix(cores)
+        gap = self.weight - tt_matrix(self.unwhiten(cores))
         return max(float((gap * self._weighted(gap)).sum()), 0.0)
+
+    def whitened_weight(self) -> Tensor:
+        """W in the whitened coordinates."""
+        weight = self.weight
+        if self.out_factors is not None:
+            weight = along_modes(weight, [factor for factor, _ in self.out_factors])
+        if self.in_factors is not None:
+            weight = along_modes(weight.T, [factor for factor, _ in self.in_factors]).T
+        return weight
 
     def whiten(self, cores: Sequence[Tensor]) -> list[Tensor]:
         """Cores of What to cores of the whitened What."""
-        return self._apply(cores, 0)
+        return _on_modes(cores, *(_picked(pairs, 0) for pairs in (self.out_factors, self.in_factors)))
 
     def unwhiten(self, cores: Sequence[Tensor]) -> list[Tensor]:
         """The inverse of `whiten`."""
-        return self._apply(cores, 1)
+        return _on_modes(cores, *(_picked(pairs, 1) for pairs in (self.out_factors, self.in_factors)))
 
-    def refine(self, cores: Sequence[Tensor], steps: int) -> tuple[list[Tensor], float]:
-        """Cores after at most `steps` quasi-Newton steps on the objective, and its value there.
+    def refine(self, cores: Sequence[Tensor], steps: int) -> tuple[list[Tensor], float, float]:
+        """Whitened cores after at most `steps` quasi-Newton steps on the objective, and its value before and after.
 
-        Matrices of `SINGLE_FROM` entries and more are refined, and the value computed, in float32.
+        Matrices of `SINGLE_FROM` entries and more are refined, and the values computed, in float32.
         """
         if not self.size > 0 or len(cores) == 1:
-            return list(cores), self.error(cores)
+            error = self.error(cores)
+            return list(cores), error, error
         cores, spectra = bond_balanced(cores)
         dtype = torch.float32 if self.weight.numel() >= SINGLE_FROM else torch.float64
         level = self.size**-0.5
         share = level ** (1 / len(cores))
-        problem = WhitenedProblem(
-            (self.weight * level).to(dtype),
-            None if self.output is None else self.output.to(dtype),
-            None if self.input is None else self.input.to(dtype),
-            None,
-            None,
-            1.0,
-        )
+        problem = self._scaled(level, dtype)
+        outs, ins = (_picked(pairs, 1) for pairs in (problem.out_factors, problem.in_factors))
+        adjoint = tuple(None if each is None else [f.T if f.ndim == 2 else f for f in each] for each in (outs, ins))
         sizes = [core.numel() for core in cores]
         shapes = [core.shape for core in cores]
 
         def value_and_gradient(point: Tensor) -> tuple[float, Tensor]:
             parts = [part.reshape(shape) for part, shape in zip(torch.split(point, sizes), shapes, strict=True)]
-            gap = problem.weight - tt_matrix(parts)
+            plain = _on_modes(parts, outs, ins)
+            gap = problem.weight - tt_matrix(plain)
             weighted = problem._weighted(gap)
-            slopes = tt_pullback(parts, weighted)
+            slopes = _on_modes(tt_pullback(plain, weighted), *adjoint)
             return float((gap * weighted).sum()) / 2, -torch.cat([slope.reshape(-1) for slope in slopes])
 
         found = minimise(
@@ -170,39 +248,35 @@ class WhitenedProblem:
         )
         parts = torch.split(found.point.to(torch.float64), sizes)
         refined = [part.reshape(shape) / share for part, shape in zip(parts, shapes, strict=True)]
-        return refined, 2 * found.values[-1] * self.size
+        return refined, 2 * found.values[0] * self.size, 2 * found.values[-1] * self.size
 
     def _weighted(self, gap: Tensor) -> Tensor:
         return times_right(times_left(self.output, gap), self.input)
 
-    def _apply(self, cores: Sequence[Tensor], which: int) -> list[Tensor]:
-        changed = []
-        for k, core in enumerate(cores):
-            if self.out_roots is not None:
-                core = along_modes(core.transpose(0, 1), [self.out_roots[k][which]]).transpose(0, 1)
-            if self.in_roots is not None:
-                core = along_modes(core.transpose(0, 2), [self.in_roots[k][which]]).transpose(0, 2)
-            changed.append(core)
-        return changed
+    def _scaled(self, level: float, dtype: torch.dtype) -> WhitenedProblem:
+        def cast(pairs: Pairs | None) -> Pairs | None:
+            return None if pairs is None else [(factor.to(dtype), inverse.to(dtype)) for factor, inverse in pairs]
+
+        output = None if self.output is None else self.output.to(dtype)
+        inputs = None if self.input is None else self.input.to(dtype)
+        weight = (self.weight * level).to(dtype)
+        return WhitenedProblem(weight, output, inputs, cast(self.out_factors), cast(self.in_factors), 1.0)
 
 
 def whitened_problem(weight: Tensor, metric: Metric, out_modes: Modes, in_modes: Modes) -> WhitenedProblem:
     """The problem of `fit_train` in whitened coordinates; see there for the arguments."""
     rows, columns = weight.shape
     weight = padded(working(weight), out_modes, in_modes)
-    output, out_roots = _whitened_moment(metric.ridged_output(), rows, out_modes, weight.device)
-    inputs, in_roots = _whitened_moment(metric.ridged_input(), columns, in_modes, weight.device)
-    if out_roots is not None:
-        weight = along_modes(weight, [root for root, _ in out_roots])
-    if in_roots is not None:
-        weight = along_modes(weight.T, [root for root, _ in in_roots]).T
+    output, out_factors = _factored(metric.ridged_output(), rows, out_modes, weight.device)
+    inputs, in_factors = _factored(metric.ridged_input(), columns, in_modes, weight.device)
     size = float((weight * times_right(times_left(output, weight), inputs)).sum())
-    return WhitenedProblem(weight, output, inputs, out_roots, in_roots, size)
+    return WhitenedProblem(weight, output, inputs, out_factors, in_factors, size)
 
 
-def _whitened_moment(
+def _factored(
     moment: Tensor | None, size: int, modes: Modes, device: torch.device
-) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]] | None]:
+) -> tuple[Tensor | None, Pairs | None]:
+    """The moment with its padding, and for each mode the factor that whitens it and its inverse."""
     extra = math.prod(modes) - size
     if moment is None:
         if not extra:
@@ -210,24 +284,25 @@ def _whitened_moment(
         moment = torch.ones(size, dtype=torch.float64)  # the identity inside, nothing in the padding
     moment = moment.to(device)
     diagonal = moment if moment.ndim == 1 else moment.diagonal()
-    filled = _extended(moment, extra, float(diagonal.mean()))  # the padding must not look like a small direction
-    roots = [root_and_inverse(small) for small in product_moments(filled, modes)]
-    inverses = [inverse for _, inverse in roots]
-    whitened = along_modes(_extended(moment, extra, 0.0), inverses)  # but errors in the padding count nothing
-    if moment.ndim == 1:
-        return along_modes(whitened[:, None], inverses)[:, 0], roots
-    return along_modes(whitened.T, inverses), roots
+    filled = extended(moment, extra, float(diagonal.mean()))  # the padding must not look like a small direction
+    factors = [factor_and_inverse(small) for small in product_moments(filled, modes)]
+    return extended(moment, extra, 0.0), factors  # but errors in the padding count nothing
 
 
-def _extended(moment: Tensor, extra: int, value: float) -> Tensor:
-    """`moment` with `extra` more entries of `value` on its diagonal."""
-    if not extra:
-        return moment
-    if moment.ndim == 1:
-        return F.pad(moment, (0, extra), value=value)
-    extended = F.pad(moment, (0, extra, 0, extra))
-    extended.diagonal()[-extra:] = value
-    return extended
+def _picked(pairs: Pairs | None, which: int) -> list[Tensor] | None:
+    return None if pairs is None else [pair[which] for pair in pairs]
+
+
+def _on_modes(cores: Sequence[Tensor], outs: list[Tensor] | None, ins: list[Tensor] | None) -> list[Tensor]:
+    """Each core with its out mode multiplied by its matrix of `outs`, its in mode by that of `ins`."""
+    changed = []
+    for k, core in enumerate(cores):
+        if outs is not None:
+            core = along_modes(core.transpose(0, 1), [outs[k]]).transpose(0, 1)
+        if ins is not None:
+            core = along_modes(core.transpose(0, 2), [ins[k]]).transpose(0, 2)
+        changed.append(core)
+    return changed
 
 
 def _newton_scale(shapes: Sequence[torch.Size], spectra: Sequence[Tensor]) -> Tensor:

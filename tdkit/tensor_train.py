@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdkit.linalg import orthogonal_split, working
+from tdkit.linalg import leading, orthogonal_split, working
 
 Modes = tuple[int, ...]
 
@@ -72,9 +72,12 @@ def bond_balanced(cores: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     spectra = []
     for k in range(len(cores) - 1, 0, -1):  # right to left: orthonormal rows, in the singular basis
         core = cores[k]
-        left, values, right = torch.linalg.svd(core.reshape(core.shape[0], -1), full_matrices=False)
-        cores[k] = right.reshape(-1, *core.shape[1:])
-        cores[k - 1] = torch.tensordot(cores[k - 1], left * values, dims=1)
+        flat = core.reshape(core.shape[0], -1)
+        left, squares = leading(flat @ flat.T, min(flat.shape))  # exact for any orthonormal basis
+        values = squares.clamp_min(0).sqrt()
+        safe = values.clamp_min(float(values[0]) * FLOOR + torch.finfo(values.dtype).tiny)
+        cores[k] = ((left.T @ flat) / safe[:, None]).reshape(-1, *core.shape[1:])
+        cores[k - 1] = torch.tensordot(cores[k - 1], left * safe, dims=1)
         spectra.append(values)
     spectra.reverse()
     for k, values in enumerate(spectra):

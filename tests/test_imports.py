@@ -21,6 +21,7 @@ ROOMS = """
     kernels kernels.low_rank kernels.kronecker
     spectral_start metric contraction
     autograd permutations trains tensor_train whitening
+    block_fit
     metric_fit
     permuted_fit decompositions.base
     decompositions.curves
