@@ -21,12 +21,12 @@ from tdkit.metric import Metric, extended, factor_and_inverse, times_left, times
 from tdkit.product_metric import product_moments
 from tdkit.quasi_newton import minimise
 
-LARGE = 1 << 21  # entries from which the steps are few, for time: each costs a product with the outputs' moment
+LARGE = 1 << 20  # entries from which the steps are few, for time: each costs a product with the outputs' moment
 LARGE_STEPS = 5
 MAX_STEPS = 40
 TOLERANCE = 1e-3  # of the error, over a few steps
 SINGLE_FROM = 1 << 17  # entries from which float32 is used,
-SINGLE_ERROR = 3e-3  # unless the error is a smaller share than this of the whole, where digits would be lost
+SINGLE_ERROR = 3e-4  # unless the error is a smaller share than this of the whole, where digits would be lost
 RIDGES = {torch.float32: 1e-7, torch.float64: 1e-14}  # of the mean diagonal, added to the system for X
 
 
@@ -61,7 +61,7 @@ class BlockProblem:
 
         Args:
             rank: at most that of `basis`.
-            steps: at most so many, and at most `LARGE_STEPS` for a large weight.
+            steps: at most so many, and at most `MAX_STEPS`, or `LARGE_STEPS` for a large weight.
         """
         tiny = torch.finfo(torch.float64).tiny
         level = (self.values[:rank] / max(self.size, tiny) ** 0.5).clamp_min(1e-8)
@@ -70,13 +70,14 @@ class BlockProblem:
             return times_left(self.inverse, start), self.weight.new_zeros(self.blocks, rank, self.weight.shape[1]), 0.0
         missed = 1 - float(self.values[:rank].square().sum()) / max(self.energy, tiny)
         single = self.weight.numel() >= SINGLE_FROM and missed >= SINGLE_ERROR
+        most = LARGE_STEPS if self.weight.numel() >= LARGE else MAX_STEPS
         reduced = _Reduced(self, level, torch.float32 if single else torch.float64)
         found = minimise(
             reduced.value_and_gradient,
             (start * level).reshape(-1).to(reduced.dtype),
             scale=torch.ones(start.numel(), dtype=reduced.dtype, device=start.device),
             first_step=1.0,
-            max_steps=0 if self.output is None else min(steps, LARGE_STEPS if self.weight.numel() >= LARGE else steps),
+            max_steps=0 if self.output is None else min(steps, most),
             tolerance=TOLERANCE,
         )
         b, x = reduced.factors(found.point)

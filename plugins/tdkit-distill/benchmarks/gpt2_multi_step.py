@@ -6,9 +6,10 @@ A teacher of GPT-2's architecture (10M parameters) is trained from nothing on th
 but the last six, with a byte-pair vocabulary made from the same text. Then the shipped recipe is run on it with
 overrides (model, text, lengths, learning rates), and beside it the same recipe with one thing changed at a time:
 all compression first and one stage of distillation, no teacher, calibrated fits, other losses, a small share of
-the text. Every student gets the same number of tokens. Perplexity is on the last six speeches; a bigram model of
-the same tokens is the floor that the teacher must beat. Every part is a run folder of its own under the work
-folder: started again, the finished ones are read and the interrupted one goes on inside its step.
+the text; and the teacher itself trained on. Every student gets the same number of tokens. Perplexity is on the
+last six speeches; a bigram model of the same tokens is the floor that the teacher must beat. Every part is a run
+folder of its own under the work folder: started again, the finished ones are read and the interrupted one goes on
+inside its step.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,58 +142,54 @@ def scaled_recipe(work: Path, tokens: int) -> Form:
     return load_recipe(RECIPE, overrides).to_dict()
 
 
-def measured(form: Form) -> Form:
-    """The same recipe with an evaluation after every step that changes the weights, and nothing saved."""
-    steps = []
-    for step in form["steps"]:
-        kind = next(iter(step))
-        steps += [step, {"evaluate": {}}] if kind in ("compress", "distill") else [step] if kind == "untie" else []
-    return {**form, "steps": steps}
+def form_with(form: Form, name: str, steps: list[Form], **entries: Any) -> Form:
+    """The same recipe with an evaluation after every step that changes the weights."""
+    measured = [
+        part for step in steps for part in ([step] if step.keys() & {"untie", "save"} else [step, {"evaluate": {}}])
+    ]
+    return {**form, **entries, "name": name, "steps": measured}
 
 
-def one_step(form: Form) -> Form:
-    """All rules in one compress step, then the first distill step for as many tokens as all of them have."""
-    compress = [step["compress"] for step in form["steps"] if "compress" in step]
+def multi_step(form: Form) -> Form:
+    """The recipe as it is, but for its save."""
+    return form_with(
+        form, "multi-step", [step for step in form["steps"] if step.keys() & {"untie", "compress", "distill"}]
+    )
+
+
+def at_once(form: Form, name: str, calibrated: bool) -> Form:
+    """All compression of the recipe in one step, and nothing trained."""
+    rules = [rule for step in form["steps"] if "compress" in step for rule in step["compress"]["rules"]]
+    steps = [{"untie": {}}, {"compress": {"rules": rules, "calibrated": calibrated}}, {"save": {}}]
+    return form_with(form, name, steps)
+
+
+def trained(form: Form, name: str, work: Path, model: str, share: float = 1.0, **options: Any) -> Form:
+    """One stage for a model that an earlier run saved: the recipe's first, as long as all of them, with `options`."""
     distill = [step["distill"] for step in form["steps"] if "distill" in step]
-    rules = [rule for step in compress for rule in step["rules"]]
     whole = {**distill[0], "name": "all", "tokens": sum(stage["tokens"] for stage in distill)}
-    steps = [{"untie": {}}, {"compress": {**compress[0], "rules": rules}}, {"distill": whole}]
-    return {**form, "steps": steps}
+    whole |= {"teacher": str(work / "teacher/model"), **options}
+    data = {**form["data"], "share": share}
+    return form_with(form, name, [{"distill": whole}], model=str(work / model / "model"), data=data)
 
 
-def changed(form: Form, kind: str, **options: Any) -> Form:
-    """The same recipe with these options in every step of one kind."""
-    steps = [{kind: {**step[kind], **options}} if kind in step else step for step in form["steps"]]
-    return {**form, "steps": steps}
-
-
-def plain(form: Form) -> Form:
-    """The same recipe without a teacher: language-model loss only."""
-    return changed(form, "distill", teacher="none", losses={"cross_entropy": 1.0})
-
-
-def scarce(form: Form) -> Form:
-    """The same recipe on the share of the text that the shipped one takes, read several times."""
-    return {**form, "data": {**form["data"], "share": load_recipe(RECIPE).data.share}}
-
-
-def dense(form: Form) -> Form:
-    """No compression: what the tokens alone give the teacher."""
-    return {**form, "steps": [step for step in form["steps"] if "distill" in step]}
-
-
-SOFT = {"logits": {"weight": 1.0, "temperature": 1.0}, "cross_entropy": 0.5}
-METHODS: dict[str, Callable[[Form], Form]] = {
-    "multi-step distillation (the recipe)": lambda form: form,
-    "one-step distillation": one_step,
-    "plain LM loss": lambda form: plain(one_step(form)),
-    "multi-step distillation, calibrated": lambda form: changed(form, "compress", calibrated=True),
-    "one-step, KL at temperature 1 and CE": lambda form: changed(one_step(form), "distill", losses=SOFT),
-    "plain LM loss, calibrated": lambda form: changed(plain(one_step(form)), "compress", calibrated=True),
-    "one-step distillation, 3.1% of the text": lambda form: scarce(one_step(form)),
-    "plain LM loss, 3.1% of the text": lambda form: scarce(plain(one_step(form))),
-    "teacher trained on, plain LM loss": lambda form: dense(plain(one_step(form))),
-}
+def methods(work: Path, tokens: int) -> Iterator[tuple[str, Form]]:
+    """What is compared, by name, each a recipe's form; later ones begin with models that earlier ones saved."""
+    form = scaled_recipe(work, tokens)
+    plain = {"teacher": "none", "losses": {"cross_entropy": 1.0}}
+    soft = {"losses": {"logits": {"weight": 1.0, "temperature": 1.0}, "cross_entropy": 0.5}}
+    scarce = load_recipe(RECIPE).data.share
+    yield "multi-step distillation (the recipe)", multi_step(form)
+    yield "all compressed at once", at_once(form, "at-once", calibrated=False)
+    yield "one-step distillation", trained(form, "one-step", work, "at-once")
+    yield "plain LM loss", trained(form, "plain", work, "at-once", **plain)
+    yield "all compressed at once, calibrated", at_once(form, "calibrated", calibrated=True)
+    yield "calibrated, one-step distillation", trained(form, "calibrated-one-step", work, "calibrated")
+    yield "one-step distillation, KL at temperature 1 and CE", trained(form, "one-step-soft", work, "at-once", **soft)
+    yield "calibrated, plain LM loss", trained(form, "calibrated-plain", work, "calibrated", **plain)
+    yield f"one-step distillation, {scarce:.1%} of the text", trained(form, "one-step-scarce", work, "at-once", scarce)
+    yield f"plain LM loss, {scarce:.1%} of the text", trained(form, "plain-scarce", work, "at-once", scarce, **plain)
+    yield "teacher trained on, plain LM loss", trained(form, "teacher-on", work, "teacher", **plain)
 
 
 def rows_of(method: str, recipe: Recipe, results: list[Form]) -> list[Form]:
@@ -233,8 +229,7 @@ def experiment(work: Path, teacher_tokens: int, tokens: int, tell: Callable[[For
     recipe = teacher_recipe(work, teacher_tokens)
     result["rows"] += rows_of("teacher", recipe, run_recipe(recipe, work / "teacher", resume=True))
     tell(result)
-    for method, change in METHODS.items():
-        form = {**measured(change(scaled_recipe(work, tokens))), "name": "-".join(re.findall(r"[\w.-]+", method))}
+    for method, form in methods(work, tokens):
         recipe = Recipe.from_dict(form)
         result["rows"] += rows_of(method, recipe, run_recipe(recipe, work / recipe.name, resume=True))
         tell(result)
@@ -248,9 +243,10 @@ def markdown(result: Form) -> str:
     ]
     return (
         f"# {result['what']}\n\nMade by `{result['command']}`; one seed, bf16 autocast, one CPU core. Perplexity in "
-        f"float32 on the last six speeches (their first {result['held_out_tokens']:,} tokens, windows of {CONTEXT}). An "
-        f"interpolated bigram of the same text: {result['bigram_perplexity']:.2f}. The recipe unties the head, so the "
-        "students count a dense head that the teacher shares with its embedding.\n\n" + markdown_table(columns, rows)
+        f"float32 on the last six speeches (their first {result['held_out_tokens']:,} tokens, windows of {CONTEXT}). "
+        f"An interpolated bigram of the same text: {result['bigram_perplexity']:.2f}. The recipe unties the "
+        "head, so the students count a dense head that the teacher shares with its embedding.\n\n"
+        + markdown_table(columns, rows)
     )
 
 
