@@ -242,7 +242,7 @@ class SaveStep(StepConfig):
 
 def _probe(run: Run) -> Tensor:
     if run.recipe.data.evaluation is not None and run.tokenizer is not None:
-        return run.tokens("evaluation")[:64].unsqueeze(0)
+        return run.tokens("evaluation")[: min(64, run.recipe.data.context)].unsqueeze(0)
     return torch.arange(16).unsqueeze(0)
 
 
