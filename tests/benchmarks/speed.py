@@ -1,6 +1,7 @@
 """Speed of the factorised product, against dense layers and other libraries; writes docs/results/speed.md.
 
     python tests/benchmarks/speed.py [--threads 2] [--seconds 0.5] [--parts eval,train,model,peers]
+    python tests/benchmarks/speed.py --device cuda --dtype bfloat16  # the grid under CUDA graphs: speed-cuda.md
 
 Calls alternate in one process and ratios are medians of paired ratios, so that other work on the machine
 slows both sides. The peers (peft, tltorch) are used where they can be imported and named where they cannot.
@@ -60,14 +61,7 @@ def inferring(call: Callable[[], object]) -> Callable[[], object]:
 
 def evaluation(shapes: Sequence[tuple[int, int]], seconds: float) -> Iterator[Row]:
     """The grid of shapes, decompositions and shares at 1 and 512 tokens, in both preferences."""
-    cases = [
-        (shape, kind.complete(shape, int(s * shape[0] * shape[1])), s)
-        for shape in shapes
-        for kind in KINDS
-        for s in SHARES
-    ]
-    cases.append(((4096, 4096), SQUARE_KRONECKER, SQUARE_KRONECKER.num_params((4096, 4096)) / 4096**2))
-    for shape, kind, share in cases:
+    for shape, kind, share in cases_of(shapes):
         weight, bias = torch.randn(shape), torch.randn(shape[0])
         small = filled(kind, shape)
         fast = copy.deepcopy(small)
@@ -91,6 +85,17 @@ def evaluation(shapes: Sequence[tuple[int, int]], seconds: float) -> Iterator[Ro
                 "speed_path": fast.path(tokens).name,
                 "speed": timings.get("speed", timings["memory"]).ratio,
             }
+
+
+def cases_of(shapes: Sequence[tuple[int, int]]) -> list[tuple[tuple[int, int], Decomposition, float]]:
+    """Shape, complete decomposition and share of the parameters of every case of the grid."""
+    cases = [
+        (shape, kind.complete(shape, int(s * shape[0] * shape[1])), s)
+        for shape in shapes
+        for kind in KINDS
+        for s in SHARES
+    ]
+    return [*cases, ((4096, 4096), SQUARE_KRONECKER, SQUARE_KRONECKER.num_params((4096, 4096)) / 4096**2)]
 
 
 def training(seconds: float) -> list[Row]:
@@ -330,9 +335,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="for each timed call")
     parser.add_argument("--parts", default="train,model,peers,eval", help="what to measure again; the rest is kept")
     parser.add_argument("--largest", type=int, default=4096, help="leave larger shapes out of the grid")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="on a GPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    shapes = [shape for shape in SHAPES if max(shape) <= options.largest]
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch finds no CUDA device here; run this on a machine with a GPU")
+        from speed_cuda import measure  # beside this script, and of no use without a GPU
+
+        cases = [(shape, kind) for shape, kind, _ in cases_of(shapes)]
+        measure(cases, filled, getattr(torch, options.dtype), options.seconds, RESULTS)
+        return
+    if options.dtype != "float32":
+        parser.error(f"--dtype {options.dtype}: the figures of a CPU are in float32")
     path = RESULTS / "speed.json"
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     results["machine"] = {
@@ -345,7 +363,6 @@ def main() -> None:
     }
     for part in options.parts.split(","):
         if part == "eval":
-            shapes = [shape for shape in SHAPES if max(shape) <= options.largest]
             results["eval"] = []
             for row in evaluation(shapes, options.seconds):
                 print(row, flush=True)
