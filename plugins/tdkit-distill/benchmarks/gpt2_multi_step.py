@@ -1,6 +1,6 @@
 """The recipe gpt2-tqcompressed at a size one CPU can train: a GPT-2 taught on real text, compressed, distilled.
 
-    python gpt2_multi_step.py [--teacher-tokens 3.2M] [--tokens 320k] [--work FOLDER] [--out docs/results]
+    python gpt2_multi_step.py [--teacher-tokens 3.2M] [--tokens 192k] [--work FOLDER] [--out docs/results]
 
 A teacher of GPT-2's architecture (10M parameters) is trained from nothing on the State of the Union speeches
 but the last six, with a byte-pair vocabulary made from the same text. Then the shipped recipe is run on it with
@@ -253,7 +253,7 @@ def markdown(result: Form) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher-tokens", default="3.2M", help="that the teacher is trained on")
-    parser.add_argument("--tokens", default="320k", help="that each student is trained on")
+    parser.add_argument("--tokens", default="192k", help="that each student is trained on")
     parser.add_argument("--work", type=Path, default=Path("runs/gpt2-multi-step"))
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     given = parser.parse_args()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,22 @@ def test_fp16_on_a_cpu_is_refused() -> None:
     own.state._mixed_precision = "fp16"
     with pytest.raises(StageError, match="precision: fp16"):
         check_accelerator(own, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_on_a_gpu_and_its_resume(precision: str, tmp_path: Path) -> None:
+    exact = distill(student(), gpt2(), STAGE, ids()).history
+    running = {"precision": precision, "checkpoint_every": 2}
+    rough = distill(student(), gpt2(), STAGE, ids(), folder=tmp_path, running=running).history
+    assert [e["loss"] for e in rough] == pytest.approx([e["loss"] for e in exact], rel=0.05)
+    state = json.loads((tmp_path / "step-00000002" / "state.json").read_text())
+    assert bool(state["scaler"]) == (precision == "fp16")
+    shutil.rmtree(tmp_path / "step-00000004")
+    again = distill(student(), gpt2(), STAGE, ids(), folder=tmp_path, running=running)
+    assert again.resumed_at == 2
+    assert [e["loss"] for e in again.history] == pytest.approx([e["loss"] for e in rough], rel=1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
