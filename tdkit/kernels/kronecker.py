@@ -52,10 +52,12 @@ def kronecker_product(
             tokens,
             rows,
             inner,
-            *large.stride(),
             *small.stride(),
             *((b2, 1) if b_is_small else (1, b2)),
             *((b1, 1) if b_is_small else (1, b1)),
+            LARGE_TERM=large.stride(0),
+            LARGE_ROW=large.stride(1),
+            LARGE_COLUMN=large.stride(2),
             TERMS=terms,
             SMALL_ROWS=small_rows,
             SMALL_COLUMNS=small_columns,
@@ -82,9 +84,6 @@ def _kronecker(
     tokens: tl.tensor,
     rows: tl.tensor,
     inner: tl.tensor,
-    large_term: tl.tensor,
-    large_row: tl.tensor,
-    large_column: tl.tensor,
     small_term: tl.tensor,
     small_row: tl.tensor,
     small_column: tl.tensor,
@@ -92,6 +91,9 @@ def _kronecker(
     x_small: tl.tensor,
     y_large: tl.tensor,  # the same for y and the rows
     y_small: tl.tensor,
+    LARGE_TERM: tl.constexpr,  # strides of L, constants so that Triton sees which numbers are neighbours
+    LARGE_ROW: tl.constexpr,
+    LARGE_COLUMN: tl.constexpr,
     TERMS: tl.constexpr,
     SMALL_ROWS: tl.constexpr,
     SMALL_COLUMNS: tl.constexpr,
@@ -107,7 +109,12 @@ def _kronecker(
     lane_is_real = (token < tokens) & (small_at < SMALL_COLUMNS)
     column = tl.arange(0, BLOCK_ROWS * BLOCK_TERMS)
     row, term = first_row + column // BLOCK_TERMS, column % BLOCK_TERMS
-    column_is_real = (row < rows) & (term < TERMS)
+    if LARGE_TERM == 1 and LARGE_ROW == TERMS and BLOCK_TERMS == TERMS:  # the same as below, as one run of neighbours
+        column_at = first_row * TERMS + column
+        column_is_real = column_at < rows * TERMS
+    else:
+        column_at = row * LARGE_ROW + term * LARGE_TERM
+        column_is_real = (row < rows) & (term < TERMS)
     sums = tl.zeros([BLOCK_TOKENS * BLOCK_SMALL, BLOCK_ROWS * BLOCK_TERMS], tl.float32)
     for start in range(0, inner, BLOCK_INNER):
         place = start + tl.arange(0, BLOCK_INNER)
@@ -117,7 +124,7 @@ def _kronecker(
             entry = tl.load(source + entry, mask=kept, other=0)
         given = tl.load(x + token[:, None].to(tl.int64) * (inner * SMALL_COLUMNS) + entry, mask=kept, other=0.0)
         tile = tl.load(
-            large + place[:, None] * large_column + (row * large_row + term * large_term)[None, :],
+            large + place[:, None] * LARGE_COLUMN + column_at[None, :],
             mask=(place < inner)[:, None] & column_is_real[None, :],
             other=0.0,
         )
