@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from tdkit.calibration import Batch, Calibration, recalibrate
+from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import CalibrationError, OptionError, PolicyError
-from tdkit.fitting import Fitted, fit_step, swapping
+from tdkit.fitting import Swap, fit_step, swapping
 from tdkit.plan import Plan, Step
 from tdkit.planning import calibrated, plan
 from tdkit.policy import Policy
 from tdkit.progress import progress_bar
 from tdkit.sequential import fit_in_order
+from tdkit.sharing import processes, shared
 from tdkit.sites import Site, survey
 
 
@@ -32,7 +34,9 @@ def compress(
     """Replace the weights that `policy` selects by factors, in place, and return the same model.
 
     All or nothing: an exception, Ctrl-C included, leaves the model exactly as it was. The same model,
-    policy and calibration give the same factors.
+    policy and calibration give the same factors. Layers are fitted and replaced one after the other, and the
+    weights of a large model wait on disk meanwhile, so that memory does not grow. Processes that
+    ``torch.distributed`` started together share the fits, a layer each, and all end with the same model.
 
     Args:
         model: any torch module.
@@ -60,12 +64,12 @@ def compress(
         chosen = policy if isinstance(policy, Plan) else plan(model, policy, calibration=known, progress=progress)
         pairs = _sites_of(model, chosen)
         measured = [site for site in survey(model).sites if known is not None and site.name in known.names]
-        with swapping(model) as swap:
+        with swapping(model, [site for _, site in pairs]) as swap:
             if sequential:
                 assert known is not None
                 fit_in_order(model, pairs, known, swap, device=device, progress=progress)
             else:
-                swap.put(_fit_all(pairs, known, device, progress))
+                _fit_all(pairs, known, swap, device, progress)
             if number + 1 < passes:
                 assert known is not None
                 known = recalibrate(model, measured, known, device=device, progress=progress)
@@ -76,17 +80,23 @@ def compress(
 def _fit_all(
     pairs: list[tuple[Step, Site]],
     calibration: Calibration | None,
+    swap: Swap,
     device: torch.device | str | None,
     progress: bool | None,
-) -> Fitted:
-    fitted: Fitted = []
+) -> None:
+    """Fit one layer after the other, each by one of the processes that run together, and put it in its place."""
+
+    def fit(pair: tuple[Step, Site]) -> FactorizedMatrix:
+        step, site = pair
+        bar.now(step.name)
+        matrix = fit_step(step, site, calibration.metric(site.name) if calibration else None, device)
+        return matrix.cpu() if together else matrix
+
+    together = processes()[1] > 1
     with progress_bar("fit", len(pairs), progress) as bar:
-        for step, site in pairs:
-            bar.now(step.name)
-            metric = calibration.metric(site.name) if calibration else None
-            fitted.append((site, fit_step(step, site, metric, device)))
+        for (_, site), matrix in zip(pairs, shared(pairs, fit), strict=True):
+            swap.put([(site, matrix.to(site.weight.device))])
             bar.advance()
-    return fitted
 
 
 def _sites_of(model: nn.Module, chosen: Plan) -> list[tuple[Step, Site]]:

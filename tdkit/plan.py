@@ -37,6 +37,8 @@ class Step:
         loss: estimated increase of the loss, nats per token, where a calibration with gradients gave one.
         runner_up: the best other decomposition of at most the same size, where the plan had a choice, and
             what it would have cost.
+        paths: how the factors will be multiplied, at 1 token and at 512, in float32 on this machine's CPU unless
+            `tdkit.prepare` says otherwise; None where nothing is multiplied.
     """
 
     names: tuple[str, ...]
@@ -52,6 +54,7 @@ class Step:
     error: float | None = None
     loss: float | None = None
     runner_up: str | None = None
+    paths: tuple[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -72,14 +75,16 @@ class Step:
             "error": self.error,
             "loss": self.loss,
             "runner_up": self.runner_up,
+            "paths": None if self.paths is None else list(self.paths),
         }
 
     @classmethod
     def from_dict(cls, form: Mapping[str, Any]) -> Step:
-        spec = form["decomposition"]
+        spec, paths = form["decomposition"], form.get("paths")
         return cls(
             **{
                 **form,
+                "paths": None if paths is None else (paths[0], paths[1]),
                 "names": tuple(form["names"]),
                 "kinds": tuple(form["kinds"]),
                 "shape": (form["shape"][0], form["shape"][1]),
@@ -173,7 +178,7 @@ class Plan:
             every: one row per layer even in a long plan; otherwise layers that differ only in their depth
                 and share shape and decomposition are one row, with the range of their ranks.
         """
-        columns = ["layer", "shape", "becomes", "params", "of dense", "multiply-adds / token"]
+        columns = ["layer", "shape", "becomes", "params", "of dense", "multiply-adds / token", "path at 1 | 512 tokens"]
         with_error = any(step.error is not None for step in self.steps)
         with_loss = any(step.loss is not None for step in self.steps)
         with_choice = any(step.runner_up is not None for step in self.steps)
@@ -213,10 +218,17 @@ def _row(group: Sequence[Step]) -> list[str]:
         params + (f" (+{indices:,} indices)" if indices else ""),
         f"{after / before:.1%}" if before else "",
         f"{adds_before:,}" if adds_before == adds_after else f"{adds_before:,} -> {adds_after:,}",
+        _paths(group),
         f"{sum(errors) / len(errors):.4f}" if errors else "",
         f"{sum(losses):.3g}" if losses else "",
         (first.runner_up or "") if len(group) == 1 else "",
     ]
+
+
+def _paths(group: Sequence[Step]) -> str:
+    """The paths at 1 and at 512 tokens, once where they are the same; those of all steps where they differ."""
+    found = [" or ".join(dict.fromkeys(step.paths[k] for step in group if step.paths)) for k in (0, 1)]
+    return found[0] if found[0] == found[1] else " | ".join(found)
 
 
 def _becomes(group: Sequence[Step]) -> str:

@@ -10,12 +10,13 @@ from torch import nn
 from tdkit.auto import Auto
 from tdkit.budget import Choice, OpenSite, by_loss, uniform
 from tdkit.calibration import Batch, Calibration, calibrate
-from tdkit.decompositions.base import Point
+from tdkit.decompositions.base import FactorizedMatrix, Point
 from tdkit.errors import BudgetError, OptionError, PolicyError
 from tdkit.layers import FactorizedLinear
 from tdkit.plan import Plan, Step
 from tdkit.policy import Policy, Rule
 from tdkit.progress import progress_bar
+from tdkit.sharing import shared
 from tdkit.sites import Site, Survey, factorized_groups, num_params, survey
 
 
@@ -77,6 +78,7 @@ def applied_plan(model: nn.Module) -> Plan:
                 multiply_adds_before=times * size,
                 multiply_adds_after=times * matrix.multiply_adds(),
                 error=matrix.error,
+                paths=_paths_of(matrix) if times else None,
             )
         )
     found = survey(model)
@@ -202,20 +204,25 @@ class _Allocation:
 
     def _curves(self, sites: list[OpenSite]) -> dict[str, list[Point]]:
         assert self.calibration is not None
+        calibration = self.calibration
+
+        def curve(open_site: OpenSite) -> list[Point]:
+            site, kind = open_site.site, open_site.kind
+            bar.now(site.name)
+            every = kind.members_of(site.shape) if isinstance(kind, Auto) else [kind]
+            return [point for one in every for point in calibration.curve(site, one)]
+
         curves = {}
         with progress_bar("error curves", len(sites), self.progress) as bar:
-            for open_site in sites:
-                site, kind = open_site.site, open_site.kind
-                bar.now(site.name)
-                every = kind.members_of(site.shape) if isinstance(kind, Auto) else [kind]
-                curves[site.name] = [point for one in every for point in self.calibration.curve(site, one)]
+            for open_site, points in zip(sites, shared(sites, curve), strict=True):
+                curves[open_site.site.name] = points
                 bar.advance()
         return curves
 
 
 def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
     kind, reason = choice.decomposition, choice.reason
-    params, indices, multiply_adds = site.params, 0, site.params
+    params, indices, multiply_adds, paths = site.params, 0, site.params, None
     if kind is not None:
         matrix = kind.empty(site.shape, device="meta")
         if matrix.params >= site.params and not allow_growth:
@@ -223,6 +230,7 @@ def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
             kind = None
         else:
             params, indices, multiply_adds = matrix.params, matrix.indices, matrix.multiply_adds()
+            paths = _paths_of(matrix) if site.multiplications() else None
     times = site.multiplications()
     return Step(
         names=site.names,
@@ -239,4 +247,11 @@ def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
         runner_up=None
         if kind is None or choice.runner_up is None
         else f"{choice.runner_up.decomposition.describe()}: {choice.runner_up.error / 2:.3g}",
+        paths=paths,
     )
+
+
+def _paths_of(matrix: FactorizedMatrix) -> tuple[str, str]:
+    """The names of the paths that are cheapest for 1 and for 512 tokens."""
+    few, many = (min(matrix.paths(tokens), key=lambda path: path.seconds()) for tokens in (1, 512))
+    return few.name, many.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tdkit.errors import PolicyError
 from tdkit.layers import FactorizedEmbedding, FactorizedLinear
 from tdkit.metric import Metric
 from tdkit.registry import decompositions
-from tdkit.sites import num_params
+from tdkit.sites import num_params, survey
 
 EVERY = [decompositions.get(name)() for name in decompositions.names()]
 by_name = pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.name)
@@ -252,3 +253,64 @@ def test_a_policy_s_plan_and_the_policy_give_the_same(tied: Any, ids: Tensor) ->
     twin = copy.deepcopy(tied)
     plan: Plan = tdkit.plan(tied, half)
     assert torch.equal(tdkit.compress(tied, plan)(ids), tdkit.compress(twin, half)(ids))
+
+
+def test_weights_that_wait_on_disk_come_back_when_a_fit_fails(monkeypatch: pytest.MonkeyPatch, tied: Any) -> None:
+    monkeypatch.setattr("tdkit.fitting.ASIDE_FROM", 0)
+    before = {name: tensor.clone() for name, tensor in tied.state_dict().items()}
+    modules = dict(tied.named_modules())
+    fits.clear()
+    with pytest.raises(KeyboardInterrupt):
+        tdkit.compress(tied, Policy([Rule("*", Failing(rank=2, what=KeyboardInterrupt))]))
+    assert len(fits) == 3
+    assert dict(tied.named_modules()) == modules
+    for name, tensor in tied.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@by_name
+def test_setting_weights_aside_changes_no_factor(
+    kind: Decomposition, monkeypatch: pytest.MonkeyPatch, gpt2: Any
+) -> None:
+    policy, twin = Policy([Rule("*", kind)], budget=0.6), copy.deepcopy(gpt2)
+    tdkit.compress(twin, policy)
+    modules = [site.users[0].module for site in survey(gpt2).sites]
+    monkeypatch.setattr("tdkit.fitting.ASIDE_FROM", 0)
+    rewritten = tdkit.plan(gpt2, policy).rewritten
+    tdkit.compress(gpt2, policy)
+    for name, tensor in twin.state_dict().items():
+        assert torch.equal(tensor, gpt2.state_dict()[name])
+    assert sum(module.weight.numel() == 0 for module in modules) == len(rewritten)
+
+
+def test_a_full_disk_keeps_the_weights_in_memory(
+    monkeypatch: pytest.MonkeyPatch, tied: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tdkit.fitting.ASIDE_FROM", 0)
+    monkeypatch.setattr("tdkit.fitting.save_file", full)
+    tdkit.compress(tied, half)
+    assert tdkit.applied_plan(tied).rewritten
+    assert "stay in memory" in caplog.text
+
+
+def test_a_weight_leaves_the_memory_before_the_next_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    depth, alive, seen = 6, [], []
+    model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(depth)))
+    for layer in model:
+        storage = layer.weight.untyped_storage()
+        alive.append(storage.data_ptr())
+        weakref.finalize(storage, alive.remove, storage.data_ptr())
+    del storage, layer
+
+    @dataclass(frozen=True, kw_only=True)
+    class Watching(LowRank):
+        def fit(self, weight: Tensor, metric: Metric | None = None) -> LowRankMatrix:
+            seen.append(len(alive))
+            return super().fit(weight, metric)
+
+    monkeypatch.setattr("tdkit.fitting.ASIDE_FROM", 0)
+    tdkit.compress(model, Policy([Rule("*", Watching(rank=4))]), progress=False)
+    assert seen == [depth - fitted for fitted in range(depth)]

@@ -17,6 +17,7 @@ import tdkit
 # A new module takes the first line that is below everything it imports and above everything that imports it.
 ROOMS = """
     errors shapes files tables progress timing held assignment quasi_newton product_metric
+    sharing
     huggingface linalg cost
     kernels kernels.low_rank kernels.kronecker
     spectral_start metric contraction

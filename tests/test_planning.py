@@ -174,3 +174,17 @@ def test_the_plan_that_a_model_carries(tied: Any) -> None:
         assert same.error is not None
         assert 0 < same.error < 1
     assert carried["down"].reason == "dense"
+
+
+def test_the_plan_says_how_each_matrix_will_be_multiplied() -> None:
+    plan = tdkit.plan(nn.Sequential(nn.Linear(768, 3072), nn.Embedding(50, 24)), Policy([Rule("*", LowRank())], 0.5))
+    first, table = plan.steps
+    assert first.paths == ("right, left", "right, left")
+    assert table.paths is None  # its rows are looked up
+    again = tdkit.Plan.from_json(plan.to_json())
+    assert again == plan
+    old = plan.to_dict()
+    for step in old["steps"]:
+        del step["paths"]  # as plans were written before
+    assert [step.paths for step in tdkit.Plan.from_dict(old)] == [None, None]
+    assert "right, left" in str(plan)
