@@ -19,7 +19,8 @@ ROOMS = """
     errors shapes files tables progress timing held assignment quasi_newton product_metric
     sharing
     huggingface linalg cost
-    kernels kernels.low_rank kernels.kronecker
+    kernels
+    kernels.low_rank kernels.kronecker
     spectral_start metric contraction
     autograd permutations trains tensor_train whitening
     block_fit

@@ -57,7 +57,7 @@ def normal(*size: int, dtype: torch.dtype, turned: bool = False) -> Tensor:
 @pytest.mark.parametrize("parts", [None, 3])
 @pytest.mark.parametrize(
     ("tokens", "columns", "rank", "rows"),
-    [(1, 37, 5, 19), (1, 1, 1, 1), (1, 700, 9, 70), (2, 1, 3, 1), (3, 130, 7, 65), (16, 64, 33, 40)],
+    [(1, 37, 5, 19), (1, 1, 1, 1), (1, 700, 9, 70), (2, 1, 3, 1), (3, 130, 7, 65), (16, 64, 33, 40), (20, 9, 2, 3)],
 )
 def test_a_low_rank_pair(
     tokens: int, columns: int, rank: int, rows: int, parts: int | None, turned: bool, dtype: torch.dtype

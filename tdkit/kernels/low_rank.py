@@ -14,12 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tdkit.kernels import FEW_TOKENS
+
 MOST_PARTS = 16
 PROGRAMS = 2  # wanted on every processor of the device
 
 
 def low_rank_pair(
-    x: Tensor,  # (tokens, in), 1 to 16 tokens
+    x: Tensor,  # (tokens, in), made for up to 16 tokens
     left: Tensor,  # (out, rank), any strides
     right: Tensor,  # (rank, in), any strides
     bias: Tensor | None = None,  # (out,)
@@ -29,15 +31,16 @@ def low_rank_pair(
     """``x @ right.T @ left.T + bias``, summed in float32; with several tokens the middle is rounded to x's dtype.
 
     Args:
-        parts: in how many parts the first product's sum is split; by the size of the device when None.
+        parts: in how many parts, at most, the first product's sum is split; by the size of the device when None.
     """
     tokens, inner = x.shape
     rank = right.shape[0]
     x = x.contiguous()
+    block_columns, block_inner = _blocks(right, tokens)
     if parts is None:
-        tiles = triton.cdiv(rank, _blocks(right, tokens)[0])
+        tiles = triton.cdiv(rank, block_columns)
         parts = min(MOST_PARTS, max(1, PROGRAMS * _processors(x.device) // tiles))
-    span = triton.cdiv(inner, parts)
+    span = triton.cdiv(triton.cdiv(inner, parts), block_inner) * block_inner  # whole tiles
     parts = triton.cdiv(inner, span)
     between = torch.empty(parts, tokens, rank, dtype=torch.float32, device=x.device)
     y = torch.empty(tokens, left.shape[0], dtype=x.dtype, device=x.device)
@@ -51,7 +54,8 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, span: int
     parts, tokens, inner = x.shape
     columns = weight.shape[0]
     block_columns, block_inner = _blocks(weight, tokens)
-    grid = (triton.cdiv(columns, block_columns), y.shape[0])
+    block_rows = 1 if tokens == 1 else FEW_TOKENS
+    grid = (triton.cdiv(columns, block_columns), y.shape[0], triton.cdiv(tokens, block_rows))
     _few_rows[grid](
         x,
         weight,
@@ -63,7 +67,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, span: int
         span,
         *weight.stride(),
         PARTS=parts,
-        BLOCK_ROWS=1 if tokens == 1 else 16,
+        BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
         BLOCK_INNER=block_inner,
         num_warps=4,
@@ -104,7 +108,7 @@ def _few_rows(
     BLOCK_INNER: tl.constexpr,
 ) -> None:
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row = tl.arange(0, BLOCK_ROWS)
+    row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     start = tl.program_id(1) * span
     end = tl.minimum(start + span, inner)
     if BLOCK_ROWS == 1:
