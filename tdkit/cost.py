@@ -17,7 +17,7 @@ FUSED = "fused"  # the name of the path that is a kernel of our own, in every st
 GRAPH = "cuda graph"  # the kind of device that replays what it was told before: a launch costs it little
 MARGIN = 0.85  # factors are preferred to a held weight only when they promise at least this much less time,
 # and a kernel of our own to calls of a library
-FEW_ROWS = 16  # up to this many rows a product takes the time of reading its matrix
+FEW_ROWS = 16  # up to this many rows a GPU multiplies while it reads the matrix
 KERNEL_SHARE = 0.5  # of the rate of a large product that a kernel of our own reaches
 BOUNDS = tuple(2**k for k in range(17))  # tokens at which the paths are compared
 CHUNK_BYTES = 3 * 2**20  # of what lies between two products; 1 to 4 MiB were equally good with 1 MiB of L2 per core
@@ -99,7 +99,8 @@ class Rates:
         copy_bytes: written by a copy that reorders axes.
         call: seconds that an operation takes at least.
         launch: the same for a kernel of our own.
-        few_rows: the share of `bytes` at which a library reads the matrix of a product with few rows.
+        few_rows: the share of `bytes` at which a library reads the matrix of a product with few rows, while it
+            multiplies; None where it does one after the other.
     """
 
     multiply_adds: float
@@ -111,7 +112,7 @@ class Rates:
     copy_bytes: float
     call: float
     launch: float
-    few_rows: float = 1.0
+    few_rows: float | None = None
 
     def of_kernels(self) -> Rates:
         """The rates of kernels of our own on the same device."""
@@ -134,11 +135,11 @@ def _seconds(product: Product, rates: Rates, itemsize: int) -> float:
     share = max(smallest / (smallest + rates.half_size), rates.floor)
     size = product.elements * itemsize
     reading = size / (rates.cached_bytes if size <= rates.cache else rates.bytes)
-    if smallest <= FEW_ROWS:
-        reading /= rates.few_rows
-    if smallest == 1:  # a matrix times a vector is bound by reading the matrix
-        return reading
-    return reading + product.multiply_adds / (rates.multiply_adds * share)
+    # a matrix times a vector is bound by reading the matrix
+    multiplying = 0.0 if smallest == 1 else product.multiply_adds / (rates.multiply_adds * share)
+    if rates.few_rows is not None and smallest <= FEW_ROWS:
+        return max(reading / rates.few_rows, multiplying)
+    return reading + multiplying
 
 
 Schedule = tuple[tuple[int, Path], ...]  # (the most tokens it serves, path), ascending; the last serves all above
