@@ -14,11 +14,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from tdkit.calibration import Calibration, calibrate
+from tdkit.calibration import Calibration
 from tdkit.checkpoint import load, save
 from tdkit.errors import RecipeError
 from tdkit.files import write_text
 from tdkit.huggingface import is_transformers
+from tdkit.planning import calibrated
 from tdkit.policy import Policy
 from tdkit.recipe import Recipe
 from tdkit.sources import Source, encode, load_model, load_texts, windows
@@ -66,14 +67,14 @@ class Run:
             raise RecipeError(f"recipe '{self.recipe.name}' names no {part} text: add data.{part}=PATH")
         return load_texts(name)
 
-    def calibration(self, policy: Policy) -> Calibration:
-        """The moments of the model as it stands, of what a policy rewrites, on the recipe's calibration text.
+    def calibration(self, policy: Policy) -> Calibration | None:
+        """The moments of the model as it stands, of what a policy rewrites (None: nothing), on the calibration text.
 
         Raises:
             RecipeError: when the recipe names no such text.
         """
-        rows = windows(self.tokens("calibration"), self.recipe.data.context)
-        return calibrate(self.model, [row.unsqueeze(0) for row in rows], names=policy.rewritten(self.model))
+        batches = torch.split(windows(self.tokens("calibration"), self.recipe.data.context), 1)
+        return calibrated(self.model, policy, batches)
 
     def tokens(self, part: Literal["calibration", "evaluation"]) -> Tensor:
         """The token ids (n,) of a part of the data, as many as the recipe says."""

@@ -10,13 +10,13 @@ import torch
 import typer
 import yaml
 
-from tdkit.calibration import Calibration, calibrate
+from tdkit.calibration import Calibration
 from tdkit.checkpoint import DESCRIPTION, read_description, save
 from tdkit.cli.output import AsJson, Device, DryRun, err, show
 from tdkit.compression import compress as compress_model
 from tdkit.errors import CheckpointError, OptionError, PolicyError
 from tdkit.evaluation import PROTOCOL, evaluate
-from tdkit.planning import applied_plan
+from tdkit.planning import applied_plan, calibrated
 from tdkit.planning import plan as plan_model
 from tdkit.policy import Policy, Rule
 from tdkit.registry import decomposition
@@ -184,10 +184,8 @@ def policy_of(file: Path | None, with_: str, match: list[str] | None, budget: fl
 def _calibration(
     source: Source, texts: list[str] | None, tokens: int, context: int, policy: Policy
 ) -> Calibration | None:
-    if texts is None:
-        return None
-    rows = windows(encode(texts, source.tokenizer, tokens), context)
-    return calibrate(source.model, [row.unsqueeze(0) for row in rows], names=policy.rewritten(source.model))
+    batches = None if texts is None else torch.split(windows(encode(texts, source.tokenizer, tokens), context), 1)
+    return calibrated(source.model, policy, batches)
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -4,7 +4,7 @@
     python tests/benchmarks/speed.py --device cuda --dtype bfloat16  # the grid under CUDA graphs: speed-cuda.md
 
 Calls alternate in one process and ratios are medians of paired ratios, so that other work on the machine
-slows both sides. The peers (peft, tltorch) are used where they can be imported and named where they cannot.
+slows both sides. The peers (peft, tltorch, pyfastkron) are used where they can be imported and named where not.
 """
 
 from __future__ import annotations
@@ -185,13 +185,12 @@ def peers(seconds: float) -> tuple[list[Row], list[str]]:
     weight = torch.randn(shape)
     ours = filled(SQUARE_768, shape)
     train = filled(TTMatrix(ranks=16), shape)
+    terms = [(a.contiguous(), b.contiguous()) for a, b in zip(ours.a.detach(), ours.b.detach(), strict=True)]
     groups: dict[str, dict[str, Callable[[], object]]] = {
         "Kronecker, 4 terms of 48x24 and 64x32": {
             "dense": lambda: F.linear(x, weight),
             "tdkit, factors": lambda: ours.linear(x),
-            "torch.kron on every forward": lambda: F.linear(
-                x, sum(torch.kron(a, b) for a, b in zip(ours.a, ours.b, strict=True))
-            ),
+            "torch.kron on every forward": lambda: F.linear(x, sum(torch.kron(a, b) for a, b in terms)),
             "einsum as written": lambda: torch.einsum("raj,rbk,tjk->tab", ours.a, ours.b, x.view(-1, 24, 32)),
         },
         "TT-matrix, 3 cores, rank 16": {
@@ -202,6 +201,17 @@ def peers(seconds: float) -> tuple[list[Row], list[str]]:
     held = copy.deepcopy(train)
     held.hold("speed")
     groups["TT-matrix, 3 cores, rank 16"]["tdkit, prefer=speed"] = lambda: held.linear(x)
+    try:
+        from pyfastkron.fastkrontorch import gemkm
+
+        pairs = [(a.T.contiguous(), b.T.contiguous()) for a, b in terms]
+        own = sum(gemkm(x, list(pair)) for pair in pairs)
+        torch.testing.assert_close(own, ours.linear(x).detach(), rtol=1e-3, atol=1e-3)
+        groups["Kronecker, 4 terms of 48x24 and 64x32"]["pyfastkron, term by term"] = lambda: sum(
+            gemkm(x, list(pair)) for pair in pairs
+        )
+    except ImportError as error:
+        absent.append(f"pyfastkron ({error})")
     try:
         from peft import LoKrConfig, get_peft_model
 
