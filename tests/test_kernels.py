@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from tdkit import Decomposition, Kronecker, LowRank, PermutedKronecker, TTMatrix, kernels, prepare
 from tdkit.cost import FUSED, GRAPH, HELD, Path, Product
@@ -187,6 +188,11 @@ def test_tensors_that_no_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not kernels.accept(x, torch.empty(3, device="meta"))
         with torch.autocast("cpu"):
             assert not kernels.accept(x, factor)
+        assert not kernels.accept(x, FakeTensorMode().from_tensor(factor))
+        seen = []
+        with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
+            torch.jit.trace(lambda x: x * (seen.append(kernels.accept(x)) or 1), x, check_trace=False)
+        assert seen == [False]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", GRAPH])

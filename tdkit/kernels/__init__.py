@@ -10,7 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdkit.cost import GRAPH
 
@@ -35,9 +35,15 @@ def offered(dtype: torch.dtype, device: str) -> bool:
 
 
 def accept(x: Tensor, *operands: Tensor | None) -> bool:
-    """Whether a kernel can take these tensors: of one dtype and device, no gradient to record, outside autocast."""
+    """Whether a kernel can take these tensors: of one dtype and device, no gradient to record, outside autocast.
+
+    A trace would not see it, and a tensor of another class may hold no numbers of its own.
+    """
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if tracing or x.device.type not in DEVICES or x.numel() == 0 or torch.is_autocast_enabled(x.device.type):
+        return False
     every = [x, *(operand for operand in operands if operand is not None)]
-    if x.device.type not in DEVICES or x.numel() == 0 or torch.is_autocast_enabled(x.device.type):
+    if any(type(each) not in (Tensor, nn.Parameter) for each in every):
         return False
     if any(each.dtype is not x.dtype or each.device != x.device for each in every):
         return False
