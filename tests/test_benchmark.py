@@ -85,11 +85,11 @@ def test_a_plan_is_tried_without_a_fit() -> None:
 
 
 def test_a_longer_call_takes_longer_by_the_ratio() -> None:
-    calls = {"short": lambda: time.sleep(0.004), "long": lambda: time.sleep(0.016)}
+    calls = {"short": lambda: time.sleep(0.004), "long": lambda: time.sleep(0.08)}  # far apart: a busy machine adds
     timings = side_by_side(calls, seconds=0.05)
     assert timings["short"].ratio == 1.0
-    assert 2 < timings["long"].ratio < 6
-    assert timings["long"].seconds >= 0.016
+    assert 2 < timings["long"].ratio < 25
+    assert timings["long"].seconds >= 0.08
 
 
 def test_bytes_saved_and_at_the_peak() -> None:
