@@ -206,7 +206,11 @@ def recalibrate(
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> Calibration:
-    """Measure `sites` again on the same batches, with what now stands in the place of their layers.
+    """The mean of the moments of `calibration` and of those that `sites` have now, on the same batches.
+
+    Where a layer has been rewritten since, what now stands in its place is measured. The loss between the dense
+    model and a compressed one bends as it does at neither end alone; the mean over both ends gave SmolLM2-135M a
+    lower perplexity than either.
 
     Raises:
         CalibrationError: when the calibration has no batches.
@@ -215,9 +219,24 @@ def recalibrate(
         raise CalibrationError("the calibration was saved without its batches, so it cannot be measured again")
     users = [tuple(User(u.name, model.get_submodule(u.name), u.host) for u in site.users) for site in sites]
     now = tuple(Site(each) for each in users)
-    return _calibrated(
+    found = _calibrated(
         model, now, calibration.batches, calibration.loss, calibration.gradients, limit_bytes, device, progress
     )
+    mean = Calibration({}, batches=calibration.batches, gradients=calibration.gradients, loss=calibration.loss)
+    aside = bool(calibration._files or found._files)
+    for number, name in enumerate(name for name in calibration.names if name in found.names):
+        ends = calibration.metric(name), found.metric(name)
+        metric = Metric(_mean([end.input for end in ends if end]), _mean([end.output for end in ends if end]))
+        if aside:
+            _set_aside(mean, {name: metric}, number)
+        else:
+            mean._metrics[name] = metric
+    return mean
+
+
+def _mean(moments: Sequence[Tensor | None]) -> Tensor | None:
+    known = [moment for moment in moments if moment is not None]
+    return torch.stack(known).mean(0) if len(known) == len(moments) else None
 
 
 def _calibrated(

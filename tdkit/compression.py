@@ -46,8 +46,9 @@ def compress(
         sequential: fit block by block with the inputs that the blocks before, already compressed, produce.
             It needs the calibration's batches and a model whose blocks follow each other in one list.
         passes: how often to fit. Each pass after the first measures the moments of the compressed model on the
-            calibration's batches and fits the dense weights again in them, with sizes planned anew unless a
-            plan was given: where much is removed, the dense model's moments no longer say what matters.
+            calibration's batches and fits the dense weights again in the mean of these and the dense model's,
+            with sizes planned anew unless a plan was given: where much is removed, the dense model's moments
+            alone no longer say what matters.
         device: where to fit; the weight's own device when None. Factors end on the weight's device.
         progress: show a progress bar; on a terminal only when None.
 
@@ -60,6 +61,7 @@ def compress(
     for what, asked in (("sequential=True", sequential), (f"passes={passes}", passes > 1)):
         if asked and (known is None or known.batches is None):
             raise CalibrationError(f"{what} runs the calibration batches again: give calibration= with its batches")
+    dense = known
     for number in range(passes):
         chosen = policy if isinstance(policy, Plan) else plan(model, policy, calibration=known, progress=progress)
         pairs = _sites_of(model, chosen)
@@ -71,8 +73,8 @@ def compress(
             else:
                 _fit_all(pairs, known, swap, device, progress)
             if number + 1 < passes:
-                assert known is not None
-                known = recalibrate(model, measured, known, device=device, progress=progress)
+                assert dense is not None
+                known = recalibrate(model, measured, dense, device=device, progress=progress)
                 swap.undo()
     return model
 

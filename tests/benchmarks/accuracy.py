@@ -71,7 +71,7 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "two-sided": {"allocation": "uniform"},
     "allocated": {"allocation": "loss"},
     "sequential": {"allocation": "loss", "sequential": True},
-    "three passes": {"allocation": "loss", "passes": 3},
+    "two passes": {"allocation": "loss", "passes": 2},
 }
 
 
@@ -79,7 +79,7 @@ def rows() -> list[tuple[str, Scope]]:
     """Every row there is, the peer and the bars first."""
     names = [f"{kind}/{method}" for kind in DECOMPOSITIONS for method in METHODS]
     names = [name for name in names if not name.startswith("auto/") or METHODS[name[5:]].get("allocation") == "loss"]
-    order = [f"low_rank/{m}" for m in ("whitened", "allocated", "three passes", "sequential", "plain", "two-sided")]
+    order = [f"low_rank/{m}" for m in ("whitened", "allocated", "two passes", "sequential", "plain", "two-sided")]
     names.sort(key=lambda name: order.index(name) if name in order else len(order))
     return [(name, scope) for scope in SCOPES for name in names]
 
@@ -258,7 +258,7 @@ class Store:
                 ratio = best["perplexity"] / plain["perplexity"]
                 lines.append(_bar(f"80% of blocks, best {kind} ({best['row']}) / plain", ratio, 0.05))
         for scope_ in SCOPES:
-            for method in ("allocated", "sequential", "three passes"):
+            for method in ("allocated", "sequential", "two passes"):
                 auto = self.find(f"auto/{method}", scope_.name)
                 singles = [self.find(f"{kind}/{method}", scope_.name) for kind in DECOMPOSITIONS if kind != "auto"]
                 known = [row["perplexity"] for row in singles if row]
