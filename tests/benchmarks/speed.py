@@ -129,7 +129,7 @@ SQUARE_768 = Kronecker(terms=4, a=(48, 24), b=(64, 32))
 
 
 def whole_model(seconds: float) -> list[Row]:
-    """A model of GPT-2 small's size at 66%: 64 tokens generated one by one, and a training step of 128."""
+    """A model of GPT-2 small's size at 66%: 64 tokens generated one by one, and a training step of 512."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -141,7 +141,7 @@ def whole_model(seconds: float) -> list[Row]:
         plan = tdkit.plan(small, Policy([*rules[:1], rules[2], Rule("*.h.*", kind)], budget=0.66))
         unfitted(small, plan)
         dense, _ = densified(small)
-        ids = torch.arange(128).unsqueeze(0)
+        ids = torch.arange(512).unsqueeze(0)
         for what in ("generate 64", "training step"):
             train = what == "training step"
             for each in (dense, small):
