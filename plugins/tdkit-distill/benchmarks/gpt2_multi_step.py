@@ -1,6 +1,6 @@
 """The recipe gpt2-tqcompressed at a size one CPU can train: a GPT-2 taught on real text, compressed, distilled.
 
-    python gpt2_multi_step.py [--teacher-tokens 3.2M] [--tokens 192k] [--work FOLDER] [--out docs/results]
+    python gpt2_multi_step.py [--teacher-tokens 3.2M] [--tokens 128k] [--work FOLDER] [--out docs/results]
 
 A teacher of GPT-2's architecture (10M parameters) is trained from nothing on the State of the Union speeches
 but the last six, with a byte-pair vocabulary made from the same text. Then the shipped recipe is run on it with
@@ -185,6 +185,9 @@ def methods(work: Path, tokens: int) -> Iterator[tuple[str, Form]]:
     yield "plain LM loss", trained(form, "plain", work, "at-once", **plain)
     yield "all compressed at once, calibrated", at_once(form, "calibrated", calibrated=True)
     yield "calibrated, one-step distillation", trained(form, "calibrated-one-step", work, "calibrated")
+    slow = {"optimizer": {"lr": RATE / 4}}
+    yield "plain LM loss, a quarter of the rate", trained(form, "plain-slow", work, "at-once", **plain, **slow)
+    yield "one-step distillation, a quarter of the rate", trained(form, "one-step-slow", work, "at-once", **slow)
     yield "one-step distillation, KL at temperature 1 and CE", trained(form, "one-step-soft", work, "at-once", **soft)
     yield "calibrated, plain LM loss", trained(form, "calibrated-plain", work, "calibrated", **plain)
     yield f"one-step distillation, {scarce:.1%} of the text", trained(form, "one-step-scarce", work, "at-once", scarce)
@@ -253,7 +256,7 @@ def markdown(result: Form) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher-tokens", default="3.2M", help="that the teacher is trained on")
-    parser.add_argument("--tokens", default="192k", help="that each student is trained on")
+    parser.add_argument("--tokens", default="128k", help="that each student is trained on")
     parser.add_argument("--work", type=Path, default=Path("runs/gpt2-multi-step"))
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     given = parser.parse_args()
