@@ -15,6 +15,9 @@ from tdkit.errors import BudgetError
 from tdkit.sites import Site
 
 
+MIXED_GAIN = 0.03  # of the estimated loss; SmolLM2 at 80%: 1.5% less promised, 2.9% more perplexity measured
+
+
 @dataclass(frozen=True)
 class Choice:
     """What a site becomes: a complete decomposition, or None with the reason why it stays dense.
@@ -108,7 +111,12 @@ def uniform(
 
 
 def by_loss(
-    sites: Sequence[OpenSite], curves: Mapping[str, Sequence[Point]], available: int, place: str
+    sites: Sequence[OpenSite],
+    curves: Mapping[str, Sequence[Point]],
+    available: int,
+    place: str,
+    *,
+    rivals: Mapping[str, Sequence[Point]] | None = None,
 ) -> dict[str, Choice]:
     """Choose sizes that together hold at most `available` parameters and lose least by the sites' error curves.
 
@@ -122,6 +130,7 @@ def by_loss(
         curves: by site name: choices of the site's decomposition with their error, in one unit for all.
         available: parameters that these sites may hold together.
         place: what asked for the budget, for the error.
+        rivals: the points among which the runner-up is looked for; those of `curves` when None.
 
     Raises:
         BudgetError: when not even the smallest choices fit, or a site has none within its bounds.
@@ -148,7 +157,38 @@ def by_loss(
         else:
             held[name], left = point, left - cost
     held = _spend(held, options, left)
-    return {name: _choice(point, curves[name]) for name, point in held.items()}
+    return {name: _choice(point, (rivals or curves)[name]) for name, point in held.items()}
+
+
+def mixed(
+    sites: Sequence[OpenSite], curves: Mapping[str, Sequence[Point]], available: int, place: str
+) -> dict[str, Choice]:
+    """`by_loss`, with several decompositions in one model only where that pays.
+
+    A mixture must promise `MIXED_GAIN` less loss than the best single decomposition does: a smaller difference is
+    within the error of the estimate.
+    """
+    chosen = by_loss(sites, curves, available, place)
+    used = {choice.decomposition.name for choice in chosen.values() if choice.decomposition is not None}
+    if len(used) < 2:
+        return chosen
+    limit = sum(choice.error or 0.0 for choice in chosen.values()) / (1 - MIXED_GAIN)
+    free = {s.site.name for s in sites if isinstance(s.kind, Auto)}
+    for name in sorted(used):
+        own = {
+            site: [p for p in points if site not in free or p.decomposition.name == name]
+            for site, points in curves.items()
+        }
+        if not all(own[site] for site in free):
+            continue
+        try:
+            single = by_loss(sites, own, available, place, rivals=curves)
+        except BudgetError:  # some site has no point of this one within its bounds
+            continue
+        error = sum(choice.error or 0.0 for choice in single.values())
+        if error < limit:
+            chosen, limit = single, error
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from tdkit.auto import Auto
-from tdkit.budget import Choice, OpenSite, by_loss, uniform
+from tdkit.budget import Choice, OpenSite, mixed, uniform
 from tdkit.calibration import Batch, Calibration, calibrate
 from tdkit.decompositions.base import FactorizedMatrix, Point
 from tdkit.errors import BudgetError, OptionError, PolicyError
@@ -200,7 +200,7 @@ class _Allocation:
             choices = uniform(unreached, part, f"{place}, for the layers that the calibration did not reach,")
             available -= part
         reached = [s for s in sites if s.site.name in known]
-        return choices | by_loss(reached, self._curves(reached), available, place)
+        return choices | mixed(reached, self._curves(reached), available, place)
 
     def _curves(self, sites: list[OpenSite]) -> dict[str, list[Point]]:
         assert self.calibration is not None

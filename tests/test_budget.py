@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tdkit import LowRank
-from tdkit.budget import Choice, OpenSite, by_loss, uniform
+from tdkit import Auto, LowRank
+from tdkit.budget import Choice, OpenSite, by_loss, mixed, uniform
 from tdkit.decompositions.base import Decomposition, Point
 from tdkit.errors import BudgetError
 from tdkit.sites import Site, survey
@@ -142,3 +142,17 @@ def test_the_runner_up_is_the_best_other_of_at_most_that_size() -> None:
     choice = by_loss([found], {found.site.name: curve}, 100, "test")[found.site.name]
     assert choice.decomposition == LowRank(rank=2)
     assert choice.runner_up == Point(other, 70, 6.0)
+
+
+@pytest.mark.parametrize(("gain", "names"), [(0.01, {"low_rank"}), (0.3, {"low_rank", "other"})])
+def test_decompositions_are_mixed_only_where_that_pays(gain: float, names: set[str]) -> None:
+    sites = [OpenSite(s.site, Auto(among=["low_rank", "kronecker"])) for s in opened((20, 20), (20, 20))]
+    first, second = (s.site.name for s in sites)
+    curves = {
+        first: [Point(LowRank(rank=2), 80, 1.0), Point(Other(rank=2), 80, 2.0)],
+        second: [Point(LowRank(rank=2), 80, 1.0), Point(Other(rank=2), 80, 1.0 - gain)],
+    }
+    choices = mixed(sites, curves, 160, "test")
+    assert {choice.decomposition.name for choice in choices.values()} == names
+    assert choices[first].runner_up == Point(Other(rank=2), 80, 2.0)
+    assert choices[second].runner_up is not None
