@@ -80,6 +80,14 @@ def test_every_fault_is_reported_together() -> None:
         ({"name": "a", "model": "b", "steps": [{"save": {}, "evaluate": {}}]}, "one 'kind: {options}' pair"),
         ({"name": "a", "model": "b", "steps": [{"save": {"folder": "../x"}}]}, "must lie inside the run folder"),
         ({"name": "a", "model": "b", "steps": ["evaluate"]}, "add data.evaluation"),
+        (
+            {
+                "name": "a",
+                "model": "b",
+                "steps": [{"compress": {"rules": [{"match": "*", "keep": True}], "passes": 2}}],
+            },
+            "compress with passes: 2 needs calibrated: true",
+        ),
     ],
 )
 def test_malformed_recipes(form: Any, message: str) -> None:

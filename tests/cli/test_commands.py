@@ -99,6 +99,12 @@ def test_calibrated_and_sequential(tdkit: Tdkit, gpt2_folder: Path, text_file: P
     refused = tdkit(*call, "--sequential")
     assert refused.code == 2
     assert "--sequential needs --calibration" in refused.err
+    refused = tdkit(*call, "--passes", "2")
+    assert refused.code == 2
+    assert "--passes 2 needs --calibration" in refused.err
+    twice = tdkit(*call[:-1], tmp_path / "twice", *options[:-1], "--passes", "2", "--json")
+    assert twice.code == 0, twice.err
+    assert json.loads(twice.out)["params_after"] < json.loads(twice.out)["params_before"]
 
 
 def test_dry_run_writes_nothing(tdkit: Tdkit, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
