@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -64,8 +64,8 @@ def compress(
     dense = known
     for number in range(passes):
         chosen = policy if isinstance(policy, Plan) else plan(model, policy, calibration=known, progress=progress)
-        pairs = _sites_of(model, chosen)
-        measured = [site for site in survey(model).sites if known is not None and site.name in known.names]
+        sites = survey(model).sites
+        pairs = _pairs(sites, chosen)
         with swapping(model, [site for _, site in pairs]) as swap:
             if sequential:
                 assert known is not None
@@ -74,6 +74,7 @@ def compress(
                 _fit_all(pairs, known, swap, device, progress)
             if number + 1 < passes:
                 assert dense is not None
+                measured = [site for site in sites if site.name in dense.names]
                 known = recalibrate(model, measured, dense, device=device, progress=progress)
                 swap.undo()
     return model
@@ -101,8 +102,9 @@ def _fit_all(
             bar.advance()
 
 
-def _sites_of(model: nn.Module, chosen: Plan) -> list[tuple[Step, Site]]:
-    by_name = {site.name: site for site in survey(model).sites}
+def _pairs(sites: Sequence[Site], chosen: Plan) -> list[tuple[Step, Site]]:
+    """The steps that rewrite something, each with its site."""
+    by_name = {site.name: site for site in sites}
     pairs = []
     for step in chosen.rewritten:
         site = by_name.get(step.name)

@@ -99,6 +99,8 @@ def calibrated(
 
     A fault of the policy is told before the model runs.
     """
+    if given is None or isinstance(given, Calibration):
+        return given
     if isinstance(policy, Policy):
         found = survey(model)
         assigned = policy.assign(found)
@@ -106,8 +108,6 @@ def calibrated(
         names = [name for name, rule in assigned.items() if not rule.keep]
     else:
         names = [step.name for step in policy.rewritten]
-    if given is None or isinstance(given, Calibration):
-        return given
     return calibrate(model, given, names=names, progress=progress) if names else None
 
 

@@ -15,6 +15,7 @@ from tdkit.product_metric import along_modes, product_moments
 from tdkit.quasi_newton import minimise
 from tdkit.tensor_train import bond_balanced, truncated_train, tt_matrix, tt_pullback, tt_svd
 from tdkit.whitening import squared_singular_values, truncated_in_metric
+from tests.benchmarks.fits import long_lbfgs
 
 KINDS: tuple[Decomposition, ...] = (LowRank(), Kronecker(), PermutedKronecker(), TTMatrix())
 
@@ -34,39 +35,17 @@ def metric_for(m: int, n: int) -> Metric:
     return Metric(moment(n, 1), moment(m, 2))
 
 
-def long_lbfgs(factors: list[Tensor], dense: object, weight: Tensor, metric: Metric, iterations: int) -> float:
-    """The error after many iterations of torch's L-BFGS from `factors`, whatever the coordinates."""
-    leaves = [f.detach().clone().contiguous().requires_grad_() for f in factors]
-    size = metric.squared_error(weight)
-    optimizer = torch.optim.LBFGS(
-        leaves,
-        max_iter=iterations,
-        max_eval=4 * iterations,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-        tolerance_grad=0,
-        tolerance_change=0,
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        gap = weight - dense(leaves)  # type: ignore[operator]
-        error = (gap * metric.weighted(gap)).sum() / size
-        error.backward()
-        return error
-
-    optimizer.step(closure)
-    return metric.squared_error(weight - dense(leaves))  # type: ignore[operator]
-
-
 def test_low_rank_reaches_the_brute_force_optimum() -> None:
     weight, metric = random(5, 7, seed=3), metric_for(5, 7)
     left, right = truncated_in_metric(weight, 2, metric)
     ours = metric.squared_error(weight - left @ right)
-    found = min(
-        long_lbfgs([random(5, 2, seed=s), random(2, 7, seed=s + 50)], lambda f: f[0] @ f[1], weight, metric, 60)
-        for s in range(3)
-    )
+
+    def from_random(seed: int) -> float:
+        start = LowRank(rank=2).empty((5, 7), dtype=torch.float64)
+        start.load_state_dict({"left": random(5, 2, seed=seed), "right": random(2, 7, seed=seed + 50)})
+        return long_lbfgs(start, weight, metric, 60)
+
+    found = min(from_random(seed) for seed in range(3))
     assert ours <= found * (1 + 1e-9)
     assert ours == pytest.approx(found, rel=1e-3)
 
@@ -206,25 +185,8 @@ def test_within_one_percent_of_a_long_lbfgs_from_the_plain_fit(kind: Decompositi
     assert choice is not None
     plain = choice.fit(weight)
     ours = metric.squared_error(weight - choice.fit(weight, metric).dense().detach())
-    names = [name for name, _ in plain.named_parameters()]
-
-    def dense(leaves: list[Tensor]) -> Tensor:
-        state = dict(zip(names, leaves, strict=True))
-        result: Tensor = torch.func.functional_call(_Dense(plain), {f"matrix.{k}": v for k, v in state.items()}, ())
-        return result
-
-    long = long_lbfgs([p.detach() for p in plain.parameters()], dense, weight, metric, 500)
+    long = long_lbfgs(plain, weight, metric, 500)
     assert ours <= 1.01 * long
-
-
-class _Dense(torch.nn.Module):
-    def __init__(self, matrix: torch.nn.Module) -> None:
-        super().__init__()
-        self.matrix = matrix
-
-    def forward(self) -> Tensor:
-        dense: Tensor = self.matrix.dense()  # type: ignore[operator]
-        return dense
 
 
 @pytest.mark.slow

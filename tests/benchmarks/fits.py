@@ -11,6 +11,7 @@ moments is not counted. Nothing is written unless --out is given.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdkit import Decomposition, Kronecker, LowRank, Metric, PermutedKronecker, TTMatrix
+from tdkit import Decomposition, FactorizedMatrix, Kronecker, LowRank, Metric, PermutedKronecker, TTMatrix
 from tdkit.shapes import Shape
 from tdkit.tables import markdown_table
 
@@ -84,10 +85,9 @@ def time_fits(keep: float, layers: int) -> list[dict[str, Any]]:
     return rows
 
 
-def long_lbfgs(choice: Decomposition, weight: Tensor, metric: Metric, start: dict[str, Tensor]) -> float:
-    """The objective after `LONG` iterations of torch's L-BFGS on all factors from `start`, float64."""
-    matrix = choice.empty((weight.shape[0], weight.shape[1]), dtype=torch.float64)
-    matrix.load_state_dict(start)
+def long_lbfgs(start: FactorizedMatrix, weight: Tensor, metric: Metric, iterations: int) -> float:
+    """The objective after many iterations of L-BFGS on all factors of `start` (float64), which stays as it is."""
+    matrix = copy.deepcopy(start)
     for parameter in matrix.parameters():  # torch's L-BFGS flattens by views
         parameter.data = parameter.data.contiguous()
         parameter.register_hook(Tensor.contiguous)
@@ -97,8 +97,8 @@ def long_lbfgs(choice: Decomposition, weight: Tensor, metric: Metric, start: dic
     assert s is not None
     optimizer = torch.optim.LBFGS(
         matrix.parameters(),
-        max_iter=LONG,
-        max_eval=4 * LONG,
+        max_iter=iterations,
+        max_eval=4 * iterations,
         history_size=20,
         line_search_fn="strong_wolfe",
         tolerance_grad=0,
@@ -113,7 +113,7 @@ def long_lbfgs(choice: Decomposition, weight: Tensor, metric: Metric, start: dic
         return error
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return metric.squared_error(weight - matrix.dense())
+    return metric.squared_error(weight - matrix.dense().detach())
 
 
 def compare_objectives(keep: float) -> list[dict[str, Any]]:
@@ -136,14 +136,14 @@ def compare_objectives(keep: float) -> list[dict[str, Any]]:
         plain = choice.fit(weight)
         ours = metric.squared_error(weight - fitted.dense())
         started = time.perf_counter()
-        from_plain = long_lbfgs(choice, weight, metric, plain.state_dict())
+        from_plain = long_lbfgs(plain, weight, metric, LONG)
         rows.append(
             {
                 "decomposition": name,
                 "plain": metric.squared_error(weight - plain.dense()) / size,
                 "ours": ours / size,
                 f"L-BFGS {LONG} from plain": from_plain / size,
-                f"L-BFGS {LONG} from ours": long_lbfgs(choice, weight, metric, fitted.state_dict()) / size,
+                f"L-BFGS {LONG} from ours": long_lbfgs(fitted, weight, metric, LONG) / size,
                 "ours / from plain": round(ours / from_plain, 4),
                 "seconds": round(seconds, 2),
                 "seconds L-BFGS": round((time.perf_counter() - started) / 2, 2),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,22 +26,15 @@ class MaskedPairs(MaskedWindows):
 
     Args:
         ids: (count, length - 3) integers, at least two rows of four.
+        tokens, options: as for `MaskedWindows`.
 
     Source: Devlin et al., BERT (2019), section 3.1.
     """
 
     edges = 3
 
-    def __init__(
-        self,
-        ids: Tensor,
-        tokens: MaskTokens,
-        *,
-        share: float = 0.15,
-        fingerprint: str | None = None,
-        rows: Tensor | None = None,
-    ) -> None:
-        super().__init__(ids, tokens, share=share, fingerprint=fingerprint, rows=rows)
+    def __init__(self, ids: Tensor, tokens: MaskTokens, **options: Any) -> None:
+        super().__init__(ids, tokens, **options)
         if len(self) < 2 or ids.shape[1] < 4:
             raise DataError(
                 f"pairs of segments need at least two windows of seven tokens, not {len(self)} of {self.length}: give "
