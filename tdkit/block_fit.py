@@ -10,6 +10,8 @@ Source of the elimination: Golub and Pereyra (1973), variable projection.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tdkit.linalg import principal, working
-from tdkit.metric import Metric, extended, factor_and_inverse, times_left, times_right
-from tdkit.product_metric import product_moments
+from tdkit.metric import Metric, factor_and_inverse, times_left, times_right
+from tdkit.product_metric import whitening_modes
 from tdkit.quasi_newton import minimise
+from tdkit.tensor_train import Modes, bond_balanced
 
 LARGE = 1 << 20  # entries from which the steps are few, for time: each costs a product with the outputs' moment
 LARGE_STEPS = 5
@@ -146,19 +149,15 @@ def block_problem(weight: Tensor, metric: Metric, blocks: int, rank: int, *, pla
         plain: start from the plain closed form instead.
     """
     weight = working(weight)
-    extra = -weight.shape[0] % blocks
-    output, inputs = metric.ridged_output(), metric.ridged_input()
-    if output is None and extra:
-        output = torch.ones(weight.shape[0], dtype=torch.float64)  # the identity inside, nothing in the padding
-    output, inputs = (None if moment is None else moment.to(weight.device) for moment in (output, inputs))
-    padded = F.pad(weight, (0, 0, 0, extra))
-    rows = len(padded) // blocks
+    rows = -(-weight.shape[0] // blocks)
+    padded = F.pad(weight, (0, 0, 0, blocks * rows - weight.shape[0]))
+    output, pairs = whitening_modes(metric.ridged_output(), weight.shape[0], (blocks, rows), weight.device)
+    inputs = metric.ridged_input()
+    inputs = None if inputs is None else inputs.to(weight.device)
     inverse = torch.ones(rows, dtype=torch.float64, device=weight.device)
     whitened = padded
-    if output is not None and not plain:
-        diagonal = output if output.ndim == 1 else output.diagonal()
-        filled = extended(output, extra, float(diagonal.mean()))  # the padding must not look like a small direction
-        (mixer, _), (factor, inverse) = map(factor_and_inverse, product_moments(filled, (blocks, rows)))
+    if pairs is not None and not plain:
+        (mixer, _), (factor, inverse) = pairs
         whitened = times_left(mixer, padded.reshape(blocks, -1)).reshape(blocks, rows, -1)
         whitened = torch.stack([times_left(factor, block) for block in whitened])
     stacked = whitened.reshape(blocks, rows, -1).transpose(0, 1)  # (p, blocks, n)
@@ -171,7 +170,67 @@ def block_problem(weight: Tensor, metric: Metric, blocks: int, rank: int, *, pla
     else:
         vectors, values = principal(stacked, rank)
         basis = torch.linalg.qr(stacked @ vectors).Q
-    output = None if output is None else extended(output, extra, 0.0)  # errors in the padding count nothing
     size = float((padded * times_right(times_left(output, padded), inputs)).sum())
     energy = float(stacked.square().sum())
     return BlockProblem(padded, output, inputs, blocks, size, inverse, basis, values, energy)
+
+
+@dataclass(frozen=True)
+class BlockForm:
+    """A train that is (I kron B) X, or the transpose of one.
+
+    All columns lie in one core, what comes before it has bonds of full rank, and one core of rows follows.
+
+    Attributes:
+        core: the number of the core with the columns.
+        blocks: the product of the modes of rows up to that core.
+        rank: of the bond after it.
+        ranks, out_modes, in_modes: of the train, as it stands for the weight or its transpose.
+    """
+
+    core: int
+    blocks: int
+    rank: int
+    ranks: Modes
+    out_modes: Modes
+    in_modes: Modes
+    transposed: bool
+
+    @classmethod
+    def of(cls, weight: Tensor, ranks: Sequence[int], out_modes: Modes, in_modes: Modes) -> BlockForm | None:
+        """The form of a train for `weight`; None when it has not this form."""
+        rows, columns = weight.shape
+        core = len(ranks) - 3
+        for outs, ins, m, n in ((out_modes, in_modes, rows, columns), (in_modes, out_modes, columns, rows)):
+            if core < 0 or ins[core] != n or math.prod(ins) != n or math.prod(outs) - m >= outs[-1]:
+                continue
+            blocks = math.prod(outs[: core + 1])
+            full = all(ranks[k] == math.prod(outs[:k]) for k in range(core + 1))
+            if full and -(-m // blocks) == outs[-1]:
+                return cls(core, blocks, ranks[-2], tuple(ranks), outs, ins, outs is not out_modes)
+        return None
+
+    def problems(self, weight: Tensor, metric: Metric) -> list[BlockProblem]:
+        """What is to be minimised; where it costs little also from the plain fit, so as to be never worse."""
+        starts = (False, True) if weight.numel() < SINGLE_FROM else (False,)
+        if self.transposed:
+            weight, metric = weight.T, Metric(metric.output, metric.input)
+        return [block_problem(weight, metric, self.blocks, self.rank, plain=plain) for plain in starts]
+
+    def fit(self, weight: Tensor, metric: Metric, steps: int) -> list[Tensor]:
+        """As `fit_train`."""
+        fits = [problem.fit(self.rank, steps) for problem in self.problems(weight, metric)]
+        b, x, _ = min(fits, key=lambda fit: fit[2])
+        cores = []
+        for k in range(self.core):
+            size = self.ranks[k] * self.out_modes[k]
+            identity = torch.eye(size, dtype=b.dtype, device=b.device)
+            cores.append(identity.reshape(self.ranks[k], self.out_modes[k], 1, size))
+        middle = x.transpose(1, 2).reshape(self.ranks[self.core], self.out_modes[self.core], -1, self.rank)
+        cores += [middle, b.T.reshape(self.rank, -1, 1, 1)]
+        return bond_balanced([core.transpose(1, 2) for core in cores] if self.transposed else cores)[0]
+
+    def errors(self, weight: Tensor, metric: Metric, ranks: Sequence[int], steps: int) -> list[float]:
+        """As `train_errors`, for ranks of the one bond that counts."""
+        problems = self.problems(weight, metric)
+        return [min(problem.fit(rank, steps)[2] for problem in problems) for rank in ranks]

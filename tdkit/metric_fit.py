@@ -3,17 +3,16 @@ small ones, then quasi-Newton steps in the coordinates which that closed form wh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tdkit.block_fit import SINGLE_FROM, BlockProblem, block_problem
+from tdkit.block_fit import LARGE, LARGE_STEPS, SINGLE_FROM, TOLERANCE, BlockForm
 from tdkit.linalg import working
-from tdkit.metric import Metric, extended, factor_and_inverse, times_left, times_right
-from tdkit.product_metric import along_modes, product_moments
+from tdkit.metric import Metric, times_left, times_right
+from tdkit.product_metric import Pairs, along_modes, whitening_modes
 from tdkit.quasi_newton import minimise
 from tdkit.shapes import Shape
 from tdkit.tensor_train import (
@@ -26,12 +25,7 @@ from tdkit.tensor_train import (
     tt_svd,
 )
 
-Pairs = list[tuple[Tensor, Tensor]]
-
 MAX_STEPS = 100
-LARGE = 1 << 20  # entries from which the steps are few, for time: each costs a product with both moments
-LARGE_STEPS = 5
-TOLERANCE = 1e-3  # of the error, over a few steps
 CURVE_STEPS = 3  # where a matrix is small they cost nothing, and there are as many as in a fit
 SMALL = 1 << 16
 DAMPING = 0.05  # of a bond's mean singular value: weak terms are not moved at once by their full Newton step
@@ -51,9 +45,9 @@ def fit_train(
     The moments are replaced by the nearest Kronecker products of small ones, S_1 kron ... kron S_d and
     C_1 kron ... kron C_d, for which whitening is exact: multiplied by their roots the weight stays a train of
     the same ranks, and its TT-SVD is the fit. Where the train is (I kron B) X, `block_fit` goes on from there;
-    otherwise L-BFGS descends on the true metric, in the whitened
-    coordinates and scaled by the bonds' singular values. Below `LARGE` entries it starts from the plain TT-SVD
-    where that is nearer, so that the result is never worse than the plain fit.
+    otherwise L-BFGS descends on the true metric, in the whitened coordinates and scaled by the bonds' singular
+    values. Below `LARGE` entries it starts from the plain TT-SVD where that is nearer, so that the result is
+    never worse than the plain fit.
 
     Args:
         weight: (out, in), any float dtype.
@@ -109,67 +103,6 @@ def train_errors(
         largest, _ = bond_balanced(tt_svd(problem.whitened_weight(), others[-1], out_modes, in_modes))
         rest = iter([problem.refine(truncated_train(largest, each), steps)[2] for each in others])
     return [next(rest if form is None else found) for form in forms]
-
-
-@dataclass(frozen=True)
-class BlockForm:
-    """A train that is (I kron B) X, or the transpose of one.
-
-    All columns lie in one core, what comes before it has bonds of full rank, and one core of rows follows.
-
-    Attributes:
-        core: the number of the core with the columns.
-        blocks: the product of the modes of rows up to that core.
-        rank: of the bond after it.
-        ranks, out_modes, in_modes: of the train, as it stands for the weight or its transpose.
-    """
-
-    core: int
-    blocks: int
-    rank: int
-    ranks: Modes
-    out_modes: Modes
-    in_modes: Modes
-    transposed: bool
-
-    @classmethod
-    def of(cls, weight: Tensor, ranks: Sequence[int], out_modes: Modes, in_modes: Modes) -> BlockForm | None:
-        """The form of a train for `weight`; None when it has not this form."""
-        rows, columns = weight.shape
-        core = len(ranks) - 3
-        for outs, ins, m, n in ((out_modes, in_modes, rows, columns), (in_modes, out_modes, columns, rows)):
-            if core < 0 or ins[core] != n or math.prod(ins) != n or math.prod(outs) - m >= outs[-1]:
-                continue
-            blocks = math.prod(outs[: core + 1])
-            full = all(ranks[k] == math.prod(outs[:k]) for k in range(core + 1))
-            if full and -(-m // blocks) == outs[-1]:
-                return cls(core, blocks, ranks[-2], tuple(ranks), outs, ins, outs is not out_modes)
-        return None
-
-    def problems(self, weight: Tensor, metric: Metric) -> list[BlockProblem]:
-        """What is to be minimised; where it costs little also from the plain fit, so as to be never worse."""
-        starts = (False, True) if weight.numel() < SINGLE_FROM else (False,)
-        if self.transposed:
-            weight, metric = weight.T, Metric(metric.output, metric.input)
-        return [block_problem(weight, metric, self.blocks, self.rank, plain=plain) for plain in starts]
-
-    def fit(self, weight: Tensor, metric: Metric, steps: int) -> list[Tensor]:
-        """As `fit_train`."""
-        fits = [problem.fit(self.rank, steps) for problem in self.problems(weight, metric)]
-        b, x, _ = min(fits, key=lambda fit: fit[2])
-        cores = []
-        for k in range(self.core):
-            size = self.ranks[k] * self.out_modes[k]
-            identity = torch.eye(size, dtype=b.dtype, device=b.device)
-            cores.append(identity.reshape(self.ranks[k], self.out_modes[k], 1, size))
-        middle = x.transpose(1, 2).reshape(self.ranks[self.core], self.out_modes[self.core], -1, self.rank)
-        cores += [middle, b.T.reshape(self.rank, -1, 1, 1)]
-        return bond_balanced([core.transpose(1, 2) for core in cores] if self.transposed else cores)[0]
-
-    def errors(self, weight: Tensor, metric: Metric, ranks: Sequence[int], steps: int) -> list[float]:
-        """As `train_errors`, for ranks of the one bond that counts."""
-        problems = self.problems(weight, metric)
-        return [min(problem.fit(rank, steps)[2] for problem in problems) for rank in ranks]
 
 
 @dataclass(frozen=True)
@@ -267,26 +200,10 @@ def whitened_problem(weight: Tensor, metric: Metric, out_modes: Modes, in_modes:
     """The problem of `fit_train` in whitened coordinates; see there for the arguments."""
     rows, columns = weight.shape
     weight = padded(working(weight), out_modes, in_modes)
-    output, out_factors = _factored(metric.ridged_output(), rows, out_modes, weight.device)
-    inputs, in_factors = _factored(metric.ridged_input(), columns, in_modes, weight.device)
+    output, out_factors = whitening_modes(metric.ridged_output(), rows, out_modes, weight.device)
+    inputs, in_factors = whitening_modes(metric.ridged_input(), columns, in_modes, weight.device)
     size = float((weight * times_right(times_left(output, weight), inputs)).sum())
     return WhitenedProblem(weight, output, inputs, out_factors, in_factors, size)
-
-
-def _factored(
-    moment: Tensor | None, size: int, modes: Modes, device: torch.device
-) -> tuple[Tensor | None, Pairs | None]:
-    """The moment with its padding, and for each mode the factor that whitens it and its inverse."""
-    extra = math.prod(modes) - size
-    if moment is None:
-        if not extra:
-            return None, None
-        moment = torch.ones(size, dtype=torch.float64)  # the identity inside, nothing in the padding
-    moment = moment.to(device)
-    diagonal = moment if moment.ndim == 1 else moment.diagonal()
-    filled = extended(moment, extra, float(diagonal.mean()))  # the padding must not look like a small direction
-    factors = [factor_and_inverse(small) for small in product_moments(filled, modes)]
-    return extended(moment, extra, 0.0), factors  # but errors in the padding count nothing
 
 
 def _picked(pairs: Pairs | None, which: int) -> list[Tensor] | None:

@@ -14,6 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tdkit.metric import extended, factor_and_inverse
+
+Pairs = list[tuple[Tensor, Tensor]]  # for each mode a factor that whitens it, and its inverse
+
 SWEEPS = 3  # each updates every mode once; more change nothing that is seen in the fits
 RIDGE = 1e-6  # of the mean diagonal, added to each small moment: keeps its inverse finite
 
@@ -68,6 +72,26 @@ def _contract_others(pairs: Tensor, inverses: Sequence[Tensor], keep: int) -> Te
         if k != keep:
             pairs = torch.tensordot(pairs, inverses[k].reshape(-1), dims=([k], [0]))
     return pairs
+
+
+def whitening_modes(
+    moment: Tensor | None, size: int, modes: Sequence[int], device: torch.device
+) -> tuple[Tensor | None, Pairs | None]:
+    """The moment of `size` entries with its padding to the product of `modes`, and what whitens each mode.
+
+    Args:
+        moment: ridged, (size, size) or its diagonal; None for the identity, which needs neither unless it is padded.
+    """
+    extra = math.prod(modes) - size
+    if moment is None:
+        if not extra:
+            return None, None
+        moment = torch.ones(size, dtype=torch.float64)  # the identity inside, nothing in the padding
+    moment = moment.to(device)
+    diagonal = moment if moment.ndim == 1 else moment.diagonal()
+    filled = extended(moment, extra, float(diagonal.mean()))  # the padding must not look like a small direction
+    pairs = [factor_and_inverse(small) for small in product_moments(filled, modes)]
+    return extended(moment, extra, 0.0), pairs  # but errors in the padding count nothing
 
 
 def along_modes(matrix: Tensor, factors: Sequence[Tensor]) -> Tensor:

@@ -16,13 +16,13 @@ import tdkit
 # Each line may import from the lines above it, not from its own line or those below.
 # A new module takes the first line that is below everything it imports and above everything that imports it.
 ROOMS = """
-    errors shapes files tables progress timing held assignment quasi_newton product_metric
+    errors shapes files tables progress timing held assignment quasi_newton
     sharing
     huggingface linalg cost
     kernels
     kernels.low_rank kernels.kronecker
     spectral_start metric contraction
-    autograd permutations trains tensor_train whitening
+    autograd permutations trains tensor_train whitening product_metric
     block_fit
     metric_fit
     permuted_fit decompositions.base
