@@ -21,7 +21,7 @@ ROOMS = """
     huggingface linalg cost
     kernels
     kernels.low_rank kernels.kronecker
-    spectral_start metric contraction
+    spectral_start metric contraction chain
     autograd permutations trains tensor_train whitening product_metric
     block_fit
     metric_fit
