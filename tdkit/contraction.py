@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,6 +20,21 @@ from tdkit.shapes import Shape
 
 Factors = Sequence[Tensor]
 Gradients = tuple[Tensor | None, ...]
+
+FEW = 3  # rows of x up to which a CPU's library is 1 to 4 times faster with the transposed product
+
+
+def product(
+    x: Tensor,  # (n, in)
+    matrix: Tensor,  # (out, in), in memory by rows or by columns
+    bias: Tensor | None = None,  # (out,)
+) -> Tensor:  # (n, out)
+    """``x @ matrix.T + bias`` in the order of the operands that is fastest for two or three rows, too."""
+    few = not torch.compiler.is_compiling() and 1 < x.shape[0] <= FEW and x.device.type == "cpu"
+    if not few or matrix.stride(1) != 1:
+        return F.linear(x, matrix, bias)
+    y = (matrix @ x.T).T.contiguous()
+    return y if bias is None else y + bias
 
 
 @dataclass(frozen=True)
@@ -136,7 +152,7 @@ class LowRankStructure(Structure):
 
     def multiply(self, x: Tensor, factors: Factors, path: Path, bias: Tensor | None = None) -> Tensor:
         left, right = factors
-        return F.linear(F.linear(x, right), left, bias)
+        return product(product(x, right), left, bias)
 
     def factor_backward(
         self, gradient: Tensor, x: Tensor, factors: Factors, path: Path, needs_x: bool, needs_factors: Sequence[bool]

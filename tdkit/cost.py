@@ -94,7 +94,8 @@ class Rates:
         multiply_adds: of a large product.
         half_size: the smallest dimension at which a product reaches half that rate.
         floor: the share of the rate that a product with a dimension of 1 reaches.
-        cached_bytes, bytes: read by products whose operands fit in the last-level cache, or do not.
+        cached_bytes, bytes: read by products whose operands fit in the last-level cache, or do not. What a
+            matrix with one vector reads is the matrix, and another layer's weights have been there since.
         cache: size of that cache in bytes.
         copy_bytes: written by a copy that reorders axes.
         call: seconds that an operation takes at least.
@@ -134,7 +135,7 @@ def _seconds(product: Product, rates: Rates, itemsize: int) -> float:
     smallest = min(product.m, product.k, product.n)
     share = max(smallest / (smallest + rates.half_size), rates.floor)
     size = product.elements * itemsize
-    reading = size / (rates.cached_bytes if size <= rates.cache else rates.bytes)
+    reading = size / (rates.cached_bytes if smallest > 1 and size <= rates.cache else rates.bytes)
     # a matrix times a vector is bound by reading the matrix
     multiplying = 0.0 if smallest == 1 else product.multiply_adds / (rates.multiply_adds * share)
     if rates.few_rows is not None and smallest <= FEW_ROWS:

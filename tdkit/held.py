@@ -20,28 +20,42 @@ class HeldWeight:
         self._dtype: torch.dtype | None = None
         self._sources: list[tuple[Tensor, int, int]] = []  # factor, address, version
         self._aliases: list[Tensor] = []  # keep the storages alive, so that no address is used again
+        self._lies_long = False
 
-    def get(self, factors: Sequence[Tensor], dtype: torch.dtype, build: Callable[[], Tensor]) -> Tensor | None:
+    def get(
+        self, factors: Sequence[Tensor], dtype: torch.dtype, build: Callable[[], Tensor], *, few: bool = False
+    ) -> Tensor | None:
         """The weight in `dtype`, built by `build` when there is none or the factors have changed.
+
+        From the first time on that it is wanted for a `few` vectors it lies in memory along its longer side, as
+        such products read it fastest.
 
         None for factors made in inference mode: they count no versions, so that changes cannot be seen. None
         also while a CUDA graph is captured: what it builds has no values until the graph is replayed.
         """
         if self._weight is not None and self._dtype is dtype and self._is_of(factors):
-            return self._weight
+            return self._weight if not few or self._lies_long else self._laid_long(self._weight)
         self.drop()
         if any(factor.is_inference() for factor in factors) or _captured(factors):
             return None
         with torch.inference_mode(False), torch.no_grad():
-            self._weight = build().to(dtype).contiguous()
+            self._weight = weight = build().to(dtype).contiguous()
         self._dtype = dtype
         self._sources = [(factor, factor.data_ptr(), factor._version) for factor in factors]
         self._aliases = [factor.detach() for factor in factors]
-        return self._weight
+        return self._laid_long(weight) if few else weight
 
     def drop(self) -> None:
         """Forget the weight."""
         self._weight, self._dtype, self._sources, self._aliases = None, None, [], []
+        self._lies_long = False
+
+    def _laid_long(self, weight: Tensor) -> Tensor:
+        self._lies_long = True
+        if weight.shape[0] >= weight.shape[1]:
+            with torch.inference_mode(False), torch.no_grad():
+                self._weight = weight = weight.T.contiguous().T
+        return weight
 
     def _is_of(self, factors: Sequence[Tensor]) -> bool:
         for now, (then, address, version) in zip(factors, self._sources, strict=True):

@@ -15,12 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tdkit.chain import WIDE, Modes, Order, Stage, chain_path, layout_of, orders, stages
-from tdkit.contraction import Factors, Gradients, Structure
+from tdkit.contraction import FEW, Factors, Gradients, Structure, product
 from tdkit.cost import FUSED, Path, Product, chunk_of
 from tdkit.kernels import SMALL
 from tdkit.shapes import Shape
-
-FEW = 3  # columns up to which as many products with a vector are faster than one with a matrix
 
 
 class ChainStructure(Structure):
@@ -237,11 +235,11 @@ def _times(
 ) -> Tensor:  # (n, rows, right)
     n, _, right = batch.shape
     if right == 1:
-        return F.linear(batch.squeeze(2), matrix).unsqueeze(2)
+        return product(batch.squeeze(2), matrix).unsqueeze(2)
     if right >= WIDE:
         return torch.matmul(matrix, batch)
     if right <= FEW and n == 1:
-        return torch.stack([torch.mv(matrix, column) for column in batch[0].unbind(1)], 1).unsqueeze(0)
+        return product(batch[0].T, matrix).T.unsqueeze(0)
     return F.linear(batch.transpose(1, 2), matrix).transpose(1, 2)
 
 

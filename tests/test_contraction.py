@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tdkit import Decomposition, Kronecker, LowRank, TTMatrix
-from tdkit.contraction import LowRankStructure, Structure
+from tdkit.contraction import LowRankStructure, Structure, product
 from tdkit.cost import BOUNDS, HELD, Path, Product, chunk_of, schedule_of, select
 from tdkit.shapes import Shape
 from tdkit.trains import KroneckerStructure, TrainStructure
@@ -69,7 +69,7 @@ def test_build_is_the_definition(structure: Structure) -> None:
     torch.testing.assert_close(structure.build(factors), dense_of(structure, factors))
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 7])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7])
 @pytest.mark.parametrize("structure", STRUCTURES, ids=IDS)
 def test_products_equal_the_dense_ones(structure: Structure, tokens: int) -> None:
     factors = factors_of(structure)
@@ -81,6 +81,18 @@ def test_products_equal_the_dense_ones(structure: Structure, tokens: int) -> Non
         needs = [False] * len(factors)
         grad_x, _ = structure.factor_backward(y, x, factors, path, True, needs)
         torch.testing.assert_close(grad_x, y @ dense)
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4])
+def test_a_product_with_few_rows_is_the_same_product(rows: int, by_rows: bool) -> None:
+    torch.manual_seed(0)
+    x, bias = torch.randn(rows, 7, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    matrix = torch.randn(5, 7, dtype=torch.float64) if by_rows else torch.randn(7, 5, dtype=torch.float64).T
+    for given in (None, bias):
+        found = product(x, matrix, given)
+        torch.testing.assert_close(found, torch.nn.functional.linear(x, matrix, given))
+        assert found.is_contiguous()
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=IDS)

@@ -12,6 +12,7 @@ from tdkit import Kronecker, LowRank, PermutedKronecker, Policy, Rule, TTMatrix
 from tdkit.cost import HELD
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import OptionError
+from tdkit.held import HeldWeight
 from tdkit.prepare import factorized_matrices, held_bytes, prepare
 
 KINDS = [
@@ -48,6 +49,32 @@ def held_model(kind: tdkit.Decomposition) -> tuple[nn.Module, Tensor, Tensor]:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_every_kind_can_hold_its_weight(kind: tdkit.Decomposition) -> None:
     held_model(kind)
+
+
+@pytest.mark.parametrize(("size", "strides"), [((96, 64), (1, 96)), ((64, 96), (96, 1)), ((64, 64), (1, 64))])
+def test_for_one_token_a_held_weight_lies_along_its_longer_side(
+    size: tuple[int, int], strides: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    matrix = TTMatrix(ranks=16).empty(size).eval()
+    for core in matrix.parameters():
+        nn.init.normal_(core, std=0.3)
+    held = HeldWeight()
+    tensors = tuple(matrix.parameters())
+    many = held.get(tensors, torch.float32, matrix.dense)
+    assert many is not None
+    assert many.stride() == (size[1], 1)
+    few = held.get(tensors, torch.float32, matrix.dense, few=True)
+    assert few is not None
+    assert few.stride() == strides
+    assert torch.equal(few, many)
+    assert held.get(tensors, torch.float32, matrix.dense) is few  # and stays so: prompts and tokens alternate
+    assert held.get(tensors, torch.float32, matrix.dense, few=True) is few
+    assert held.bytes == size[0] * size[1] * 4
+    held.drop()
+    again = held.get(tensors, torch.float32, matrix.dense, few=True)
+    assert again is not None
+    assert again.stride() == strides
 
 
 def test_nothing_is_held_before_a_call_needs_it() -> None:

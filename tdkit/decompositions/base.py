@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from tdkit import kernels
 from tdkit.autograd import autocast_dtype
+from tdkit.contraction import FEW
 from tdkit.cost import DENSE, GRAPH, HELD, Path, Product, Schedule, schedule_of, select
 from tdkit.errors import OptionError
 from tdkit.held import HeldWeight
@@ -75,7 +76,8 @@ class FactorizedMatrix(nn.Module, ABC):
             path = select(self.schedule(x.dtype, x.device.type, held=True), tokens)
             if path.name != HELD:
                 return self.multiply(x, bias, path)
-            weight = self._held.get(tensors, autocast_dtype(x.device.type) or x.dtype, self.dense)
+            few = tokens <= FEW and x.device.type == "cpu"
+            weight = self._held.get(tensors, autocast_dtype(x.device.type) or x.dtype, self.dense, few=few)
             if weight is not None:
                 return F.linear(x, weight, bias)
         path = select(self.schedule(x.dtype, x.device.type, held=False, training=training), tokens)

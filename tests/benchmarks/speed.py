@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
+import math
 import os
 import platform
 import sys
@@ -36,6 +38,7 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SHAPES = ((3072, 768), (768, 3072), (4096, 4096))  # (out, in)
 SHARES = (0.05, 0.2, 0.4, 0.6, 0.8)
 KINDS = (LowRank(), Kronecker(), PermutedKronecker(), TTMatrix())
+STACK_BYTES = 2**26  # of dense weights in the stack for one token, twice a large last-level cache
 SQUARE_KRONECKER = Kronecker(terms=4, a=(64, 64), b=(64, 64))
 Row = dict[str, Any]
 
@@ -60,19 +63,28 @@ def inferring(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def evaluation(shapes: Sequence[tuple[int, int]], seconds: float) -> Iterator[Row]:
-    """The grid of shapes, decompositions and shares at 1 and 512 tokens, in both preferences."""
+    """The grid of shapes, decompositions and shares at 1 and 512 tokens, in both preferences.
+
+    At one token each call takes the next layer of a stack, as in a model, whose weights no cache keeps from
+    token to token; at 512 tokens, which the products bound, one layer is called again and again.
+    """
     for shape, kind, share in cases_of(shapes):
-        weight, bias = torch.randn(shape), torch.randn(shape[0])
-        small = filled(kind, shape)
-        fast = copy.deepcopy(small)
-        fast.hold("speed")
         for tokens in (1, 512):
-            x = torch.randn(tokens, shape[1])
-            calls = {"dense": partial(F.linear, x, weight, bias), "memory": partial(small.linear, x, bias)}
-            if fast.path(tokens).name != small.path(tokens).name:
-                calls["speed"] = partial(fast.linear, x, bias)
+            count = max(2, math.ceil(STACK_BYTES / (4 * math.prod(shape)))) if tokens == 1 else 1
+            x, bias = torch.randn(tokens, shape[1]), torch.randn(shape[0])
+            small = [filled(kind, shape) for _ in range(count)]
+            fast = copy.deepcopy(small)
+            for matrix in fast:
+                matrix.hold("speed")
+            weights = itertools.cycle([torch.randn(shape) for _ in small])
+            calls = {"dense": lambda x=x, bias=bias, weights=weights: F.linear(x, next(weights), bias)}
+            calls["memory"] = in_turn(small, x, bias)
+            if fast[0].path(tokens).name != small[0].path(tokens).name:
+                calls["speed"] = in_turn(fast, x, bias)
+                for _ in fast:
+                    inferring(calls["speed"])()  # builds what is held
             timings = side_by_side({name: inferring(call) for name, call in calls.items()}, seconds=seconds)
-            path = small.path(tokens)
+            path = small[0].path(tokens)
             yield {
                 "shape": f"{shape[0]}x{shape[1]}",
                 "decomposition": kind.describe(),
@@ -82,9 +94,15 @@ def evaluation(shapes: Sequence[tuple[int, int]], seconds: float) -> Iterator[Ro
                 "multiply_adds": path.multiply_adds / (tokens * shape[0] * shape[1]),
                 "memory_path": path.name,
                 "memory": timings["memory"].ratio,
-                "speed_path": fast.path(tokens).name,
+                "speed_path": fast[0].path(tokens).name,
                 "speed": timings.get("speed", timings["memory"]).ratio,
             }
+
+
+def in_turn(matrices: Sequence[FactorizedMatrix], x: Tensor, bias: Tensor) -> Callable[[], object]:
+    """A call that multiplies by the next matrix, round after round."""
+    turns = itertools.cycle(matrices)
+    return lambda: next(turns).linear(x, bias)
 
 
 def cases_of(shapes: Sequence[tuple[int, int]]) -> list[tuple[tuple[int, int], Decomposition, float]]:
