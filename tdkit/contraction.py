@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdkit.cost import DENSE, FUSED, Path, Product
+from tdkit.cost import DENSE, FEW, FUSED, Path, Product
 from tdkit.kernels import FEW_TOKENS
 from tdkit.shapes import Shape
 
 Factors = Sequence[Tensor]
 Gradients = tuple[Tensor | None, ...]
 
-FEW = 3  # rows of x up to which a CPU's library is 1 to 4 times faster with the transposed product
+LANES = 16  # a CPU's library multiplies at a higher rate over an inner dimension that is a multiple of it:
+NARROW, MANY = 128, 256  # below this rank and from so many tokens on, factors are padded to one for the call
 
 
 def product(
@@ -29,12 +30,16 @@ def product(
     matrix: Tensor,  # (out, in), in memory by rows or by columns
     bias: Tensor | None = None,  # (out,)
 ) -> Tensor:  # (n, out)
-    """``x @ matrix.T + bias`` in the order of the operands that is fastest for two or three rows, too."""
-    few = not torch.compiler.is_compiling() and 1 < x.shape[0] <= FEW and x.device.type == "cpu"
-    if not few or matrix.stride(1) != 1:
+    """``x @ matrix.T + bias``; two or three rows by the transposed product, which a CPU does 1 to 4 times faster."""
+    if not _on_cpu(x) or not 1 < x.shape[0] <= FEW or matrix.stride(1) != 1:
         return F.linear(x, matrix, bias)
     y = (matrix @ x.T).T.contiguous()
     return y if bias is None else y + bias
+
+
+def _on_cpu(x: Tensor) -> bool:
+    """Whether what is known of a CPU's library applies; a compiler has its own."""
+    return not torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,9 @@ class LowRankStructure(Structure):
 
     def multiply(self, x: Tensor, factors: Factors, path: Path, bias: Tensor | None = None) -> Tensor:
         left, right = factors
+        missing = -self.rank % LANES
+        if missing and self.rank < NARROW and _on_cpu(x) and x.shape[0] >= MANY:
+            left, right = F.pad(left.T, (0, 0, 0, missing)).T, F.pad(right, (0, 0, 0, missing))
         return product(product(x, right), left, bias)
 
     def factor_backward(

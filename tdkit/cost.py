@@ -17,6 +17,7 @@ FUSED = "fused"  # the name of the path that is a kernel of our own, in every st
 GRAPH = "cuda graph"  # the kind of device that replays what it was told before: a launch costs it little
 MARGIN = 0.85  # factors are preferred to a held weight only when they promise at least this much less time,
 # and a kernel of our own to calls of a library
+FEW = 3  # vectors that a CPU multiplies while it reads the matrix
 FEW_ROWS = 16  # up to this many rows a GPU multiplies while it reads the matrix
 KERNEL_SHARE = 0.5  # of the rate of a large product that a kernel of our own reaches
 BOUNDS = tuple(2**k for k in range(17))  # tokens at which the paths are compared
@@ -95,7 +96,7 @@ class Rates:
         half_size: the smallest dimension at which a product reaches half that rate.
         floor: the share of the rate that a product with a dimension of 1 reaches.
         cached_bytes, bytes: read by products whose operands fit in the last-level cache, or do not. What a
-            matrix with one vector reads is the matrix, and another layer's weights have been there since.
+            product with `FEW` vectors reads is the matrix, and other layers' weights have been there since.
         cache: size of that cache in bytes.
         copy_bytes: written by a copy that reorders axes.
         call: seconds that an operation takes at least.
@@ -135,7 +136,7 @@ def _seconds(product: Product, rates: Rates, itemsize: int) -> float:
     smallest = min(product.m, product.k, product.n)
     share = max(smallest / (smallest + rates.half_size), rates.floor)
     size = product.elements * itemsize
-    reading = size / (rates.cached_bytes if smallest > 1 and size <= rates.cache else rates.bytes)
+    reading = size / (rates.cached_bytes if smallest > FEW and size <= rates.cache else rates.bytes)
     # a matrix times a vector is bound by reading the matrix
     multiplying = 0.0 if smallest == 1 else product.multiply_adds / (rates.multiply_adds * share)
     if rates.few_rows is not None and smallest <= FEW_ROWS:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tdkit.chain import WIDE, Modes, Order, Stage, chain_path, layout_of, orders, stages
-from tdkit.contraction import FEW, Factors, Gradients, Structure, product
-from tdkit.cost import FUSED, Path, Product, chunk_of
+from tdkit.contraction import Factors, Gradients, Structure, product
+from tdkit.cost import FEW, FUSED, Path, Product, chunk_of
 from tdkit.kernels import SMALL
 from tdkit.shapes import Shape
 

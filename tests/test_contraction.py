@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tdkit import Decomposition, Kronecker, LowRank, TTMatrix
-from tdkit.contraction import LowRankStructure, Structure, product
+from tdkit.contraction import LANES, MANY, NARROW, LowRankStructure, Structure, product
 from tdkit.cost import BOUNDS, HELD, Path, Product, chunk_of, schedule_of, select
 from tdkit.shapes import Shape
 from tdkit.trains import KroneckerStructure, TrainStructure
@@ -93,6 +93,18 @@ def test_a_product_with_few_rows_is_the_same_product(rows: int, by_rows: bool) -
         found = product(x, matrix, given)
         torch.testing.assert_close(found, torch.nn.functional.linear(x, matrix, given))
         assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("tokens", [MANY - 1, MANY])
+@pytest.mark.parametrize("rank", [1, LANES - 1, LANES, NARROW - 1, NARROW + 1])
+def test_a_padded_rank_gives_the_same_product(rank: int, tokens: int) -> None:
+    torch.manual_seed(0)
+    structure = LowRankStructure((40, 24), rank)
+    factors = torch.randn(40, rank, dtype=torch.float64), torch.randn(rank, 24, dtype=torch.float64)
+    x, bias = torch.randn(tokens, 24, dtype=torch.float64), torch.randn(40, dtype=torch.float64)
+    (path,) = structure.factor_paths(tokens)
+    expected = torch.nn.functional.linear(x, factors[0] @ factors[1], bias)
+    torch.testing.assert_close(structure.multiply(x, factors, path, bias), expected)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=IDS)

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from tdkit import kernels
 from tdkit.autograd import autocast_dtype
-from tdkit.contraction import FEW
-from tdkit.cost import DENSE, GRAPH, HELD, Path, Product, Schedule, schedule_of, select
+from tdkit.cost import DENSE, FEW, GRAPH, HELD, Path, Product, Schedule, schedule_of, select
 from tdkit.errors import OptionError
 from tdkit.held import HeldWeight
 from tdkit.linalg import relative_error, working
