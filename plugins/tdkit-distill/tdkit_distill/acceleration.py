@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from tdkit.errors import did_you_mean
+from torch import nn
 
 from tdkit_distill.errors import StageError
+from tdkit_distill.sharding import check_sharding, is_sharding, shard
 from tdkit_distill.stages import Running, Stage
+from tdkit_distill.trainee import STUDENT, Trainee
 
 
 def make_accelerator(running: Running, folder: Path | None, stages: list[Stage]) -> Any:
@@ -35,22 +38,57 @@ def make_accelerator(running: Running, folder: Path | None, stages: list[Stage])
     )
 
 
-def check_accelerator(engine: Any, folder: Path | None) -> None:
+def check_accelerator(engine: Any, running: Running) -> None:
     """Refuse what an engine, one made here or the caller's own, would not do as it says.
 
     Raises:
-        StageError: for fp16 on a CPU, and for a student sharded by FSDP with a folder.
+        StageError: for fp16 on a CPU, for FSDP version 1, and for options that do not go with FSDP.
     """
     if engine.mixed_precision == "fp16" and engine.device.type == "cpu":
         raise StageError(
             "precision: fp16, but this run is on the CPU, where accelerate would train in float32 without a word: fp16 "
             "gradients need a GPU and its loss scaler. Set precision: bf16, which a CPU can do, or no"
         )
-    if folder is not None and str(engine.distributed_type).endswith("FSDP"):
-        raise StageError(
-            "a student sharded by FSDP cannot be checkpointed here: pass folder=None and save it through accelerate, "
-            "or train with DDP"
-        )
+    check_sharding(engine, running)
+
+
+def prepared(
+    engine: Any, trainee: Trainee, trainable: set[str], stage: Stage
+) -> tuple[Any, torch.optim.Optimizer, Any]:
+    """What the engine makes of a trainee and its optimizer for the steps of a stage.
+
+    Args:
+        trainable: names of the student's parameters that learn; those of the terms always do.
+
+    Returns:
+        The trainee in the engine's wrapper, the optimizer itself, and that in the engine's wrapper.
+    """
+    if is_sharding(engine):
+        learned = [term for term in trainee.terms if any(True for _ in term.parameters())]
+        shard(trainee, trainee.student, engine, training=True, apart=learned)
+        optimizer = _optimizer(trainee, trainable, stage)
+        return trainee, optimizer, engine.prepare_optimizer(optimizer)
+    optimizer = _optimizer(trainee.to(engine.device), trainable, stage)
+    model, wrapped = engine.prepare(trainee, optimizer)
+    return model, optimizer, wrapped
+
+
+def _optimizer(trainee: Trainee, trainable: set[str], stage: Stage) -> torch.optim.Optimizer:
+    options = stage.optimizer
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in trainee.named_parameters():
+        if name.startswith(STUDENT) and name.removeprefix(STUDENT) not in trainable:
+            continue
+        (decayed if parameter.ndim >= 2 else plain).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+    )
 
 
 def _check_device(name: str, device: str | None) -> None:

@@ -22,6 +22,7 @@ from tdkit.files import whole_folder
 from torch import Tensor, nn
 
 from tdkit_distill.errors import ResumeError, StorageError
+from tdkit_distill.sharding import gathered, named_tensors, put
 
 FORMAT = 1
 STATE = "state.json"
@@ -150,30 +151,41 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones once, on the CPU."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
+def model_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones once, whole, on the CPU.
+
+    Args:
+        keep: False takes part in gathering the shards of others and returns nothing.
+    """
+    return _kept(named_tensors(model), keep)
 
 
 def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy saved parameters and buffers into a model that has exactly these."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = named_tensors(model)
     if set(named) != set(tensors):
         odd = sorted(set(named) ^ set(tensors))[:3]
         raise ResumeError(f"the checkpoint and the model differ in {', '.join(odd)}")
-    with torch.no_grad():
-        for name, tensor in named.items():
-            tensor.copy_(tensors[name])
+    for name, tensor in named.items():
+        put(tensors[name], tensor)
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name."""
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name; `keep` as for `model_tensors`."""
+    found = {
+        f"{name}{SEPARATOR}{entry}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for name, parameter in model.named_parameters()
+        for entry, value in optimizer.state.get(parameter, {}).items()
+    }
+    return _kept(found, keep)
+
+
+def _kept(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     found = {}
-    for name, parameter in model.named_parameters():
-        for entry, value in optimizer.state.get(parameter, {}).items():
-            value = value if isinstance(value, Tensor) else torch.tensor(value)
-            found[f"{name}{SEPARATOR}{entry}"] = value.detach().cpu().contiguous().clone()
+    for name, tensor in tensors.items():
+        whole = gathered(tensor)
+        if keep:
+            found[name] = whole.detach().cpu().contiguous().clone()
     return found
 
 
@@ -183,5 +195,8 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     for key, value in tensors.items():
         name, _, entry = key.partition(SEPARATOR)
         parameter = parameters[name]
-        device = "cpu" if entry == "step" else parameter.device
-        optimizer.state[parameter][entry] = value.to(device)
+        if entry != "step":
+            moment = torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False)
+            put(value, moment)
+            value = moment
+        optimizer.state[parameter][entry] = value

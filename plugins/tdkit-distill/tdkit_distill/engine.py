@@ -8,15 +8,16 @@ import math
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tdkit_distill.acceleration import check_accelerator, make_accelerator
+from tdkit_distill.acceleration import check_accelerator, make_accelerator, prepared
 from tdkit_distill.checkpoints import (
     Position,
     Saved,
@@ -30,6 +31,7 @@ from tdkit_distill.checkpoints import (
 from tdkit_distill.errors import CacheError, InterruptedRun, StageError
 from tdkit_distill.examples import Examples, as_examples, mixed_seed
 from tdkit_distill.loop import Loop
+from tdkit_distill.sharding import is_sharding, shard, share_weights, working_copy
 from tdkit_distill.stages import Running, Stage, read_running, read_stages
 from tdkit_distill.taps import tapped
 from tdkit_distill.teacher import Call, Teacher, call_model, live_teacher
@@ -109,7 +111,7 @@ def distill(
     if isinstance(teacher, CachedTeacher):
         _check_cache(teacher, read, sets)
     engine = accelerator or make_accelerator(chosen, place, read)
-    check_accelerator(engine, place)
+    check_accelerator(engine, chosen)
     aside = None if held_out is None else as_examples(held_out)
     run = _Run(student, teacher, read, sets, place, aside, seed, chosen, call, engine)
     with ExitStack() as stack:
@@ -170,6 +172,9 @@ class _Run:
     engine: Any  # accelerate.Accelerator
 
     def go(self, view: LiveView, stop: threading.Event) -> Result:
+        for model in (self.student, self.teacher):
+            if isinstance(model, nn.Module):
+                share_weights(model, self.engine)
         self.identity = self._identity() if self.folder else ""
         saved = read_latest(self.folder, self.identity) if self.folder else None
         self.engine.wait_for_everyone()
@@ -228,17 +233,17 @@ class _Run:
         stage, examples = self.stages[number], _examples_of(self.stages[number], self.sets)
         steps = stage.step_count(examples.length)
         self._check_batch(stage)
-        bound = bind(stage, self.student, self.teacher)
         with ExitStack() as stack:
-            trainable = stack.enter_context(training_mode(self.student, stage, self.running))
-            record = stack.enter_context(
-                tapped(self.student, bound.gather("student_outputs"), bound.gather("student_attention"))
-            )
+            student = stack.enter_context(working_copy(self.student, self.engine))
+            bound = bind(stage, student, self.teacher)
             teacher = self._teacher(bound, stack) if bound.need_teacher else None
-            trainee = Trainee(self.student, list(bound.terms), record, self.call).to(self.engine.device)
-            probe(trainee, teacher, examples, mixed_seed(self.seed, "probe", number), self.engine.device)
-            optimizer = _optimizer(trainee, trainable, stage)
-            model, wrapped = self.engine.prepare(trainee, optimizer)
+            self._probe(student, bound, teacher, examples, mixed_seed(self.seed, "probe", number))
+            trainable = stack.enter_context(training_mode(student, stage, self.running))
+            record = stack.enter_context(
+                tapped(student, bound.gather("student_outputs"), bound.gather("student_attention"))
+            )
+            trainee = Trainee(student, list(bound.terms), record, self.call)
+            model, optimizer, wrapped = prepared(self.engine, trainee, trainable, stage)
             stack.callback(self.engine.free_memory)
             if saved and position.step:
                 restore_model(trainee, saved.model)
@@ -257,14 +262,14 @@ class _Run:
                 view.step(terms, speed)
                 every = self.running.evaluate_every
                 if every and (step + 1) % every == 0 and step + 1 < steps:
-                    self._measure(stage, position, view)
+                    self._measure(stage, position, trainee, view)
                 due = self.running.checkpoint_every is not None and (step + 1) % self.running.checkpoint_every == 0
                 if step + 1 < steps and (due or stopping):
                     self._save(position, trainee, optimizer)
                 if stopping and step + 1 < steps:
                     self._interrupted(position)
             position = Position(number + 1, 0, position.total)
-            self._measure(stage, position, view)
+            self._measure(stage, position, trainee, view)
             self._save(position, trainee, None)
             if stopping and number + 1 < len(self.stages):
                 self._interrupted(position)
@@ -278,28 +283,48 @@ class _Run:
                 f"accumulated parts on {self.engine.num_processes} processes: make it a multiple of {parts}"
             )
 
+    def _probe(
+        self, student: nn.Module, bound: BoundTerms, teacher: Teacher | None, examples: Examples, seed: int
+    ) -> None:
+        with self._asked(student, bound.gather("student_outputs"), bound.gather("student_attention")) as asked:
+            probe(bound.terms, asked, teacher, examples, seed, self.engine.device)
+
+    def _asked(
+        self,
+        model: nn.Module,
+        outputs: tuple[str, ...],
+        attention: tuple[str, ...],
+        dtype: torch.dtype | None = None,
+        at: str | None = None,
+    ) -> AbstractContextManager[Teacher]:
+        """A model that is only asked: in shards where the engine makes them, unless it has a device of its own."""
+        cut = partial(shard, engine=self.engine, training=False) if is_sharding(self.engine) and at is None else None
+        device = self.engine.device
+        return live_teacher(
+            model,
+            outputs=outputs,
+            attention=attention,
+            dtype=dtype,
+            at=at or device,
+            device=device,
+            call=self.call,
+            cut=cut,
+        )
+
     def _teacher(self, bound: BoundTerms, stack: ExitStack) -> Teacher:
         if isinstance(self.teacher, CachedTeacher):
             return self.teacher
         assert self.teacher is not None
         name = self.running.teacher_dtype
-        return stack.enter_context(
-            live_teacher(
-                self.teacher,
-                outputs=bound.gather("teacher_outputs"),
-                attention=bound.gather("teacher_attention"),
-                dtype=None if name is None else getattr(torch, name),
-                at=self.running.teacher_device or self.engine.device,
-                device=self.engine.device,
-                call=self.call,
-            )
-        )
+        dtype = None if name is None else getattr(torch, name)
+        outputs, attention = bound.gather("teacher_outputs"), bound.gather("teacher_attention")
+        return stack.enter_context(self._asked(self.teacher, outputs, attention, dtype, self.running.teacher_device))
 
-    def _measure(self, stage: Stage, position: Position, view: LiveView) -> None:
+    def _measure(self, stage: Stage, position: Position, trainee: Trainee, view: LiveView) -> None:
         if self.held_out is None:
             return
         with self.engine.autocast():
-            loss = held_out_loss(self.student, self.held_out, self.call, batch=stage.batch_size, seed=self.seed)
+            loss = held_out_loss(trainee, self.held_out, self.engine.device, batch=stage.batch_size, seed=self.seed)
         self.log.add({"stage": stage.name, "total": position.total, "held_out": loss})
         perplexity = math.exp(loss) if loss < 700 else math.inf
         view.say(f"{stage.name}: held-out loss {loss:.4f} (perplexity {perplexity:.2f}) after {position.total} steps")
@@ -309,15 +334,17 @@ class _Run:
     def _save(self, position: Position, trainee: Trainee, optimizer: torch.optim.Optimizer | None) -> None:
         if self.folder is None:
             return
-        if self.engine.is_main_process:
-            model = model_tensors(trainee)
+        main = self.engine.is_main_process
+        model = model_tensors(trainee, keep=main)  # all processes gather, one of them keeps and writes
+        moments = optimizer_tensors(trainee, optimizer, keep=main) if optimizer else {}
+        if main:
             scaler = self.engine.scaler.state_dict() if self.engine.scaler is not None else {}
             write_checkpoint(
                 self.folder,
                 position,
                 run=self.identity,
                 model=model if optimizer else {n: t for n, t in model.items() if n.startswith(STUDENT)},
-                optimizer=optimizer_tensors(trainee, optimizer) if optimizer else {},
+                optimizer=moments,
                 scaler=scaler,
                 keep=self.running.keep,
             )
@@ -332,21 +359,3 @@ class _Run:
 
 def _student_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(STUDENT): t for name, t in tensors.items() if name.startswith(STUDENT)}
-
-
-def _optimizer(trainee: Trainee, trainable: set[str], stage: Stage) -> torch.optim.Optimizer:
-    options = stage.optimizer
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in trainee.named_parameters():
-        if name.startswith(STUDENT) and name.removeprefix(STUDENT) not in trainable:
-            continue
-        (decayed if parameter.ndim >= 2 else plain).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=options.lr,
-        betas=options.betas,
-        eps=options.eps,
-        weight_decay=options.weight_decay,
-    )

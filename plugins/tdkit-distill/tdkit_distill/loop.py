@@ -14,6 +14,7 @@ import torch
 
 from tdkit_distill.errors import NotFiniteError
 from tdkit_distill.examples import Examples, Order, mixed_seed
+from tdkit_distill.sharding import gathered
 from tdkit_distill.stages import Running, Stage
 from tdkit_distill.teacher import Teacher
 from tdkit_distill.trainee import BoundTerms, to_device
@@ -74,7 +75,8 @@ class Loop:
                 theirs = self.teacher.view(batch, rows[first : first + share]) if self.teacher else None
             torch.manual_seed(mixed_seed(self.seed, "draw", self.number, step, part, engine.process_index))
             with clock.measure("student"), self._sync(part == stage.accumulation - 1):
-                terms = self.model(batch, theirs)
+                with engine.autocast():  # which accelerate adds to a forward that it wraps, and not to a sharded one
+                    terms = self.model(batch, theirs)
                 engine.backward((self.weights * terms).sum() / stage.accumulation)
             sums += terms.detach().float() / stage.accumulation
         flag = torch.tensor([float(stop.is_set())], device=engine.device)
@@ -82,7 +84,8 @@ class Loop:
         named = dict(zip(self.bound.labels, values[:-1], strict=True))
         self._check_finite(named, total)
         with clock.measure("optimizer"):
-            norm = float(engine.clip_grad_norm_(self.parameters, math.inf if stage.clip is None else stage.clip))
+            clip = math.inf if stage.clip is None else stage.clip
+            norm = float(gathered(engine.clip_grad_norm_(self.parameters, clip)))
             if not math.isfinite(norm) and engine.scaler is None:
                 raise NotFiniteError(self._not_finite("the gradient", norm, total))
             self.optimizer.step()

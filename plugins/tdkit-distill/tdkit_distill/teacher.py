@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdkit_distill.losses import View
+from tdkit_distill.sharding import replica
 from tdkit_distill.taps import AttentionRecord, tapped
 
 Call = Callable[[Any, Mapping[str, Tensor]], Any]
@@ -43,20 +44,34 @@ def logits_of(output: Any) -> Tensor | None:
     return None
 
 
+class Called(nn.Module):
+    """A model with the way to run it as one forward, so that what shards it sees every call."""
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.model = model
+        self._call = call
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Any:
+        return self._call(self.model, batch)
+
+
 class LiveTeacher:
     """A model in eval and inference mode, with taps. Made by `live_teacher`."""
 
-    def __init__(self, model: nn.Module, record: Any, call: Call, device: torch.device) -> None:
+    def __init__(
+        self, model: Called, record: Any, mode: Callable[[], Any], at: torch.device, device: torch.device
+    ) -> None:
         self._model = model
         self._record = record
-        self._call = call
+        self._mode = mode
+        self._at = at
         self._device = device
-        self._at = next(model.parameters()).device
 
     def view(self, batch: Mapping[str, Tensor], rows: Tensor) -> View:
         """What the teacher says; its logits stay inference tensors, clone them before autograd keeps them."""
-        with torch.inference_mode():
-            output = self._call(self._model, {name: value.to(self._at) for name, value in batch.items()})
+        with self._mode():
+            output = self._model({name: value.to(self._at) for name, value in batch.items()})
         logits = logits_of(output)
         view = View(
             None if logits is None else logits.to(self._device),
@@ -86,6 +101,7 @@ def live_teacher(
     at: torch.device | str | None = None,
     device: torch.device | None = None,
     call: Call = call_model,
+    cut: Callable[[nn.Module, nn.Module], None] | None = None,
 ) -> Iterator[LiveTeacher]:
     """A teacher ready to be asked; on leaving, the model is as it was.
 
@@ -95,17 +111,26 @@ def live_teacher(
         dtype, at: of the teacher's own forward.
         device: where the views go; the teacher's own when None.
         call: how to run a model on a batch.
+        cut: ``(root, model)``, shards a copy of the model over the processes that all ask together, at `at`.
     """
     parameter = next(model.parameters())
-    moved = (dtype is not None and dtype != parameter.dtype) or (
-        at is not None and torch.device(at) != parameter.device
-    )
-    used = copy.deepcopy(model).to(device=at, dtype=dtype) if moved else model
+    place = parameter.device if at is None else torch.device(at)
+    if cut is not None:
+        used = replica(model).to(dtype=dtype)
+    elif dtype not in (None, parameter.dtype) or place != parameter.device:
+        used = copy.deepcopy(model).to(device=place, dtype=dtype)
+    else:
+        used = model
     modes = {module: module.training for module in used.modules()}
+    root = Called(used, call)
     used.eval()
     try:
         with tapped(used, outputs, attention) as record:
-            yield LiveTeacher(used, record, call, device or next(used.parameters()).device)
+            if cut is not None:
+                cut(root, used)
+            # what shards gather inside inference mode could not be written again outside it
+            mode = torch.inference_mode if cut is None else torch.no_grad
+            yield LiveTeacher(root, record, mode, place, device or place)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from tdkit_distill.chunked import IGNORED, cross_entropy
 from tdkit_distill.errors import CacheError, StageError, VocabularyError
 from tdkit_distill.examples import Examples
 from tdkit_distill.losses import Loss, Needs, Term, View
+from tdkit_distill.sharding import reshard
 from tdkit_distill.stages import Running, Stage, trainable_names
 from tdkit_distill.taps import Record
 from tdkit_distill.teacher import Call, Teacher, logits_of
@@ -41,10 +42,24 @@ class Trainee(nn.Module):
         self._record.open = False
         return View(logits_of(output), dict(self._record.outputs), dict(self._record.attention))
 
-    def forward(self, batch: Mapping[str, Tensor], teacher: View | None) -> Tensor:  # (terms,)
+    def forward(
+        self,
+        batch: Mapping[str, Tensor],
+        teacher: View | None,
+        held_out: bool = False,
+    ) -> Tensor:  # (terms,), or the mean cross-entropy of the batch when it is held out
+        if held_out:
+            return self._cross_entropy(batch)
         view = self.view(batch)
         self._record.clear()
         return torch.stack([term(view, teacher, batch) for term in self.terms])
+
+    def _cross_entropy(self, batch: Mapping[str, Tensor]) -> Tensor:
+        self._record.open = False
+        logits = logits_of(self._call(self.student, batch))
+        if logits is None:
+            raise StageError("held-out rows can only be measured on a student that returns logits")
+        return cross_entropy(logits.flatten(0, -2), batch["labels"].flatten())
 
 
 @dataclass(frozen=True)
@@ -86,28 +101,27 @@ def bind(stage: Stage, student: nn.Module, teacher: nn.Module | CachedTeacher | 
     return BoundTerms(tuple(losses), tuple(loss.weight for loss in losses.values()), tuple(terms))
 
 
-def probe(trainee: Trainee, teacher: Teacher | None, examples: Examples, seed: int, device: torch.device) -> None:
-    """Run one row through both models, so that terms see the shapes and mistakes are told before any training.
+def probe(
+    terms: Iterable[Term],
+    student: Teacher,
+    teacher: Teacher | None,
+    examples: Examples,
+    seed: int,
+    device: torch.device,
+) -> None:
+    """Ask both models about one row, so that terms see the shapes and mistakes are told before any training.
 
     Raises:
         VocabularyError: when the models' logits differ in size.
     """
     rows = torch.tensor([0])
     batch = to_device(examples.batch(rows, torch.Generator().manual_seed(seed)), device)
-    modes = {module: module.training for module in trainee.modules()}
-    trainee.eval()
-    try:
-        with torch.no_grad():
-            mine = trainee.view(batch)
-        theirs = None if teacher is None else teacher.view(batch, rows)
-        _check_vocabularies(mine, theirs)
-        torch.manual_seed(seed)
-        for term in trainee.terms:
-            assert isinstance(term, Term)
-            term.prepare(mine, theirs)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    mine = student.view(batch, rows)
+    theirs = None if teacher is None else teacher.view(batch, rows)
+    _check_vocabularies(mine, theirs)
+    torch.manual_seed(seed)
+    for term in terms:
+        term.prepare(mine, theirs)
 
 
 def _check_vocabularies(mine: View, theirs: View | None) -> None:
@@ -165,24 +179,20 @@ def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, examples: Examples, call: Call, *, batch: int, seed: int) -> float:
-    """The mean cross-entropy of a model over all labels of some examples, in eval mode."""
-    modes = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
-    model.eval()
+def held_out_loss(trainee: Trainee, examples: Examples, device: torch.device, *, batch: int, seed: int) -> float:
+    """The mean cross-entropy of the student over all labels of some examples, in eval mode."""
+    modes = {module: module.training for module in trainee.modules()}
+    trainee.eval()
     total, count = 0.0, 0
     try:
         for start in range(0, len(examples), batch):
             rows = torch.arange(start, min(start + batch, len(examples)))
             given = to_device(examples.batch(rows, torch.Generator().manual_seed(seed + start)), device)
-            logits = logits_of(call(model, given))
-            if logits is None:
-                raise StageError("held-out rows can only be measured on a student that returns logits")
-            labels = given["labels"].flatten()
-            known = int((labels != IGNORED).sum())
-            total += float(cross_entropy(logits.flatten(0, -2), labels)) * known
+            known = int((given["labels"] != IGNORED).sum())
+            total += float(trainee(given, None, held_out=True)) * known
             count += known
     finally:
+        reshard(trainee)
         for module, training in modes.items():
             module.training = training
     return total / count if count else math.nan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import tdkit
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,18 @@ def gpt2(layers: int = 2, width: int = 16, seed: int = 0, vocabulary: int = VOCA
         **drop,
     )
     return GPT2LMHeadModel(config)
+
+
+def factorized(width: int = 16, dropout: float = 0.0) -> Any:
+    """A small GPT-2 with every kind of factorised layer in it; embedding and head share their factors."""
+    model = gpt2(2, width, seed=1, dropout=dropout)
+    rules = [
+        tdkit.Rule("*.wte", tdkit.Kronecker(terms=1, b=(1, 4))),
+        tdkit.Rule("*.h.0.mlp.*", tdkit.PermutedKronecker(terms=2, b=(4, 2))),
+        tdkit.Rule("*.h.1.mlp.*", tdkit.TTMatrix(ranks=4)),
+        tdkit.Rule("*.attn.c_proj", tdkit.LowRank(rank=4)),
+    ]
+    return tdkit.compress(model, tdkit.Policy(rules))
 
 
 def llama(layers: int = 2, seed: int = 0) -> Any:
@@ -85,6 +98,12 @@ class Plain(nn.Module):
 def ids(rows: int = 24, length: int = 8, seed: int = 3) -> Tensor:
     """Random token ids (rows, length)."""
     return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def text(rows: int = 64, length: int = 12) -> Tensor:
+    """Ids that can be learned: each token is followed by itself plus three."""
+    start = torch.randint(VOCABULARY, (rows, 1), generator=torch.Generator().manual_seed(1))
+    return (start + 3 * torch.arange(length)) % VOCABULARY
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tdkit
 import torch
-from distill_models import VOCABULARY, Plain, bert, gpt2, ids, llama, same_weights
+from distill_models import VOCABULARY, Plain, bert, gpt2, ids, llama, same_weights, text
 from torch import Tensor
 
 from tdkit_distill import Schedule, Stage, Table, Windows, distill
@@ -26,12 +26,6 @@ EVERY = {
     "attention": 1,
     "attention_scores": 1,
 }
-
-
-def text(rows: int = 64, length: int = 12) -> Tensor:
-    """Ids that can be learned: each token is followed by itself plus three."""
-    start = torch.randint(VOCABULARY, (rows, 1), generator=torch.Generator().manual_seed(1))
-    return (start + 3 * torch.arange(length)) % VOCABULARY
 
 
 def taught() -> Any:

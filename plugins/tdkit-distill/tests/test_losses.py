@@ -30,15 +30,14 @@ def value(student: nn.Module, teacher: nn.Module, losses: dict[str, Any], rows: 
     batch = batch or examples.batch(numbers, torch.Generator())
     bound = bind(stage, student, teacher)
     student.eval()
-    with (
-        tapped(student, bound.gather("student_outputs"), bound.gather("student_attention")) as record,
-        live_teacher(
-            teacher, outputs=bound.gather("teacher_outputs"), attention=bound.gather("teacher_attention")
-        ) as live,
-    ):
-        trainee = Trainee(student, list(bound.terms), record, call_model)
-        probe(trainee, live, Table(batch), 0, CPU)
-        return trainee(batch, live.view(batch, numbers))
+    outputs, attention = bound.gather("student_outputs"), bound.gather("student_attention")
+    with live_teacher(
+        teacher, outputs=bound.gather("teacher_outputs"), attention=bound.gather("teacher_attention")
+    ) as live:
+        with live_teacher(student, outputs=outputs, attention=attention) as asked:
+            probe(bound.terms, asked, live, Table(batch), 0, CPU)
+        with tapped(student, outputs, attention) as record:
+            return Trainee(student, list(bound.terms), record, call_model)(batch, live.view(batch, numbers))
 
 
 def hidden_states(model: nn.Module) -> Any:
@@ -186,12 +185,11 @@ def test_widths_that_differ_get_a_learned_projection_or_an_error() -> None:
     stage = Stage(losses={"hidden": 1}, steps=1)
     bound = bind(stage, student, teacher)
     with (
-        tapped(student, bound.gather("student_outputs")) as record,
+        live_teacher(student, outputs=bound.gather("student_outputs")) as asked,
         live_teacher(teacher, outputs=bound.gather("teacher_outputs")) as live,
     ):
-        trainee = Trainee(student, list(bound.terms), record, call_model)
-        probe(trainee, live, Windows(ids(2)), 0, CPU)
-        shapes = [tuple(p.shape) for name, p in trainee.named_parameters() if name.startswith("terms.")]
+        probe(bound.terms, asked, live, Windows(ids(2)), 0, CPU)
+    shapes = [tuple(parameter.shape) for term in bound.terms for parameter in term.parameters()]
     assert shapes == [(16, 8), (16, 8)]
     with pytest.raises(StageError, match=r"is 8 wide and 'transformer.h.0' 16: set project: true"):
         value(student, teacher, {"hidden": {"project": False}})

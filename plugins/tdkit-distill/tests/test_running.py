@@ -9,35 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tdkit
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from distill_models import gpt2, ids
+from distill_models import factorized, gpt2, ids
 
 from tdkit_distill import distill
 from tdkit_distill.acceleration import check_accelerator
 from tdkit_distill.errors import StageError
+from tdkit_distill.stages import Running
 
 LOSSES = {"logits": {"temperature": 2.0}, "hidden": 0.5, "cross_entropy": 1.0}
 STAGE = {"losses": LOSSES, "steps": 4, "batch_size": 4, "optimizer": {"lr": 1e-2}}
 
 
-def student() -> Any:
-    """A small GPT-2 with every kind of factorised layer in it."""
-    model = gpt2(2, seed=1)
-    rules = [
-        tdkit.Rule("*.wte", tdkit.Kronecker(terms=1, b=(1, 4))),
-        tdkit.Rule("*.h.0.mlp.*", tdkit.PermutedKronecker(terms=2, b=(4, 2))),
-        tdkit.Rule("*.h.1.mlp.*", tdkit.TTMatrix(ranks=4)),
-        tdkit.Rule("*.attn.c_proj", tdkit.LowRank(rank=4)),
-    ]
-    return tdkit.compress(model, tdkit.Policy(rules))
-
-
 def test_bf16_autocast_on_a_cpu_trains_float32_factors() -> None:
-    exact = distill(student(), gpt2(), STAGE, ids(), running={"device": "cpu"}).history
-    mine, teacher = student(), gpt2()
+    exact = distill(factorized(), gpt2(), STAGE, ids(), running={"device": "cpu"}).history
+    mine, teacher = factorized(), gpt2()
     seen: set[torch.dtype] = set()
     hook = mine.transformer.h[0].mlp.c_fc.register_forward_hook(lambda _m, _i, out: seen.add(out.dtype))
     running = {"device": "cpu", "precision": "bf16", "teacher_dtype": "bfloat16"}
@@ -49,7 +37,7 @@ def test_bf16_autocast_on_a_cpu_trains_float32_factors() -> None:
     for one, other in zip(rough, exact, strict=True):
         for name, value in other["terms"].items():
             assert one["terms"][name] == pytest.approx(value, rel=0.05, abs=0.02), name
-    again = distill(student(), gpt2(), STAGE, ids(), running={"device": "cpu"}).history
+    again = distill(factorized(), gpt2(), STAGE, ids(), running={"device": "cpu"}).history
     assert [e["loss"] for e in again] == [e["loss"] for e in exact], "a precision does not outlive its run"
 
 
@@ -59,21 +47,21 @@ def test_fp16_on_a_cpu_is_refused() -> None:
     own = Accelerator(cpu=True)
     own.state._mixed_precision = "fp16"
     with pytest.raises(StageError, match="precision: fp16"):
-        check_accelerator(own, None)
+        check_accelerator(own, Running())
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_on_a_gpu_and_its_resume(precision: str, tmp_path: Path) -> None:
-    exact = distill(student(), gpt2(), STAGE, ids()).history
+    exact = distill(factorized(), gpt2(), STAGE, ids()).history
     running = {"precision": precision, "checkpoint_every": 2}
-    rough = distill(student(), gpt2(), STAGE, ids(), folder=tmp_path, running=running).history
+    rough = distill(factorized(), gpt2(), STAGE, ids(), folder=tmp_path, running=running).history
     assert [e["loss"] for e in rough] == pytest.approx([e["loss"] for e in exact], rel=0.05)
     state = json.loads((tmp_path / "step-00000002" / "state.json").read_text())
     assert bool(state["scaler"]) == (precision == "fp16")
     shutil.rmtree(tmp_path / "step-00000004")
-    again = distill(student(), gpt2(), STAGE, ids(), folder=tmp_path, running=running)
+    again = distill(factorized(), gpt2(), STAGE, ids(), folder=tmp_path, running=running)
     assert again.resumed_at == 2
     assert [e["loss"] for e in again.history] == pytest.approx([e["loss"] for e in rough], rel=1e-3)
 
@@ -83,14 +71,6 @@ def test_half_precision_on_a_gpu_and_its_resume(precision: str, tmp_path: Path) 
 def test_no_cuda_is_told(option: str) -> None:
     with pytest.raises(StageError, match=f"{option}: cuda, but this torch .* sees no CUDA device: set {option}: cpu"):
         distill(gpt2(1), gpt2(), STAGE, ids(), running={option: "cuda"})
-
-
-def test_fsdp_with_a_folder_is_refused(tmp_path: Path) -> None:
-    """FSDP itself needs GPUs here: accelerate does not shard on a CPU."""
-    engine = type("Engine", (), {"mixed_precision": "no", "distributed_type": "DistributedType.FSDP"})()
-    check_accelerator(engine, None)
-    with pytest.raises(StageError, match=r"sharded by FSDP cannot be checkpointed here: pass folder=None"):
-        check_accelerator(engine, tmp_path)
 
 
 def test_faults_of_the_options_come_together() -> None:
