@@ -17,7 +17,8 @@ FUSED = "fused"  # the name of the path that is a kernel of our own, in every st
 GRAPH = "cuda graph"  # the kind of device that replays what it was told before: a launch costs it little
 MARGIN = 0.85  # factors are preferred to a held weight only when they promise at least this much less time,
 # and a kernel of our own to calls of a library
-FEW = 3  # vectors that a CPU multiplies while it reads the matrix
+FEW = 3  # vectors from two to which a CPU is fastest with the operands in the other order
+VECTORS = 4  # up to which the large operand of a product is taken for a layer's weight
 FEW_ROWS = 16  # up to this many rows a GPU multiplies while it reads the matrix
 KERNEL_SHARE = 0.5  # of the rate of a large product that a kernel of our own reaches
 BOUNDS = tuple(2**k for k in range(17))  # tokens at which the paths are compared
@@ -95,8 +96,8 @@ class Rates:
         multiply_adds: of a large product.
         half_size: the smallest dimension at which a product reaches half that rate.
         floor: the share of the rate that a product with a dimension of 1 reaches.
-        cached_bytes, bytes: read by products whose operands fit in the last-level cache, or do not. What a
-            product with `FEW` vectors reads is the matrix, and other layers' weights have been there since.
+        cached_bytes, bytes: read by products whose operands fit in the last-level cache, or do not. A layer's
+            weight comes from memory: the other layers' have been in the cache since.
         cache: size of that cache in bytes.
         copy_bytes: written by a copy that reorders axes.
         call: seconds that an operation takes at least.
@@ -133,10 +134,11 @@ def rates_of(device: str, dtype: torch.dtype, threads: int) -> Rates:
 
 
 def _seconds(product: Product, rates: Rates, itemsize: int) -> float:
-    smallest = min(product.m, product.k, product.n)
+    smallest, vectors = min(product.m, product.k, product.n), min(product.m, product.n)
     share = max(smallest / (smallest + rates.half_size), rates.floor)
     size = product.elements * itemsize
-    reading = size / (rates.cached_bytes if smallest > FEW and size <= rates.cache else rates.bytes)
+    weighs = vectors <= VECTORS and product.k > FEW_ROWS
+    reading = size / (rates.cached_bytes if size <= rates.cache and not weighs else rates.bytes)
     # a matrix times a vector is bound by reading the matrix
     multiplying = 0.0 if smallest == 1 else product.multiply_adds / (rates.multiply_adds * share)
     if rates.few_rows is not None and smallest <= FEW_ROWS:
