@@ -31,7 +31,7 @@ from tdkit_distill.checkpoints import (
 from tdkit_distill.errors import CacheError, InterruptedRun, StageError
 from tdkit_distill.examples import Examples, as_examples, mixed_seed
 from tdkit_distill.loop import Loop
-from tdkit_distill.sharding import is_sharding, shard, share_weights, working_copy
+from tdkit_distill.sharding import is_sharding, reshard, shard, share_weights, working_copy
 from tdkit_distill.stages import Running, Stage, read_running, read_stages
 from tdkit_distill.taps import tapped
 from tdkit_distill.teacher import Call, Teacher, call_model, live_teacher
@@ -325,6 +325,8 @@ class _Run:
             return
         with self.engine.autocast():
             loss = held_out_loss(trainee, self.held_out, self.engine.device, batch=stage.batch_size, seed=self.seed)
+        if is_sharding(self.engine):
+            reshard(trainee)
         self.log.add({"stage": stage.name, "total": position.total, "held_out": loss})
         perplexity = math.exp(loss) if loss < 700 else math.inf
         view.say(f"{stage.name}: held-out loss {loss:.4f} (perplexity {perplexity:.2f}) after {position.total} steps")

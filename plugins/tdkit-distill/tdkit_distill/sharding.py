@@ -52,8 +52,8 @@ def check_sharding(engine: Any, running: Running) -> None:
         faults.append("fsdp_ignored_modules: what FSDP leaves alone would not be averaged over the processes; drop it")
     if getattr(engine, "parallelism_config", None) is not None:
         faults.append("a parallelism_config: only plain FSDP over all processes is supported; drop it")
-    if running.compile:
-        faults.append("compile: a compiled student is not sharded here; switch it off")
+    if running.compile or engine.state.dynamo_plugin.backend.value != "NO":
+        faults.append("compile, or a dynamo_backend of accelerate: a compiled student is not sharded here; drop it")
     if faults:
         raise StageError("with FSDP this run cannot take\n" + "\n".join(faults))
 
@@ -98,8 +98,10 @@ def shard(root: nn.Module, model: nn.Module, engine: Any, *, training: bool, apa
     options: dict[str, Any] = {
         "mesh": init_device_mesh(engine.device.type, (engine.num_processes,)),
         "offload_policy": plugin.cpu_offload or OffloadPolicy(),
-        # the root puts out the losses, which are of little use in half precision
-        "mp_policy": replace(rounding, output_dtype=None) if rounding else MixedPrecisionPolicy(),
+        # parameters and gradients are rounded; what goes in and out (labels, losses) is autocast's
+        "mp_policy": (
+            replace(rounding, output_dtype=None, cast_forward_inputs=False) if rounding else MixedPrecisionPolicy()
+        ),
     }
     for layer in (*closed(model, names or blocks(model)), *apart):
         fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward if training else True, **options)
@@ -107,16 +109,17 @@ def shard(root: nn.Module, model: nn.Module, engine: Any, *, training: bool, apa
 
 
 def closed(model: nn.Module, names: list[str]) -> list[nn.Module]:
-    """The modules of these names, inner ones first, without those that share a parameter with what is outside."""
+    """The modules of these names, inner ones first, that have parameters and share none with what is outside."""
     paths = defaultdict(set)
     for path, parameter in model.named_parameters(remove_duplicate=False):
         paths[parameter].add(path)
-    modules = {name: model.get_submodule(name) for name in reversed(names)}
-    return [
-        module
-        for name, module in modules.items()
-        if all(path.startswith(f"{name}.") for parameter in module.parameters() for path in paths[parameter])
-    ]
+    found = []
+    for name in reversed(names):
+        module = model.get_submodule(name)
+        held = {path for parameter in module.parameters() for path in paths[parameter]}
+        if held and all(path.startswith(f"{name}.") for path in held):
+            found.append(module)
+    return found
 
 
 def reshard(model: nn.Module) -> None:

@@ -114,10 +114,13 @@ def live_teacher(
         cut: ``(root, model)``, shards a copy of the model over the processes that all ask together, at `at`.
     """
     parameter = next(model.parameters())
-    place = parameter.device if at is None else torch.device(at)
+    here = parameter.device
+    place = here if at is None else torch.device(at)
+    if place.type == here.type and place.index in (None, here.index):  # accelerate says cuda where torch says cuda:0
+        place = here
     if cut is not None:
         used = replica(model).to(dtype=dtype)
-    elif dtype not in (None, parameter.dtype) or place != parameter.device:
+    elif place != here or dtype not in (None, parameter.dtype):
         used = copy.deepcopy(model).to(device=place, dtype=dtype)
     else:
         used = model

@@ -15,7 +15,6 @@ from tdkit_distill.chunked import IGNORED, cross_entropy
 from tdkit_distill.errors import CacheError, StageError, VocabularyError
 from tdkit_distill.examples import Examples
 from tdkit_distill.losses import Loss, Needs, Term, View
-from tdkit_distill.sharding import reshard
 from tdkit_distill.stages import Running, Stage, trainable_names
 from tdkit_distill.taps import Record
 from tdkit_distill.teacher import Call, Teacher, logits_of
@@ -192,7 +191,6 @@ def held_out_loss(trainee: Trainee, examples: Examples, device: torch.device, *,
             total += float(trainee(given, None, held_out=True)) * known
             count += known
     finally:
-        reshard(trainee)
         for module, training in modes.items():
             module.training = training
     return total / count if count else math.nan

@@ -1,4 +1,4 @@
-"""A small run that tests start in processes of their own, to kill it, to stop it, or to launch it several times.
+"""A small run that tests start in processes of their own, to kill it or to stop it.
 
 python run_distillation.py FOLDER RESULT [steps] [pause]
 """

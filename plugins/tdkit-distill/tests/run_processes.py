@@ -32,7 +32,7 @@ TWO = {"name": "two", "losses": {"hidden": {"layers": ["transformer.h.0"]}}, "st
 THREE = {"name": "three", "losses": {"cross_entropy": 1}, "steps": 3, "batch_size": 8, "accumulation": 2}
 THREE["optimizer"] = TWO["optimizer"] = {"lr": 1e-2}
 STAGES: list[Any] = [ONE, TWO, THREE]
-RUNNING = {"checkpoint_every": 4, "evaluate_every": 3, "device": "cpu"}
+RUNNING = {"checkpoint_every": 4, "evaluate_every": 2, "device": "cpu"}
 
 
 def sharding_engine(precision: str = "no", **options: Any) -> Accelerator:

@@ -49,7 +49,7 @@ def test_options_that_a_sharded_run_does_not_follow_are_told_together(engine: An
     made = engine(fsdp_version=2, activation_checkpointing=True, ignored_modules=".*wte")
     with pytest.raises(StageError) as caught:
         distill(gpt2(1), gpt2(), STAGE, ids(), accelerator=made, running={"compile": "eager"})
-    for part in ("use gradient_checkpointing of running", "fsdp_ignored_modules", "compile: "):
+    for part in ("use gradient_checkpointing of running", "fsdp_ignored_modules", "compile, or a dynamo_backend"):
         assert part in str(caught.value)
 
 
@@ -64,6 +64,8 @@ def test_a_layer_that_shares_a_parameter_is_not_sharded_on_its_own() -> None:
     plain = Plain(2)
     plain.blocks[1] = plain.blocks[0]
     assert closed(plain, blocks(plain)) == []
+    plain.blocks = torch.nn.ModuleList([torch.nn.Tanh(), torch.nn.Tanh()])
+    assert closed(plain, blocks(plain)) == [], "there is nothing to shard"
 
 
 def test_a_replica_shares_storage_and_nothing_else() -> None:
