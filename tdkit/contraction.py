@@ -21,8 +21,8 @@ from tdkit.shapes import Shape
 Factors = Sequence[Tensor]
 Gradients = tuple[Tensor | None, ...]
 
-LANES = 16  # a CPU's library multiplies at a higher rate over an inner dimension that is a multiple of it:
-NARROW, MANY = 128, 256  # below this rank and from so many tokens on, factors are padded to one for the call
+LANES = 16  # a CPU's library multiplies at a higher rate over an inner dimension that is a multiple of it: factors
+SMALL, MANY = 2**19, 256  # of up to so many numbers are padded to one for a call with so many tokens
 
 
 def product(
@@ -158,7 +158,7 @@ class LowRankStructure(Structure):
     def multiply(self, x: Tensor, factors: Factors, path: Path, bias: Tensor | None = None) -> Tensor:
         left, right = factors
         missing = -self.rank % LANES
-        if missing and self.rank < NARROW and _on_cpu(x) and x.shape[0] >= MANY:
+        if missing and self.rank * sum(self.shape) <= SMALL and _on_cpu(x) and x.shape[0] >= MANY:
             left, right = F.pad(left.T, (0, 0, 0, missing)).T, F.pad(right, (0, 0, 0, missing))
         return product(product(x, right), left, bias)
 

@@ -83,7 +83,7 @@ def evaluation(shapes: Sequence[tuple[int, int]], seconds: float) -> Iterator[Ro
                 calls["speed"] = in_turn(fast, x, bias)
                 for _ in fast:
                     inferring(calls["speed"])()  # builds what is held
-            timings = side_by_side({name: inferring(call) for name, call in calls.items()}, seconds=seconds)
+            timings = side_by_side({n: inferring(call) for n, call in calls.items()}, seconds=seconds, min_rounds=15)
             path = small[0].path(tokens)
             yield {
                 "shape": f"{shape[0]}x{shape[1]}",
