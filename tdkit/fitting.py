@@ -24,7 +24,7 @@ from tdkit.ties import follow_ties
 
 Fitted = list[tuple[Site, FactorizedMatrix]]
 
-ASIDE_FROM = 2**30  # bytes of weights to be replaced from which they wait on disk, so that memory does not grow
+ASIDE_FROM = 2**26  # bytes of weights to be replaced from which they wait on disk, so that memory does not grow
 
 _log = logging.getLogger(__name__)
 
