@@ -53,6 +53,8 @@ def search(
     The starts are the order as it stands, the order by norm and, where the matrix shows a permuted
     structure, the spectral ones. In an alternation every step is monotone: the fit is the best for an
     order, and for fixed factors the best order of the rows (then of the columns) is a linear assignment.
+    Where that moves nothing more, assignments that count the refit of the factors go on; they cover swaps and
+    longer cycles of rows, and are kept where the energy rises.
     The result is never worse than `nearest_kronecker` on the matrix as it stands. Deterministic for a seed.
 
     Args:
@@ -69,29 +71,38 @@ def search(
     if size == 0 or not (rows or columns):
         return _exact_fit(matrix, a, b, terms, *_as_it_stands(matrix))
     scale = 2.0 ** math.floor(math.log2(size))  # a power of two: scaling by it is exact
-    found = _search(_Climb(matrix / scale, a, b, terms, rows, columns, effort), seed)
+    found = _search(Climb(matrix / scale, a, b, terms, rows, columns, effort), seed)
     return replace(found, b=found.b * scale, energy=found.energy * scale * scale)
 
 
-def _search(climb: _Climb, seed: int) -> Ordering:
+def _search(climb: Climb, seed: int) -> Ordering:
     plain = best = _exact_fit(climb.matrix, climb.a, climb.b, climb.terms, *_as_it_stands(climb.matrix))
     if plain.energy >= (1 - NEGLIGIBLE) * climb.total:
         return plain
     if climb.terms > FEW_TERMS:
         best = climb.improved(max(plain, climb.by_norm(), key=_energy))
-        return max(plain, best, key=_energy)
+        climb.rounds += climb.reserve
+        return max(plain, climb.refined(best), key=_energy)
+    found: list[Ordering] = []
     for start in climb.spectral(plain, seed):
-        best = max(best, climb.finished(climb.improved(start)), key=_energy)
+        found.append(climb.finished(climb.improved(start)))
+        if climb.is_explained(found[-1]) or climb.rounds <= 0:
+            break
+    else:
+        found += [climb.improved(start) for start in (plain, climb.by_norm())]
+    climb.rounds += climb.reserve
+    for ordering in sorted(found, key=_energy, reverse=True):
+        best = max(best, climb.refined(ordering), key=_energy)
         if climb.is_explained(best) or climb.rounds <= 0:
             break
     else:
-        best = max(best, *(climb.improved(start) for start in (plain, climb.by_norm())), key=_energy)
+        best = climb.refined(climb.finished(best))
     if best.a.dtype != torch.float64:
         best = _exact_fit(climb.matrix, climb.a, climb.b, climb.terms, best.rows, best.columns)
     return max(plain, best, key=_energy)
 
 
-class _Climb:
+class Climb:
     """Fits and alternations on one matrix, in float32 where only the orders count."""
 
     def __init__(self, matrix: Tensor, a: Shape, b: Shape, terms: int, rows: bool, columns: bool, effort: int) -> None:
@@ -101,8 +112,10 @@ class _Climb:
         self.a, self.b, self.terms = a, b, terms
         self.move_rows, self.move_columns = rows, columns
         small = min(1.0, 2 * FULL_BUDGET_SIDE**2 / (matrix.shape[0] ** 2 + matrix.shape[1] ** 2))
+        rounds = max(1, effort) * (1 if terms > FEW_TERMS else max(LEAST_ROUNDS, round(ROUNDS * small)))
         self.stages = STAGES * effort
-        self.rounds = max(1, effort) * (1 if terms > FEW_TERMS else max(LEAST_ROUNDS, round(ROUNDS * small)))
+        self.reserve = rounds // 3  # for `refined`, once the starts are done
+        self.rounds = max(rounds - self.reserve, min(rounds, LEAST_ROUNDS))
 
     def spectral(self, plain: Ordering, seed: int) -> Iterator[Ordering]:
         """Fitted spectral starts, the better of a stage first."""
@@ -135,6 +148,23 @@ class _Climb:
                 now = self.refit(now, now.rows, columns)
             if now.energy <= best.energy + TOLERANCE * self.total:
                 return max(best, now, key=_energy)
+            best = now
+        return best
+
+    def refined(self, start: Ordering) -> Ordering:
+        """The ordering that assignments reach from `start` when they count the refit of the factors."""
+        best = start
+        while self.rounds > 0 and best.energy < (1 - NEGLIGIBLE) * self.total:
+            self.rounds -= 1
+            now = best
+            if self.move_rows:
+                gain = _refit_gain(self.single[:, now.columns], now.a.float(), now.b.float(), now.rows)
+                now = max(now, self.refit(now, best_assignment(gain), now.columns), key=_energy)
+            if self.move_columns:
+                gain = _refit_gain(self.single[now.rows].T, now.a.mT.float(), now.b.mT.float(), now.columns)
+                now = max(now, self.refit(now, now.rows, best_assignment(gain)), key=_energy)
+            if now.energy <= best.energy + TOLERANCE * self.total:
+                return now
             best = now
         return best
 
@@ -208,6 +238,35 @@ def _row_gain(matrix: Tensor, a: Tensor, b: Tensor) -> Tensor:
         inner = (blocks @ lower.T).reshape(len(matrix), a2, b1)
         gain += upper @ inner.transpose(0, 1).reshape(a2, -1)
     return gain.reshape(a1, len(matrix), b1).transpose(1, 2).reshape(a1 * b1, len(matrix))
+
+
+def _refit_gain(matrix: Tensor, a: Tensor, b: Tensor, order: Tensor) -> Tensor:
+    """(place, row): the energy, less a constant of the place, once the row has that place and the factors are refitted.
+
+    With the B_r orthonormal the best A is a sum over the rows, ``A[i1] = sum_i2 z(row in (i1, i2))``, and holds the
+    whole energy. One other row makes that ``|A[i1] - z_old + z_new|^2``, where the fit as it stands only counts
+    ``2 <A[i1], z_new - z_old>`` and favours the old row, which had its share in A. The same holds with A and B
+    exchanged. Both second-order terms are added to the first, which neglects their overlap.
+    """
+    count = len(matrix)
+    blocks = matrix.contiguous().reshape(count, a.shape[2], b.shape[2])
+    places = order.reshape(a.shape[1], b.shape[1])
+    (upper, _), (lower, mixing) = _orthonormal(a), _orthonormal(b)
+    fitted = torch.einsum("rs,sij->irj", mixing, a).flatten(1)
+    gain = torch.empty(*places.shape, count, dtype=matrix.dtype, device=matrix.device)
+    for i2, rows in enumerate(places.T):
+        z = (lower[:, i2] @ blocks.mT).flatten(1)
+        gain[:, i2] = 2 * (fitted - z[rows]) @ z.T + z.square().sum(dim=1)
+    for i1, rows in enumerate(places):
+        z = (upper[:, i1] @ blocks).flatten(1)
+        gain[i1] += z.square().sum(dim=1) - 2 * z[rows] @ z.T
+    return gain.flatten(0, 1)
+
+
+def _orthonormal(factors: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis (r, m, n) of the factors (s, m, n) and the matrix (r, s) that gives them from it."""
+    basis, triangle = torch.linalg.qr(factors.flatten(1).T)
+    return basis.T.reshape(-1, *factors.shape[1:]), triangle
 
 
 def _dense(a: Tensor, b: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tdkit.assignment import best_assignment
-from tdkit.linalg import nearest_kronecker, relative_error, restore
-from tdkit.permutations import Ordering, search
+from tdkit.linalg import nearest_kronecker, rearrange, relative_error, restore
+from tdkit.permutations import Climb, Ordering, _refit_gain, search
 from tdkit.shapes import Shape
 from tests.planted import Factors, gaussian, non_negative, orthogonal, plant, rank_two, repeated
 
@@ -52,6 +52,51 @@ def test_planted_orders_are_found_exactly(factors: Factors, shuffled: str) -> No
     assert sorted(found.rows.tolist()) == list(range(256)) == sorted(found.columns.tolist())
 
 
+def test_counting_the_refit_finds_what_assignments_for_fixed_factors_miss() -> None:
+    a, b = (16, 16), (12, 12)
+    planted = plant(a, b, noise=0.5, seed=3)
+    found = search(planted.matrix, a, b, 1)
+    assert error(planted.matrix, found, a, b) < planted.error + 1e-4
+
+
+def test_counting_the_refit_goes_on_where_nothing_moves_for_fixed_factors() -> None:
+    matrix = torch.randn(96, 80, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    climb = Climb(matrix, (8, 10), (12, 8), 2, rows=True, columns=True, effort=20)
+    fixed = climb.by_norm()
+    while (now := climb.improved(fixed)).energy > fixed.energy:
+        fixed = now
+    refined = climb.refined(fixed)
+    assert refined.energy > 1.2 * fixed.energy
+    assert climb.fit(refined.rows, refined.columns).energy == pytest.approx(refined.energy)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3])
+def test_the_gain_of_one_row_is_that_of_refitting_either_factor(terms: int) -> None:
+    a, b = (3, 4), (2, 5)
+    generator = torch.Generator().manual_seed(terms)
+    matrix = torch.randn(6, 20, generator=generator, dtype=torch.float64)
+    order = torch.randperm(6, generator=generator)
+    left, right = nearest_kronecker(matrix[order], a, b, terms)
+    gain = _refit_gain(matrix, left, right, order)
+
+    bases = [torch.linalg.qr(factors.flatten(1).T)[0] for factors in (left, right)]
+    approximation = restore(left.flatten(1).T @ right.flatten(1), a, b)
+
+    def energy(rows: Tensor) -> float:
+        """With the one basis kept, and with the other, less what both count."""
+        flat = rearrange(matrix[rows], a, b)
+        kept = (bases[0].T @ flat).square().sum() + (flat @ bases[1]).square().sum()
+        return float(kept - 2 * (matrix[rows] * approximation).sum())
+
+    for place in range(6):
+        for row in range(6):
+            replaced = order.clone()
+            replaced[place] = row
+            assert float(gain[place, row] - gain[place, order[place]]) == pytest.approx(
+                energy(replaced) - energy(order)
+            )
+
+
 sizes = st.integers(1, 6)
 
 
@@ -68,6 +113,21 @@ def test_never_worse_than_the_order_as_it_stands(a: Shape, b: Shape, terms: int,
     assert found.energy == pytest.approx((1 - error(matrix, found, a, b) ** 2) * float(matrix.square().sum()))
     if not rows:
         assert torch.equal(found.rows, torch.arange(len(matrix)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(a=st.tuples(sizes, sizes), b=st.tuples(sizes, sizes), terms=st.integers(1, 3), rows=st.booleans(), seed=sizes)
+def test_no_step_of_the_search_loses_energy(a: Shape, b: Shape, terms: int, rows: bool, seed: int) -> None:
+    terms = min(terms, a[0] * a[1], b[0] * b[1])
+    matrix = torch.randn(a[0] * b[0], a[1] * b[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    climb = Climb(matrix, a, b, terms, rows=rows, columns=True, effort=1)
+    ordering = climb.by_norm()
+    for step in (climb.refined, climb.improved, climb.refined, climb.finished, climb.refined):
+        now = step(ordering)
+        assert now.energy >= ordering.energy
+        assert sorted(now.rows.tolist()) == list(range(len(matrix)))
+        assert sorted(now.columns.tolist()) == list(range(matrix.shape[1]))
+        ordering = now
 
 
 @pytest.mark.parametrize("size", [1e-200, 1e200])
