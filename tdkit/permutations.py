@@ -92,11 +92,9 @@ def _search(climb: Climb, seed: int) -> Ordering:
         found += [climb.improved(start) for start in (plain, climb.by_norm())]
     climb.rounds += climb.reserve
     for ordering in sorted(found, key=_energy, reverse=True):
-        best = max(best, climb.refined(ordering), key=_energy)
+        best = max(best, climb.polished(ordering), key=_energy)
         if climb.is_explained(best) or climb.rounds <= 0:
             break
-    else:
-        best = climb.refined(climb.finished(best))
     if best.a.dtype != torch.float64:
         best = _exact_fit(climb.matrix, climb.a, climb.b, climb.terms, best.rows, best.columns)
     return max(plain, best, key=_energy)
@@ -114,7 +112,7 @@ class Climb:
         small = min(1.0, 2 * FULL_BUDGET_SIDE**2 / (matrix.shape[0] ** 2 + matrix.shape[1] ** 2))
         rounds = max(1, effort) * (1 if terms > FEW_TERMS else max(LEAST_ROUNDS, round(ROUNDS * small)))
         self.stages = STAGES * effort
-        self.reserve = rounds // 3  # for `refined`, once the starts are done
+        self.reserve = rounds // 3  # for `polished`, once the starts are done
         self.rounds = max(rounds - self.reserve, min(rounds, LEAST_ROUNDS))
 
     def spectral(self, plain: Ordering, seed: int) -> Iterator[Ordering]:
@@ -165,6 +163,13 @@ class Climb:
                 now = max(now, self.refit(now, now.rows, best_assignment(gain)), key=_energy)
             if now.energy <= best.energy + TOLERANCE * self.total:
                 return now
+            best = now
+        return best
+
+    def polished(self, ordering: Ordering) -> Ordering:
+        """`refined` and `finished` in turn for as long as that gains something."""
+        best = self.refined(ordering)
+        while (now := self.refined(self.finished(best))).energy > best.energy + TOLERANCE * self.total:
             best = now
         return best
 

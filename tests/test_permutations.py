@@ -12,7 +12,7 @@ from tdkit.assignment import best_assignment
 from tdkit.linalg import nearest_kronecker, rearrange, relative_error, restore
 from tdkit.permutations import Climb, Ordering, _refit_gain, search
 from tdkit.shapes import Shape
-from tests.planted import Factors, gaussian, non_negative, orthogonal, plant, rank_two, repeated
+from tests.planted import Factors, gaussian, non_negative, orthogonal, plant, rank_two, repeated, signs
 
 
 def error(matrix: Tensor, found: Ordering, a: Shape, b: Shape) -> float:
@@ -57,6 +57,13 @@ def test_counting_the_refit_finds_what_assignments_for_fixed_factors_miss() -> N
     planted = plant(a, b, noise=0.5, seed=3)
     found = search(planted.matrix, a, b, 1)
     assert error(planted.matrix, found, a, b) < planted.error + 1e-4
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_factors_of_one_magnitude_that_no_spectral_start_sees(noise: float) -> None:
+    planted = plant((16, 16), (16, 16), noise=noise, factors=signs)
+    found = search(planted.matrix, (16, 16), (16, 16), 1)
+    assert error(planted.matrix, found, (16, 16), (16, 16)) < planted.error + 1e-4
 
 
 def test_counting_the_refit_goes_on_where_nothing_moves_for_fixed_factors() -> None:
