@@ -53,8 +53,8 @@ def search(
     The starts are the order as it stands, the order by norm and, where the matrix shows a permuted
     structure, the spectral ones. In an alternation every step is monotone: the fit is the best for an
     order, and for fixed factors the best order of the rows (then of the columns) is a linear assignment.
-    Where that moves nothing more, assignments that count the refit of the factors go on; they cover swaps and
-    longer cycles of rows, and are kept where the energy rises.
+    Where that moves nothing more, assignments by what a row brings once the factors are refitted go on; they
+    take swaps and longer cycles of rows all at once, and stand where the energy rises.
     The result is never worse than `nearest_kronecker` on the matrix as it stands. Deterministic for a seed.
 
     Args:
@@ -65,7 +65,7 @@ def search(
         effort: multiplies the bounds on the spectral stages and on the rounds of alternation; 0: no spectral start.
 
     Source: alternation of an exact fit with exact assignments; the permuted form is that of Abronin et
-    al., TQCompressor (2024), section 3; the spectral start is ours (`tdkit.spectral_start`).
+    al., TQCompressor (2024), section 3; the spectral start (`tdkit.spectral_start`) and the gain of a refit are ours.
     """
     size = float(matrix.abs().max())
     if size == 0 or not (rows or columns):
