@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tdkit.block_fit import LARGE, LARGE_STEPS, SINGLE_FROM, TOLERANCE, BlockForm
+from tdkit.block_fit import LARGE, SINGLE_FROM, BlockForm
 from tdkit.linalg import working
 from tdkit.metric import Metric, times_left, times_right
 from tdkit.product_metric import Pairs, along_modes, whitening_modes
@@ -25,9 +25,12 @@ from tdkit.tensor_train import (
     tt_svd,
 )
 
-MAX_STEPS = 100
-CURVE_STEPS = 3  # where a matrix is small they cost nothing, and there are as many as in a fit
+MAX_STEPS = 500
+STEPS_ON = 2**26  # entries of the weight times steps, at most: the larger the weight, the fewer steps
+TOLERANCE = 2e-4  # relative, see `minimise`
+HISTORY = 30  # of the quasi-Newton steps; 10 need half as many steps again
 SMALL = 1 << 16
+CURVE_STEPS, SMALL_CURVE_STEPS = 3, 100  # the latter where a matrix is small and they cost little
 DAMPING = 0.05  # of a bond's mean singular value: weak terms are not moved at once by their full Newton step
 
 
@@ -54,7 +57,7 @@ def fit_train(
         metric: S and C.
         ranks: (cores + 1), the outer two are 1.
         out_modes, in_modes: may span more than the weight, which is then padded.
-        steps: at most so many, and at most `LARGE_STEPS` for a large weight; 0 gives the closed form.
+        steps: at most so many, fewer for a large weight; 0 gives the closed form.
 
     Returns:
         cores (rank, out mode, in mode, next rank), float64, bonds balanced.
@@ -63,12 +66,11 @@ def fit_train(
     if form is not None:
         return form.fit(weight, metric, steps)
     problem = whitened_problem(weight, metric, out_modes, in_modes)
-    large = weight.numel() >= LARGE
     start = tt_svd(problem.whitened_weight(), ranks, out_modes, in_modes)
-    if not large:
+    if weight.numel() < LARGE:
         plain = problem.whiten(tt_svd(weight, ranks, out_modes, in_modes))
         start = min(start, plain, key=problem.error)
-    refined, first, last = problem.refine(start, min(steps, LARGE_STEPS) if large else steps)
+    refined, first, last = problem.refine(start, min(steps, STEPS_ON // weight.numel() + 1))
     return bond_balanced(problem.unwhiten(refined if last < first else start))[0]
 
 
@@ -93,7 +95,7 @@ def train_errors(
         weight, metric, out_modes, in_modes: as for `fit_train`.
         ranks: for each fit (cores + 1) ranks, the largest last.
     """
-    steps = CURVE_STEPS if weight.numel() >= SMALL else MAX_STEPS
+    steps = CURVE_STEPS if weight.numel() >= SMALL else SMALL_CURVE_STEPS
     forms = [BlockForm.of(weight, each, out_modes, in_modes) for each in ranks]
     blocks = [form for form in forms if form is not None]
     found = iter(blocks[-1].errors(weight, metric, [form.rank for form in blocks], steps) if blocks else [])
@@ -178,6 +180,7 @@ class WhitenedProblem:
             first_step=1 / len(cores),
             max_steps=steps,
             tolerance=TOLERANCE,
+            history=HISTORY,
         )
         parts = torch.split(found.point.to(torch.float64), sizes)
         refined = [part.reshape(shape) / share for part, shape in zip(parts, shapes, strict=True)]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HISTORY = 10  # pairs of steps and gradient changes that stand for the inverse Hessian
 MAX_HALVINGS = 12
 SUFFICIENT = 1e-4  # of the decrease that the slope promises (Armijo)
 WINDOW = 3  # steps over which progress is judged
@@ -38,6 +37,7 @@ def minimise(
     first_step: float,
     max_steps: int,
     tolerance: float,
+    history: int = 10,
 ) -> Minimum:
     """Descend from `start` until `WINDOW` steps together gain less than `tolerance` of the value.
 
@@ -50,13 +50,14 @@ def minimise(
         first_step: length of the first trial step along ``-scale * gradient``.
         max_steps: at most so many; 0 returns the start.
         tolerance: relative.
+        history: pairs of steps and gradient changes that stand for the inverse Hessian.
 
     Source: Nocedal and Wright, Numerical Optimization (2006), algorithms 7.4 and 3.1.
     """
     point = start
     value, gradient = function(point)
     values, evaluations = [value], 1
-    memory: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=HISTORY)
+    memory: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=history)
     while len(values) <= max_steps and value > 0:
         direction = _direction(gradient, memory, scale)
         slope = float(gradient @ direction)
