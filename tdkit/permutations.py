@@ -88,12 +88,12 @@ def _search(climb: Climb, seed: int) -> Ordering:
         found.append(climb.finished(climb.improved(start)))
         if climb.is_explained(found[-1]) or climb.rounds <= 0:
             break
-    else:
+    if climb.rounds > 0 and not any(climb.is_recovered(ordering) for ordering in found):
         found += [climb.improved(start) for start in (plain, climb.by_norm())]
     climb.rounds += climb.reserve
     for ordering in sorted(found, key=_energy, reverse=True):
         best = max(best, climb.polished(ordering), key=_energy)
-        if climb.is_explained(best) or climb.rounds <= 0:
+        if climb.is_recovered(best) or climb.rounds <= 0:
             break
     if best.a.dtype != torch.float64:
         best = _exact_fit(climb.matrix, climb.a, climb.b, climb.terms, best.rows, best.columns)
@@ -199,6 +199,10 @@ class Climb:
             return True
         left = self.single[ordering.rows][:, ordering.columns] - _dense(ordering.a, ordering.b).float()
         return float(left.square().sum()) <= NEGLIGIBLE * self.total or embed(left, count=4).excess < DETECTED
+
+    def is_recovered(self, ordering: Ordering) -> bool:
+        """Whether the fit keeps most of the energy besides: no other start will do better."""
+        return ordering.energy >= self.total / 2 and self.is_explained(ordering)
 
     def refit(self, ordering: Ordering, rows: Tensor, columns: Tensor) -> Ordering:
         """The fit for new orders; the old one where they are the old."""
