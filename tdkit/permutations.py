@@ -61,7 +61,8 @@ def search(
         matrix: what to fit.
         a, b, terms: factor shapes and their number, as for `nearest_kronecker`.
         rows, columns: whether they may be reordered.
-        seed: of the trials that tell the two indices apart.
+        seed: of the trials that tell the two indices apart. A matrix of up to `FULL_BUDGET_SIDE` rows and columns
+            from which nothing was recovered is searched once more, with the next seed.
         effort: multiplies the bounds on the spectral stages and on the rounds of alternation; 0: no spectral start.
 
     Source: alternation of an exact fit with exact assignments; the permuted form is that of Abronin et
@@ -71,7 +72,11 @@ def search(
     if size == 0 or not (rows or columns):
         return _exact_fit(matrix, a, b, terms, *_as_it_stands(matrix))
     scale = 2.0 ** math.floor(math.log2(size))  # a power of two: scaling by it is exact
-    found = _search(Climb(matrix / scale, a, b, terms, rows, columns, effort), seed)
+    climb = Climb(matrix / scale, a, b, terms, rows, columns, effort)
+    found = _search(climb, seed)
+    if effort and terms <= FEW_TERMS and max(matrix.shape) <= FULL_BUDGET_SIDE and not climb.is_recovered(found):
+        again = _search(Climb(matrix / scale, a, b, terms, rows, columns, effort), seed + 1)
+        found = max(found, again, key=_energy)
     return replace(found, b=found.b * scale, energy=found.energy * scale * scale)
 
 
