@@ -77,6 +77,32 @@ def test_for_one_token_a_held_weight_lies_along_its_longer_side(
     assert again.stride() == strides
 
 
+def test_a_low_rank_pair_holds_its_factors_with_the_rank_padded() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 64, bias=True))
+    model = tdkit.compress(model, Policy([Rule("*", LowRank(rank=5))]), progress=False)
+    x = torch.randn(2, 256, 96)
+    with torch.inference_mode():
+        expected = model(x)
+        prepare(model)
+        torch.testing.assert_close(model(x), expected)
+        assert held_bytes(model) == 16 * (64 + 96) * 4
+        torch.testing.assert_close(model(x[:1, :3]), expected[:1, :3])  # few tokens use the factors themselves
+        assert held_bytes(copy.deepcopy(model)) == 0
+    with torch.no_grad():
+        matrix_of(model).right.mul_(2)
+    bias = model[0].bias
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x) - bias, 2 * (expected - bias), rtol=1e-4, atol=1e-5)
+    assert not [name for name in model.state_dict() if "padded" in name]
+    model.train()
+    assert held_bytes(model) == 0
+    prepare(model, prefer="memory")
+    with torch.inference_mode():
+        model(x)
+    assert held_bytes(model) == 0
+
+
 def test_nothing_is_held_before_a_call_needs_it() -> None:
     model = prepare(model_of(TTMatrix(ranks=16)))
     assert held_bytes(model) == 0

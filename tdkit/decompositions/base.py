@@ -74,7 +74,7 @@ class FactorizedMatrix(nn.Module, ABC):
         if self.prefer == "speed" and not self.training and not training:
             path = select(self.schedule(x.dtype, x.device.type, held=True), tokens)
             if path.name != HELD:
-                return self.multiply(x, bias, path)
+                return self.multiply_held(x, bias, path)
             few = tokens <= FEW and x.device.type == "cpu"
             weight = self._held.get(tensors, autocast_dtype(x.device.type) or x.dtype, self.dense, few=few)
             if weight is not None:
@@ -86,6 +86,10 @@ class FactorizedMatrix(nn.Module, ABC):
         """``x @ dense().T + bias`` by one of `paths`."""
         y = self.matmul(x)
         return y if bias is None else y + bias
+
+    def multiply_held(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
+        """The same where something may be held to make it faster."""
+        return self.multiply(x, bias, path)
 
     def paths(self, tokens: int) -> tuple[Path, ...]:
         """The ways to multiply `tokens` rows without a held weight; those of a plugin are its `matmul`."""
@@ -143,22 +147,26 @@ class FactorizedMatrix(nn.Module, ABC):
         return ((0, self.paths(1)[0]),)
 
     def hold(self, prefer: Preference, *, graphs: bool = False) -> None:
-        """Set `prefer` and `graphs` and forget a weight that is held."""
+        """Set `prefer` and `graphs` and forget what is held."""
         self.prefer, self.graphs = prefer, graphs
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Forget what is held."""
         self._held.drop()
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the dense weight that is held at the moment; 0 when there is none."""
+        """Bytes of what is held at the moment, the dense weight as a rule; 0 when there is nothing."""
         return self._held.bytes
 
     def train(self, mode: bool = True) -> Self:
         if mode:
-            self._held.drop()
+            self.let_go()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._held.drop()  # moved, or in another dtype: built anew when it is next needed
+        self.let_go()  # moved, or in another dtype: built anew when it is next needed
         return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def _tensors(self) -> tuple[Tensor, ...]:

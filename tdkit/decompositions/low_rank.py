@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdkit.contraction import LowRankStructure
+from tdkit.autograd import autocast_dtype
+from tdkit.contraction import LANES, MANY, LowRankStructure
+from tdkit.cost import Path
 from tdkit.decompositions.base import Decomposition, Point, assign, factor, positive
 from tdkit.decompositions.curves import exact_curve
 from tdkit.decompositions.structured import StructuredMatrix
 from tdkit.errors import OptionError
+from tdkit.held import HeldWeight
 from tdkit.metric import Metric
 from tdkit.shapes import Shape
 from tdkit.whitening import squared_singular_values, truncated_in_metric
@@ -34,6 +37,7 @@ class LowRankMatrix(StructuredMatrix):
         super().__init__(decomposition, LowRankStructure(shape, rank))
         self.left = factor(shape[0], rank, axes=(1, 0), device=device, dtype=dtype)  # the longer side is read along
         self.right = factor(rank, shape[1], device=device, dtype=dtype)
+        self._padded = HeldWeight()  # both factors side by side, (rank, out + in)
 
     def factors(self) -> tuple[Tensor, ...]:
         parameters = self._parameters
@@ -44,6 +48,27 @@ class LowRankMatrix(StructuredMatrix):
 
         left, right = self.factors()
         return low_rank_pair(x, left, right, bias)
+
+    def multiply_held(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
+        rank, rows = self.right.shape[0], self.shape[0]
+        if rank % LANES == 0 or x.device.type != "cpu" or x.numel() < MANY * self.shape[1]:
+            return self.multiply(x, bias, path)
+        both = self._padded.get(self.factors(), autocast_dtype(x.device.type) or x.dtype, self._side_by_side)
+        if both is None:
+            return self.multiply(x, bias, path)
+        return F.linear(F.linear(x, both[:, rows:]), both[:, :rows].T, bias)
+
+    def _side_by_side(self) -> Tensor:
+        """The factors, their rank padded to a multiple of `LANES`."""
+        return F.pad(torch.cat([self.left.T, self.right], 1), (0, 0, 0, -self.right.shape[0] % LANES))
+
+    def let_go(self) -> None:
+        super().let_go()
+        self._padded.drop()
+
+    @property
+    def held_bytes(self) -> int:
+        return super().held_bytes + self._padded.bytes
 
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.left) @ self.right
