@@ -21,8 +21,9 @@ from tdkit.shapes import Shape
 Factors = Sequence[Tensor]
 Gradients = tuple[Tensor | None, ...]
 
-LANES = 16  # a CPU's library multiplies at a higher rate over an inner dimension that is a multiple of it: factors
-SMALL, MANY = 2**19, 256  # of up to so many numbers are padded to one for a call with so many tokens
+LANES = 16  # a CPU's library multiplies at a higher rate over an inner dimension that is a multiple of it
+MANY = 256  # rows of x from which padding a rank to such a multiple pays,
+PADDED = 2**19  # for each call anew only where the factors hold at most so many numbers
 
 
 def product(
@@ -35,6 +36,15 @@ def product(
         return F.linear(x, matrix, bias)
     y = (matrix @ x.T).T.contiguous()
     return y if bias is None else y + bias
+
+
+def padded_rank(
+    left: Tensor,  # (out, rank)
+    right: Tensor,  # (rank, in)
+) -> tuple[Tensor, Tensor]:
+    """The same product with zeros that make the rank a multiple of `LANES`."""
+    missing = (0, 0, 0, -right.shape[0] % LANES)
+    return F.pad(left.T, missing).T, F.pad(right, missing)
 
 
 def _on_cpu(x: Tensor) -> bool:
@@ -157,9 +167,8 @@ class LowRankStructure(Structure):
 
     def multiply(self, x: Tensor, factors: Factors, path: Path, bias: Tensor | None = None) -> Tensor:
         left, right = factors
-        missing = -self.rank % LANES
-        if missing and self.rank * sum(self.shape) <= SMALL and _on_cpu(x) and x.shape[0] >= MANY:
-            left, right = F.pad(left.T, (0, 0, 0, missing)).T, F.pad(right, (0, 0, 0, missing))
+        if self.rank % LANES and self.rank * sum(self.shape) <= PADDED and _on_cpu(x) and x.shape[0] >= MANY:
+            left, right = padded_rank(left, right)
         return product(product(x, right), left, bias)
 
     def factor_backward(

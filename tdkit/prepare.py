@@ -17,8 +17,10 @@ def prepare(model: M, *, prefer: Preference = "speed", graphs: bool = False) -> 
 
     With ``prefer="speed"`` a matrix whose factors would be slower than the dense weight, for the tokens of a
     call, holds that weight from its first such call on: no call is slower than in the dense model, at up to
-    the dense model's memory on top of the factors. With ``prefer="memory"``, which is how every model
-    starts, nothing is held: each call uses the factors, or builds the weight and lets it go.
+    the dense model's memory on top of the factors. A low-rank pair whose rank is no multiple of 16 holds a padded
+    copy of its factors from its first CPU call with 256 tokens or more on. With
+    ``prefer="memory"``, which is how every model starts, nothing is held: each call uses the factors, or builds the
+    weight and lets it go.
 
     A weight that is held is never part of ``state_dict``, of a copy or of a pickle. It is built anew after
     the factors change (in place, by an optimizer or ``load_state_dict``, or as other tensors) and after
@@ -50,7 +52,7 @@ def prepare(model: M, *, prefer: Preference = "speed", graphs: bool = False) -> 
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Bytes of the dense weights that the factorised matrices of `model` hold at the moment."""
+    """Bytes of what the factorised matrices of `model` hold at the moment to be fast, dense weights as a rule."""
     return sum(matrix.held_bytes for matrix in factorized_matrices(model))
 
 

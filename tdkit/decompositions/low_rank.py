@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tdkit.autograd import autocast_dtype
-from tdkit.contraction import LANES, MANY, LowRankStructure
+from tdkit.contraction import LANES, MANY, LowRankStructure, padded_rank
 from tdkit.cost import Path
 from tdkit.decompositions.base import Decomposition, Point, assign, factor, positive
 from tdkit.decompositions.curves import exact_curve
@@ -60,7 +60,8 @@ class LowRankMatrix(StructuredMatrix):
 
     def _side_by_side(self) -> Tensor:
         """The factors, their rank padded to a multiple of `LANES`."""
-        return F.pad(torch.cat([self.left.T, self.right], 1), (0, 0, 0, -self.right.shape[0] % LANES))
+        left, right = padded_rank(self.left, self.right)
+        return torch.cat([left.T, right], 1)
 
     def let_go(self) -> None:
         super().let_go()

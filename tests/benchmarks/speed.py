@@ -29,6 +29,7 @@ from torch.nn import functional as F
 import tdkit
 from tdkit import Decomposition, FactorizedMatrix, Kronecker, LowRank, PermutedKronecker, Policy, Rule, TTMatrix
 from tdkit.benchmark import ready, unfitted
+from tdkit.contraction import padded_rank
 from tdkit.layers import FactorizedLinear
 from tdkit.prepare import held_bytes
 from tdkit.tables import markdown_table
@@ -105,9 +106,7 @@ def evaluation(shapes: Sequence[tuple[int, int]], seconds: float) -> Iterator[Ro
 
 def bare_products(matrix: FactorizedMatrix, x: Tensor, bias: Tensor) -> Callable[[], object]:
     """The two products of a low-rank pair and nothing else, the rank padded in advance: what the library allows."""
-    left, right = (factor.detach() for factor in matrix.parameters())
-    missing = -right.shape[0] % 16
-    left, right = F.pad(left.T, (0, 0, 0, missing)).T, F.pad(right, (0, 0, 0, missing))
+    left, right = padded_rank(*(factor.detach() for factor in matrix.parameters()))
     return lambda: F.linear(F.linear(x, right), left, bias)
 
 
