@@ -118,6 +118,28 @@ def test_prefer_memory_holds_nothing_and_lets_go() -> None:
     assert held_bytes(model) == 0
 
 
+def test_calls_in_a_row_choose_no_path_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, expected = held_model(TTMatrix(ranks=16))
+
+    def chosen(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a path was chosen")
+
+    monkeypatch.setattr(FactorizedMatrix, "schedule", chosen)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected)
+        for other in (x[:200], x.double()):
+            with pytest.raises(AssertionError, match="a path was chosen"):
+                model(other)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(AssertionError, match="a path was chosen"):
+            model(x)
+    with pytest.raises(AssertionError, match="a path was chosen"):
+        model(x)  # may need gradients
+    matrix_of(model).train()
+    matrix_of(model).eval()
+    with torch.inference_mode(), pytest.raises(AssertionError, match="a path was chosen"):
+        model(x)
+
+
 def change_in_place(matrix: FactorizedMatrix) -> None:
     with torch.no_grad():
         next(matrix.parameters()).mul_(2)

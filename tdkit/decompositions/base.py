@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -65,19 +65,30 @@ class FactorizedMatrix(nn.Module, ABC):
         bias: Tensor | None = None,  # (out,)
     ) -> Tensor:  # (*batch, out)
         """``x @ dense().T + bias`` by the path that costs least for this many rows of x."""
-        tokens = x.numel() // self.shape[1]
         if torch.compiler.is_compiling():
-            training = torch.is_grad_enabled()
+            tokens, training = x.numel() // self.shape[1], torch.is_grad_enabled()
             return self.multiply(x, bias, select(self.constant_schedule(x.dtype, x.device.type, training), tokens))
+        may_hold = self.prefer == "speed" and not self.training
         tensors = self._tensors()
+        weight = self._held.again(x, tensors) if may_hold else None
+        if weight is None:
+            return self._multiplied(x, bias, tensors, may_hold)
+        return F.linear(x, weight, bias)
+
+    def _multiplied(self, x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], may_hold: bool) -> Tensor:
+        """`linear` where what is held does not answer the call: choose the path, and what to hold from now on."""
+        tokens = x.numel() // self.shape[1]
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if self.prefer == "speed" and not self.training and not training:
+        if may_hold and not training:
             path = select(self.schedule(x.dtype, x.device.type, held=True), tokens)
             if path.name != HELD:
                 return self.multiply_held(x, bias, path)
             few = tokens <= FEW and x.device.type == "cpu"
-            weight = self._held.get(tensors, autocast_dtype(x.device.type) or x.dtype, self.dense, few=few)
+            autocast = autocast_dtype(x.device.type)
+            weight = self._held.get(tensors, autocast or x.dtype, self.dense, few=few)
             if weight is not None:
+                if autocast is None:
+                    self._held.served(x)
                 return F.linear(x, weight, bias)
         path = select(self.schedule(x.dtype, x.device.type, held=False, training=training), tokens)
         return self.multiply(x, bias, path)

@@ -51,7 +51,7 @@ class PermutedKroneckerMatrix(KroneckerMatrix):
         self._row_target = HeldWeight()  # the inverse of the row order
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        return (*self.factors(), *self.buffers())
+        return (*self.factors(), *(order for order in self._buffers.values() if order is not None))
 
     def dense(self) -> Tensor:
         dense = super().dense()

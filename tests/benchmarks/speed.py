@@ -287,7 +287,10 @@ def write(results: dict[str, Any]) -> None:
     parts = [
         "# Speed\n",
         f"Written by `python tests/benchmarks/speed.py`: float32, {machine['threads']} threads of {machine['cpus']} "
-        f"CPUs, torch {machine['torch']}, load average {machine['load']:.1f} when it began. Ratios are medians of "
+        f"CPUs, torch {machine['torch']}, load average {machine['load']:.1f} when it began, "
+        f"{'huge' if machine.get('huge_pages') else 'small'} pages (`THP_MEM_ALLOC_ENABLE`; with small pages two "
+        "dense weights of the same size differ by up to 10% in the time that one token takes to read them, by where "
+        "they happen to lie). Ratios are medians of "
         "paired ratios to the dense call of the same round: below 1 is faster than dense. Every bar is listed with "
         "what was measured; a ratio above its bar is a miss.\n",
         "## Bars\n",
@@ -382,6 +385,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="on a GPU")
     options = parser.parse_args()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it first allocates a tensor
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     shapes = [shape for shape in SHAPES if max(shape) <= options.largest]
@@ -403,6 +407,7 @@ def main() -> None:
         "cpus": os.cpu_count(),
         "torch": torch.__version__,
         "load": os.getloadavg()[0],
+        "huge_pages": os.environ["THP_MEM_ALLOC_ENABLE"] == "1",
         "processor": platform.processor(),
     }
     for part in options.parts.split(","):
