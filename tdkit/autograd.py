@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from tdkit import onednn
 from tdkit.contraction import Factors, Structure
 from tdkit.cost import DENSE, Path
 
@@ -47,7 +47,7 @@ def linear(
 
 def _forward(structure: Structure, path: Path, x: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
     if path.name == DENSE:
-        return F.linear(x, structure.build(factors), bias)
+        return onednn.linear(x, structure.build(factors), bias)
     return structure.multiply(x, factors, path, bias)
 
 

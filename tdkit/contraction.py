@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdkit import onednn
 from tdkit.cost import DENSE, FEW, FUSED, Path, Product
 from tdkit.kernels import FEW_TOKENS
 from tdkit.shapes import Shape
@@ -33,7 +34,7 @@ def product(
 ) -> Tensor:  # (n, out)
     """``x @ matrix.T + bias``; two or three rows by the transposed product, which a CPU does 1 to 4 times faster."""
     if not _on_cpu(x) or not 1 < x.shape[0] <= FEW or matrix.stride(1) != 1:
-        return F.linear(x, matrix, bias)
+        return onednn.linear(x, matrix, bias)
     y = (matrix @ x.T).T.contiguous()
     return y if bias is None else y + bias
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 import weakref
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 SAMPLE_SECONDS = 5e-3  # a shorter call is repeated within one sample: neither the clock nor cold caches must count
 MAX_REPEATS = 200
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,22 @@ def _sample(call: Callable[[], object], repeats: int, device: torch.device) -> f
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return (time.perf_counter() - started) / repeats
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep what is freed for the next tensors, for the rest of the process: for a process that times.
+
+    By default whether a tensor of some MiB lies in fresh pages, at a page fault for every 4 KiB, depends on what was
+    freed before it, by whom it matters not: of two equal calls one can take twice the other's time.
+
+    Returns:
+        Whether it was done: False where the C library is not glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(MMAP_THRESHOLD, 2**25) and mallopt(TRIM_THRESHOLD, 2**31 - 1))
 
 
 def saved_bytes(forward: Callable[[], object]) -> int:

@@ -1,6 +1,8 @@
 """The benchmark compares like with like, changes nothing, and its clock and byte counts are right."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -108,3 +110,32 @@ def test_bytes_saved_and_at_the_peak() -> None:
             x.detach().clone()
 
     assert peak_bytes(one_after_another) == 64 * 32 * 4
+
+
+FAULTS = """
+import resource
+import torch
+from tdkit.timing import keep_freed_memory
+
+kept = {}
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    together = [torch.empty(2**20).zero_() for _ in range(5)]  # 20 MiB, 5120 pages of 4 KiB
+    del together
+print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept_for_the_next_tensors() -> None:
+    def faults(kept: str) -> tuple[int, int]:
+        code = FAULTS.format(kept)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        kept_at_all, count = map(int, done.stdout.split())
+        return kept_at_all, count
+
+    _, by_default = faults("False")
+    kept, count = faults("keep_freed_memory()")
+    if not kept or by_default < 1000:
+        pytest.skip("another C library, or one that keeps such tensors anyway")
+    assert count < 100

@@ -13,6 +13,7 @@ from tdkit.errors import OptionError
 from tdkit.planning import plan
 from tdkit.sites import factorized_groups
 from tdkit.sources import load_model
+from tdkit.timing import keep_freed_memory
 
 
 def bench(
@@ -36,6 +37,7 @@ def bench(
     A dense model is rewritten by the policy with random factors first: its speed is known before any fit.
     """
     counts = _tokens(tokens)
+    keep_freed_memory()
     source = load_model(model, dtype=dtype_of(dtype), device=device)
     if not factorized_groups(source.model):
         chosen = policy_of(policy, with_, match, budget)

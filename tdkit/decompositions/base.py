@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdkit import kernels
+from tdkit import kernels, onednn
 from tdkit.autograd import autocast_dtype
 from tdkit.cost import DENSE, FEW, GRAPH, HELD, Path, Product, Schedule, schedule_of, select
 from tdkit.errors import OptionError
@@ -73,7 +73,7 @@ class FactorizedMatrix(nn.Module, ABC):
         weight = self._held.again(x, tensors) if may_hold else None
         if weight is None:
             return self._multiplied(x, bias, tensors, may_hold)
-        return F.linear(x, weight, bias)
+        return onednn.linear(x, weight, bias)
 
     def _multiplied(self, x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], may_hold: bool) -> Tensor:
         """`linear` where what is held does not answer the call: choose the path, and what to hold from now on."""
@@ -89,7 +89,7 @@ class FactorizedMatrix(nn.Module, ABC):
             if weight is not None:
                 if autocast is None:
                     self._held.served(x)
-                return F.linear(x, weight, bias)
+                return onednn.linear(x, weight, bias)
         path = select(self.schedule(x.dtype, x.device.type, held=False, training=training), tokens)
         return self.multiply(x, bias, path)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdkit import onednn
 from tdkit.autograd import autocast_dtype
 from tdkit.contraction import LANES, MANY, LowRankStructure, padded_rank
 from tdkit.cost import Path
@@ -37,7 +38,7 @@ class LowRankMatrix(StructuredMatrix):
         super().__init__(decomposition, LowRankStructure(shape, rank))
         self.left = factor(shape[0], rank, axes=(1, 0), device=device, dtype=dtype)  # the longer side is read along
         self.right = factor(rank, shape[1], device=device, dtype=dtype)
-        self._padded = HeldWeight()  # both factors side by side, (rank, out + in)
+        self._padded = HeldWeight()  # both factors end to end
 
     def factors(self) -> tuple[Tensor, ...]:
         parameters = self._parameters
@@ -50,18 +51,20 @@ class LowRankMatrix(StructuredMatrix):
         return low_rank_pair(x, left, right, bias)
 
     def multiply_held(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
-        rank, rows = self.right.shape[0], self.shape[0]
-        if rank % LANES == 0 or x.device.type != "cpu" or x.numel() < MANY * self.shape[1]:
+        rank, (rows, columns) = self.right.shape[0], self.shape
+        if rank % LANES == 0 or x.device.type != "cpu" or x.numel() < MANY * columns:
             return self.multiply(x, bias, path)
-        both = self._padded.get(self.factors(), autocast_dtype(x.device.type) or x.dtype, self._side_by_side)
+        both = self._padded.get(self.factors(), autocast_dtype(x.device.type) or x.dtype, self._end_to_end)
         if both is None:
             return self.multiply(x, bias, path)
-        return F.linear(F.linear(x, both[:, rows:]), both[:, :rows].T, bias)
+        padded = both.numel() // (rows + columns)
+        left, right = both[: padded * rows].view(padded, rows).T, both[padded * rows :].view(padded, columns)
+        return onednn.linear(onednn.linear(x, right), left, bias)
 
-    def _side_by_side(self) -> Tensor:
-        """The factors, their rank padded to a multiple of `LANES`."""
+    def _end_to_end(self) -> Tensor:
+        """The factors, their rank padded to a multiple of `LANES`: left transposed, then right, row by row."""
         left, right = padded_rank(self.left, self.right)
-        return torch.cat([left.T, right], 1)
+        return torch.cat([left.T.flatten(), right.flatten()])
 
     def let_go(self) -> None:
         super().let_go()

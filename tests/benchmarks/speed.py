@@ -33,7 +33,7 @@ from tdkit.contraction import padded_rank
 from tdkit.layers import FactorizedLinear
 from tdkit.prepare import held_bytes
 from tdkit.tables import markdown_table
-from tdkit.timing import saved_bytes, side_by_side
+from tdkit.timing import keep_freed_memory, saved_bytes, side_by_side
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SHAPES = ((3072, 768), (768, 3072), (4096, 4096))  # (out, in)
@@ -75,16 +75,17 @@ def evaluation(shapes: Sequence[tuple[int, int]], seconds: float) -> Iterator[Ro
             x, bias = torch.randn(tokens, shape[1]), torch.randn(shape[0])
             small = [filled(kind, shape) for _ in range(count)]
             fast = copy.deepcopy(small)
-            for matrix in fast:
+            dense = []
+            for matrix in fast:  # what it holds, and the dense weight beside it: where a weight lies decides up to 10%
                 matrix.hold("speed")
-            weights = itertools.cycle([torch.randn(shape) for _ in small])
+                inferring(partial(matrix.linear, x, bias))()
+                dense.append(torch.randn(shape))
+            weights = itertools.cycle(dense)
             calls = {"dense": lambda x=x, bias=bias, weights=weights: F.linear(x, next(weights), bias)}
             calls["memory"] = in_turn(small, x, bias)
             pads = isinstance(kind, LowRank) and tokens > 1
             if pads or fast[0].path(tokens).name != small[0].path(tokens).name:
                 calls["speed"] = in_turn(fast, x, bias)
-                for _ in fast:
-                    inferring(calls["speed"])()  # builds what is held
             if pads:
                 calls["bare"] = bare_products(small[0], x, bias)
             timings = side_by_side({n: inferring(call) for n, call in calls.items()}, seconds=seconds, min_rounds=15)
@@ -288,9 +289,7 @@ def write(results: dict[str, Any]) -> None:
         "# Speed\n",
         f"Written by `python tests/benchmarks/speed.py`: float32, {machine['threads']} threads of {machine['cpus']} "
         f"CPUs, torch {machine['torch']}, load average {machine['load']:.1f} when it began, "
-        f"{'huge' if machine.get('huge_pages') else 'small'} pages (`THP_MEM_ALLOC_ENABLE`; with small pages two "
-        "dense weights of the same size differ by up to 10% in the time that one token takes to read them, by where "
-        "they happen to lie). Ratios are medians of "
+        "freed memory kept by the C library (`tdkit.timing.keep_freed_memory`). Ratios are medians of "
         "paired ratios to the dense call of the same round: below 1 is faster than dense. Every bar is listed with "
         "what was measured; a ratio above its bar is a miss.\n",
         "## Bars\n",
@@ -385,7 +384,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="on a GPU")
     options = parser.parse_args()
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it first allocates a tensor
+    keep_freed_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     shapes = [shape for shape in SHAPES if max(shape) <= options.largest]
@@ -407,7 +406,6 @@ def main() -> None:
         "cpus": os.cpu_count(),
         "torch": torch.__version__,
         "load": os.getloadavg()[0],
-        "huge_pages": os.environ["THP_MEM_ALLOC_ENABLE"] == "1",
         "processor": platform.processor(),
     }
     for part in options.parts.split(","):

@@ -1,0 +1,165 @@
+"""oneDNN's product: equal to torch's own, used only where it may be, and only where it has won."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from tdkit import LowRank, onednn
+
+LARGE = (64, 256, 512)  # rows of x, columns and rows of a matrix for which oneDNN is asked
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
+    reason="this build of torch has no oneDNN",
+)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Rows of x of every product that oneDNN did, with the trial won."""
+    seen: list[int] = []
+    product = onednn._product
+
+    def counted(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(x.numel() // x.shape[-1])
+        return product(x, matrix, bias)
+
+    monkeypatch.setattr(onednn, "_product", counted)
+    monkeypatch.setattr(onednn, "faster", lambda: True)
+    return seen
+
+
+def case(size: tuple[int, int, int] = LARGE) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    n, columns, rows = size
+    return torch.randn(n, columns), torch.randn(rows, columns), torch.randn(rows)
+
+
+@settings(deadline=None)
+@given(
+    n=st.sampled_from([0, 1, 16, 37]),
+    columns=st.sampled_from([1, 3, 16, 97]),
+    rows=st.sampled_from([1, 5, 32, 101]),
+    by_columns=st.booleans(),
+    biased=st.booleans(),
+)
+def test_it_is_the_same_product(n: int, columns: int, rows: int, by_columns: bool, biased: bool) -> None:
+    x, matrix, bias = case((n, columns, rows))
+    matrix = matrix.T.contiguous().T if by_columns else matrix
+    given_bias = bias if biased else None
+    with torch.inference_mode():
+        y = onednn._product(x, matrix, given_bias)
+    torch.testing.assert_close(y, F.linear(x, matrix, given_bias), rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_used_for_large_products_of_any_batch(products: list[int]) -> None:
+    x, matrix, bias = case()
+    with torch.inference_mode():
+        torch.testing.assert_close(onednn.linear(x, matrix, bias), F.linear(x, matrix, bias), rtol=1e-4, atol=1e-4)
+        batched = onednn.linear(x.view(2, 32, -1), matrix.T.contiguous().T, bias)
+        torch.testing.assert_close(batched, F.linear(x.view(2, 32, -1), matrix, bias), rtol=1e-4, atol=1e-4)
+    assert products == [64, 64]
+
+
+def test_a_small_product_is_torchs(products: list[int]) -> None:
+    x, matrix, bias = case()
+    with torch.inference_mode():
+        onednn.linear(x[:15], matrix[:500], bias[:500])
+        assert products == []
+        onednn.linear(x, matrix[:500], bias[:500])
+        onednn.linear(x[:1], matrix, bias)
+    assert products == [64, 1]
+
+
+@pytest.mark.parametrize(
+    ("x", "matrix"),
+    [
+        (torch.randn(64, 512)[:, ::2], torch.randn(512, 256)),
+        (torch.randn(64, 256), torch.randn(512, 300)[:, :256]),
+        (torch.randn(64, 256, dtype=torch.float64), torch.randn(512, 256, dtype=torch.float64)),
+        (torch.randn(64, 256, dtype=torch.bfloat16), torch.randn(512, 256, dtype=torch.bfloat16)),
+    ],
+    ids=["x with gaps", "a matrix with gaps", "float64", "bfloat16"],
+)
+def test_what_it_is_slow_for_or_cannot_do_is_torchs(products: list[int], x: Tensor, matrix: Tensor) -> None:
+    with torch.inference_mode():
+        torch.testing.assert_close(onednn.linear(x, matrix), F.linear(x, matrix))
+    assert products == []
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func's own
+def test_gradients_and_autocast_are_torchs(products: list[int]) -> None:
+    x, matrix, bias = case()
+    x.requires_grad_()
+    onednn.linear(x, matrix, bias).sum().backward()
+    torch.testing.assert_close(x.grad, matrix.sum(0).expand(64, -1), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        tangent = torch.func.jvp(lambda x: onednn.linear(x, matrix), (x.detach(),), (x.detach(),))[1]
+    torch.testing.assert_close(tangent, x.detach() @ matrix.T, rtol=1e-4, atol=1e-4)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert onednn.linear(x, matrix, bias).dtype == torch.bfloat16
+    assert products == []
+
+
+def test_a_wrong_size_is_torchs_error(products: list[int]) -> None:
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        onednn.linear(torch.randn(64, 255), torch.randn(512, 256))
+    assert products == []
+
+
+def test_compiled_code_has_none_of_it(products: list[int]) -> None:
+    x, matrix, bias = case()
+    compiled = torch.compile(onednn.linear, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x, matrix, bias), F.linear(x, matrix, bias))
+    assert products == []
+
+
+def test_both_paths_of_a_matrix_use_it(products: list[int]) -> None:
+    matrix = LowRank(rank=37).empty((512, 256)).eval()
+    for factor in matrix.parameters():
+        torch.nn.init.normal_(factor)
+    x, bias = torch.randn(512, 256), torch.randn(512)
+    with torch.inference_mode():
+        expected = F.linear(x, matrix.dense(), bias)
+        for prefer in ("memory", "speed"):
+            matrix.hold(prefer)
+            products.clear()
+            torch.testing.assert_close(matrix.linear(x, bias), expected, rtol=1e-4, atol=1e-3)
+            assert products, prefer
+
+
+def test_the_trial_decides_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials: list[int] = []
+    product = onednn._product
+
+    def counted(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        trials.append(1)
+        return product(x, matrix, bias)
+
+    monkeypatch.setattr(onednn, "_product", counted)
+    onednn.faster.cache_clear()
+    try:
+        assert onednn.faster() in (True, False)
+        asked = len(trials)
+        assert asked >= onednn.ROUNDS
+        onednn.faster()
+        assert len(trials) == asked
+    finally:
+        onednn.faster.cache_clear()
+
+
+def test_a_build_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_has_mkldnn", False)
+    onednn.faster.cache_clear()
+    try:
+        x, matrix, bias = case()
+        with torch.inference_mode():
+            assert torch.equal(onednn.linear(x, matrix, bias), F.linear(x, matrix, bias))
+    finally:
+        onednn.faster.cache_clear()
