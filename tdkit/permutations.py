@@ -18,6 +18,7 @@ MAX_ROUNDS = 15  # of one alternation
 ROUNDS = 60  # of all alternations together for one unit of effort, fewer for larger matrices
 LEAST_ROUNDS = 8
 FULL_BUDGET_SIDE = 512  # a square matrix up to this side gets all of `ROUNDS`
+DOUBTFUL_SIDE = 128  # up to this side noise hides what is left of a structure
 NEGLIGIBLE = 1e-12  # of the energy: an exact fit
 TOLERANCE = 3e-5  # of the matrix's energy: an alternation that gains less has converged
 FEW_TERMS = 16  # above, hidden orders drown (a planted one is not detected either): no spectral start, one round
@@ -62,7 +63,8 @@ def search(
         a, b, terms: factor shapes and their number, as for `nearest_kronecker`.
         rows, columns: whether they may be reordered.
         seed: of the trials that tell the two indices apart. A matrix of up to `FULL_BUDGET_SIDE` rows and columns
-            from which nothing was recovered is searched once more, with the next seed.
+            from which nothing was recovered, and every one of up to `DOUBTFUL_SIDE`, is searched once more, with the
+            next seed.
         effort: multiplies the bounds on the spectral stages and on the rounds of alternation; 0: no spectral start.
 
     Source: alternation of an exact fit with exact assignments; the permuted form is that of Abronin et
@@ -74,7 +76,9 @@ def search(
     scale = 2.0 ** math.floor(math.log2(size))  # a power of two: scaling by it is exact
     climb = Climb(matrix / scale, a, b, terms, rows, columns, effort)
     found = _search(climb, seed)
-    if effort and terms <= FEW_TERMS and max(matrix.shape) <= FULL_BUDGET_SIDE and not climb.is_recovered(found):
+    side = max(matrix.shape)
+    doubtful = side <= DOUBTFUL_SIDE or (side <= FULL_BUDGET_SIDE and not climb.is_recovered(found))
+    if effort and terms <= FEW_TERMS and doubtful and found.energy < (1 - NEGLIGIBLE) * climb.total:
         again = _search(Climb(matrix / scale, a, b, terms, rows, columns, effort), seed + 1)
         found = max(found, again, key=_energy)
     return replace(found, b=found.b * scale, energy=found.energy * scale * scale)
@@ -167,8 +171,22 @@ class Climb:
                 gain = _refit_gain(self.single[now.rows].T, now.a.mT.float(), now.b.mT.float(), now.columns)
                 now = max(now, self.refit(now, now.rows, best_assignment(gain)), key=_energy)
             if now.energy <= best.energy + TOLERANCE * self.total:
+                now = self.turned(now)
+            if now.energy <= best.energy + TOLERANCE * self.total:
                 return now
             best = now
+        return best
+
+    def turned(self, ordering: Ordering) -> Ordering:
+        """`ordering` with those groups of rows, then of columns, turned over that fit better so."""
+        best = ordering
+        for axis in (0, 1):
+            if self.move_rows:
+                rows = _turned(self.single[:, best.columns], best.a, best.b, best.rows, axis)
+                best = max(best, self.refit(best, rows, best.columns), key=_energy)
+            if self.move_columns:
+                columns = _turned(self.single[best.rows].T, best.a.mT, best.b.mT, best.columns, axis)
+                best = max(best, self.refit(best, best.rows, columns), key=_energy)
         return best
 
     def polished(self, ordering: Ordering) -> Ordering:
@@ -238,6 +256,23 @@ def _better_rows(matrix: Tensor, a: Tensor, b: Tensor, rows: Tensor) -> Tensor:
     order = best_assignment(gain)
     places = torch.arange(len(rows))
     return order if gain[places, order].sum() > gain[places, rows].sum() else rows
+
+
+def _turned(matrix: Tensor, a: Tensor, b: Tensor, order: Tensor, axis: int) -> Tensor:
+    """`order` with the rows of some groups rearranged among themselves: of those of one i1 (axis 0) or one i2 (axis 1).
+
+    When B has rows that are nearly each other's negatives, a group of one i1 fits nearly as well with them exchanged
+    and its row of A negated. Steps that move one row at a time never get from the one to the other. A group is
+    turned over where its best order for the negated row holds more than its order now.
+    """
+    gain, order = _row_gain(matrix, a.to(matrix), b.to(matrix)).cpu(), order.clone()
+    places = torch.arange(len(order)).reshape(a.shape[1], b.shape[1])
+    for group in places if axis == 0 else places.T:
+        here = gain[group][:, order[group]]
+        turned = best_assignment(-here)
+        if -here[torch.arange(len(group)), turned].sum() > here.diagonal().sum():
+            order[group] = order[group][turned]
+    return order
 
 
 def _row_gain(matrix: Tensor, a: Tensor, b: Tensor) -> Tensor:

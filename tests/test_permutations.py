@@ -66,6 +66,26 @@ def test_factors_of_one_magnitude_that_no_spectral_start_sees(noise: float) -> N
     assert error(planted.matrix, found, (16, 16), (16, 16)) < planted.error + 1e-4
 
 
+def test_groups_that_fit_nearly_as_well_turned_over() -> None:
+    a, b = (48, 36), (2, 4)  # two columns of B are nearly the negatives of the other two
+    planted = plant(a, b, noise=0.3, seed=1)
+    found = search(planted.matrix, a, b, 1)
+    assert error(planted.matrix, found, a, b) < planted.error + 1e-4
+
+
+def test_turning_groups_over_goes_on_where_single_rows_do_not_move() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(1, 20, 15, generator=generator, dtype=torch.float64)
+    b = torch.tensor([[[1.0, 0.5, -1.1, -0.4], [0.3, 1.2, -0.2, -1.3]]], dtype=torch.float64)
+    matrix = torch.kron(a[0], b[0])
+    climb = Climb(matrix, (20, 15), (2, 4), 1, rows=True, columns=True, effort=1)
+    columns = torch.arange(60).reshape(15, 4)
+    columns[::2] = columns[::2][:, [2, 3, 0, 1]]  # every other group, as if its column of A were negated
+    stuck = climb.fit(torch.arange(40), columns.flatten())
+    assert climb.improved(stuck).energy == pytest.approx(stuck.energy)
+    assert climb.turned(stuck).energy == pytest.approx(climb.total)
+
+
 def test_counting_the_refit_goes_on_where_nothing_moves_for_fixed_factors() -> None:
     matrix = torch.randn(96, 80, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     climb = Climb(matrix, (8, 10), (12, 8), 2, rows=True, columns=True, effort=20)
