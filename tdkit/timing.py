@@ -44,7 +44,8 @@ def side_by_side(
 
     Args:
         contenders: the first is what the others are compared with.
-        seconds: how long to go on for each contender, after a warm-up.
+        seconds: how long to go on for each contender, after a warm-up. Short calls are repeated within a sample, which
+            begins with one that is not counted.
         min_rounds: rounds at least, however long they take.
         device: waited for at the end of each sample.
     """
@@ -71,6 +72,8 @@ def _repeats(call: Callable[[], object], device: torch.device) -> int:
 
 
 def _sample(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    if repeats > 1:
+        call()  # the contender before has left its own code and data in the caches
     started = time.perf_counter()
     for _ in range(repeats):
         call()

@@ -182,7 +182,7 @@ def whole_model(seconds: float) -> list[Row]:
 
             act = partial(_step, ids=ids) if train else partial(_generate, ids=ids[:, :8])
             calls = {"dense": partial(act, dense), "ours": partial(act, small)}
-            timings = side_by_side(calls, seconds=seconds * 4, min_rounds=3)
+            timings = side_by_side(calls, seconds=seconds * 4, min_rounds=3 if train else 5)
             rows.append(
                 {
                     "decomposition": kind.name,
