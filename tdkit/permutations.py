@@ -21,6 +21,7 @@ FULL_BUDGET_SIDE = 512  # a square matrix up to this side gets all of `ROUNDS`
 DOUBTFUL_SIDE = 128  # up to this side noise hides what is left of a structure
 NEGLIGIBLE = 1e-12  # of the energy: an exact fit
 TOLERANCE = 3e-5  # of the matrix's energy: an alternation that gains less has converged
+STRIDE = 0.01  # of the matrix's energy: a round of `refined` that gains more is on its way, and not counted
 FEW_TERMS = 16  # above, hidden orders drown (a planted one is not detected either): no spectral start, one round
 QUICK_SIDE = 192  # from this short side of the rearranged matrix on, power iterations stand in for exact fits
 POWER_ITERATIONS = 3
@@ -174,6 +175,8 @@ class Climb:
                 now = self.turned(now)
             if now.energy <= best.energy + TOLERANCE * self.total:
                 return now
+            if now.energy > best.energy + STRIDE * self.total:
+                self.rounds += 1
             best = now
         return best
 
