@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdkit.shapes import Shape
+
 ENTRIES = 2**17  # of a matrix, or
 MULTIPLY_ADDS = 2**22  # of a product, from which oneDNN is used: a call of it costs 10 to 30 us more
 CLEARLY = 0.95  # of the other's time, that it has to stay below in the trial
@@ -29,24 +31,33 @@ def linear(
 ) -> Tensor:  # (*batch, out)
     """``x @ matrix.T + bias``, by oneDNN in inference mode: no derivative of its operator is known to torch."""
     rows, columns = matrix.shape
-    small = rows * columns < ENTRIES and x.numel() * rows < MULTIPLY_ADDS
-    if torch.compiler.is_compiling() or small or not _serves(x, matrix, bias):
+    if torch.compiler.is_compiling() or not serves(x, (rows, columns)) or not _accepts(x, matrix, bias):
         return F.linear(x, matrix, bias)
     return _product(x, matrix, bias)
 
 
-def _serves(x: Tensor, matrix: Tensor, bias: Tensor | None) -> bool:
+def serves(x: Tensor, shape: Shape) -> bool:
+    """Whether x is multiplied by oneDNN if a matrix of `shape` (out, in) lies in memory by rows."""
+    rows, columns = shape
     return (
-        torch.is_inference_mode_enabled()
-        and x.dtype is matrix.dtype is torch.float32
+        (rows * columns >= ENTRIES or x.numel() * rows >= MULTIPLY_ADDS)
+        and torch.is_inference_mode_enabled()
+        and x.dtype is torch.float32
         and x.is_cpu
+        and not torch.is_autocast_enabled("cpu")
+        and faster()
+    )
+
+
+def _accepts(x: Tensor, matrix: Tensor, bias: Tensor | None) -> bool:
+    by_columns = x.numel() > matrix.shape[1]  # for one row of x such a matrix would be copied first
+    return (
+        matrix.dtype is torch.float32
         and matrix.is_cpu
         and (bias is None or bias.dtype is torch.float32)
-        and not torch.is_autocast_enabled("cpu")
         and x.shape[-1] == matrix.shape[1]
         and x.is_contiguous()
-        and (matrix.is_contiguous() or matrix.mT.is_contiguous())  # with gaps between rows it is 1000 times slower
-        and faster()
+        and (matrix.is_contiguous() or (by_columns and matrix.mT.is_contiguous()))  # gaps: 1000 times slower
     )
 
 

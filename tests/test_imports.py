@@ -16,8 +16,8 @@ import tdkit
 # Each line may import from the lines above it, not from its own line or those below.
 # A new module takes the first line that is below everything it imports and above everything that imports it.
 ROOMS = """
-    errors shapes files tables progress timing held onednn assignment quasi_newton
-    sharing
+    errors shapes files tables progress timing held assignment quasi_newton
+    sharing onednn
     huggingface linalg cost
     kernels
     kernels.low_rank kernels.kronecker

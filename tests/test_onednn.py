@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdkit import LowRank, onednn
+from tdkit import LowRank, TTMatrix, onednn
+from tdkit.cost import HELD
 
 LARGE = (64, 256, 512)  # rows of x, columns and rows of a matrix for which oneDNN is asked
 
@@ -73,6 +74,7 @@ def test_a_small_product_is_torchs(products: list[int]) -> None:
         assert products == []
         onednn.linear(x, matrix[:500], bias[:500])
         onednn.linear(x[:1], matrix, bias)
+        onednn.linear(x[:1], matrix.T.contiguous().T, bias)  # by columns: slower for one row
     assert products == [64, 1]
 
 
@@ -132,6 +134,22 @@ def test_both_paths_of_a_matrix_use_it(products: list[int]) -> None:
             products.clear()
             torch.testing.assert_close(matrix.linear(x, bias), expected, rtol=1e-4, atol=1e-3)
             assert products, prefer
+
+
+@pytest.mark.parametrize("wins", [True, False])
+def test_a_held_weight_lies_by_rows_where_onednn_reads_it(monkeypatch: pytest.MonkeyPatch, wins: bool) -> None:
+    monkeypatch.setattr(onednn, "faster", lambda: wins)
+    matrix = TTMatrix(ranks=64).empty((768, 256)).eval()
+    for factor in matrix.parameters():
+        torch.nn.init.normal_(factor, std=0.1)
+    matrix.hold("speed")
+    assert matrix.path(1).name == HELD
+    x = torch.randn(1, 256)
+    with torch.inference_mode():
+        torch.testing.assert_close(matrix.linear(x), x @ matrix.dense().T, rtol=1e-4, atol=1e-4)
+    weight = matrix._held._weight
+    assert weight is not None
+    assert weight.is_contiguous() is wins
 
 
 def test_the_trial_decides_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ class FactorizedMatrix(nn.Module, ABC):
             path = select(self.schedule(x.dtype, x.device.type, held=True), tokens)
             if path.name != HELD:
                 return self.multiply_held(x, bias, path)
-            few = tokens <= FEW and x.device.type == "cpu"
+            few = tokens <= FEW and x.device.type == "cpu" and not onednn.serves(x, self.shape)
             autocast = autocast_dtype(x.device.type)
             weight = self._held.get(tensors, autocast or x.dtype, self.dense, few=few)
             if weight is not None:
