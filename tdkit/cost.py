@@ -100,7 +100,7 @@ class Rates:
             weight comes from memory: the other layers' have been in the cache since.
         cache: size of that cache in bytes.
         copy_bytes: written by a copy that reorders axes.
-        call: seconds that an operation takes at least.
+        call: seconds that an operation takes at least, its code no longer in the caches.
         launch: the same for a kernel of our own.
         few_rows: the share of `bytes` at which a library reads the matrix of a product with few rows, while it
             multiplies; None where it does one after the other.
@@ -127,7 +127,7 @@ def rates_of(device: str, dtype: torch.dtype, threads: int) -> Rates:
     if device == "cpu":
         speed = 45e9 * threads * {8: 0.5}.get(dtype.itemsize, 1.0)
         memory = 25e9 * max(1.0, threads / 4)
-        return Rates(speed, 5, 0.3, 55e9 * threads, memory, 16e6, 8e9 * threads, 2.5e-6, 2.5e-6)
+        return Rates(speed, 5, 0.3, 55e9 * threads, memory, 16e6, 8e9 * threads, 6e-6, 6e-6)
     speed = {8: 5e12, 4: 20e12}.get(dtype.itemsize, 300e12)
     call, launch = (1.5e-6, 1.5e-6) if device == GRAPH else (6e-6, 12e-6)  # Triton launches through more Python
     return Rates(speed, 64, 0.02, 2e12, 2e12, 40e6, 1e12, call, launch, few_rows=0.7)

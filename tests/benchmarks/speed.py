@@ -1,6 +1,6 @@
 """Speed of the factorised product, against dense layers and other libraries; writes docs/results/speed.md.
 
-    python tests/benchmarks/speed.py [--threads 2] [--seconds 0.5] [--parts eval,train,model,peers]
+    python tests/benchmarks/speed.py [--threads 2] [--seconds 0.5] [--parts eval,decode,train,model,peers]
     python tests/benchmarks/speed.py --device cuda --dtype bfloat16  # the grid under CUDA graphs: speed-cuda.md
 
 Calls alternate in one process and ratios are medians of paired ratios, so that other work on the machine
@@ -41,6 +41,10 @@ SHARES = (0.05, 0.2, 0.4, 0.6, 0.8)
 KINDS = (LowRank(), Kronecker(), PermutedKronecker(), TTMatrix())
 STACK_BYTES = 2**26  # of dense weights in the stack for one token, twice a large last-level cache
 SQUARE_KRONECKER = Kronecker(terms=4, a=(64, 64), b=(64, 64))
+GRID = ["shape", "decomposition", "share", "dense_ms", "multiply_adds", "memory_path", "memory", "speed_path", "speed"]
+DECODING = (
+    3  # times as long is one token timed: its calls are short, and another guest of the host stops one for longer
+)
 Row = dict[str, Any]
 
 
@@ -63,46 +67,44 @@ def inferring(call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def evaluation(shapes: Sequence[tuple[int, int]], seconds: float) -> Iterator[Row]:
-    """The grid of shapes, decompositions and shares at 1 and 512 tokens, in both preferences.
+def evaluation(shapes: Sequence[tuple[int, int]], tokens: int, seconds: float) -> Iterator[Row]:
+    """The grid of shapes, decompositions and shares for a number of tokens, in both preferences.
 
     At one token each call takes the next layer of a stack, as in a model, whose weights no cache keeps from
     token to token; at 512 tokens, which the products bound, one layer is called again and again.
     """
     for shape, kind, share in cases_of(shapes):
-        for tokens in (1, 512):
-            count = max(2, math.ceil(STACK_BYTES / (4 * math.prod(shape)))) if tokens == 1 else 1
-            x, bias = torch.randn(tokens, shape[1]), torch.randn(shape[0])
-            small = [filled(kind, shape) for _ in range(count)]
-            fast = copy.deepcopy(small)
-            dense = []
-            for matrix in fast:  # what it holds, and the dense weight beside it: where a weight lies decides up to 10%
-                matrix.hold("speed")
-                inferring(partial(matrix.linear, x, bias))()
-                dense.append(torch.randn(shape))
-            weights = itertools.cycle(dense)
-            calls = {"dense": lambda x=x, bias=bias, weights=weights: F.linear(x, next(weights), bias)}
-            calls["memory"] = in_turn(small, x, bias)
-            pads = isinstance(kind, LowRank) and tokens > 1
-            if pads or fast[0].path(tokens).name != small[0].path(tokens).name:
-                calls["speed"] = in_turn(fast, x, bias)
-            if pads:
-                calls["bare"] = bare_products(small[0], x, bias)
-            timings = side_by_side({n: inferring(call) for n, call in calls.items()}, seconds=seconds, min_rounds=15)
-            path = small[0].path(tokens)
-            yield {
-                "shape": f"{shape[0]}x{shape[1]}",
-                "decomposition": kind.describe(),
-                "share": round(share, 4),
-                "tokens": tokens,
-                "dense_ms": timings["dense"].seconds * 1e3,
-                "multiply_adds": path.multiply_adds / (tokens * shape[0] * shape[1]),
-                "memory_path": path.name,
-                "memory": timings["memory"].ratio,
-                "speed_path": fast[0].path(tokens).name,
-                "speed": timings.get("speed", timings["memory"]).ratio,
-                "bare": timings["bare"].ratio if "bare" in timings else None,
-            }
+        count = max(2, math.ceil(STACK_BYTES / (4 * math.prod(shape)))) if tokens == 1 else 1
+        x, bias = torch.randn(tokens, shape[1]), torch.randn(shape[0])
+        small = [filled(kind, shape) for _ in range(count)]
+        fast = copy.deepcopy(small)
+        dense = []
+        for matrix in fast:  # what it holds, and the dense weight beside it: where a weight lies decides up to 10%
+            matrix.hold("speed")
+            inferring(partial(matrix.linear, x, bias))()
+            dense.append(torch.randn(shape))
+        weights = itertools.cycle(dense)
+        calls = {"dense": lambda x=x, bias=bias, weights=weights: F.linear(x, next(weights), bias)}
+        calls["memory"] = in_turn(small, x, bias)
+        pads = isinstance(kind, LowRank) and tokens > 1
+        if pads or fast[0].path(tokens).name != small[0].path(tokens).name:
+            calls["speed"] = in_turn(fast, x, bias)
+        if pads:
+            calls["bare"] = bare_products(small[0], x, bias)
+        timings = side_by_side({n: inferring(call) for n, call in calls.items()}, seconds=seconds, min_rounds=15)
+        path = small[0].path(tokens)
+        yield {
+            "shape": f"{shape[0]}x{shape[1]}",
+            "decomposition": kind.describe(),
+            "share": round(share, 4),
+            "dense_ms": timings["dense"].seconds * 1e3,
+            "multiply_adds": path.multiply_adds / (tokens * shape[0] * shape[1]),
+            "memory_path": path.name,
+            "memory": timings["memory"].ratio,
+            "speed_path": fast[0].path(tokens).name,
+            "speed": timings.get("speed", timings["memory"]).ratio,
+            "bare": timings["bare"].ratio if "bare" in timings else None,
+        }
 
 
 def bare_products(matrix: FactorizedMatrix, x: Tensor, bias: Tensor) -> Callable[[], object]:
@@ -296,21 +298,8 @@ def write(results: dict[str, Any]) -> None:
         markdown_table(["bar", "wanted", "worst measured", "met"], bars(results)),
     ]
     columns = {
-        "eval": (
-            "Inference",
-            [
-                "shape",
-                "decomposition",
-                "share",
-                "tokens",
-                "dense_ms",
-                "multiply_adds",
-                "memory_path",
-                "memory",
-                "speed_path",
-                "speed",
-            ],
-        ),
+        "eval": ("Inference, 512 tokens", GRID),
+        "decode": ("Inference, one token", GRID),
         "train": (
             "Training, 768 to 3072, 512 tokens",
             ["decomposition", "how", "ms", "ratio", "saved_mib", "saved_ratio"],
@@ -340,24 +329,24 @@ def bars(results: dict[str, Any]) -> list[list[str]]:
         if values:
             listed.append([name, f"<= {limit:g}", f"{max(values):.3g}", "yes" if max(values) <= limit else "no"])
 
-    grid, train, model = (results.get(part, []) for part in ("eval", "train", "model"))
-    low_rank = [r for r in grid if r["decomposition"].startswith("low_rank")]
-    bar("512 tokens, prefer=speed, any, / dense", 1.1, [r["speed"] for r in grid if r["tokens"] == 512])
+    many, one, train, model = (results.get(part, []) for part in ("eval", "decode", "train", "model"))
+    low_rank, low_rank_one = ([r for r in grid if r["decomposition"].startswith("low_rank")] for grid in (many, one))
+    bar("512 tokens, prefer=speed, any, / dense", 1.1, [r["speed"] for r in many])
     bar(
         "512 tokens, low-rank, ratio / its share of the multiply-adds",
         1.25,
-        [r["speed"] / r["multiply_adds"] for r in low_rank if r["tokens"] == 512],
+        [r["speed"] / r["multiply_adds"] for r in low_rank],
     )
     bare = [r["bare"] / r["multiply_adds"] for r in low_rank if r.get("bare")]
     if bare:
         listed.append(
             ["the same of torch's two products alone, the rank padded in advance", "", f"{max(bare):.3g}", ""]
         )
-    bar("1 token, prefer=speed, any, / dense", 1.1, [r["speed"] for r in grid if r["tokens"] == 1])
+    bar("1 token, prefer=speed, any, / dense", 1.1, [r["speed"] for r in one])
     for share, times in ((0.4, 1.7), (0.2, 3.0)):
-        picked = [r["memory"] for r in low_rank if r["tokens"] == 1 and r["share"] == share]
+        picked = [r["memory"] for r in low_rank_one if r["share"] == share]
         bar(f"1 token, low-rank at {share:.0%}, / dense ({times:g} x faster)", round(1 / times, 3), picked)
-    square = [r["memory"] for r in grid if r["tokens"] == 1 and r["decomposition"] == SQUARE_KRONECKER.describe()]
+    square = [r["memory"] for r in one if r["decomposition"] == SQUARE_KRONECKER.describe()]
     bar("1 token, 4 terms of 64x64 and 64x64 at 4096, / dense (15 x faster)", round(1 / 15, 3), square)
     ours = [r for r in train if r["how"] == "ours" and r["decomposition"].startswith("tt_matrix")]
     bar("training step, TT-matrix rank 16, / dense", 1.4, [r["ratio"] for r in ours])
@@ -379,7 +368,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each timed call")
-    parser.add_argument("--parts", default="train,model,peers,eval", help="what to measure again; the rest is kept")
+    parser.add_argument("--parts", default="train,model,peers,eval,decode", help="what to measure again")
     parser.add_argument("--largest", type=int, default=4096, help="leave larger shapes out of the grid")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="on a GPU")
@@ -409,11 +398,12 @@ def main() -> None:
         "processor": platform.processor(),
     }
     for part in options.parts.split(","):
-        if part == "eval":
-            results["eval"] = []
-            for row in evaluation(shapes, options.seconds):
+        if part in ("eval", "decode"):
+            tokens, seconds = (512, options.seconds) if part == "eval" else (1, DECODING * options.seconds)
+            results[part] = []
+            for row in evaluation(shapes, tokens, seconds):
                 print(row, flush=True)
-                results["eval"].append(row)
+                results[part].append(row)
                 write(results)
         elif part == "train":
             results["train"] = training(options.seconds)
@@ -422,7 +412,7 @@ def main() -> None:
         elif part == "peers":
             results["peers"], results["absent"] = peers(options.seconds)
         else:
-            parser.error(f"--parts {part} is none of eval, train, model, peers")
+            parser.error(f"--parts {part} is none of eval, decode, train, model, peers")
         write(results)
 
 
