@@ -23,8 +23,8 @@ Factors = Sequence[Tensor]
 Gradients = tuple[Tensor | None, ...]
 
 LANES = 16  # a CPU's library multiplies at a higher rate over an inner dimension that is a multiple of it
-MANY = 256  # rows of x from which padding a rank to such a multiple pays,
-PADDED = 2**19  # for each call anew only where the factors hold at most so many numbers
+MANY = 256  # rows of x from which padding a rank to such a multiple pays
+PADDED = 2**19  # numbers in the factors up to which it pays even anew for each call
 
 
 def product(
@@ -46,6 +46,11 @@ def padded_rank(
     """The same product with zeros that make the rank a multiple of `LANES`."""
     missing = (0, 0, 0, -right.shape[0] % LANES)
     return F.pad(left.T, missing).T, F.pad(right, missing)
+
+
+def padding_pays(rank: int, x: Tensor) -> bool:
+    """Whether x (*batch, in) is multiplied faster by factors whose rank is a multiple of `LANES`."""
+    return rank % LANES != 0 and _on_cpu(x) and x.numel() >= MANY * x.shape[-1]
 
 
 def _on_cpu(x: Tensor) -> bool:
@@ -168,7 +173,7 @@ class LowRankStructure(Structure):
 
     def multiply(self, x: Tensor, factors: Factors, path: Path, bias: Tensor | None = None) -> Tensor:
         left, right = factors
-        if self.rank % LANES and self.rank * sum(self.shape) <= PADDED and _on_cpu(x) and x.shape[0] >= MANY:
+        if padding_pays(self.rank, x) and self.rank * sum(self.shape) <= PADDED:
             left, right = padded_rank(left, right)
         return product(product(x, right), left, bias)
 

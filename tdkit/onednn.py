@@ -2,7 +2,7 @@
 
 For float32 torch calls the library it was built with, MKL as a rule, which is at its best on its maker's
 processors. oneDNN is in every usual build too, and torch.compile multiplies by it. Which one is faster is
-measured, once in a process.
+measured, once in a process. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def serves(x: Tensor, shape: Shape) -> bool:
         and x.dtype is torch.float32
         and x.is_cpu
         and not torch.is_autocast_enabled("cpu")
+        and torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags
         and faster()
     )
 
@@ -66,10 +67,15 @@ def _product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+def available() -> bool:
+    """Whether this build of torch has oneDNN's product."""
+    return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 @cache
 def faster() -> bool:
     """Whether oneDNN is there and has won a trial of a few milliseconds, made when this is first asked."""
-    if not torch._C._has_mkldnn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not available():
         return False
     n, columns, rows = TRIAL
     with torch.inference_mode():

@@ -154,7 +154,7 @@ class Climb:
             if self.move_columns:
                 columns = _better_rows(self.single[now.rows].T, now.a.mT, now.b.mT, now.columns)
                 now = self.refit(now, now.rows, columns)
-            if now.energy <= best.energy + TOLERANCE * self.total:
+            if not self.gains(now, best):
                 return max(best, now, key=_energy)
             best = now
         return best
@@ -171,11 +171,11 @@ class Climb:
             if self.move_columns:
                 gain = _refit_gain(self.single[now.rows].T, now.a.mT.float(), now.b.mT.float(), now.columns)
                 now = max(now, self.refit(now, now.rows, best_assignment(gain)), key=_energy)
-            if now.energy <= best.energy + TOLERANCE * self.total:
+            if not self.gains(now, best):
                 now = self.turned(now)
-            if now.energy <= best.energy + TOLERANCE * self.total:
+            if not self.gains(now, best):
                 return now
-            if now.energy > best.energy + STRIDE * self.total:
+            if self.gains(now, best, STRIDE):
                 self.rounds += 1
             best = now
         return best
@@ -195,7 +195,7 @@ class Climb:
     def polished(self, ordering: Ordering) -> Ordering:
         """`refined` and `finished` in turn for as long as that gains something."""
         best = self.refined(ordering)
-        while (now := self.refined(self.finished(best))).energy > best.energy + TOLERANCE * self.total:
+        while self.gains(now := self.refined(self.finished(best)), best):
             best = now
         return best
 
@@ -214,10 +214,14 @@ class Climb:
                 a, b = self.a[::-1], self.b[::-1]
                 now = self.refit(now, now.rows, regrouped(self.single[now.rows].T, a, b, self.terms))
             now = self.improved(now)
-            if now.energy <= ordering.energy + TOLERANCE * self.total:
+            if not self.gains(now, ordering):
                 return ordering
             ordering = now
         return ordering
+
+    def gains(self, now: Ordering, before: Ordering, share: float = TOLERANCE) -> bool:
+        """Whether `now` keeps more of the matrix's energy than `before`, by more than `share` of it."""
+        return now.energy > before.energy + share * self.total
 
     def is_explained(self, ordering: Ordering) -> bool:
         """Whether what the fit leaves shows no permuted structure any more."""

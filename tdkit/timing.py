@@ -87,8 +87,8 @@ def _sample(call: Callable[[], object], repeats: int, device: torch.device) -> f
 def keep_freed_memory() -> bool:
     """Let the C library keep what is freed for the next tensors, for the rest of the process: for a process that times.
 
-    By default whether a tensor of some MiB lies in fresh pages, at a page fault for every 4 KiB, depends on what was
-    freed before it, by whom it matters not: of two equal calls one can take twice the other's time.
+    By default it depends on what any other code has freed before whether a tensor of some MiB lies in fresh pages, at
+    a page fault for every 4 KiB: of two equal calls one can take twice the other's time.
 
     Returns:
         Whether it was done: False where the C library is not glibc.

@@ -14,25 +14,36 @@ from tdkit.cost import HELD
 
 LARGE = (64, 256, 512)  # rows of x, columns and rows of a matrix for which oneDNN is asked
 
-pytestmark = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
-    reason="this build of torch has no oneDNN",
-)
+pytestmark = pytest.mark.skipif(not onednn.available(), reason="this build of torch has no oneDNN")
 
 
 @pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Rows of x of every product that oneDNN did, with the trial won."""
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of x of every product that oneDNN does from now on."""
     seen: list[int] = []
     product = onednn._product
 
-    def counted(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    def count(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         seen.append(x.numel() // x.shape[-1])
         return product(x, matrix, bias)
 
-    monkeypatch.setattr(onednn, "_product", counted)
-    monkeypatch.setattr(onednn, "faster", lambda: True)
+    monkeypatch.setattr(onednn, "_product", count)
     return seen
+
+
+@pytest.fixture
+def products(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The same, with the trial won, whatever this machine is."""
+    monkeypatch.setattr(onednn, "faster", lambda: True)
+    return counted
+
+
+@pytest.fixture
+def untried() -> Iterator[None]:
+    """The trial is still to be made, and forgotten afterwards."""
+    onednn.faster.cache_clear()
+    yield
+    onednn.faster.cache_clear()
 
 
 def case(size: tuple[int, int, int] = LARGE) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,32 +163,27 @@ def test_a_held_weight_lies_by_rows_where_onednn_reads_it(monkeypatch: pytest.Mo
     assert weight.is_contiguous() is wins
 
 
-def test_the_trial_decides_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    trials: list[int] = []
-    product = onednn._product
-
-    def counted(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        trials.append(1)
-        return product(x, matrix, bias)
-
-    monkeypatch.setattr(onednn, "_product", counted)
-    onednn.faster.cache_clear()
-    try:
-        assert onednn.faster() in (True, False)
-        asked = len(trials)
-        assert asked >= onednn.ROUNDS
-        onednn.faster()
-        assert len(trials) == asked
-    finally:
-        onednn.faster.cache_clear()
+@pytest.mark.usefixtures("untried")
+def test_the_trial_decides_once(counted: list[int]) -> None:
+    assert onednn.faster() in (True, False)
+    asked = len(counted)
+    assert asked >= onednn.ROUNDS
+    onednn.faster()
+    assert len(counted) == asked
 
 
-def test_a_build_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._C, "_has_mkldnn", False)
-    onednn.faster.cache_clear()
-    try:
-        x, matrix, bias = case()
-        with torch.inference_mode():
-            assert torch.equal(onednn.linear(x, matrix, bias), F.linear(x, matrix, bias))
-    finally:
-        onednn.faster.cache_clear()
+@pytest.mark.usefixtures("untried")
+def test_a_build_without_it(monkeypatch: pytest.MonkeyPatch, counted: list[int]) -> None:
+    monkeypatch.setattr(onednn, "available", lambda: False)
+    x, matrix, bias = case()
+    with torch.inference_mode():
+        assert torch.equal(onednn.linear(x, matrix, bias), F.linear(x, matrix, bias))
+    assert counted == []
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of the other flags that it sets with this one
+def test_the_user_turns_it_off(products: list[int]) -> None:
+    x, matrix, bias = case()
+    with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(onednn.linear(x, matrix, bias), F.linear(x, matrix, bias))
+    assert products == []

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tdkit import onednn
 from tdkit.autograd import autocast_dtype
-from tdkit.contraction import LANES, MANY, LowRankStructure, padded_rank
+from tdkit.contraction import LowRankStructure, padded_rank, padding_pays
 from tdkit.cost import Path
 from tdkit.decompositions.base import Decomposition, Point, assign, factor, positive
 from tdkit.decompositions.curves import exact_curve
@@ -51,12 +51,12 @@ class LowRankMatrix(StructuredMatrix):
         return low_rank_pair(x, left, right, bias)
 
     def multiply_held(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
-        rank, (rows, columns) = self.right.shape[0], self.shape
-        if rank % LANES == 0 or x.device.type != "cpu" or x.numel() < MANY * columns:
+        if not padding_pays(self.right.shape[0], x):
             return self.multiply(x, bias, path)
         both = self._padded.get(self.factors(), autocast_dtype(x.device.type) or x.dtype, self._end_to_end)
         if both is None:
             return self.multiply(x, bias, path)
+        rows, columns = self.shape
         padded = both.numel() // (rows + columns)
         left, right = both[: padded * rows].view(padded, rows).T, both[padded * rows :].view(padded, columns)
         return onednn.linear(onednn.linear(x, right), left, bias)

@@ -42,9 +42,7 @@ KINDS = (LowRank(), Kronecker(), PermutedKronecker(), TTMatrix())
 STACK_BYTES = 2**26  # of dense weights in the stack for one token, twice a large last-level cache
 SQUARE_KRONECKER = Kronecker(terms=4, a=(64, 64), b=(64, 64))
 GRID = ["shape", "decomposition", "share", "dense_ms", "multiply_adds", "memory_path", "memory", "speed_path", "speed"]
-DECODING = (
-    3  # times as long is one token timed: its calls are short, and another guest of the host stops one for longer
-)
+DECODING = 3  # times as long is one token timed: its calls are short, and the host's other guests stop one for longer
 Row = dict[str, Any]
 
 
@@ -368,7 +366,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each timed call")
-    parser.add_argument("--parts", default="train,model,peers,eval,decode", help="what to measure again")
+    parser.add_argument(
+        "--parts", default="train,model,peers,eval,decode", help="what to measure again; the rest is kept"
+    )
     parser.add_argument("--largest", type=int, default=4096, help="leave larger shapes out of the grid")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="on a GPU")
