@@ -30,6 +30,7 @@ MAX_STEPS = 40
 TOLERANCE = 1e-3  # of the error, over a few steps
 SINGLE_FROM = 1 << 17  # entries from which float32 is used,
 SINGLE_ERROR = 3e-4  # unless the error is a smaller share than this of the whole, where digits would be lost
+Solved = tuple[Tensor, Tensor, Tensor, Tensor]
 RIDGES = {torch.float32: 1e-7, torch.float64: 1e-14}  # of the mean diagonal, added to the system for X
 
 
@@ -39,6 +40,7 @@ class BlockProblem:
 
     Attributes:
         weight: W, with rows of zeros up to a whole number of blocks; float64 as all that follows.
+        weighted: S W.
         output: S, zero in the padding, or its diagonal; None for the identity.
         input: C (n, n), or its diagonal; None for the identity.
         blocks: how many blocks of rows share B.
@@ -50,6 +52,7 @@ class BlockProblem:
     """
 
     weight: Tensor
+    weighted: Tensor
     output: Tensor | None
     input: Tensor | None
     blocks: int
@@ -99,16 +102,18 @@ class _Reduced:
         self.output = None if problem.output is None else problem.output.to(dtype)
         self.amplitude = problem.size**0.5
         self.rows = problem.weight.shape[0] // self.blocks
-        weight = (problem.weight / self.amplitude).to(dtype)
-        self.target = times_left(self.output, weight).reshape(self.blocks, self.rows, -1)  # S W
+        self._last: tuple[Tensor, Solved] | None = None
+        self.target = (problem.weighted / self.amplitude).to(dtype).reshape(self.blocks, self.rows, -1)
 
     def factors(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """B and the best X of the unscaled weight, float64."""
-        b, _, x, _ = self._solve(point)
+        b, _, x, _ = self._last[1] if self._last is not None and self._last[0] is point else self._solve(point)
         return b.to(torch.float64), x.to(torch.float64) * self.amplitude
 
     def value_and_gradient(self, point: Tensor) -> tuple[float, Tensor]:
-        _, spread, x, wanted = self._solve(point)
+        solved = self._solve(point)
+        self._last = point, solved  # `factors` is asked for the point of the last step
+        _, spread, x, wanted = solved
         weighted = times_right(x.flatten(0, 1), self.input)  # X C
         value = 0.5 - 0.5 * float((wanted * weighted).sum(dtype=torch.float64))
         moments = (x.flatten(0, 1) @ weighted.T).reshape(self.blocks, -1, self.blocks, x.shape[1])  # X_j C X_i^T
@@ -118,7 +123,7 @@ class _Reduced:
         adjoint = self.inverse if self.inverse.ndim == 1 else self.inverse.T
         return value, (times_left(adjoint, slope) / self.level).reshape(-1)
 
-    def _solve(self, point: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _solve(self, point: Tensor) -> Solved:
         """B, S (I kron B) as (block, row, block, rank), the best X (block, rank, n) and (I kron B)^T S W."""
         rank = len(self.level)
         b = times_left(self.inverse, point.reshape(self.rows, rank) / self.level)
@@ -160,19 +165,19 @@ def block_problem(weight: Tensor, metric: Metric, blocks: int, rank: int, *, pla
         (mixer, _), (factor, inverse) = pairs
         whitened = times_left(mixer, padded.reshape(blocks, -1)).reshape(blocks, rows, -1)
         whitened = torch.stack([times_left(factor, block) for block in whitened])
-    stacked = whitened.reshape(blocks, rows, -1).transpose(0, 1)  # (p, blocks, n)
     if inputs is not None and not plain:
         far, _ = factor_and_inverse(inputs)
-        stacked = times_right(stacked, far if far.ndim == 1 else far.T)
-    stacked = stacked.flatten(1)
+        whitened = times_right(whitened.reshape(blocks * rows, -1), far if far.ndim == 1 else far.T)
+    stacked = whitened.reshape(blocks, rows, -1).transpose(0, 1).flatten(1)  # (p, blocks * n)
     if stacked.shape[0] <= stacked.shape[1]:
         basis, values = principal(stacked.T, rank)
     else:
         vectors, values = principal(stacked, rank)
         basis = torch.linalg.qr(stacked @ vectors).Q
-    size = float((padded * times_right(times_left(output, padded), inputs)).sum())
+    weighted = times_left(output, padded)
+    size = float((padded * times_right(weighted, inputs)).sum())
     energy = float(stacked.square().sum())
-    return BlockProblem(padded, output, inputs, blocks, size, inverse, basis, values, energy)
+    return BlockProblem(padded, weighted, output, inputs, blocks, size, inverse, basis, values, energy)
 
 
 @dataclass(frozen=True)

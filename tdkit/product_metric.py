@@ -49,7 +49,8 @@ def product_moments(moment: Tensor, modes: Sequence[int]) -> list[Tensor]:
     found = ones if diagonal else [one.diag() for one in ones]
     inverses = list(found)
     real = [k for k, m in enumerate(modes) if m > 1] or [0]  # a mode of 1 is a scale, and the others have that
-    for _ in range(SWEEPS if len(real) > 1 else 1):
+    sweeps = SWEEPS if len(real) > 1 else 1
+    for sweep in range(sweeps):
         for k in real:
             m = modes[k]
             mean = _contract_others(pairs, inverses, k) * (m / math.prod(modes))
@@ -61,6 +62,8 @@ def product_moments(moment: Tensor, modes: Sequence[int]) -> list[Tensor]:
             mean = (mean + mean.T) / 2
             mean.diagonal().add_(RIDGE * mean.diagonal().mean())
             found[k] = mean
+            if sweep == sweeps - 1 and k == real[-1]:
+                break  # its inverse serves no other mode
             lower, failed = torch.linalg.cholesky_ex(mean)
             inverses[k] = torch.linalg.inv(mean) if int(failed) else torch.cholesky_inverse(lower)
     return found
