@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tdkit.decompositions.base import Decomposition, Point
 from tdkit.errors import CalibrationError
 from tdkit.files import whole_folder
+from tdkit.losses import Labels, check_labels, data_loss, sampled_loss
 from tdkit.metric import Metric
 from tdkit.moments import Reach, Recorder, SharingBrokeError, groups_within, reaching
 from tdkit.progress import Bar, progress_bar
@@ -40,7 +40,8 @@ class Calibration:
     Attributes:
         batches: what they were measured on; None when that was not kept.
         gradients: whether the moments of the output gradients are known too.
-        loss: whose gradients they are; None for the default one. It is not saved.
+        loss: whose gradients they are; None for the cross-entropy with `labels`. It is not saved.
+        labels: those of the data, or drawn from the model's predictions.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class Calibration:
         batches: list[Batch] | None = None,
         gradients: bool = True,
         loss: Loss | None = None,
+        labels: Labels = "data",
     ) -> None:
         self.batches = batches
         self.gradients = gradients
         self.loss = loss
+        self.labels = labels
         self._metrics = dict(metrics)
         self._files: dict[str, Path] = {}  # moments that did not fit in memory, or were not read yet: site to file
         self._curves: dict[tuple[str, str, float, float], list[Point]] = {}
@@ -82,7 +85,7 @@ class Calibration:
         """The same without the output gradients: fits weigh the layer's outputs equally."""
         known = {name: self.metric(name) for name in self.names}
         metrics = {name: Metric(metric.input) for name, metric in known.items() if metric is not None}
-        return Calibration(metrics, batches=self.batches, gradients=False, loss=self.loss)
+        return Calibration(metrics, batches=self.batches, gradients=False, loss=self.loss, labels=self.labels)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the moments, and the batches when they are tensors, to a new folder: whole or not at all.
@@ -109,6 +112,7 @@ class Calibration:
                 "format": "tdkit-calibration",
                 "version": FORMAT_VERSION,
                 "gradients": self.gradients,
+                "labels": self.labels,
                 "files": files,
             }
             (target / DESCRIPTION).write_text(json.dumps(form, indent=2) + "\n", encoding="utf-8")
@@ -127,6 +131,7 @@ class Calibration:
             version = int(form["version"])
             names = {name: folder / file for file, sites in form["files"].items() for name in sites}
             gradients = bool(form["gradients"])
+            labels = str(form.get("labels", "data"))
         except FileNotFoundError:
             raise CalibrationError(f"{folder} holds no {DESCRIPTION}: it is no saved calibration") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -140,7 +145,7 @@ class Calibration:
         if (folder / "batches.safetensors").is_file():
             with _opened(folder / "batches.safetensors") as file:
                 batches = [file.get_tensor(key) for key in sorted(file.keys())]
-        calibration = cls({}, batches=batches, gradients=gradients)
+        calibration = cls({}, batches=batches, gradients=gradients, labels=check_labels(labels))
         calibration._files = names
         return calibration
 
@@ -152,6 +157,7 @@ def calibrate(
     gradients: bool = True,
     names: Collection[str] | None = None,
     loss: Loss | None = None,
+    labels: Labels = "data",
     tokenizer: Any = None,
     context: int = 512,
     tokens: int = 16384,
@@ -178,6 +184,9 @@ def calibrate(
         loss: (model output, batch) to a scalar, summed over tokens rather than averaged, so that all
             batches count alike. None is the next-token cross-entropy of a causal language model, or the
             model's own ``loss`` where a batch holds ``labels``.
+        labels: of the default loss, "data" or "sampled": drawn from what the model predicts, for which S is the
+            Fisher information. It says better what a small change costs; where a third of the parameters or more
+            goes in one pass, the data's labels have been the better guide.
         tokenizer, context, tokens: for a text by name: what encodes it, and how much of it in which windows.
         limit_bytes: of moments held in memory at once.
         device: where to run; the model is brought back afterwards. Where it is when None.
@@ -186,15 +195,19 @@ def calibrate(
     Raises:
         CalibrationError: when there are no batches, no loss can be found, or it is not finite.
 
-    Source of the two-sided moments: Martens and Grosse, K-FAC (2015), section 3.
+    Source of the two-sided moments: Martens and Grosse, K-FAC (2015), section 3; of the labels, see `sampled_loss`.
     """
+    check_labels(labels)
+    if loss is not None and labels != "data":
+        raise CalibrationError(f"loss= has labels of its own: leave out labels={labels!r}")
     chosen = list(_text_batches(batches, tokenizer, context, tokens) if isinstance(batches, str | Path) else batches)
     if not chosen:
         raise CalibrationError("there are no calibration batches: give at least one")
     sites = tuple(site for site in survey(model).sites if names is None or not set(names).isdisjoint(site.names))
     if not sites:
         raise CalibrationError("the model has no layer that can be rewritten, so there is nothing to calibrate")
-    return _calibrated(model, sites, chosen, loss, gradients, limit_bytes, device, progress)
+    runner = Runner(model, gradients=gradients, loss=loss, labels=labels)
+    return _calibrated(runner, sites, chosen, limit_bytes, device, progress)
 
 
 def recalibrate(
@@ -219,10 +232,9 @@ def recalibrate(
         raise CalibrationError("the calibration was saved without its batches, so it cannot be measured again")
     users = [tuple(User(u.name, model.get_submodule(u.name), u.host) for u in site.users) for site in sites]
     now = tuple(Site(each) for each in users)
-    found = _calibrated(
-        model, now, calibration.batches, calibration.loss, calibration.gradients, limit_bytes, device, progress
-    )
-    mean = Calibration({}, batches=calibration.batches, gradients=calibration.gradients, loss=calibration.loss)
+    runner = Runner(model, gradients=calibration.gradients, loss=calibration.loss, labels=calibration.labels)
+    found = _calibrated(runner, now, calibration.batches, limit_bytes, device, progress)
+    mean = runner.calibration(calibration.batches)
     aside = bool(calibration._files or found._files)
     for number, name in enumerate(name for name in calibration.names if name in found.names):
         ends = calibration.metric(name), found.metric(name)
@@ -240,17 +252,14 @@ def _mean(moments: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _calibrated(
-    model: nn.Module,
+    runner: Runner,
     sites: tuple[Site, ...],
     chosen: list[Batch],
-    loss: Loss | None,
-    gradients: bool,
     limit_bytes: int,
     device: torch.device | str | None,
     progress: bool | None,
 ) -> Calibration:
-    with as_it_was(model, device):
-        runner = Runner(model, loss, gradients)
+    with as_it_was(runner.model, device):
         with reaching(sites) as reach, torch.no_grad():
             runner.forward(chosen[0])
         if not reach.sites:
@@ -270,7 +279,7 @@ def _measure(
 ) -> Calibration:
     groups = groups_within(reach.sites, reach.shared, runner.gradients, limit_bytes)
     groups[0] += reach.others  # a later batch may reach them
-    calibration = Calibration({}, batches=batches, gradients=runner.gradients, loss=runner.loss)
+    calibration = runner.calibration(batches)
     with progress_bar("calibrate", len(groups) * len(batches), progress) as bar:
         for number, group in enumerate(groups):
             recorder = Recorder(group, gradients=runner.gradients, shared=reach.shared)
@@ -305,11 +314,19 @@ def _set_aside(calibration: Calibration, metrics: dict[str, Metric], number: int
 class Runner:
     """Runs a model on batches of whatever kind, forward and backward."""
 
-    def __init__(self, model: nn.Module, loss: Loss | None, gradients: bool) -> None:
+    def __init__(self, model: nn.Module, *, gradients: bool, loss: Loss | None = None, labels: Labels = "data") -> None:
         self.model = model
         self.loss = loss
+        self.labels = labels
         self.gradients = gradients
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def calibration(self, batches: list[Batch]) -> Calibration:
+        """One without moments yet, that knows what they are of."""
+        return Calibration({}, batches=batches, gradients=self.gradients, loss=self.loss, labels=self.labels)
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     def forward(self, batch: Batch) -> Any:
         batch = self._moved(batch)
@@ -319,7 +336,7 @@ class Runner:
 
     def backward(self, output: Any, batch: Batch, number: int) -> None:
         batch = self._moved(batch)
-        value = self.loss(output, batch) if self.loss else default_loss(output, batch)
+        value = self._loss(output, batch, number)
         if value.ndim or not bool(torch.isfinite(value)):
             raise CalibrationError(
                 f"the loss of calibration batch {number} is {value.tolist()!r}: it must be one finite number"
@@ -327,6 +344,11 @@ class Runner:
         if not value.requires_grad:
             raise CalibrationError("the loss does not depend on any layer's output: check the loss function")
         value.backward()  # type: ignore[no-untyped-call]
+
+    def _loss(self, output: Any, batch: Batch, number: int) -> Tensor:
+        if self.loss is not None:
+            return self.loss(output, batch)
+        return data_loss(output, batch) if self.labels == "data" else sampled_loss(output, batch, seed=number)
 
     def mask(self, batch: Batch) -> Tensor | None:
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -338,30 +360,6 @@ class Runner:
         if isinstance(batch, Mapping):
             return {key: self._moved(value) for key, value in batch.items()}
         return tuple(self._moved(value) for value in batch) if isinstance(batch, tuple | list) else batch
-
-
-def default_loss(output: Any, batch: Batch) -> Tensor:
-    """The model's own loss where the batch holds labels, else the next-token cross-entropy, summed over tokens.
-
-    Raises:
-        CalibrationError: when the output is neither.
-    """
-    own = getattr(output, "loss", None)
-    if isinstance(own, Tensor):
-        count = batch["labels"].numel() if isinstance(batch, Mapping) and "labels" in batch else 1
-        return own * count
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch[0] if isinstance(batch, tuple) else batch
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or not isinstance(ids, Tensor) or logits.shape[:-1] != ids.shape or ids.ndim != 2:
-        raise CalibrationError(
-            "the model is no causal language model on token ids: give loss=(output, batch) -> scalar, put labels "
-            "into the batches, or calibrate with gradients=False"
-        )
-    targets = ids[:, 1:]
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        targets = targets.masked_fill(~mask[:, 1:].bool(), -100)
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 @contextmanager

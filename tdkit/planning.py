@@ -13,6 +13,7 @@ from tdkit.calibration import Batch, Calibration, calibrate
 from tdkit.decompositions.base import FactorizedMatrix, Point
 from tdkit.errors import BudgetError, OptionError, PolicyError
 from tdkit.layers import FactorizedLinear
+from tdkit.losses import Labels
 from tdkit.plan import Plan, Step
 from tdkit.policy import Policy, Rule
 from tdkit.progress import progress_bar
@@ -93,11 +94,12 @@ def calibrated(
     policy: Policy | Plan,
     given: Calibration | Iterable[Batch] | str | Path | None,
     *,
+    labels: Labels = "data",
     progress: bool | None = None,
 ) -> Calibration | None:
     """The calibration that was given, or one measured on the batches that were, of what `policy` rewrites.
 
-    A fault of the policy is told before the model runs.
+    A fault of the policy is told before the model runs. `labels` are those of `calibrate`.
     """
     if given is None or isinstance(given, Calibration):
         return given
@@ -108,7 +110,7 @@ def calibrated(
         names = [name for name, rule in assigned.items() if not rule.keep]
     else:
         names = [step.name for step in policy.rewritten]
-    return calibrate(model, given, names=names, progress=progress) if names else None
+    return calibrate(model, given, names=names, labels=labels, progress=progress) if names else None
 
 
 def _sorted(

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tdkit.errors import RecipeError, RegistryError, TdkitError, did_you_mean
+from tdkit.losses import Labels
 from tdkit.registry import Registry
 
 if TYPE_CHECKING:  # a step is handed the run that carries out its recipe, one room above
@@ -71,6 +72,7 @@ class DataConfig(Checked):
     Attributes:
         train, calibration, evaluation: built-in names, files, folders or datasets; see `load_texts`.
         calibration_tokens, evaluation_tokens: how many tokens of them are used.
+        calibration_labels: the text's own next tokens, or ones "sampled" from the model; see `calibrate`.
         context: tokens per window.
         share: of the training text, chosen by the seed.
     """
@@ -80,6 +82,7 @@ class DataConfig(Checked):
     evaluation: Texts | None = None
     calibration_tokens: int = Field(default=16384, ge=1)
     evaluation_tokens: int = Field(default=16384, ge=1)
+    calibration_labels: Labels = "data"
     context: int = Field(default=1024, ge=2)
     share: float = Field(default=1.0, gt=0, le=1)
 

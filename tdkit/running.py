@@ -74,7 +74,7 @@ class Run:
             RecipeError: when the recipe names no such text.
         """
         batches = torch.split(windows(self.tokens("calibration"), self.recipe.data.context), 1)
-        return calibrated(self.model, policy, batches)
+        return calibrated(self.model, policy, batches, labels=self.recipe.data.calibration_labels)
 
     def tokens(self, part: Literal["calibration", "evaluation"]) -> Tensor:
         """The token ids (n,) of a part of the data, as many as the recipe says."""

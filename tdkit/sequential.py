@@ -143,7 +143,7 @@ def trace(model: nn.Module, names: tuple[str, ...], batches: list[Any]) -> Chain
         previous[0] = _hidden(output)
 
     handles = []
-    runner = Runner(model, None, gradients=False)
+    runner = Runner(model, gradients=False)
     try:
         for number, name in enumerate(names):
             block = model.get_submodule(name)

@@ -17,7 +17,7 @@ import tdkit
 # A new module takes the first line that is below everything it imports and above everything that imports it.
 ROOMS = """
     errors shapes files tables progress timing held assignment quasi_newton
-    sharing onednn
+    sharing onednn losses
     huggingface linalg cost
     kernels
     kernels.low_rank kernels.kronecker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from tdkit.cli.output import AsJson, Device, DryRun, err, show
 from tdkit.compression import compress as compress_model
 from tdkit.errors import CheckpointError, OptionError, PolicyError
 from tdkit.evaluation import PROTOCOL, evaluate
+from tdkit.losses import Labels
 from tdkit.planning import applied_plan, calibrated
 from tdkit.planning import plan as plan_model
 from tdkit.policy import Policy, Rule
@@ -37,6 +39,9 @@ CalibrationText = Annotated[
     typer.Option("--calibration", help="Fit in the metric of this text: built-in (sotu:calibration), file, folder."),
 ]
 CalibrationTokens = Annotated[int, typer.Option(help="How many tokens of the calibration text to use.", min=2)]
+CalibrationLabels = Annotated[
+    Labels, typer.Option("--labels", help="Calibrate on the text's own next tokens, or on ones the model draws.")
+]
 Context = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
 Every = Annotated[bool, typer.Option("--every", help="One row per layer, also in a long table.")]
 
@@ -49,6 +54,7 @@ def plan(
     budget: Budget = None,
     calibration: CalibrationText = None,
     calibration_tokens: CalibrationTokens = 16384,
+    labels: CalibrationLabels = "data",
     context: Context = 512,
     dtype: Dtype = "float32",
     every: Every = False,
@@ -56,10 +62,11 @@ def plan(
 ) -> None:
     """Show what a policy would do to every layer of a model; nothing is changed."""
     chosen = policy_of(policy, with_, match, budget)
+    _check_calibration(calibration, {f"--labels {labels}": labels != "data"})
     texts = None if calibration is None else load_texts(calibration)
     source = load_model(model, dtype=dtype_of(dtype))
     made = plan_model(
-        source.model, chosen, calibration=_calibration(source, texts, calibration_tokens, context, chosen)
+        source.model, chosen, calibration=_calibration(source, texts, calibration_tokens, context, labels, chosen)
     )
     show(made.table(every=every), made.to_dict(), as_json)
 
@@ -73,6 +80,7 @@ def compress(
     budget: Budget = None,
     calibration: CalibrationText = None,
     calibration_tokens: CalibrationTokens = 16384,
+    labels: CalibrationLabels = "data",
     context: Context = 512,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Fit block by block on what the compressed prefix produces.")
@@ -89,15 +97,15 @@ def compress(
 ) -> None:
     """Compress a model by a policy and save it."""
     chosen = policy_of(policy, with_, match, budget)
-    if sequential and calibration is None:
-        raise OptionError("--sequential needs --calibration TEXT")
-    if passes > 1 and calibration is None:
-        raise OptionError(f"--passes {passes} needs --calibration TEXT")
+    _check_calibration(
+        calibration,
+        {"--sequential": sequential, f"--passes {passes}": passes > 1, f"--labels {labels}": labels != "data"},
+    )
     if not dry_run:
         _check_folder(folder, overwrite)
     texts = None if calibration is None else load_texts(calibration)
     source = load_model(model, dtype=dtype_of(dtype))
-    known = _calibration(source, texts, calibration_tokens, context, chosen)
+    known = _calibration(source, texts, calibration_tokens, context, labels, chosen)
     made = plan_model(source.model, chosen, calibration=known)
     if not dry_run:
         what = made if passes == 1 else chosen
@@ -181,11 +189,17 @@ def policy_of(file: Path | None, with_: str, match: list[str] | None, budget: fl
     return Policy([Rule(glob, kind) for glob in match or ["*"]], budget)
 
 
+def _check_calibration(calibration: list[str] | None, given: Mapping[str, bool]) -> None:
+    for option, is_given in given.items():
+        if is_given and calibration is None:
+            raise OptionError(f"{option} needs --calibration TEXT")
+
+
 def _calibration(
-    source: Source, texts: list[str] | None, tokens: int, context: int, policy: Policy
+    source: Source, texts: list[str] | None, tokens: int, context: int, labels: Labels, policy: Policy
 ) -> Calibration | None:
     batches = None if texts is None else torch.split(windows(encode(texts, source.tokenizer, tokens), context), 1)
-    return calibrated(source.model, policy, batches)
+    return calibrated(source.model, policy, batches, labels=labels)
 
 
 def dtype_of(name: str) -> torch.dtype:

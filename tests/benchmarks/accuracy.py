@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import copy
 import fnmatch
+import functools
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import tdkit
 from tdkit import Auto, Calibration, Decomposition, Kronecker, LowRank, PermutedKronecker, Policy, Rule, TTMatrix
 from tdkit.evaluation import PROTOCOL, evaluate
 from tdkit.files import write_text
+from tdkit.losses import Labels
 from tdkit.planning import applied_plan
 from tdkit.sources import Source, load_model, spread_windows
 from tdkit.tables import markdown_table
@@ -72,6 +74,8 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "allocated": {"allocation": "loss"},
     "sequential": {"allocation": "loss", "sequential": True},
     "two passes": {"allocation": "loss", "passes": 2},
+    "sampled": {"allocation": "loss", "labels": "sampled"},
+    "sampled, two passes": {"allocation": "loss", "labels": "sampled", "passes": 2},
 }
 
 
@@ -84,16 +88,16 @@ def rows() -> list[tuple[str, Scope]]:
     return [(name, scope) for scope in SCOPES for name in names]
 
 
-def compressed(source: Source, name: str, scope: Scope, calibration: Calibration) -> tuple[nn.Module, dict[str, Any]]:
+def compressed(
+    source: Source, name: str, scope: Scope, calibration_with: Callable[[Labels], Calibration]
+) -> tuple[nn.Module, dict[str, Any]]:
     """A copy of the model, compressed as a row says, and what that took."""
     kind, _, method = name.partition("/")
     options = METHODS[method]
     model = copy.deepcopy(source.model)
-    known: Calibration | None = calibration
-    if not options.get("calibrated", True):
-        known = None
-    elif not options.get("gradients", True):
-        known = calibration.inputs_only()
+    known = calibration_with(options.get("labels", "data")) if options.get("calibrated", True) else None
+    if known is not None and not options.get("gradients", True):
+        known = known.inputs_only()
     policy = Policy(
         [Rule(scope.match, DECOMPOSITIONS[kind], budget=scope.keep)], allocation=options.get("allocation", "auto")
     )
@@ -122,13 +126,19 @@ def compressed(source: Source, name: str, scope: Scope, calibration: Calibration
     }
 
 
-def calibrated(source: Source, folder: Path) -> tuple[Calibration, float]:
+def calibrated(source: Source, folder: Path, labels: Labels) -> tuple[Calibration, float]:
     """The calibration of the run folder, measured when it is not there yet, and the seconds it took then."""
-    saved, clock = folder / "calibration", folder / "calibration.seconds"
+    name = "calibration" if labels == "data" else f"calibration-{labels}"
+    saved, clock = folder / name, folder / f"{name}.seconds"
     if not saved.exists():
         started = time.perf_counter()
         measured = tdkit.calibrate(
-            source.model, CALIBRATION_TEXT, tokenizer=source.tokenizer, context=CONTEXT, tokens=CALIBRATION_TOKENS
+            source.model,
+            CALIBRATION_TEXT,
+            labels=labels,
+            tokenizer=source.tokenizer,
+            context=CONTEXT,
+            tokens=CALIBRATION_TOKENS,
         )
         measured.save(saved)
         clock.write_text(f"{time.perf_counter() - started:.1f}")
@@ -151,8 +161,13 @@ def main() -> None:
 
     source = load_model("smollm2")
     ids = spread_windows(EVALUATION_TEXT, source.tokenizer, context=CONTEXT, tokens=options.tokens).flatten()
-    calibration, calibration_seconds = calibrated(source, options.run)
-    store = Store(options.out, ids, calibration_seconds)
+    data, seconds = calibrated(source, options.run, "data")
+
+    @functools.cache
+    def calibration_with(labels: Labels) -> Calibration:
+        return data if labels == "data" else calibrated(source, options.run, labels)[0]
+
+    store = Store(options.out, ids, seconds)
     if store.find("dense", "") is None:
         store.add({"row": "dense", "scope": "", "params": 134_515_008, "kept": 1.0, **measured(source.model, ids)})
     for name, scope in rows():
@@ -160,7 +175,7 @@ def main() -> None:
         if not wanted or not any(fnmatch.fnmatch(scope.name, glob) for glob in options.budgets):
             continue
         if store.find(name, scope.name) is None:
-            model, took = compressed(source, name, scope, calibration)
+            model, took = compressed(source, name, scope, calibration_with)
             store.add({"row": name, "scope": scope.name, **took, **measured(model, ids)})
 
 
@@ -258,7 +273,7 @@ class Store:
                 ratio = best["perplexity"] / plain["perplexity"]
                 lines.append(_bar(f"80% of blocks, best {kind} ({best['row']}) / plain", ratio, 0.05))
         for scope_ in SCOPES:
-            for method in ("allocated", "sequential", "two passes"):
+            for method in METHODS:
                 auto = self.find(f"auto/{method}", scope_.name)
                 singles = [self.find(f"{kind}/{method}", scope_.name) for kind in DECOMPOSITIONS if kind != "auto"]
                 known = [row["perplexity"] for row in singles if row]

@@ -102,6 +102,9 @@ def test_calibrated_and_sequential(tdkit: Tdkit, gpt2_folder: Path, text_file: P
     refused = tdkit(*call, "--passes", "2")
     assert refused.code == 2
     assert "--passes 2 needs --calibration" in refused.err
+    refused = tdkit(*call, "--labels", "sampled")
+    assert refused.code == 2
+    assert "--labels sampled needs --calibration" in refused.err
     twice = tdkit(*call[:-1], tmp_path / "twice", *options[:-1], "--passes", "2", "--json")
     assert twice.code == 0, twice.err
     assert json.loads(twice.out)["params_after"] < json.loads(twice.out)["params_before"]

@@ -1,0 +1,113 @@
+"""The losses whose gradients calibrate: the data's own, and one with labels that the model draws itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tdkit.errors import CalibrationError, did_you_mean
+
+Labels = Literal["data", "sampled"]
+
+IGNORED = -100  # a label that counts nothing, as torch and transformers have it
+
+
+def check_labels(labels: str) -> Labels:
+    """`labels`, if it is one of `Labels`.
+
+    Raises:
+        CalibrationError: otherwise.
+    """
+    known: tuple[Labels, ...] = get_args(Labels)
+    for each in known:
+        if each == labels:
+            return each
+    raise CalibrationError(f"no labels '{labels}'{did_you_mean(labels, known) or '.'} Known: {', '.join(known)}")
+
+
+def data_loss(output: Any, batch: Any) -> Tensor:
+    """The model's own loss where the batch holds labels, else the next-token cross-entropy, summed over tokens.
+
+    Raises:
+        CalibrationError: when the output is neither.
+    """
+    own = getattr(output, "loss", None)
+    if isinstance(own, Tensor):
+        count = batch["labels"].numel() if isinstance(batch, Mapping) and "labels" in batch else 1
+        return own * count
+    logits, ids = _logits(output), _ids(batch)
+    if logits is None or not _predicts_next(logits, ids):
+        raise CalibrationError(
+            "the model is no causal language model on token ids: give loss=(output, batch) -> scalar, put labels "
+            "into the batches, or calibrate with gradients=False"
+        )
+    assert ids is not None
+    return _summed(logits[:, :-1], _unmasked(ids[:, 1:], batch))
+
+
+def sampled_loss(output: Any, batch: Any, seed: int) -> Tensor:
+    """The cross-entropy with labels drawn from the model's own predictions, summed over all of them.
+
+    The second moment of its gradients is the Fisher information: the curvature of the divergence between what the
+    model predicts now and after a small change. That of the data's labels counts what the model gets wrong besides.
+    A causal language model draws each next token in the context of the data's.
+
+    Args:
+        output: logits (..., classes), or what holds them as ``logits``.
+        batch: its mask, or labels of the logits' own shape that are -100, say which predictions do not count.
+        seed: of the draw.
+
+    Raises:
+        CalibrationError: when there are no logits of two or more classes.
+
+    Source: Kunstner, Hennig and Balles, "Limitations of the empirical Fisher approximation" (2019), section 2.
+    """
+    logits = _logits(output)
+    if logits is None or logits.ndim < 2 or logits.shape[-1] < 2:
+        raise CalibrationError(
+            "the model gives no logits of two or more classes to draw labels from: calibrate with labels='data'"
+        )
+    ids, given = _ids(batch), batch.get("labels") if isinstance(batch, Mapping) else None
+    drawn = _drawn(logits.detach(), seed)
+    if isinstance(given, Tensor) and given.shape == drawn.shape:
+        return _summed(logits, drawn.masked_fill(given == IGNORED, IGNORED))
+    if _predicts_next(logits, ids):
+        return _summed(logits[:, :-1], _unmasked(drawn[:, :-1], batch))
+    return _summed(logits, drawn)
+
+
+def _drawn(logits: Tensor, seed: int) -> Tensor:
+    """A class for each row of logits (..., classes), with the probability that they give it; the same on any device."""
+    drawn = torch.rand(logits.shape[:-1], generator=torch.Generator().manual_seed(seed)).to(logits.device)
+    reached = logits.float().softmax(-1).cumsum(-1)
+    return torch.searchsorted(reached, (drawn * reached[..., -1])[..., None]).squeeze(-1)
+
+
+def _logits(output: Any) -> Tensor | None:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def _ids(batch: Any) -> Tensor | None:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch[0] if isinstance(batch, tuple) else batch
+    return ids if isinstance(ids, Tensor) else None
+
+
+def _predicts_next(logits: Tensor, ids: Tensor | None) -> bool:
+    return ids is not None and ids.ndim == 2 and logits.shape[:-1] == ids.shape
+
+
+def _unmasked(targets: Tensor, batch: Any) -> Tensor:
+    """`targets` of the positions after the first, ignored where the batch's attention mask hides them."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return targets.masked_fill(~mask[:, 1:].bool(), IGNORED)
+    return targets
+
+
+def _summed(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="sum")
