@@ -40,7 +40,10 @@ CalibrationText = Annotated[
 ]
 CalibrationTokens = Annotated[int, typer.Option(help="How many tokens of the calibration text to use.", min=2)]
 CalibrationLabels = Annotated[
-    Labels, typer.Option("--labels", help="Calibrate on the text's own next tokens, or on ones the model draws.")
+    Labels,
+    typer.Option(
+        "--labels", help="Calibrate on the text's own next tokens, or on ones the model draws (light compression)."
+    ),
 ]
 Context = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
 Every = Annotated[bool, typer.Option("--every", help="One row per layer, also in a long table.")]
