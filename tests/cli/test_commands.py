@@ -105,6 +105,11 @@ def test_calibrated_and_sequential(tdkit: Tdkit, gpt2_folder: Path, text_file: P
     refused = tdkit(*call, "--labels", "sampled")
     assert refused.code == 2
     assert "--labels sampled needs --calibration" in refused.err
+    data, sampled = (
+        tdkit("plan", *call[1:-2], *options[:-1], "--labels", labels, "--json") for labels in ("data", "sampled")
+    )
+    assert sampled.code == 0, sampled.err
+    assert sampled.out != data.out
     twice = tdkit(*call[:-1], tmp_path / "twice", *options[:-1], "--passes", "2", "--json")
     assert twice.code == 0, twice.err
     assert json.loads(twice.out)["params_after"] < json.loads(twice.out)["params_before"]
