@@ -30,7 +30,6 @@ MAX_STEPS = 40
 TOLERANCE = 1e-3  # of the error, over a few steps
 SINGLE_FROM = 1 << 17  # entries from which float32 is used,
 SINGLE_ERROR = 3e-4  # unless the error is a smaller share than this of the whole, where digits would be lost
-Solved = tuple[Tensor, Tensor, Tensor, Tensor]
 RIDGES = {torch.float32: 1e-7, torch.float64: 1e-14}  # of the mean diagonal, added to the system for X
 
 
@@ -88,6 +87,9 @@ class BlockProblem:
         )
         b, x = reduced.factors(found.point)
         return b, x, max(2 * found.values[-1], 0.0) * self.size
+
+
+Solved = tuple[Tensor, Tensor, Tensor, Tensor]  # see `_Reduced._solve`
 
 
 class _Reduced:

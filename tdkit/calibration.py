@@ -131,10 +131,10 @@ class Calibration:
             version = int(form["version"])
             names = {name: folder / file for file, sites in form["files"].items() for name in sites}
             gradients = bool(form["gradients"])
-            labels = str(form.get("labels", "data"))
+            labels = check_labels(form.get("labels", "data"))
         except FileNotFoundError:
             raise CalibrationError(f"{folder} holds no {DESCRIPTION}: it is no saved calibration") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, CalibrationError) as error:
             raise CalibrationError(f"{folder / DESCRIPTION} is damaged: {error}") from None
         if version > FORMAT_VERSION:
             raise CalibrationError(f"{folder} has format version {version}, newer than {FORMAT_VERSION}: update tdkit")
@@ -145,7 +145,7 @@ class Calibration:
         if (folder / "batches.safetensors").is_file():
             with _opened(folder / "batches.safetensors") as file:
                 batches = [file.get_tensor(key) for key in sorted(file.keys())]
-        calibration = cls({}, batches=batches, gradients=gradients, labels=check_labels(labels))
+        calibration = cls({}, batches=batches, gradients=gradients, labels=labels)
         calibration._files = names
         return calibration
 

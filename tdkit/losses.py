@@ -82,9 +82,10 @@ def sampled_loss(output: Any, batch: Any, seed: int) -> Tensor:
 
 def _drawn(logits: Tensor, seed: int) -> Tensor:
     """A class for each row of logits (..., classes), with the probability that they give it; the same on any device."""
-    drawn = torch.rand(logits.shape[:-1], generator=torch.Generator().manual_seed(seed)).to(logits.device)
+    uniform = torch.rand(logits.shape[:-1], generator=torch.Generator().manual_seed(seed)).to(logits.device)
     reached = logits.float().softmax(-1).cumsum(-1)
-    return torch.searchsorted(reached, (drawn * reached[..., -1])[..., None]).squeeze(-1)
+    drawn = torch.searchsorted(reached, (uniform * reached[..., -1])[..., None], right=True).squeeze(-1)
+    return drawn.clamp_max(logits.shape[-1] - 1)  # the end of rounding, or of logits that are no numbers
 
 
 def _logits(output: Any) -> Tensor | None:

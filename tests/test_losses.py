@@ -97,6 +97,22 @@ def test_a_calibration_knows_its_labels(tmp_path: Path) -> None:
     assert torch.equal(first.output, again.output)
 
 
+def test_logits_that_are_no_numbers_are_named() -> None:
+    model, ids = language()
+    model[1].bias.data[0] = float("nan")
+    with pytest.raises(CalibrationError, match="the loss of calibration batch 0 is nan"):
+        tdkit.calibrate(model, [ids], labels="sampled")
+
+
+def test_a_file_with_other_labels_is_named(tmp_path: Path) -> None:
+    model, ids = language()
+    folder = tdkit.calibrate(model, [ids]).save(tmp_path / "moments")
+    description = folder / "calibration.json"
+    description.write_text(description.read_text().replace('"data"', '"dato"'))
+    with pytest.raises(CalibrationError, match=r"calibration\.json is damaged: no labels 'dato'; did you mean 'data'"):
+        Calibration.load(folder)
+
+
 def test_wrong_labels_are_told_before_any_work() -> None:
     model, ids = language()
     with pytest.raises(CalibrationError, match="no labels 'sample'; did you mean 'sampled'"):
