@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tdkit.decompositions.base import Decomposition, Point
 from tdkit.errors import CalibrationError
 from tdkit.files import whole_folder
-from tdkit.losses import Labels, check_labels, data_loss, sampled_loss
+from tdkit.losses import Labels, attention_mask, check_labels, data_loss, sampled_loss
 from tdkit.metric import Metric
 from tdkit.moments import Reach, Recorder, SharingBrokeError, groups_within, reaching
 from tdkit.progress import Bar, progress_bar
@@ -351,8 +351,8 @@ class Runner:
         return data_loss(output, batch) if self.labels == "data" else sampled_loss(output, batch, seed=number)
 
     def mask(self, batch: Batch) -> Tensor | None:
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        return mask.to(self.device).bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        mask = attention_mask(batch)
+        return None if mask is None else mask.to(self.device)
 
     def _moved(self, batch: Batch) -> Batch:
         if isinstance(batch, Tensor):

@@ -39,13 +39,13 @@ def data_loss(output: Any, batch: Any) -> Tensor:
     if isinstance(own, Tensor):
         count = batch["labels"].numel() if isinstance(batch, Mapping) and "labels" in batch else 1
         return own * count
-    logits, ids = _logits(output), _ids(batch)
-    if logits is None or not _predicts_next(logits, ids):
+    logits = _logits(output)
+    ids = _continued(logits, batch)
+    if logits is None or ids is None:
         raise CalibrationError(
             "the model is no causal language model on token ids: give loss=(output, batch) -> scalar, put labels "
             "into the batches, or calibrate with gradients=False"
         )
-    assert ids is not None
     return _summed(logits[:, :-1], _unmasked(ids[:, 1:], batch))
 
 
@@ -71,11 +71,11 @@ def sampled_loss(output: Any, batch: Any, seed: int) -> Tensor:
         raise CalibrationError(
             "the model gives no logits of two or more classes to draw labels from: calibrate with labels='data'"
         )
-    ids, given = _ids(batch), batch.get("labels") if isinstance(batch, Mapping) else None
+    given = batch.get("labels") if isinstance(batch, Mapping) else None
     drawn = _drawn(logits.detach(), seed)
     if isinstance(given, Tensor) and given.shape == drawn.shape:
         return _summed(logits, drawn.masked_fill(given == IGNORED, IGNORED))
-    if _predicts_next(logits, ids):
+    if _continued(logits, batch) is not None:
         return _summed(logits[:, :-1], _unmasked(drawn[:, :-1], batch))
     return _summed(logits, drawn)
 
@@ -93,21 +93,23 @@ def _logits(output: Any) -> Tensor | None:
     return logits if isinstance(logits, Tensor) else None
 
 
-def _ids(batch: Any) -> Tensor | None:
+def _continued(logits: Tensor | None, batch: Any) -> Tensor | None:
+    """The token ids (n, tokens) of the batch where `logits` have a prediction of what follows each of them."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch[0] if isinstance(batch, tuple) else batch
-    return ids if isinstance(ids, Tensor) else None
+    fits = isinstance(ids, Tensor) and ids.ndim == 2 and logits is not None and logits.shape[:-1] == ids.shape
+    return ids if fits else None
 
 
-def _predicts_next(logits: Tensor, ids: Tensor | None) -> bool:
-    return ids is not None and ids.ndim == 2 and logits.shape[:-1] == ids.shape
+def attention_mask(batch: Any) -> Tensor | None:
+    """The batch's mask (n, tokens), True where a token counts; None where it has none of this form."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _unmasked(targets: Tensor, batch: Any) -> Tensor:
     """`targets` of the positions after the first, ignored where the batch's attention mask hides them."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return targets.masked_fill(~mask[:, 1:].bool(), IGNORED)
-    return targets
+    mask = attention_mask(batch)
+    return targets if mask is None else targets.masked_fill(~mask[:, 1:], IGNORED)
 
 
 def _summed(logits: Tensor, targets: Tensor) -> Tensor:

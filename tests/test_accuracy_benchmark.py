@@ -44,7 +44,11 @@ def test_rows_are_kept_and_judged(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "accuracy.json").read_text())["rows"]) == 4
 
 
-@pytest.mark.parametrize("name", ["low_rank/plain", "low_rank/whitened", "low_rank/sampled", "auto/sequential"])
+@pytest.mark.parametrize(
+    "name",
+    [f"low_rank/{method}" for method in ("plain", "whitened", "sequential", "sampled")]
+    + ["auto/allocated", "auto/sequential"],
+)
 def test_a_row_compresses_a_copy(name: str) -> None:
     model = make_llama()
     batches = [torch.randint(60, (2, 16)) for _ in range(3)]

@@ -161,13 +161,12 @@ def main() -> None:
 
     source = load_model("smollm2")
     ids = spread_windows(EVALUATION_TEXT, source.tokenizer, context=CONTEXT, tokens=options.tokens).flatten()
-    data, seconds = calibrated(source, options.run, "data")
 
     @functools.cache
-    def calibration_with(labels: Labels) -> Calibration:
-        return data if labels == "data" else calibrated(source, options.run, labels)[0]
+    def moments(labels: Labels) -> tuple[Calibration, float]:
+        return calibrated(source, options.run, labels)
 
-    store = Store(options.out, ids, seconds)
+    store = Store(options.out, ids, moments("data")[1])
     if store.find("dense", "") is None:
         store.add({"row": "dense", "scope": "", "params": 134_515_008, "kept": 1.0, **measured(source.model, ids)})
     for name, scope in rows():
@@ -175,7 +174,7 @@ def main() -> None:
         if not wanted or not any(fnmatch.fnmatch(scope.name, glob) for glob in options.budgets):
             continue
         if store.find(name, scope.name) is None:
-            model, took = compressed(source, name, scope, calibration_with)
+            model, took = compressed(source, name, scope, lambda labels: moments(labels)[0])
             store.add({"row": name, "scope": scope.name, **took, **measured(model, ids)})
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tdkit import Decomposition, FactorizedMatrix, Kronecker, LowRank, Metric, PermutedKronecker, TTMatrix
 from tdkit.files import write_text
-from tdkit.linalg import rearrange, relative_error
+from tdkit.linalg import rearrange, relative_error, restore
 from tdkit.shapes import Shape
 from tdkit.tables import markdown_table
 from tdkit.timing import side_by_side
@@ -205,8 +205,7 @@ def contenders(weight: Tensor) -> dict[str, dict[str, Callable[[], Tensor]]]:
 
     def kronecker_by_svd(a: Shape, b: Shape, terms: int) -> Tensor:
         u, s, v = torch.linalg.svd(rearrange(weight, a, b), full_matrices=False)
-        left, right = u[:, :terms] * s[:terms], v[:terms]
-        return sum((torch.kron(left[:, i].reshape(a), right[i].reshape(b)) for i in range(terms)), torch.zeros(()))
+        return restore(u[:, :terms] * s[:terms] @ v[:terms], a, b)
 
     def train_by_tensorly() -> Tensor:
         cores = tensor_train_matrix(weight.reshape(*out_modes, *in_modes), rank=(1, 32, 32, 1))
