@@ -6,17 +6,18 @@ model = tdkit.compress(model, policy)
 tdkit.save(model, "smaller")
 """
 
-from tdkit.auto import Auto
-from tdkit.calibration import Calibration, calibrate
-from tdkit.checkpoint import load, save
-from tdkit.compression import compress
+from tdkit.calibration.calibration import Calibration
+from tdkit.calibration.measure import calibrate
+from tdkit.compression.apply import compress
 from tdkit.decompositions import Decomposition, FactorizedMatrix, Kronecker, LowRank, PermutedKronecker, TTMatrix
+from tdkit.decompositions.auto import Auto
 from tdkit.errors import TdkitError
-from tdkit.metric import Metric
-from tdkit.plan import Plan
-from tdkit.planning import applied_plan, plan
-from tdkit.policy import Policy, Rule
-from tdkit.prepare import prepare
+from tdkit.fitting.metric import Metric
+from tdkit.models.checkpoint import load, save
+from tdkit.models.preparation import prepare
+from tdkit.planning.plan import Plan
+from tdkit.planning.planner import applied_plan, plan
+from tdkit.planning.policy import Policy, Rule
 
 __version__ = "0.1.0"
 

@@ -6,14 +6,12 @@ is an error that names both packages, and an entry that fails to import breaks o
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from tdkit.decompositions.base import Decomposition
-from tdkit.errors import OptionError, RegistryError, did_you_mean
+from tdkit.errors import RegistryError, did_you_mean
 
 T = TypeVar("T")
 
@@ -80,47 +78,3 @@ class Registry(Generic[T]):
 
 def _package(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist else entry.value
-
-
-decompositions: Registry[type[Decomposition]] = Registry(
-    "tdkit.decompositions",
-    "decomposition",
-    {
-        "low_rank": "tdkit.decompositions.low_rank:LowRank",
-        "kronecker": "tdkit.decompositions.kronecker:Kronecker",
-        "permuted_kronecker": "tdkit.decompositions.permuted_kronecker:PermutedKronecker",
-        "tt_matrix": "tdkit.decompositions.tt_matrix:TTMatrix",
-        "auto": "tdkit.auto:Auto",
-    },
-)
-
-
-def decomposition(spec: Decomposition | str | Mapping[str, Any]) -> Decomposition:
-    """The decomposition that `spec` stands for: itself, a name, or ``{name: {option: value}}``.
-
-    Raises:
-        RegistryError: for an unknown name.
-        OptionError: for an unknown or impossible option.
-    """
-    if isinstance(spec, Decomposition):
-        return spec
-    if isinstance(spec, str):
-        spec = {spec: {}}
-    if not isinstance(spec, Mapping) or len(spec) != 1:
-        raise OptionError(f"a decomposition is a name or one 'name: {{options}}' pair, not {spec!r}")
-    name, options = next(iter(spec.items()))
-    kind = decompositions.get(str(name))
-    options = options or {}
-    if not isinstance(options, Mapping):
-        raise OptionError(f"{name}: options must be 'option: value' pairs, not {options!r}")
-    known = [f.name for f in dataclasses.fields(kind)]
-    for option in options:
-        if option not in known:
-            hint = did_you_mean(str(option), known)
-            raise OptionError(f"{name}: unknown option '{option}'{hint}; known: {', '.join(known) or 'none'}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
-
-
-def spec_of(item: Decomposition) -> dict[str, dict[str, Any]]:
-    """The ``{name: {option: value}}`` form of a decomposition, which `decomposition` reads back."""
-    return {item.name: item.options()}

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix
+from tdkit.decompositions.registered import decomposition, spec_of
 from tdkit.errors import OptionError, TdkitError
-from tdkit.metric import Metric
-from tdkit.registry import decomposition, spec_of
+from tdkit.fitting.metric import Metric
 from tdkit.shapes import Shape
 
 SHAPES: tuple[Shape, ...] = ((12, 18), (18, 12), (16, 16), (15, 9), (7, 11), (1, 10), (10, 1), (1, 1))

@@ -97,7 +97,7 @@ def ids() -> Tensor:
 def smollm2() -> Any:
     """The real SmolLM2-135M with its tokenizer; it is shared, so tests work on deep copies."""
     from tdkit.errors import MissingDependencyError
-    from tdkit.sources import load_model
+    from tdkit.sources.models import load_model
 
     try:
         return load_model("smollm2")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tdkit.linalg import nearest_kronecker, relative_error, restore
+from tdkit.fitting.linalg import nearest_kronecker, relative_error, restore
 from tdkit.shapes import Shape
 
 Factors = Callable[[int, Shape, torch.Generator], Tensor]

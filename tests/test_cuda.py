@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import tdkit
-from tdkit import Decomposition, Kronecker, LowRank, PermutedKronecker, Policy, Rule, TTMatrix, kernels
-from tdkit.cost import FUSED, HELD
-from tdkit.prepare import factorized_matrices, held_bytes, prepare
+from tdkit import Decomposition, Kronecker, LowRank, PermutedKronecker, Policy, Rule, TTMatrix
+from tdkit.models.preparation import factorized_matrices, held_bytes, prepare
+from tdkit.products import kernels
+from tdkit.products.cost import FUSED, HELD
 from tests.conftest import TiedModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

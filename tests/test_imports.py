@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -13,46 +14,24 @@ import pytest
 
 import tdkit
 
-# Each line may import from the lines above it, not from its own line or those below.
-# A new module takes the first line that is below everything it imports and above everything that imports it.
+# The packages and single modules of tdkit from the ground up. Each imports from the lines above its own, never from
+# its own line (but from itself) or those below.
 ROOMS = """
-    errors shapes files tables progress timing held assignment quasi_newton
-    sharing onednn losses
-    huggingface linalg cost
-    kernels
-    kernels.low_rank kernels.kronecker
-    spectral_start metric contraction chain
-    autograd permutations trains tensor_train whitening product_metric
-    block_fit
-    metric_fit
-    permuted_fit decompositions.base
-    decompositions.curves
-    decompositions.structured
-    decompositions.low_rank decompositions.kronecker decompositions.tt_matrix
-    decompositions.permuted_kronecker
-    decompositions
+    errors shapes
     registry
-    testing auto layers
-    hosts prepare ties
-    sites plan
-    policy checkpoint fitting moments
+    support
+    fitting products
+    decompositions
+    models
     sources
-    calibration evaluation
-    budget sequential
-    planning benchmark
-    compression
+    calibration
+    planning
+    compression evaluation testing
     __init__
     recipes
-    recipe
-    running
-    steps
-    cli cli.output
-    cli.registered cli.models cli.recipes
-    cli.bench
-    cli.app
+    cli
 """
-LINES = [line.split() for line in ROOMS.strip().splitlines()]
-FLOOR = {module: number for number, line in enumerate(LINES) for module in line}
+FLOOR = {room: number for number, line in enumerate(ROOMS.strip().splitlines()) for room in line.split()}
 PACKAGE = Path(tdkit.__file__).parent
 LEAN = (
     "rich",
@@ -99,21 +78,50 @@ def _is_for_types_only(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def test_every_module_has_its_room() -> None:
-    homeless = set(modules()) - set(FLOOR)
-    assert not homeless, f"add {', '.join(sorted(homeless))} to ROOMS in {Path(__file__).name}, below what they import"
-    gone = set(FLOOR) - set(modules())
-    assert not gone, f"take {', '.join(sorted(gone))} out of ROOMS in {Path(__file__).name}: there is no such module"
+def room(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def test_every_package_has_its_floor() -> None:
+    assert {room(name) for name in modules()} == set(FLOOR), f"bring ROOMS in {Path(__file__).name} up to date"
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_imports_point_only_downward(name: str) -> None:
     known = modules()
-    upward = {other for other in imported(known[name], known) if FLOOR.get(other, -1) >= FLOOR.get(name, len(LINES))}
-    assert not upward, (
-        f"{name} imports {', '.join(sorted(upward))}, which ROOMS in {Path(__file__).name} does not place above it: "
-        "move the import, or the line of the module"
-    )
+    own = room(name)
+    upward = {
+        other for other in imported(known[name], known) if room(other) != own and FLOOR[room(other)] >= FLOOR[own]
+    }
+    assert not upward, f"{name} imports {', '.join(sorted(upward))}, which ROOMS does not place below it"
+
+
+def test_no_modules_import_each_other() -> None:
+    known = modules()
+    waiting = {name: imported(path, known) - {name} for name, path in known.items()}
+    while ready := {name for name, needs in waiting.items() if not needs & waiting.keys()}:
+        for name in ready:
+            del waiting[name]
+    assert not waiting, f"these import each other: {', '.join(sorted(waiting))}"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_no_module_is_hidden_by_another_object_of_its_name(name: str) -> None:
+    if name.startswith("products.kernels."):
+        pytest.importorskip("triton")
+    found: object = tdkit
+    module = importlib.import_module("tdkit" if name == "__init__" else f"tdkit.{name}")
+    for part in () if name == "__init__" else name.split("."):
+        found = getattr(found, part)
+    assert found is module
+
+
+@pytest.mark.parametrize("name", sorted(room for room in FLOOR if (PACKAGE / room).is_dir()))
+def test_every_package_says_in_one_line_what_it_is_for(name: str) -> None:
+    tree = ast.parse((PACKAGE / name / "__init__.py").read_text(encoding="utf-8"))
+    lines = (ast.get_docstring(tree) or "").splitlines()
+    assert len(lines) == 1
+    assert lines[0].endswith(".")
 
 
 def in_a_new_process(code: str) -> Any:
@@ -159,8 +167,8 @@ def test_names_are_listed_without_importing_plugins() -> None:
     seen = in_a_new_process(
         """
 import json, sys
-import tdkit.registry
-names = tdkit.registry.decompositions.names()
+import tdkit.decompositions.registered as registered
+names = registered.decompositions.names()
 print(json.dumps({"names": names, "plugins": sorted(name for name in sys.modules if name.startswith("tdkit_"))}))
 """
     )

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 import tdkit
-from tdkit.cli import bench, models, recipes, registered
+from tdkit.cli import bench, models, recipes
+from tdkit.cli import decompositions as registered
 from tdkit.errors import BudgetError, OptionError, PolicyError, RecipeError, RegistryError, TdkitError
 
 USAGE_ERRORS = (OptionError, PolicyError, BudgetError, RegistryError, RecipeError)

@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from tdkit.benchmark import benchmark, unfitted
 from tdkit.cli.models import Budget, Dtype, Match, ModelName, PolicyFile, With, dtype_of, policy_of
 from tdkit.cli.output import AsJson, Device, err, show
 from tdkit.errors import OptionError
-from tdkit.planning import plan
-from tdkit.sites import factorized_groups
-from tdkit.sources import load_model
-from tdkit.timing import keep_freed_memory
+from tdkit.evaluation.speed import benchmark, unfitted
+from tdkit.evaluation.timing import keep_freed_memory
+from tdkit.models.sites import factorized_groups
+from tdkit.planning.planner import plan
+from tdkit.sources.models import load_model
 
 
 def bench(

@@ -11,20 +11,20 @@ import torch
 import typer
 import yaml
 
-from tdkit.calibration import Calibration
-from tdkit.checkpoint import DESCRIPTION, read_description, save
+from tdkit.calibration.calibration import Calibration
+from tdkit.calibration.losses import Labels
 from tdkit.cli.output import AsJson, Device, DryRun, err, show
-from tdkit.compression import compress as compress_model
+from tdkit.compression.apply import compress as compress_model
+from tdkit.decompositions.registered import decomposition
 from tdkit.errors import CheckpointError, OptionError, PolicyError
-from tdkit.evaluation import PROTOCOL, evaluate
-from tdkit.losses import Labels
-from tdkit.planning import applied_plan, calibrated
-from tdkit.planning import plan as plan_model
-from tdkit.policy import Policy, Rule
-from tdkit.registry import decomposition
-from tdkit.running import DTYPES
-from tdkit.sources import Source, encode, load_model, load_texts, windows
-from tdkit.tables import table_of
+from tdkit.evaluation.language_models import PROTOCOL, evaluate
+from tdkit.models.checkpoint import DESCRIPTION, read_description, save
+from tdkit.planning.planner import applied_plan, calibrated
+from tdkit.planning.planner import plan as plan_model
+from tdkit.planning.policy import Policy, Rule
+from tdkit.sources.models import DTYPES, Source, load_model
+from tdkit.sources.texts import encode, load_texts, windows
+from tdkit.support.tables import table_of
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a folder, or a built-in such as smollm2.")]
 PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A YAML policy; instead of --with and --match.")]

@@ -10,10 +10,11 @@ import yaml
 
 from tdkit.cli.output import AsJson, Device, DryRun, err, out, show
 from tdkit.errors import RecipeError
-from tdkit.files import write_text
-from tdkit.recipe import Recipe, load_recipe, recipe_files, recipe_text
-from tdkit.running import run_recipe
-from tdkit.tables import table_of
+from tdkit.recipes.library import load_recipe, recipe_files, recipe_text
+from tdkit.recipes.recipe import Recipe
+from tdkit.recipes.run import run_recipe
+from tdkit.support.files import write_text
+from tdkit.support.tables import table_of
 
 Name = Annotated[str, typer.Argument(metavar="RECIPE", help="A registered recipe, or a .yaml file.")]
 Overrides = Annotated[

@@ -12,14 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdkit import kernels, onednn
-from tdkit.autograd import autocast_dtype
-from tdkit.cost import DENSE, FEW, GRAPH, HELD, Path, Product, Schedule, schedule_of, select
+from tdkit.decompositions.options import integers, pair, positive
 from tdkit.errors import OptionError
-from tdkit.held import HeldWeight
-from tdkit.linalg import relative_error, working
-from tdkit.metric import Metric
+from tdkit.fitting.linalg import relative_error, working
+from tdkit.fitting.metric import Metric
+from tdkit.products import kernels, onednn
+from tdkit.products.autograd import autocast_dtype
+from tdkit.products.cost import DENSE, FEW, GRAPH, HELD, Path, Product, Schedule, schedule_of, select
+from tdkit.products.held_weight import HeldWeight
 from tdkit.shapes import Shape
+
+__all__ = [
+    "Decomposition",
+    "FactorizedMatrix",
+    "Point",
+    "Preference",
+    "assign",
+    "factor",
+    "integers",
+    "pair",
+    "positive",
+]
 
 Preference = Literal["speed", "memory"]
 
@@ -330,33 +343,6 @@ class Decomposition(ABC):
 
     def __str__(self) -> str:
         return self.describe()
-
-
-def positive(owner: str, option: str, value: object) -> None:
-    """Raise OptionError unless `value` is None or an integer of at least 1."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise OptionError(f"{owner}: {option}={value!r} must be an integer of at least 1")
-
-
-def pair(owner: str, option: str, value: object) -> Shape | None:
-    """`value` as a tuple of two positive integers, or None; OptionError otherwise."""
-    if value is None:
-        return None
-    entries = integers(owner, option, value)
-    if len(entries) != 2:
-        raise OptionError(f"{owner}: {option}={value!r} must be two integers, (rows, columns)")
-    return entries[0], entries[1]
-
-
-def integers(owner: str, option: str, value: object) -> tuple[int, ...]:
-    """`value` as a tuple of positive integers; OptionError otherwise."""
-    if not isinstance(value, list | tuple) or not value:
-        raise OptionError(f"{owner}: {option}={value!r} must be a list of integers")
-    for entry in value:
-        positive(owner, option, entry)
-        if entry is None:
-            raise OptionError(f"{owner}: {option}={value!r} must be a list of integers")
-    return tuple(value)
 
 
 def factor(

@@ -10,15 +10,16 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from tdkit.decompositions.base import Decomposition, Point, assign, factor, pair, positive
-from tdkit.decompositions.curves import exact_curve, sampled_curve
-from tdkit.decompositions.structured import StructuredMatrix
+from tdkit.decompositions.base import Decomposition, Point, assign, factor
+from tdkit.decompositions.error_curve import exact_curve, sampled_curve
+from tdkit.decompositions.options import pair, positive
+from tdkit.decompositions.structured_matrix import StructuredMatrix
 from tdkit.errors import OptionError
-from tdkit.linalg import nearest_kronecker, rearrange, singular_values, working
-from tdkit.metric import Metric
-from tdkit.metric_fit import kronecker_in_metric, train_errors
+from tdkit.fitting.linalg import nearest_kronecker, rearrange, singular_values, working
+from tdkit.fitting.metric import Metric
+from tdkit.fitting.train_in_metric import kronecker_in_metric, train_errors
+from tdkit.products.train import KroneckerStructure
 from tdkit.shapes import Shape, divisors
-from tdkit.trains import KroneckerStructure
 
 
 class KroneckerMatrix(StructuredMatrix):
@@ -45,7 +46,7 @@ class KroneckerMatrix(StructuredMatrix):
         return parameters["a"], parameters["b"]  # type: ignore[return-value]
 
     def fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        from tdkit.kernels.kronecker import kronecker_product  # imports Triton
+        from tdkit.products.kernels.kronecker import kronecker_product  # imports Triton
 
         (a, b), (source, target) = self.factors(), self.orders()
         return kronecker_product(x, a, b, bias, source=source, target=target)

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdkit import onednn
-from tdkit.autograd import autocast_dtype
-from tdkit.contraction import LowRankStructure, padded_rank, padding_pays
-from tdkit.cost import Path
-from tdkit.decompositions.base import Decomposition, Point, assign, factor, positive
-from tdkit.decompositions.curves import exact_curve
-from tdkit.decompositions.structured import StructuredMatrix
+from tdkit.decompositions.base import Decomposition, Point, assign, factor
+from tdkit.decompositions.error_curve import exact_curve
+from tdkit.decompositions.options import positive
+from tdkit.decompositions.structured_matrix import StructuredMatrix
 from tdkit.errors import OptionError
-from tdkit.held import HeldWeight
-from tdkit.metric import Metric
+from tdkit.fitting.low_rank import squared_singular_values, truncated_in_metric
+from tdkit.fitting.metric import Metric
+from tdkit.products import onednn
+from tdkit.products.autograd import autocast_dtype
+from tdkit.products.cost import Path
+from tdkit.products.held_weight import HeldWeight
+from tdkit.products.low_rank import LowRankStructure, padded_rank, padding_pays
 from tdkit.shapes import Shape
-from tdkit.whitening import squared_singular_values, truncated_in_metric
 
 
 class LowRankMatrix(StructuredMatrix):
@@ -45,7 +46,7 @@ class LowRankMatrix(StructuredMatrix):
         return parameters["left"], parameters["right"]  # type: ignore[return-value]
 
     def fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        from tdkit.kernels.low_rank import low_rank_pair  # imports Triton
+        from tdkit.products.kernels.low_rank import low_rank_pair  # imports Triton
 
         left, right = self.factors()
         return low_rank_pair(x, left, right, bias)

@@ -8,16 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdkit.autograd import reorder
-from tdkit.cost import Path
 from tdkit.decompositions.base import Decomposition, Point, assign
 from tdkit.decompositions.kronecker import Kronecker, KroneckerMatrix
 from tdkit.errors import OptionError
-from tdkit.held import HeldWeight
-from tdkit.linalg import working
-from tdkit.metric import Metric
-from tdkit.permutations import search
-from tdkit.permuted_fit import search_in_metric
+from tdkit.fitting.linalg import working
+from tdkit.fitting.metric import Metric
+from tdkit.fitting.permutations.search import search
+from tdkit.fitting.permutations.search_in_metric import search_in_metric
+from tdkit.products.autograd import reorder
+from tdkit.products.cost import Path
+from tdkit.products.held_weight import HeldWeight
 from tdkit.shapes import Shape
 
 
@@ -96,7 +96,7 @@ class PermutedKronecker(Kronecker):
         rows, cols: whether rows, columns may be reordered.
         seed: of the random starts of the search.
 
-    Source: Abronin et al., TQCompressor (2024), section 3; the search is ours (`tdkit.permutations`).
+    Source: Abronin et al., TQCompressor (2024), section 3; the search is ours (`tdkit.fitting.permutations`).
     """
 
     name: ClassVar[str] = "permuted_kronecker"

@@ -9,15 +9,16 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from tdkit.decompositions.base import Decomposition, Point, assign, factor, integers, positive
-from tdkit.decompositions.curves import sampled_curve
-from tdkit.decompositions.structured import StructuredMatrix
+from tdkit.decompositions.base import Decomposition, Point, assign, factor
+from tdkit.decompositions.error_curve import sampled_curve
+from tdkit.decompositions.options import integers, positive
+from tdkit.decompositions.structured_matrix import StructuredMatrix
 from tdkit.errors import OptionError
-from tdkit.metric import Metric
-from tdkit.metric_fit import fit_train, train_errors
+from tdkit.fitting.metric import Metric
+from tdkit.fitting.tensor_train import bond_balanced, tt_svd
+from tdkit.fitting.train_in_metric import fit_train, train_errors
+from tdkit.products.train import TrainStructure
 from tdkit.shapes import Shape, balanced_modes
-from tdkit.tensor_train import bond_balanced, tt_svd
-from tdkit.trains import TrainStructure
 
 Modes = tuple[int, ...]
 

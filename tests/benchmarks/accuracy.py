@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 import tdkit
 from tdkit import Auto, Calibration, Decomposition, Kronecker, LowRank, PermutedKronecker, Policy, Rule, TTMatrix
-from tdkit.evaluation import PROTOCOL, evaluate
-from tdkit.files import write_text
-from tdkit.losses import Labels
-from tdkit.planning import applied_plan
-from tdkit.sources import Source, load_model, spread_windows
-from tdkit.tables import markdown_table
+from tdkit.calibration.losses import Labels
+from tdkit.evaluation.language_models import PROTOCOL, evaluate
+from tdkit.planning.planner import applied_plan
+from tdkit.sources.models import Source, load_model
+from tdkit.sources.texts import spread_windows
+from tdkit.support.files import write_text
+from tdkit.support.tables import markdown_table
 
 SEED = 0
 CONTEXT = 512

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from tdkit import Decomposition, FactorizedMatrix, Kronecker, LowRank, Metric, PermutedKronecker, TTMatrix
-from tdkit.files import write_text
-from tdkit.linalg import rearrange, relative_error, restore
+from tdkit.evaluation.timing import side_by_side
+from tdkit.fitting.linalg import rearrange, relative_error, restore
 from tdkit.shapes import Shape
-from tdkit.tables import markdown_table
-from tdkit.timing import side_by_side
+from tdkit.support.files import write_text
+from tdkit.support.tables import markdown_table
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 LAYERS = 12

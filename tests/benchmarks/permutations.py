@@ -25,12 +25,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tdkit.files import write_text
-from tdkit.linalg import nearest_kronecker, relative_error, restore
-from tdkit.permutations import Climb, Ordering, search
+from tdkit.fitting.linalg import nearest_kronecker, relative_error, restore
+from tdkit.fitting.permutations.search import Climb, Ordering, search
 from tdkit.shapes import Shape
-from tdkit.sources import load_model
-from tdkit.tables import markdown_table
+from tdkit.sources.models import load_model
+from tdkit.support.files import write_text
+from tdkit.support.tables import markdown_table
 from tests.planted import Factors, gaussian, non_negative, orthogonal, plant, rank_two, repeated, signs
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
@@ -268,9 +268,9 @@ class Store:
             "Written by `python -m tests.benchmarks.permutations`; "
             f"torch {torch.__version__}, one thread of a machine that did other work too: seconds are rough.\n\n"
             "A sum of Kronecker products with Gaussian factors (unless said otherwise) is made, Gaussian noise of the "
-            "stated share of its norm is added, rows and columns are shuffled, and `tdkit.permutations.search` has to "
-            "undo it with its defaults. *Planted error*: the relative Frobenius error of the best fit that knows the "
-            "order. *Recovered*: found within 0.01 of it; without noise, within 1e-6.\n",
+            "stated share of its norm is added, rows and columns are shuffled, and "
+            "`tdkit.fitting.permutations.search` has to undo it with its defaults. *Planted error*: "
+            "the relative Frobenius error of the best fit that knows the order. *Recovered*: found within 0.01 of it; without noise, within 1e-6.\n",
             *(self.section(name, section) for name, section in SECTIONS.items() if name in self.rows),
             self.cost(),
         ]

@@ -28,12 +28,12 @@ from torch.nn import functional as F
 
 import tdkit
 from tdkit import Decomposition, FactorizedMatrix, Kronecker, LowRank, PermutedKronecker, Policy, Rule, TTMatrix
-from tdkit.benchmark import ready, unfitted
-from tdkit.contraction import padded_rank
-from tdkit.layers import FactorizedLinear
-from tdkit.prepare import held_bytes
-from tdkit.tables import markdown_table
-from tdkit.timing import keep_freed_memory, saved_bytes, side_by_side
+from tdkit.evaluation.speed import ready, unfitted
+from tdkit.evaluation.timing import keep_freed_memory, saved_bytes, side_by_side
+from tdkit.models.hosts.linear import FactorizedLinear
+from tdkit.models.preparation import held_bytes
+from tdkit.products.low_rank import padded_rank
+from tdkit.support.tables import markdown_table
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SHAPES = ((3072, 768), (768, 3072), (4096, 4096))  # (out, in)
@@ -289,7 +289,7 @@ def write(results: dict[str, Any]) -> None:
         "# Speed\n",
         f"Written by `python tests/benchmarks/speed.py`: float32, {machine['threads']} threads of {machine['cpus']} "
         f"CPUs, torch {machine['torch']}, load average {machine['load']:.1f} when it began, "
-        "freed memory kept by the C library (`tdkit.timing.keep_freed_memory`). Ratios are medians of "
+        "freed memory kept by the C library (`tdkit.evaluation.timing.keep_freed_memory`). Ratios are medians of "
         "paired ratios to the dense call of the same round: below 1 is faster than dense. Every bar is listed with "
         "what was measured; a ratio above its bar is a miss.\n",
         "## Bars\n",

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdkit import Decomposition, FactorizedMatrix, Kronecker, PermutedKronecker, prepare
-from tdkit.tables import markdown_table
-from tdkit.timing import side_by_side
+from tdkit import Decomposition, FactorizedMatrix, Kronecker, PermutedKronecker
+from tdkit.evaluation.timing import side_by_side
+from tdkit.models import preparation as prepare
+from tdkit.support.tables import markdown_table
 
 Row = dict[str, Any]
 TOKENS = (1, 8, 512)

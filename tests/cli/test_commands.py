@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tdkit.cli.models import policy_of
-from tdkit.policy import Policy
-from tdkit.registry import decompositions
+from tdkit.decompositions.registered import decompositions
+from tdkit.planning.policy import Policy
 from tests.cli.command import Result, run
 
 Tdkit = Callable[..., Result]

@@ -7,7 +7,7 @@ import torch
 
 from tdkit import Kronecker, PermutedKronecker
 from tdkit.errors import OptionError
-from tdkit.linalg import relative_error
+from tdkit.fitting.linalg import relative_error
 from tdkit.shapes import Shape
 from tests.planted import plant
 

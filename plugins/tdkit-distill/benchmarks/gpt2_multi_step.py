@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tdkit.files import write_text
-from tdkit.recipe import Recipe, load_recipe
-from tdkit.running import run_recipe
-from tdkit.sources import encode, load_texts
-from tdkit.tables import markdown_table
+from tdkit.recipes.library import load_recipe
+from tdkit.recipes.recipe import Recipe
+from tdkit.recipes.run import run_recipe
+from tdkit.sources.texts import encode, load_texts
+from tdkit.support.files import write_text
+from tdkit.support.tables import markdown_table
 from torch import Tensor
 
 from tdkit_distill.stages import count_of

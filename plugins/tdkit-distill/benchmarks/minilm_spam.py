@@ -25,10 +25,10 @@ import tdkit
 import torch
 import yaml
 from tdkit.errors import SourceError
-from tdkit.files import write_text
-from tdkit.recipe import recipe_text
-from tdkit.sites import num_params
-from tdkit.tables import markdown_table
+from tdkit.models.sites import num_params
+from tdkit.recipes.library import recipe_text
+from tdkit.support.files import write_text
+from tdkit.support.tables import markdown_table
 
 from tdkit_distill import Table, distill
 from tdkit_distill.labelled import accuracy, labelled_rows

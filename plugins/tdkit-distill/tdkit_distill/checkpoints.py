@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tdkit.files import whole_folder
+from tdkit.support.files import whole_folder
 from torch import Tensor, nn
 
 from tdkit_distill.errors import ResumeError, StorageError

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tdkit.prepare import prepare
+from tdkit.models.preparation import prepare
 from torch import Tensor, nn
 
 from tdkit_distill.errors import InterruptedRun, NotFiniteError, StageError

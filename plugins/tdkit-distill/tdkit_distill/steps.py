@@ -8,12 +8,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from tdkit.checkpoint import load
 from tdkit.errors import RecipeError
-from tdkit.recipe import Recipe, StepConfig
-from tdkit.running import Run
-from tdkit.sources import load_model
-from tdkit.ties import follow_ties
+from tdkit.models.checkpoint import load
+from tdkit.models.ties import follow_ties
+from tdkit.recipes.recipe import Recipe, Run, StepConfig
+from tdkit.sources.models import load_model
 from torch import Tensor, nn
 
 from tdkit_distill.engine import distill

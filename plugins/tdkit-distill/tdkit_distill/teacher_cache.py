@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tdkit.files import whole_file, write_text
-from tdkit.progress import progress_bar
+from tdkit.support.files import whole_file, write_text
+from tdkit.support.progress import progress_bar
 from torch import Tensor, nn
 
 from tdkit_distill.chunked import TopLogits, top_logits

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from tdkit.errors import SourceError
-from tdkit.files import whole_folder
-from tdkit.sources import load_texts
+from tdkit.sources.texts import load_texts
+from tdkit.support.files import whole_folder
 from torch import Tensor
 
 from tdkit_distill.errors import DataError, StorageError

@@ -14,10 +14,11 @@ import torch
 import yaml
 from rich.console import Console
 from tdkit.errors import RecipeError, TdkitError
-from tdkit.hosts import host_of
-from tdkit.recipe import Recipe, load_recipe, recipe_files, steps
-from tdkit.running import run_recipe
-from tdkit.sites import num_params, replace_module
+from tdkit.models.hosts.registered import host_of
+from tdkit.models.sites import num_params, replace_module
+from tdkit.recipes.library import load_recipe, recipe_files
+from tdkit.recipes.recipe import Recipe, steps
+from tdkit.recipes.run import run_recipe
 
 NAMES = sorted(
     file.name.removesuffix(".yaml")

@@ -10,7 +10,7 @@ import torch
 from tdkit import Decomposition, FactorizedMatrix, Metric
 from tdkit.decompositions.base import assign, factor, positive
 from tdkit.errors import OptionError
-from tdkit.linalg import working
+from tdkit.fitting.linalg import working
 from tdkit.shapes import Shape
 from torch import Tensor
 

@@ -8,9 +8,9 @@ import pytest
 import tdkit
 import torch
 from tdkit import LowRank, Policy
+from tdkit.decompositions.registered import decompositions
 from tdkit.errors import OptionError
-from tdkit.linalg import relative_error
-from tdkit.registry import decompositions
+from tdkit.fitting.linalg import relative_error
 from tdkit.testing import Check, checks
 from torch import nn
 

@@ -1,0 +1,171 @@
+"""The second moments of a model's weights: held, looked up by name, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tdkit.calibration.losses import Labels, check_labels
+from tdkit.decompositions.base import Decomposition, Point
+from tdkit.errors import CalibrationError
+from tdkit.fitting.metric import Metric
+from tdkit.models.sites import Site
+from tdkit.support.files import whole_folder
+
+FORMAT_VERSION = 1
+
+DESCRIPTION = "calibration.json"
+
+Batch = Any  # whatever the model takes: a tensor, a tuple of arguments, a mapping of keyword arguments
+
+Loss = Callable[[Any, Batch], Tensor]
+
+
+class Calibration:
+    """The second moments of a model's sites, by site name.
+
+    Attributes:
+        batches: what they were measured on; None when that was not kept.
+        gradients: whether the moments of the output gradients are known too.
+        loss: whose gradients they are; None for the cross-entropy with `labels`. It is not saved.
+        labels: those of the data, or drawn from the model's predictions.
+    """
+
+    def __init__(
+        self,
+        metrics: Mapping[str, Metric],
+        *,
+        batches: list[Batch] | None = None,
+        gradients: bool = True,
+        loss: Loss | None = None,
+        labels: Labels = "data",
+    ) -> None:
+        self.batches = batches
+        self.gradients = gradients
+        self.loss = loss
+        self.labels = labels
+        self._metrics = dict(metrics)
+        self._files: dict[str, Path] = {}  # moments that did not fit in memory, or were not read yet: site to file
+        self._curves: dict[tuple[str, str, float, float], list[Point]] = {}
+        self._folder: Path | None = None  # of moments set aside; lives as long as this object
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sites that were reached, in the model's order."""
+        return (*self._metrics, *self._files)
+
+    def metric(self, name: str) -> Metric | None:
+        """The metric of the site called `name`; None when the batches did not reach it."""
+        if name in self._files:
+            return _read(self._files[name], name)
+        return self._metrics.get(name)
+
+    def curve(self, site: Site, kind: Decomposition) -> list[Point]:
+        """The error curve of `kind` for a site's weight in its metric; kept, so that the next plan is quick."""
+        weight = site.weight.detach()
+        key = (site.name, repr(kind), float(weight.double().sum()), float(weight.double().square().sum()))
+        if key not in self._curves:
+            self._curves[key] = kind.curve(weight, self.metric(site.name))
+        return self._curves[key]
+
+    def inputs_only(self) -> Calibration:
+        """The same without the output gradients: fits weigh the layer's outputs equally."""
+        known = {name: self.metric(name) for name in self.names}
+        metrics = {name: Metric(metric.input) for name, metric in known.items() if metric is not None}
+        return Calibration(metrics, batches=self.batches, gradients=False, loss=self.loss, labels=self.labels)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the moments, and the batches when they are tensors, to a new folder: whole or not at all.
+
+        Raises:
+            CalibrationError: when the folder exists and `overwrite` is not set, or holds other files.
+        """
+        folder = Path(folder)
+        if folder.exists() and not (overwrite and (folder / DESCRIPTION).is_file()):
+            raise CalibrationError(f"{folder} exists: give a new folder, or overwrite=True for an earlier calibration")
+        with whole_folder(folder) as target:
+            files: dict[str, list[str]] = {}
+            for name in self.names:
+                metric = self.metric(name)
+                assert metric is not None
+                files.setdefault(f"moments-{len(files):05}.safetensors", []).append(name)
+                _write({name: metric}, target / list(files)[-1])
+            keep = self.batches is not None and all(isinstance(batch, Tensor) for batch in self.batches)
+            if keep and self.batches:
+                save_file(
+                    {f"{i:06}": b.contiguous() for i, b in enumerate(self.batches)}, target / "batches.safetensors"
+                )
+            form = {
+                "format": "tdkit-calibration",
+                "version": FORMAT_VERSION,
+                "gradients": self.gradients,
+                "labels": self.labels,
+                "files": files,
+            }
+            (target / DESCRIPTION).write_text(json.dumps(form, indent=2) + "\n", encoding="utf-8")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Calibration:
+        """What `save` wrote; each site's moments are read when they are asked for.
+
+        Raises:
+            CalibrationError: when the folder is missing, damaged, foreign or of a newer format.
+        """
+        folder = Path(folder)
+        try:
+            form = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            version = int(form["version"])
+            names = {name: folder / file for file, sites in form["files"].items() for name in sites}
+            gradients = bool(form["gradients"])
+            labels = check_labels(form.get("labels", "data"))
+        except FileNotFoundError:
+            raise CalibrationError(f"{folder} holds no {DESCRIPTION}: it is no saved calibration") from None
+        except (ValueError, KeyError, TypeError, AttributeError, CalibrationError) as error:
+            raise CalibrationError(f"{folder / DESCRIPTION} is damaged: {error}") from None
+        if version > FORMAT_VERSION:
+            raise CalibrationError(f"{folder} has format version {version}, newer than {FORMAT_VERSION}: update tdkit")
+        for path in names.values():
+            if not path.is_file():
+                raise CalibrationError(f"{folder} lacks {path.name}: the copy is incomplete")
+        batches = None
+        if (folder / "batches.safetensors").is_file():
+            with _opened(folder / "batches.safetensors") as file:
+                batches = [file.get_tensor(key) for key in sorted(file.keys())]
+        calibration = cls({}, batches=batches, gradients=gradients, labels=labels)
+        calibration._files = names
+        return calibration
+
+
+def _write(metrics: Mapping[str, Metric], path: Path) -> None:
+    tensors = {}
+    for name, metric in metrics.items():
+        for side, moment in (("input", metric.input), ("output", metric.output)):
+            if moment is not None:
+                tensors[f"{name}/{side}"] = moment.contiguous().clone()  # shared inputs are stored for each site
+    save_file(tensors, path)
+
+
+def _read(path: Path, name: str) -> Metric:
+    with _opened(path) as file:
+        keys = set(file.keys())
+        sides = [
+            file.get_tensor(f"{name}/{side}") if f"{name}/{side}" in keys else None for side in ("input", "output")
+        ]
+    return Metric(*sides)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CalibrationError(f"{path} is damaged or truncated: {error}") from None

@@ -1,0 +1,269 @@
+"""Running second moments of what enters a model's layers and of the loss gradient at what leaves them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tdkit.fitting.metric import Metric
+from tdkit.models.sites import Site
+
+UNDERSTOOD = ("linear", "conv1d", "embedding")  # hosts whose layers multiply the last axis, or look up rows
+DIAGONAL_ABOVE = 16384  # a longer side (a vocabulary) keeps the diagonal of its moment only
+
+Row = Tensor  # (tokens, features)
+
+
+class SharingBrokeError(Exception):
+    """Layers that had the same input on the first batch had different ones on a later batch."""
+
+
+class SideSum:
+    """A running sum of row^T row, in float64: (n, n), or (n,) its diagonal."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.diagonal = size > DIAGONAL_ABOVE
+        self.sum: Tensor | None = None
+        self.count = 0
+        self._mean: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        return 8 * self.size * (1 if self.diagonal else self.size)
+
+    def add(
+        self,
+        rows: Row,  # (tokens, n)
+    ) -> None:
+        """Add one batch's rows: their product in float32 (float64 for float64 rows), the sum in float64.
+
+        A batch's rounding stays near 1e-7 of the largest moment, under the floor that `Metric` lifts
+        eigenvalues to.
+        """
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        self._add(rows.square().sum(0) if self.diagonal else rows.T @ rows, len(rows))
+
+    def add_ids(
+        self,
+        ids: Tensor,  # (tokens,) below n
+    ) -> None:
+        """Add one-hot rows, whose moment is the diagonal of counts."""
+        self.diagonal = True
+        self._add(torch.bincount(ids, minlength=self.size), len(ids))
+
+    def _add(self, moment: Tensor, count: int) -> None:
+        moment = moment.double()
+        self.sum = moment if self.sum is None else self.sum.add_(moment)
+        self.count += count
+
+    def mean(self) -> Tensor | None:
+        """The moment per token, on the CPU, once all rows are in; None when there were none. The sum is gone."""
+        if self.sum is not None and self.count:
+            self._mean = self.sum.div_(self.count).cpu()
+            self.sum = None
+        return self._mean
+
+
+class SiteSums:
+    """The sums of one site: apart for the layers that multiply by its weight and those that look up rows."""
+
+    def __init__(self, site: Site, inputs: SideSum | None = None) -> None:
+        out, width = site.shape
+        self.multiply_input = inputs or SideSum(width)
+        self.multiply_output = SideSum(out)
+        self.lookup_rows = SideSum(out)
+        self.lookup_output = SideSum(width)
+
+    def metric(self) -> Metric | None:
+        """The metric of the site, None when its layers were never called."""
+        uses = [
+            (self.multiply_input.mean(), self.multiply_output.mean()),
+            (self.lookup_output.mean(), self.lookup_rows.mean()),
+        ]
+        known = [Metric(inner, outer) for inner, outer in uses if inner is not None or outer is not None]
+        return _joined(*known) if len(known) == 2 else (known[0] if known else None)
+
+
+def _joined(first: Metric, second: Metric) -> Metric:
+    """One metric for two uses of a weight: of all (O1 + O2) x (I1 + I2) the one that keeps each use's share.
+
+    A sum of two Kronecker products is none itself. Each side is the mean of the two uses' moments,
+    weighted so that the trace, what the whole weight matters to the loss, is that of the sum.
+    """
+    width = next(m.input for m in (first, second) if m.input is not None).shape[0]
+    inputs = [torch.ones(width, dtype=torch.float64) if m.input is None else m.input for m in (first, second)]
+    height = next(m.output for m in (first, second) if m.output is not None).shape[0]
+    outputs = [torch.ones(height, dtype=torch.float64) if m.output is None else m.output for m in (first, second)]
+    if any(m.input is None or m.output is None for m in (first, second)):  # no common unit: equal shares
+        inputs = [moment / _trace(moment) for moment in inputs]
+        outputs = [moment / _trace(moment) for moment in outputs]
+    traces = [_trace(moment) for moment in inputs]
+    shares = [trace * _trace(moment) for trace, moment in zip(traces, outputs, strict=True)]
+    whole = sum(shares)
+    if whole <= 0:
+        return Metric(inputs[0], outputs[0])
+    joined_input = _sum([m * (share / whole / t) for m, share, t in zip(inputs, shares, traces, strict=True) if t > 0])
+    joined_output = _sum([m * t for m, t in zip(outputs, traces, strict=True)])
+    return Metric(joined_input, joined_output)
+
+
+def _sum(moments: Sequence[Tensor]) -> Tensor:
+    if any(m.ndim == 2 for m in moments):
+        moments = [m if m.ndim == 2 else torch.diag(m) for m in moments]
+    return torch.stack(list(moments)).sum(0)
+
+
+def _trace(moment: Tensor) -> float:
+    return float(moment.sum() if moment.ndim == 1 else moment.diagonal().sum())
+
+
+class Recorder:
+    """Forward hooks on the layers of some sites that add up their moments while the model runs.
+
+    Args:
+        sites: what to record.
+        gradients: also record the gradients of the outputs; the caller runs the backward.
+        shared: site to the site whose input it shares; the moment is computed once.
+    """
+
+    def __init__(self, sites: Sequence[Site], *, gradients: bool, shared: Mapping[str, str] | None = None) -> None:
+        self.sites = sites
+        self.gradients = gradients
+        self.shared = shared or {}
+        self.sums: dict[str, SiteSums] = {}
+        for site in sites:
+            leader = self.sums.get(self.shared.get(site.name, ""))
+            self.sums[site.name] = SiteSums(site, leader.multiply_input if leader else None)
+        self.mask: Tensor | None = None  # (batch, length), of the batch at hand; false where it is padding
+        self._last: dict[str, tuple[Tensor, int]] = {}
+
+    def metrics(self) -> dict[str, Metric]:
+        """The metric of each site that was called."""
+        found = {site.name: self.sums[site.name].metric() for site in self.sites}
+        return {name: metric for name, metric in found.items() if metric is not None}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks are in place inside this block, and gone after it."""
+        handles: list[RemovableHandle] = []
+        try:
+            for site in self.sites:
+                if any(user.host.name not in UNDERSTOOD for user in site.users):
+                    continue
+                for module, multiplies in {u.module: u.host.multiplies() for u in site.users}.items():
+                    handles.append(module.register_forward_hook(self._hook(site, multiplies)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._last.clear()
+
+    def _hook(self, site: Site, multiplies: bool) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+        sums = self.sums[site.name]
+
+        def see(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            x = args[0].detach()
+            mask = self.mask if self.mask is not None and x.shape[:2] == self.mask.shape else None
+            if not multiplies:
+                sums.lookup_rows.add_ids((x if mask is None else x[mask]).reshape(-1))
+            elif not self._follows(site.name, x):
+                sums.multiply_input.add(token_rows(x, mask))
+            if not self.gradients:
+                return None
+            if not output.requires_grad:
+                output = output.detach().clone().requires_grad_()
+            side = sums.multiply_output if multiplies else sums.lookup_output
+            output.register_hook(lambda gradient: side.add(token_rows(gradient.detach(), mask)))  # type: ignore[no-untyped-call]
+            return output
+
+        return see
+
+    def _follows(self, name: str, x: Tensor) -> bool:
+        """Whether the input was counted already, for the site that `name` shares it with."""
+        leader = self.shared.get(name)
+        if leader is None or leader not in self.sums:
+            if name in self.shared.values():
+                self._last[name] = (x, x._version)
+            return False
+        seen, version = self._last.get(leader, (None, -1))
+        if seen is None or not same_tensor(seen, x) or version != x._version:
+            raise SharingBrokeError(name)
+        return True
+
+
+def token_rows(x: Tensor, mask: Tensor | None) -> Row:
+    """The vectors of `x` (batch, length, n) as (tokens, n), without those that the mask (batch, length) leaves out."""
+    mask = mask if mask is not None and x.shape[:2] == mask.shape else None
+    return (x if mask is None else x[mask]).reshape(-1, x.shape[-1])
+
+
+def same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same memory."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+@dataclass
+class Reach:
+    """What one run of the model showed.
+
+    Attributes:
+        sites: those whose layers were called.
+        others: those whose layers were not.
+        shared: which site multiplies the same input as an earlier one, follower to leader.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    others: list[Site] = field(default_factory=list)
+    shared: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def reaching(sites: Sequence[Site]) -> Iterator[Reach]:
+    """While the model runs once in this block, find which sites it calls and which of them share an input."""
+    calls: dict[str, list[Tensor]] = {site.name: [] for site in sites}  # held, so that no address is used twice
+    handles = []
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        return lambda _, args, __: calls[name].append(args[0].detach())
+
+    reach = Reach()
+    try:
+        for site in sites:
+            for module in {user.module for user in site.users if user.host.name in UNDERSTOOD}:
+                handles.append(module.register_forward_hook(watch(site.name)))
+        yield reach
+    finally:
+        for handle in handles:
+            handle.remove()
+    reach.sites = [site for site in sites if calls[site.name]]
+    reach.others = [site for site in sites if not calls[site.name]]
+    leaders: dict[tuple[int, ...], str] = {}
+    for site in reach.sites:
+        x = calls[site.name][0]
+        if len(calls[site.name]) == 1 and site.users[0].host.multiplies() and x.numel():
+            leader = leaders.setdefault((x.data_ptr(), x._version, *x.shape), site.name)
+            if leader != site.name:
+                reach.shared[site.name] = leader
+
+
+def groups_within(sites: Sequence[Site], shared: Mapping[str, str], gradients: bool, limit: int) -> list[list[Site]]:
+    """Sites in order, cut into groups whose moments take at most `limit` bytes each (or a single site more)."""
+    groups: list[list[Site]] = []
+    held = math.inf
+    for site in sites:
+        sums = SiteSums(site)
+        size = (0 if site.name in shared else sums.multiply_input.bytes) + gradients * sums.multiply_output.bytes
+        if held + size > limit:
+            groups.append([])
+            held, size = 0, sums.multiply_input.bytes + gradients * sums.multiply_output.bytes
+        groups[-1].append(site)
+        held += size
+    return groups

@@ -1,0 +1,33 @@
+"""``tdkit decompositions``: what is registered."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tdkit.cli.output import AsJson, show
+from tdkit.decompositions.registered import decompositions as registry
+from tdkit.errors import RegistryError
+from tdkit.support.tables import table_of
+
+
+def decompositions(as_json: AsJson = False) -> None:
+    """List the decompositions, their options and the packages they come from."""
+    rows, data = [], []
+    for name, owners in registry.origins().items():
+        try:
+            kind = registry.get(name)
+            summary = (kind.__doc__ or "").strip().splitlines()[0]
+            options = ", ".join(
+                f.name if f.default is None else f"{f.name}={f.default}" for f in dataclasses.fields(kind)
+            )
+        except RegistryError as error:
+            summary, options = f"unavailable: {error}", ""
+        rows.append([name, options, " and ".join(owners), summary])
+        data.append({"name": name, "options": options, "packages": owners, "summary": summary})
+    table = table_of("decompositions", ["name", "options", "package", "what it is"], rows)
+    for column in table.columns:
+        column.justify = "left"
+    show(table, data, as_json)
+
+
+COMMANDS = (decompositions,)

@@ -1,0 +1,109 @@
+"""One of several decompositions for each layer: whichever the calibrated loss says suits it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+
+from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Point
+from tdkit.decompositions.registered import decomposition, spec_of
+from tdkit.errors import OptionError
+from tdkit.fitting.metric import Metric
+from tdkit.shapes import Shape
+
+AMONG = ("low_rank", "kronecker", "tt_matrix")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto(Decomposition):
+    """A choice that a plan makes: the error curves of several decompositions are merged, layer by layer.
+
+    It never fits anything itself: a plan replaces it by the decomposition chosen.
+
+    Args:
+        among: decompositions, names, or ``{name: {option: value}}``.
+    """
+
+    name: ClassVar[str] = "auto"
+    among: tuple[Decomposition | str | Mapping[str, Any], ...] = AMONG
+
+    def __post_init__(self) -> None:
+        if isinstance(self.among, str | Mapping) or not self.among:
+            raise OptionError(f"auto: among={self.among!r} must be a list of decompositions")
+        members = tuple(decomposition(member) for member in self.among)
+        if any(isinstance(member, Auto) for member in members):
+            raise OptionError("auto: among cannot hold auto itself")
+        object.__setattr__(self, "among", members)
+
+    @property
+    def members(self) -> tuple[Decomposition, ...]:
+        """The decompositions to choose from."""
+        return tuple(decomposition(member) for member in self.among)
+
+    def is_complete(self) -> bool:
+        return False
+
+    def check(self, shape: Shape) -> None:
+        self.members_of(shape)
+
+    def candidates(self, shape: Shape) -> list[Any]:
+        """Every choice of every member, fewest parameters first."""
+        every = [choice for member in self.members_of(shape) for choice in member.candidates(shape)]
+        return sorted(every, key=lambda choice: choice.num_params(shape))
+
+    def complete(self, shape: Shape, max_params: int) -> Any:
+        """The richest choice of the first member that has one: without the weight nothing more is known."""
+        found = (member.complete(shape, max_params) for member in self.members_of(shape))
+        return next((choice for choice in found if choice is not None), None)
+
+    def most_exact(self, weight: Tensor, metric: Metric | None, max_params: int) -> Decomposition | None:
+        """Of each member's richest choice with at most `max_params`, the one with the least error."""
+        shape = (weight.shape[0], weight.shape[1])
+        richest = (member.complete(shape, max_params) for member in self.members_of(shape))
+        fits = [choice for choice in richest if choice is not None]
+        return min(fits, key=lambda c: c.error(weight, c.fit(weight, metric), metric), default=None)
+
+    def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
+        """The members' curves merged: each point is less in error than all smaller ones of every member."""
+        shape = (weight.shape[0], weight.shape[1])
+        points = [point for member in self.members_of(shape) for point in member.curve(weight, metric)]
+        merged: list[Point] = []
+        for point in sorted(points, key=lambda point: (point.params, point.error)):
+            if not merged or point.error < merged[-1].error:
+                merged.append(point)
+        return merged
+
+    def empty(
+        self, shape: Shape, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> NoReturn:
+        raise self._open()
+
+    def fit(self, weight: Tensor, metric: Metric | None = None) -> FactorizedMatrix:
+        raise self._open()
+
+    def options(self) -> dict[str, Any]:
+        forms = [next(iter(spec_of(m))) if not m.options() else spec_of(m) for m in self.members]
+        return {} if tuple(forms) == AMONG else {"among": forms}
+
+    def describe(self) -> str:
+        return f"auto({', '.join(member.describe() for member in self.members)})"
+
+    def members_of(self, shape: Shape) -> list[Decomposition]:
+        """The members that have a choice for `shape`; the first's complaint when none has."""
+        possible, complaints = [], []
+        for member in self.members:
+            try:
+                member.check(shape)
+                possible.append(member)
+            except OptionError as error:
+                complaints.append(error)
+        if not possible:
+            raise complaints[0]
+        return possible
+
+    def _open(self) -> OptionError:
+        return OptionError("auto: it is a choice that a plan with a budget makes; fit the decomposition it names")

@@ -1,0 +1,75 @@
+"""A factorised matrix whose structure says how to multiply: every shipped decomposition holds one of these."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from tdkit.decompositions.base import Decomposition, FactorizedMatrix
+from tdkit.products import kernels
+from tdkit.products.autograd import linear
+from tdkit.products.cost import FUSED, Path, Schedule, schedule_of
+from tdkit.products.structure import Structure
+
+
+class StructuredMatrix(FactorizedMatrix):
+    """Factors of one `structure`; each product takes the path that is cheapest for its tokens, dtype and device."""
+
+    def __init__(self, decomposition: Decomposition, structure: Structure) -> None:
+        super().__init__(decomposition, structure.shape)
+        self.structure = structure
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors in the order in which the structure takes them."""
+
+    def dense(self) -> Tensor:
+        return self.structure.build(self.factors())
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+    def multiply_adds(self) -> int:
+        return self.structure.multiply_adds()
+
+    def paths(self, tokens: int) -> tuple[Path, ...]:
+        return self.structure.paths(tokens)
+
+    def kernel_paths(self, tokens: int) -> tuple[Path, ...]:
+        return self.structure.kernel_paths(tokens)
+
+    def constant_schedule(self, dtype: torch.dtype, device: str, training: bool) -> Schedule:
+        return _constant_schedule(self.structure, dtype, device, training)
+
+    def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
+        if path.name == FUSED and kernels.accept(x, bias, *self.factors()):
+            return self.fused(x.reshape(-1, self.shape[1]), bias).reshape(*x.shape[:-1], self.shape[0])
+        return self.by_factors(x, bias, path)
+
+    def by_factors(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
+        """``x @ dense().T + bias`` by operations of torch, also for a path whose kernel cannot take this x."""
+        return linear(x, bias, self.factors(), self.structure, path)
+
+    def fused(
+        self,
+        x: Tensor,  # (tokens, in)
+        bias: Tensor | None,  # (out,)
+    ) -> Tensor:  # (tokens, out)
+        """The same by a kernel of our own, for a structure that has `kernel_paths`."""
+        raise NotImplementedError
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.factors()
+
+
+def _constant_schedule(structure: Structure, dtype: torch.dtype, device: str, training: bool) -> Schedule:
+    threads = torch.get_num_threads()
+    return schedule_of(
+        structure.paths, structure.shape, dtype=dtype, device=device, threads=threads, held=False, training=training
+    )
+
+
+# All that torch.compiler.assume_constant_result does; calling it would import torch._dynamo, two seconds for everybody.
+vars(_constant_schedule)["_dynamo_marked_constant"] = True

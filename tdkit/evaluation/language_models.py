@@ -1,0 +1,104 @@
+"""What a compressed model is judged by: perplexity, size, speed, agreement with the original."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tdkit.errors import SourceError
+from tdkit.models.sites import num_bytes, num_params
+from tdkit.sources.texts import windows
+from tdkit.support.progress import progress_bar
+
+PROTOCOL = "non-overlapping windows, each predicting all its tokens but the first; exp of the mean token loss"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one model on one text.
+
+    Attributes:
+        params: tied ones counted once.
+        bytes: of the tensors on disk once saved, tied ones counted once.
+        perplexity: by `PROTOCOL`.
+        tokens: how many tokens were predicted.
+        context: window length in tokens.
+        tokens_per_second: of the forward passes that measured the perplexity.
+    """
+
+    params: int
+    bytes: int
+    perplexity: float
+    tokens: int
+    context: int
+    tokens_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "protocol": PROTOCOL}
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    ids: Tensor,  # (n,) token ids
+    *,
+    context: int = 1024,
+    batch: int = 1,
+    progress: bool | None = None,
+) -> Evaluation:
+    """Measure a causal language model on a row of token ids.
+
+    Args:
+        model: called as ``model(ids)``; its output, or the output's ``logits``, is (batch, context, vocabulary).
+        ids: the text; a last window that is not full is left out.
+        context: tokens per window.
+        batch: windows per forward pass.
+
+    Raises:
+        SourceError: when the text does not fill one window, or a window holds nothing to predict.
+    """
+    device = next(model.parameters()).device
+    rows = windows(ids, context)
+    if context < 2:
+        raise SourceError(f"a context of {context} predicts nothing: give at least 2 tokens")
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    loss, seconds = torch.zeros((), dtype=torch.float64), 0.0
+    try:
+        with progress_bar("perplexity", len(rows), progress) as bar:
+            for start in range(0, len(rows), batch):
+                chunk = rows[start : start + batch].to(device)
+                started = time.perf_counter()
+                output = model(chunk)
+                logits = output if isinstance(output, Tensor) else output.logits
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds += time.perf_counter() - started
+                targets = chunk[:, 1:].reshape(-1)
+                losses = F.cross_entropy(logits[:, :-1].reshape(len(targets), -1).float(), targets, reduction="sum")
+                loss += losses.double().cpu()
+                bar.advance(len(chunk))
+    finally:
+        for module, training in modes:
+            module.training = training
+    tokens = rows.numel() - len(rows)
+    mean = float(loss) / tokens
+    return Evaluation(
+        params=num_params(model),
+        bytes=num_bytes(model),
+        perplexity=math.inf if mean >= 700 else math.exp(mean),  # NaN stays NaN
+        tokens=tokens,
+        context=context,
+        tokens_per_second=rows.numel() / seconds if seconds else math.inf,
+    )
+
+
+def perplexity(model: nn.Module, ids: Tensor, *, context: int = 1024, batch: int = 1) -> float:
+    """The perplexity of a causal language model on a row of token ids, as `evaluate` measures it."""
+    return evaluate(model, ids, context=context, batch=batch).perplexity

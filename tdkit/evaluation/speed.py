@@ -1,0 +1,352 @@
+"""How fast a compressed model is: dense against factorised, per kind of layer and for the whole model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from tdkit.decompositions.base import Preference
+from tdkit.errors import PolicyError
+from tdkit.evaluation.timing import peak_bytes, side_by_side
+from tdkit.models.hosts.base import FactorizedLayer
+from tdkit.models.hosts.embedding import FactorizedEmbedding
+from tdkit.models.hosts.linear import FactorizedLinear
+from tdkit.models.preparation import held_bytes, prepare
+from tdkit.models.sites import factorized_groups, num_bytes, replace_module, survey
+from tdkit.models.swap import Fitted, swapping
+from tdkit.models.ties import follow_ties
+from tdkit.planning.plan import Plan
+from tdkit.support.progress import progress_bar
+from tdkit.support.tables import table_of
+
+Call = Callable[[nn.Module, int], object]  # runs a model on a number of tokens
+
+WHOLE_MODEL = "whole model"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of layer, or the whole model, on one number of tokens.
+
+    Attributes:
+        what: kind and shape of the layer and its decomposition, or 'whole model'.
+        count: how many such layers the model has.
+        path: the product that the factorised layer carries out; empty for the whole model.
+        dense_seconds, seconds: medians of the dense and the factorised call.
+        ratio: median of their paired ratios; below 1 the factorised one is faster.
+        dense_peak_bytes, peak_bytes: allocated at most during a call, parameters and held weights not counted.
+    """
+
+    what: str
+    count: int
+    tokens: int
+    path: str
+    dense_seconds: float
+    seconds: float
+    ratio: float
+    dense_peak_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Every row, and the conditions they were measured under.
+
+    Attributes:
+        dense_bytes, bytes: of parameters and buffers of the dense and the compressed model.
+        held_bytes: of the dense weights that the compressed model holds to be fast, on top of `bytes`.
+        skipped: factorised layers with no dense counterpart here, which stay factorised in both models.
+    """
+
+    rows: tuple[Row, ...]
+    train: bool
+    prefer: str
+    device: str
+    dtype: str
+    threads: int
+    dense_bytes: int
+    bytes: int
+    held_bytes: int
+    skipped: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "rows": [vars(row) for row in self.rows], "skipped": list(self.skipped)}
+
+    def table(self) -> Table:
+        """A row per kind of layer and number of tokens."""
+        step = "training step" if self.train else f"inference, prefer={self.prefer}"
+        held = f" + {_mib(self.held_bytes)} held" if self.held_bytes else ""
+        title = (
+            f"{step}, {self.dtype}, {self.device}, {self.threads} threads; weights "
+            f"{_mib(self.dense_bytes)} -> {_mib(self.bytes)}{held}"
+        )
+        columns = ["layer", "tokens", "path", "dense", "factorised", "ratio", "peak dense", "peak factorised"]
+        table = table_of(title, columns)
+        for row in self.rows:
+            times = f" ({row.count} layers)" if row.count > 1 else ""
+            table.add_row(
+                row.what + times,
+                str(row.tokens),
+                row.path,
+                _ms(row.dense_seconds),
+                _ms(row.seconds),
+                f"{row.ratio:.2f}",
+                _mib(row.dense_peak_bytes),
+                _mib(row.peak_bytes),
+                style="bold" if row.what == WHOLE_MODEL else None,
+            )
+        return table
+
+
+def benchmark(
+    model: nn.Module,
+    *,
+    tokens: Sequence[int] = (1, 16, 512),
+    train: bool = False,
+    prefer: Preference = "speed",
+    call: Call | None = None,
+    seconds: float = 0.5,
+    progress: bool | None = None,
+) -> Benchmark:
+    """Time every kind of factorised layer of `model` against its dense counterpart, then the whole model.
+
+    Dense and factorised calls alternate in one process, so that whatever else the machine does slows both.
+    A copy of the model with dense weights is made for it; the model itself keeps its mode and preference.
+
+    Args:
+        model: with factorised layers.
+        tokens: rows of x per call.
+        train: a forward and a backward pass instead of inference.
+        prefer: as `tdkit.prepare`; has no effect on training.
+        call: runs a model on a number of tokens and returns its output, a tensor or what has ``logits`` or
+            ``last_hidden_state``; models of transformers that take token ids need none. Without one only
+            layers are timed.
+        seconds: how long to time each call.
+        progress: show a progress bar; on a terminal only when None.
+
+    Raises:
+        PolicyError: when the model has no factorised layer.
+    """
+    groups = _kinds(model)
+    if not groups:
+        raise PolicyError("this model has no factorised layer: compress it, or give a policy to try on it")
+    dense_model, skipped = densified(model)
+    call = call or _transformers_call(model)
+    device = next(model.parameters()).device
+    rows: list[Row] = []
+    total = (len(groups) + (call is not None)) * len(tokens)
+    with _restored(model), progress_bar("bench", total, progress) as bar:
+        ready(model, train, prefer)
+        ready(dense_model, train, prefer)
+        for (what, _), names in groups.items():
+            layer = cast(FactorizedLayer, model.get_submodule(names[0]))
+            dense_layer = dense_model.get_submodule(names[0])
+            for count in tokens:
+                bar.now(what)
+                path = layer.matrix.path(count, prefer="memory" if train else prefer).name
+                if isinstance(layer, FactorizedEmbedding):
+                    path = "rows"
+                run = _layer_call(layer, count)
+                rows.append(_row(what, len(names), count, path, dense_layer, layer, run, train, seconds, device))
+                bar.advance()
+        if call is not None:
+            for count in tokens:
+                bar.now(WHOLE_MODEL)
+                whole = _model_call(call, count)
+                rows.append(_row(WHOLE_MODEL, 1, count, "", dense_model, model, whole, train, seconds, device))
+                bar.advance()
+        held = held_bytes(model)
+    return Benchmark(
+        rows=tuple(rows),
+        train=train,
+        prefer=prefer,
+        device=str(device),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        dense_bytes=num_bytes(dense_model),
+        bytes=num_bytes(model),
+        held_bytes=held,
+        skipped=tuple(skipped),
+    )
+
+
+def densified(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """A copy of `model` with dense layers of the same outputs, and the factorised layers it had to leave."""
+    twin = copy.deepcopy(model)
+    skipped = []
+    for group in factorized_groups(twin):
+        weight = nn.Parameter(group[0][1].matrix.dense().detach().clone())
+        built: dict[int, nn.Module] = {}
+        for name, layer in group:
+            if id(layer) not in built:
+                dense = _dense(layer, weight)
+                if dense is None:
+                    skipped.append(name)
+                    continue
+                built[id(layer)] = dense.train(layer.training)
+            replace_module(twin, name, built[id(layer)])
+    follow_ties(twin)
+    return twin, skipped
+
+
+def unfitted(model: nn.Module, plan: Plan) -> nn.Module:
+    """`model` rewritten in place as `plan` says with random factors: as fast as the real thing, and worth nothing."""
+    generator = torch.Generator().manual_seed(0)
+    fitted: Fitted = []
+    sites = {site.name: site for site in survey(model).sites}
+    for step in plan.rewritten:
+        site = sites[step.name]
+        assert step.decomposition is not None
+        matrix = step.decomposition.empty(site.shape, device=site.weight.device, dtype=site.weight.dtype)
+        for factor in matrix.parameters():
+            values = torch.randn(factor.shape, generator=generator) * 0.02
+            factor.data.copy_(values)
+        fitted.append((site, matrix))
+    with swapping(model) as swap:
+        swap.put(fitted)
+    return model
+
+
+def ready(model: nn.Module, train: bool, prefer: Preference) -> None:
+    """Put `model` in the mode that is to be measured."""
+    prepare(model, prefer=prefer)
+    model.train(train)
+
+
+def _dense(layer: FactorizedLayer, weight: nn.Parameter) -> nn.Module | None:
+    if type(layer) is FactorizedLinear:
+        bias = cast("nn.Parameter | None", layer.bias)
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
+        linear.weight = weight
+        if bias is not None:
+            linear.bias = bias
+        return linear
+    if type(layer) is FactorizedEmbedding:
+        padding = layer.padding_idx
+        embedding = nn.Embedding(layer.num_embeddings, layer.embedding_dim, padding_idx=padding, device="meta")
+        embedding.weight = weight
+        return embedding
+    return None
+
+
+def _kinds(model: nn.Module) -> dict[tuple[str, bool], list[str]]:
+    """Names of the factorised layers that do the same work, by what it is."""
+    kinds: dict[tuple[str, bool], list[str]] = {}
+    for group in factorized_groups(model):
+        for name, layer in group:
+            if type(layer) not in (FactorizedLinear, FactorizedEmbedding):
+                continue
+            rows, columns = layer.matrix.shape
+            what = f"{layer.replaces} {rows}x{columns} {layer.matrix.decomposition.describe()}"
+            has_bias = getattr(layer, "bias", None) is not None
+            kinds.setdefault((what, has_bias), []).append(name)
+    return kinds
+
+
+def _layer_call(layer: FactorizedLayer, tokens: int) -> Callable[[nn.Module], object]:
+    of = next(layer.parameters())
+    if isinstance(layer, FactorizedEmbedding):
+        ids = torch.randint(layer.num_embeddings, (1, tokens), device=of.device)
+        return lambda module: module(ids)
+    x = torch.randn(1, tokens, layer.matrix.shape[1], device=of.device, dtype=of.dtype)
+    return lambda module: module(x.detach().requires_grad_(torch.is_grad_enabled()))
+
+
+def _model_call(call: Call, tokens: int) -> Callable[[nn.Module], object]:
+    return lambda module: call(module, tokens)
+
+
+def _transformers_call(model: nn.Module) -> Call | None:
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not isinstance(vocabulary, int) or not hasattr(model, "get_input_embeddings"):
+        return None
+    device = next(model.parameters()).device
+
+    def call(module: nn.Module, tokens: int) -> object:
+        ids = torch.arange(tokens, device=device).remainder(vocabulary).unsqueeze(0)
+        return module(input_ids=ids)
+
+    return call
+
+
+def _row(
+    what: str,
+    count: int,
+    tokens: int,
+    path: str,
+    dense: nn.Module,
+    factorised: nn.Module,
+    run: Callable[[nn.Module], object],
+    train: bool,
+    seconds: float,
+    device: torch.device,
+) -> Row:
+    def step(module: nn.Module) -> Callable[[], object]:
+        if not train:
+            return lambda: _infer(run, module)
+        return lambda: _train(run, module)
+
+    calls = {"dense": step(dense), "factorised": step(factorised)}
+    timings = side_by_side(calls, seconds=seconds, device=device)
+    peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
+    return Row(
+        what=what,
+        count=count,
+        tokens=tokens,
+        path=path,
+        dense_seconds=timings["dense"].seconds,
+        seconds=timings["factorised"].seconds,
+        ratio=timings["factorised"].ratio,
+        dense_peak_bytes=peaks["dense"],
+        peak_bytes=peaks["factorised"],
+    )
+
+
+def _infer(run: Callable[[nn.Module], object], module: nn.Module) -> object:
+    with torch.inference_mode():
+        return run(module)
+
+
+def _train(run: Callable[[nn.Module], object], module: nn.Module) -> None:
+    _tensor(run(module)).float().square().mean().backward()  # type: ignore[no-untyped-call]
+    module.zero_grad(set_to_none=True)
+
+
+def _tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "logits", None)
+    return cast(Tensor, output.last_hidden_state if found is None else found)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Give every module its mode, every matrix its preference and every parameter its gradient back."""
+    modes = [(module, module.training) for module in model.modules()]
+    matrices = [layer.matrix for group in factorized_groups(model) for _, layer in group]
+    preferences = [(matrix, matrix.prefer, matrix.graphs) for matrix in matrices]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for matrix, prefer, graphs in preferences:
+            matrix.hold(prefer, graphs=graphs)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.4g} MiB"

@@ -1,0 +1,1 @@
+"""The nearest factors of a matrix, in the Frobenius norm or in a calibrated metric."""

@@ -1,0 +1,1 @@
+"""The search for the row and column orders in which a matrix is nearest to a Kronecker sum."""

@@ -1,0 +1,355 @@
+"""Save a compressed model as ``tdkit.json`` + ``model.safetensors``, whole or not at all, and load it back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tdkit.decompositions.base import Decomposition, FactorizedMatrix
+from tdkit.decompositions.registered import decomposition, spec_of
+from tdkit.errors import CheckpointError, TdkitError
+from tdkit.models import huggingface
+from tdkit.models.hosts.base import Host, install
+from tdkit.models.hosts.registered import host_of
+from tdkit.models.sites import factorized_groups, replace_module
+from tdkit.models.ties import follow_ties
+from tdkit.shapes import Shape
+from tdkit.support.files import whole_folder
+
+FORMAT = "tdkit"
+FORMAT_VERSION = 1
+DESCRIPTION = "tdkit.json"
+WEIGHTS = "model.safetensors"
+BUILD_IT = "build it on a device that holds weights"
+
+
+def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False) -> Path:
+    """Write `model` to `folder`: its factors, its description and, for transformers models, its config.
+
+    Everything is written to a temporary folder beside it, which is then renamed: an interrupted save
+    leaves nothing, and what stood at `folder` before is only replaced by a complete save.
+
+    Args:
+        model: a model with or without factorised layers.
+        folder: must not exist, be empty, or hold an earlier save when `overwrite` is set.
+        tokenizer: saved along, for transformers models.
+        overwrite: replace an earlier save.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: when the folder holds something else.
+    """
+    folder = Path(folder)
+    _check_target(folder, overwrite)
+    tensors, ties = _tensors(model)
+    with whole_folder(folder) as target:
+        save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+        description = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "model": huggingface.describe_model(model),
+            "layers": [_describe(group) for group in factorized_groups(model)],
+            "ties": ties,
+            "buffers": _rounded_buffers(model),
+            "sha256": _digest(target / WEIGHTS),
+        }
+        huggingface.save_companions(model, tokenizer, target)
+        (target / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def load(
+    folder: str | Path,
+    *,
+    model: nn.Module | None = None,
+    device: torch.device | str | None = None,
+    verify: bool = True,
+) -> nn.Module:
+    """Read a model that `save` wrote; its outputs are bit-identical to those of the saved one.
+
+    Nothing in the folder is executed.
+
+    Args:
+        folder: what was given to `save`.
+        model: a freshly built dense model of the same architecture, needed for models that are not
+            transformers'; it is rewritten in place.
+        device: where to put the model; the CPU, or the given model's device, when None.
+        verify: compare the weights file with its recorded SHA-256.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        CheckpointError: when the folder is missing, incomplete, damaged, foreign or of a newer format, or
+            does not fit `model`.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    if verify and _digest(folder / WEIGHTS) != description["sha256"]:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is not the file that was saved (its SHA-256 differs): copy it again, or pass "
+            "verify=False if you changed it on purpose"
+        )
+    tensors = _read_tensors(folder)
+    if model is None:
+        model = huggingface.empty_model(description["model"], folder)
+    before: dict[str, nn.Module] = {}
+    try:
+        _rewrite(model, description, folder, before)
+        _fill(model, tensors, description["ties"], folder)
+        _round_buffers(model, description.get("buffers", {}), folder)
+    except BaseException:
+        for name, module in reversed(before.items()):
+            replace_module(model, name, module)
+        raise
+    huggingface.settle(model, folder)
+    return model.to(device).eval() if device is not None else model.eval()
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """The checked content of ``tdkit.json``.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    folder = Path(folder)
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        what = "does not exist" if not folder.exists() else f"holds no {DESCRIPTION}: it was not saved by tdkit"
+        raise CheckpointError(f"{folder} {what}")
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} holds no {WEIGHTS}: the copy is incomplete")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a tdkit description")
+    version = description.get("version")
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version!r}, this tdkit reads up to {FORMAT_VERSION}: update tdkit"
+        )
+    for key, kind in (("model", dict), ("layers", list), ("ties", dict), ("sha256", str)):
+        if not isinstance(description.get(key), kind):
+            raise CheckpointError(f"{path} is damaged: '{key}' is missing or malformed")
+    return description
+
+
+def _describe(group: list[tuple[str, Any]]) -> dict[str, Any]:
+    matrix = group[0][1].matrix
+    return {
+        "names": [name for name, _ in group],
+        "shape": list(matrix.shape),
+        "decomposition": spec_of(matrix.decomposition),
+        "options": [layer.options() for _, layer in group],
+        "error": matrix.error,
+    }
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state to write, each storage once, and the names that repeat another: repeated to first."""
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    first: dict[tuple[object, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"cannot save '{name}': extra state of type {type(tensor).__name__} is not a tensor")
+        if tensor.is_meta:
+            raise CheckpointError(f"cannot save '{name}': it is on the meta device and has no values")
+        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in first:
+            ties[name] = first[key]
+            continue
+        first[key] = name
+        tensors[name] = tensor.detach().to("cpu", copy=False).contiguous()
+    shared: dict[int, str] = {}
+    for name, tensor in tensors.items():  # views of one storage are legal in a model, not in the file
+        pointer = tensor.untyped_storage().data_ptr()
+        if tensor.numel() and pointer in shared:
+            tensors[name] = tensor.clone()
+        shared[pointer] = name
+    return tensors, ties
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is damaged or truncated: {error}") from None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One factorised matrix of a description, checked: the layers that use it and what it is."""
+
+    names: list[str]
+    options: list[dict[str, Any]]
+    shape: Shape
+    decomposition: Decomposition
+    error: float | None
+
+    @classmethod
+    def read(cls, entry: Any, place: str) -> _Layer:
+        forms = {"names": list, "options": list, "shape": list, "decomposition": dict}
+        if not isinstance(entry, dict):
+            raise CheckpointError(f"{place}: {entry!r} is not a layer")
+        for key, form in forms.items():
+            if not isinstance(entry.get(key), form):
+                raise CheckpointError(f"{place}: '{key}' is missing or malformed")
+        names, options, shape, error = entry["names"], entry["options"], entry["shape"], entry.get("error")
+        if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise CheckpointError(f"{place}: names={names!r} must be layer names")
+        if len(options) != len(names) or not all(isinstance(option, dict) for option in options):
+            raise CheckpointError(f"{place}: options={options!r} must be one set for each of {len(names)} names")
+        if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
+            raise CheckpointError(f"{place}: shape={shape!r} must be two sizes")
+        if isinstance(error, bool) or not isinstance(error, int | float | None):
+            raise CheckpointError(f"{place}: error={error!r} must be a number")
+        try:
+            kind = decomposition(entry["decomposition"])
+            kind.empty((shape[0], shape[1]), device="meta")
+        except TdkitError as problem:
+            raise CheckpointError(f"{place}: {problem}") from None
+        return cls(names, options, (shape[0], shape[1]), kind, error)
+
+
+def _rewrite(model: nn.Module, description: Mapping[str, Any], folder: Path, before: dict[str, nn.Module]) -> None:
+    for number, entry in enumerate(description["layers"]):
+        place = f"{folder / DESCRIPTION}: layer {number}"
+        wanted = _Layer.read(entry, place)
+        matrix: FactorizedMatrix | None = None
+        built: dict[int, nn.Module] = {}  # one layer per module, also when it has several names
+        for name, options in zip(wanted.names, wanted.options, strict=True):
+            module = _dense_layer(model, name, folder)
+            if id(module) not in built:
+                host, weight = _weight(module, name, wanted.shape, folder)
+                if matrix is None:
+                    matrix = wanted.decomposition.empty(wanted.shape, device=weight.device, dtype=weight.dtype)
+                    matrix.error = wanted.error
+                try:
+                    layer = host.build(module, matrix, options)
+                except TypeError:
+                    raise CheckpointError(f"{place}: {options!r} are no options of {name}") from None
+                built[id(module)] = built[id(layer)] = install(module, layer)  # a shared block shows it anew
+            before.setdefault(name, module)
+            replace_module(model, name, built[id(module)])
+    follow_ties(model)
+
+
+def _weight(module: nn.Module, name: str, shape: Shape, folder: Path) -> tuple[Host, Tensor]:
+    """The host of a dense layer and its weight as (out, in), which must have the shape of the file."""
+    host = host_of(module)
+    if host is None or not isinstance(module.weight, Tensor):
+        raise CheckpointError(
+            f"{folder}: layer {name} is a {type(module).__name__} in this model, not one that tdkit rewrites"
+        )
+    weight = host.matrix(module.weight)
+    if weight.is_meta:
+        raise CheckpointError(f"the model given for {folder} is on the meta device: {BUILD_IT}")
+    if tuple(weight.shape) != shape:
+        raise CheckpointError(
+            f"{folder}: layer {name} is {shape[0]}x{shape[1]} in the file, "
+            f"{weight.shape[0]}x{weight.shape[1]} in this model"
+        )
+    return host, weight
+
+
+def _dense_layer(model: nn.Module, name: str, folder: Path) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"{folder}: this model has no layer {name}: it is another architecture") from None
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], ties: Mapping[str, str], folder: Path) -> None:
+    state = dict(tensors)
+    for repeated, original in ties.items():
+        if not isinstance(original, str) or original not in tensors:
+            raise CheckpointError(f"{folder / DESCRIPTION} ties {repeated} to {original}, which is not in {WEIGHTS}")
+        state[repeated] = tensors[original]
+    own = model.state_dict(keep_vars=True)
+    problems = [f"lacks {name}" for name in own if name not in state]
+    problems += [f"has {name}, which the model lacks" for name in state if name not in own]
+    shared = [name for name in own if name in state]
+    problems += [
+        f"holds {name} as {tuple(state[name].shape)}, the model as {tuple(own[name].shape)}"
+        for name in shared
+        if state[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"{folder / WEIGHTS} " + "; ".join(problems[:5]) + more)
+    holders: dict[int, str] = {}
+    for name in shared:
+        if own[name].is_meta:
+            raise CheckpointError(f"{name} of the model given for {folder} is on the meta device: {BUILD_IT}")
+        first = holders.setdefault(id(own[name]), name)
+        if not torch.equal(state[first], state[name]):
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {name} and {first} are one tensor in this model, two in the file: "
+                "build the model without this tie (config.tie_word_embeddings=False in transformers)"
+            )
+    for name, tensor in state.items():
+        if own[name].dtype != tensor.dtype:
+            _retype(model, name, tensor.dtype)
+    model.load_state_dict(state)
+
+
+def _rounded_buffers(model: nn.Module) -> dict[str, str]:
+    """The dtypes of buffers that no file holds, which the model builds again, perhaps in another dtype."""
+    saved = model.state_dict()
+    return {
+        name: str(buffer.dtype).removeprefix("torch.")
+        for name, buffer in model.named_buffers()
+        if name not in saved and buffer.is_floating_point()
+    }
+
+
+def _round_buffers(model: nn.Module, dtypes: Any, folder: Path) -> None:
+    own = dict(model.named_buffers())
+    if not isinstance(dtypes, dict):
+        raise CheckpointError(f"{folder / DESCRIPTION} is damaged: 'buffers' is malformed")
+    for name, spelt in dtypes.items():
+        dtype = getattr(torch, spelt, None) if isinstance(spelt, str) else None
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"{folder / DESCRIPTION} is damaged: buffer {name} has no dtype {spelt!r}")
+        if name in own and own[name].dtype != dtype:
+            _retype(model, name, dtype)
+
+
+def _retype(model: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Give a parameter or buffer the dtype of the file, so that loading rounds nothing."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    tensor = getattr(owner, attribute)
+    tensor.data = tensor.data.to(dtype)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: give a folder")
+    if any(folder.iterdir()):
+        if not (folder / DESCRIPTION).is_file():
+            raise CheckpointError(f"{folder} holds other files: give a new folder")
+        if not overwrite:
+            raise CheckpointError(f"{folder} holds a saved model: pass overwrite=True, or give a new folder")

@@ -1,0 +1,91 @@
+"""``nn.Embedding`` and the factorised layer that replaces it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.models.hosts.base import FactorizedLayer, Host
+
+
+class EmbeddingHost(Host):
+    """``torch.nn.Embedding``: one row of the matrix per entry."""
+
+    name = "embedding"
+
+    def accepts(self, module: nn.Module) -> bool:
+        return type(module) is nn.Embedding
+
+    def refusal(self, module: nn.Module) -> str | None:
+        module = cast(nn.Embedding, module)
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(module, option):
+                return f"nn.Embedding with {option}={getattr(module, option)} works on dense rows"
+        return None
+
+    def build(self, module: nn.Module, matrix: FactorizedMatrix, options: dict[str, Any]) -> FactorizedLayer:
+        module = cast(nn.Embedding, module)
+        return FactorizedEmbedding(matrix, module.padding_idx, **options)
+
+    def options(self, module: nn.Module) -> dict[str, Any]:
+        module = cast(nn.Embedding, module)
+        if module.padding_idx is None:
+            return {}
+        return {} if bool(module.weight[module.padding_idx].any()) else {"zero_padding": True}
+
+    def multiplies(self) -> bool:
+        return False
+
+
+class FactorizedEmbedding(FactorizedLayer):
+    """Rows of a factorised matrix, in place of ``nn.Embedding``.
+
+    Args:
+        matrix: of shape (num_embeddings, embedding_dim).
+        padding_idx: the row that gets no gradient.
+        zero_padding: whether that row was zero, and so stays exactly zero.
+    """
+
+    def __init__(self, matrix: FactorizedMatrix, padding_idx: int | None = None, *, zero_padding: bool = False) -> None:
+        super().__init__()
+        matrix.lay_out_for_rows()
+        self.matrix = matrix
+        self.num_embeddings, self.embedding_dim = matrix.shape
+        self.padding_idx = padding_idx
+        self.zero_padding = zero_padding
+
+    @property
+    def replaces(self) -> str:
+        return "Embedding"
+
+    def options(self) -> dict[str, Any]:
+        return {"zero_padding": True} if self.zero_padding else {}
+
+    def forward(
+        self,
+        ids: Tensor,  # (*n,) integers
+    ) -> Tensor:  # (*n, embedding_dim)
+        self._check(ids)
+        rows = self.matrix.rows(ids)
+        if self.padding_idx is None:
+            return rows
+        padding = (ids == self.padding_idx).unsqueeze(-1)
+        if self.zero_padding:
+            return rows.masked_fill(padding, 0.0)
+        return torch.where(padding, rows.detach(), rows)
+
+    def _check(self, ids: Tensor) -> None:
+        """Refuse ids that are no row, which a product of digits would wrap around; on CPU, as torch does it."""
+        if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+            return
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= self.num_embeddings:
+            bad = low if low < 0 else high
+            raise IndexError(f"id {bad} is out of range: the embedding has rows 0 to {self.num_embeddings - 1}")
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}"

@@ -1,0 +1,266 @@
+"""What becomes of every weight matrix: the printable step between a policy and the rewritten model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tdkit.decompositions.base import Decomposition
+from tdkit.decompositions.registered import decomposition, spec_of
+from tdkit.errors import PolicyError
+from tdkit.shapes import Shape
+from tdkit.support.tables import render, table_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FORMAT_VERSION = 1
+GROUP_ABOVE = 40  # a longer plan is shown with equal layers of different depth in one row
+
+
+@dataclass(frozen=True)
+class Step:
+    """One weight matrix: what it becomes, or why it stays.
+
+    Attributes:
+        names: the layers that use it.
+        kinds: their types.
+        shape: (out, in).
+        decomposition: complete, or None when the matrix stays dense.
+        reason: why it stays dense.
+        params_before, params_after: numbers held.
+        indices: integers held by permutations, not counted as parameters.
+        multiply_adds_before, multiply_adds_after: per token, summed over the layers that multiply by it.
+        error: relative error of the fit, once fitted; in the calibrated metric where there is one.
+        loss: estimated increase of the loss, nats per token, where a calibration with gradients gave one.
+        runner_up: the best other decomposition of at most the same size, where the plan had a choice, and
+            what it would have cost.
+        paths: how the factors will be multiplied, at 1 token and at 512, in float32 on this machine's CPU unless
+            `tdkit.prepare` says otherwise; None where nothing is multiplied.
+    """
+
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    shape: Shape
+    decomposition: Decomposition | None
+    reason: str
+    params_before: int
+    params_after: int
+    indices: int
+    multiply_adds_before: int
+    multiply_adds_after: int
+    error: float | None = None
+    loss: float | None = None
+    runner_up: str | None = None
+    paths: tuple[str, str] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "names": list(self.names),
+            "kinds": list(self.kinds),
+            "shape": list(self.shape),
+            "decomposition": spec_of(self.decomposition) if self.decomposition else None,
+            "reason": self.reason,
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "indices": self.indices,
+            "multiply_adds_before": self.multiply_adds_before,
+            "multiply_adds_after": self.multiply_adds_after,
+            "error": self.error,
+            "loss": self.loss,
+            "runner_up": self.runner_up,
+            "paths": None if self.paths is None else list(self.paths),
+        }
+
+    @classmethod
+    def from_dict(cls, form: Mapping[str, Any]) -> Step:
+        spec, paths = form["decomposition"], form.get("paths")
+        return cls(
+            **{
+                **form,
+                "paths": None if paths is None else (paths[0], paths[1]),
+                "names": tuple(form["names"]),
+                "kinds": tuple(form["kinds"]),
+                "shape": (form["shape"][0], form["shape"][1]),
+                "decomposition": decomposition(spec) if spec else None,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every matrix of a model and what becomes of it.
+
+    Attributes:
+        steps: one per weight matrix, in the model's order; kept ones included.
+        params_before, params_after: of the whole model, tied weights once.
+        kept: layers with weights that tdkit does not rewrite: name to reason.
+        budget: what the policy asked for.
+    """
+
+    steps: tuple[Step, ...]
+    params_before: int
+    params_after: int
+    kept: Mapping[str, str]
+    budget: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Params after / params before, whole model."""
+        return self.params_after / self.params_before if self.params_before else 1.0
+
+    @property
+    def rewritten(self) -> tuple[Step, ...]:
+        """The steps that change something."""
+        return tuple(step for step in self.steps if step.decomposition is not None)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, name: str) -> Step:
+        """The step of the layer called `name`."""
+        for step in self.steps:
+            if name in step.names:
+                return step
+        raise KeyError(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": FORMAT_VERSION,
+            "budget": self.budget,
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "steps": [step.to_dict() for step in self.steps],
+            "kept": dict(self.kept),
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, form: Mapping[str, Any]) -> Plan:
+        try:
+            if form["version"] > FORMAT_VERSION:
+                raise PolicyError(f"plan version {form['version']} is newer than {FORMAT_VERSION}: update tdkit")
+            steps = tuple(Step.from_dict(step) for step in form["steps"])
+            return cls(steps, form["params_before"], form["params_after"], dict(form["kept"]), form.get("budget"))
+        except (KeyError, TypeError) as error:
+            raise PolicyError(f"not a tdkit plan: {error}") from None
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise PolicyError(f"not a tdkit plan: {error}") from None
+
+    def summary(self) -> str:
+        """One line: parameters before and after, the ratio, and what was asked for."""
+        asked = f", budget {self.budget:g}" if self.budget is not None else ""
+        return (
+            f"{self.params_before:,} -> {self.params_after:,} params (ratio {self.ratio:.4f}{asked}), "
+            f"{len(self.rewritten)} of {len(self.steps)} matrices rewritten"
+        )
+
+    def table(self, *, every: bool = False) -> Table:
+        """Layer, shape, what it becomes, parameters, multiply-adds and, once fitted, relative error.
+
+        Args:
+            every: one row per layer even in a long plan; otherwise layers that differ only in their depth
+                and share shape and decomposition are one row, with the range of their ranks.
+        """
+        columns = ["layer", "shape", "becomes", "params", "of dense", "multiply-adds / token", "path at 1 | 512 tokens"]
+        with_error = any(step.error is not None for step in self.steps)
+        with_loss = any(step.loss is not None for step in self.steps)
+        with_choice = any(step.runner_up is not None for step in self.steps)
+        extra = {"relative error": with_error, "loss, estimated": with_loss, "runner-up": with_choice}
+        shown = [len(columns) + i for i, wanted in enumerate(extra.values()) if wanted]
+        table = table_of(self.summary(), [*columns, *(name for name, wanted in extra.items() if wanted)])
+        table.columns[2].justify = "left"
+        one_by_one = every or len(self.steps) <= GROUP_ABOVE
+        for group in [[s] for s in self.steps] if one_by_one else _groups(self.steps):
+            row = _row(group)
+            cells = [*row[: len(columns)], *(row[i] for i in shown)]
+            table.add_row(*cells, style=None if group[0].decomposition else "dim")
+        for name, reason in self.kept.items():
+            table.add_row(name, "", f"kept: {reason}", *[""] * (len(table.columns) - 3), style="dim")
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def __str__(self) -> str:
+        return render(self.table())
+
+
+def _row(group: Sequence[Step]) -> list[str]:
+    first = group[0]
+    before, after = sum(s.params_before for s in group), sum(s.params_after for s in group)
+    adds_before = sum(s.multiply_adds_before for s in group)
+    adds_after = sum(s.multiply_adds_after for s in group)
+    indices = sum(s.indices for s in group)
+    params = f"{before:,}" if before == after else f"{before:,} -> {after:,}"
+    errors = [s.error for s in group if s.error is not None]
+    losses = [s.loss for s in group if s.loss is not None]
+    return [
+        _common_name(group) + (f" ({len(group)} layers)" if len(group) > 1 else ""),
+        f"{first.shape[0]}x{first.shape[1]}",
+        _becomes(group),
+        params + (f" (+{indices:,} indices)" if indices else ""),
+        f"{after / before:.1%}" if before else "",
+        f"{adds_before:,}" if adds_before == adds_after else f"{adds_before:,} -> {adds_after:,}",
+        _paths(group),
+        f"{sum(errors) / len(errors):.4f}" if errors else "",
+        f"{sum(losses):.3g}" if losses else "",
+        (first.runner_up or "") if len(group) == 1 else "",
+    ]
+
+
+def _paths(group: Sequence[Step]) -> str:
+    """The paths at 1 and at 512 tokens, once where they are the same; those of all steps where they differ."""
+    found = [" or ".join(dict.fromkeys(step.paths[k] for step in group if step.paths)) for k in (0, 1)]
+    return found[0] if found[0] == found[1] else " | ".join(found)
+
+
+def _becomes(group: Sequence[Step]) -> str:
+    """The decomposition with its options; where they differ within the group, their range."""
+    first = group[0].decomposition
+    if first is None:
+        return f"kept: {group[0].reason}"
+    others = [step.decomposition.options() for step in group if step.decomposition is not None]
+    if all(options == others[0] for options in others):
+        return first.describe()
+    ranges = []
+    for option in others[0]:
+        values: list[Any] = [options.get(option) for options in others]
+        if all(value == values[0] for value in values):
+            ranges.append(f"{option}={'x'.join(map(str, values[0])) if isinstance(values[0], list) else values[0]}")
+        elif all(isinstance(value, int) for value in values):
+            ranges.append(f"{option}={min(values)}..{max(values)}")
+        else:
+            ranges.append(f"{option} varies")
+    return f"{first.name}({', '.join(ranges)})"
+
+
+def _groups(steps: Sequence[Step]) -> list[list[Step]]:
+    groups: dict[tuple[object, ...], list[Step]] = {}
+    for step in steps:
+        pattern = tuple("*" if part.isdigit() else part for part in step.name.split("."))
+        key = (pattern, step.shape, step.decomposition.name if step.decomposition else None, step.reason)
+        groups.setdefault(key, []).append(step)
+    return list(groups.values())
+
+
+def _common_name(group: Sequence[Step]) -> str:
+    if len(group) == 1:
+        return " = ".join(group[0].names)
+    return ".".join("*" if part.isdigit() else part for part in group[0].name.split("."))

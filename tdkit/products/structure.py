@@ -1,0 +1,123 @@
+"""How each structure multiplies: the products of each path, and the pull-back of a gradient to the factors.
+
+A structure holds integers only, so that it can be hashed, planned for and compiled; the factors are passed
+to its methods. Every method is made of differentiable operations.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tdkit.products import onednn
+from tdkit.products.cost import DENSE, FEW, Path, Product
+from tdkit.shapes import Shape
+
+Factors = Sequence[Tensor]
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def product(
+    x: Tensor,  # (n, in)
+    matrix: Tensor,  # (out, in), in memory by rows or by columns
+    bias: Tensor | None = None,  # (out,)
+) -> Tensor:  # (n, out)
+    """``x @ matrix.T + bias``; two or three rows by the transposed product, which a CPU does 1 to 4 times faster."""
+    if not _on_cpu(x) or not 1 < x.shape[0] <= FEW or matrix.stride(1) != 1:
+        return onednn.linear(x, matrix, bias)
+    y = (matrix @ x.T).T.contiguous()
+    return y if bias is None else y + bias
+
+
+def _on_cpu(x: Tensor) -> bool:
+    """Whether what is known of a CPU's library applies; a compiler has its own."""
+    return not torch.compiler.is_compiling() and x.device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class Structure(ABC):
+    """The shapes of one factorised matrix (out, in)."""
+
+    shape: Shape
+
+    @abstractmethod
+    def build(self, factors: Factors) -> Tensor:
+        """The matrix, (out, in)."""
+
+    @abstractmethod
+    def pullback(self, gradient: Tensor, factors: Factors) -> Gradients:
+        """Gradients of the factors from the gradient (out, in) of the matrix; the factors' products are shared."""
+
+    @abstractmethod
+    def factor_paths(self, tokens: int) -> tuple[Path, ...]:
+        """The ways to multiply without building the matrix."""
+
+    def kernel_paths(self, tokens: int) -> tuple[Path, ...]:
+        """The way to multiply by a kernel of `tdkit.products.kernels`, if one serves this many tokens; forward only."""
+        return ()
+
+    @abstractmethod
+    def build_path(self) -> Path:
+        """What `build` costs."""
+
+    @abstractmethod
+    def multiply(
+        self,
+        x: Tensor,  # (tokens, in)
+        factors: Factors,
+        path: Path,
+        bias: Tensor | None = None,  # (out,)
+    ) -> Tensor:  # (tokens, out)
+        """``x @ build().T + bias`` by one of `factor_paths`."""
+
+    @abstractmethod
+    def factor_backward(
+        self,
+        gradient: Tensor,  # (tokens, out)
+        x: Tensor,  # (tokens, in)
+        factors: Factors,
+        path: Path,
+        needs_x: bool,
+        needs_factors: Sequence[bool],
+    ) -> tuple[Tensor | None, Gradients]:
+        """The gradients of x and of the factors by one of `factor_paths`, without building the matrix."""
+
+    def backward(
+        self,
+        gradient: Tensor,  # (tokens, out)
+        x: Tensor,  # (tokens, in)
+        factors: Factors,
+        path: Path,
+        needs_x: bool,
+        needs_factors: Sequence[bool],
+    ) -> tuple[Tensor | None, Gradients]:
+        """The gradients of x and of the factors by one of `paths`; None for those that are not needed.
+
+        The dense path goes through the gradient of the matrix.
+
+        Source: Chekalina et al., TTM-GPT2 (2023), section 3.
+        """
+        if path.name != DENSE:
+            return self.factor_backward(gradient, x, factors, path, needs_x, needs_factors)
+        grad_x = gradient @ self.build(factors) if needs_x else None
+        if not any(needs_factors):
+            return grad_x, (None,) * len(factors)
+        return grad_x, self.pullback(gradient.T @ x, factors)
+
+    def paths(self, tokens: int) -> tuple[Path, ...]:
+        """Every way to multiply `tokens` rows."""
+        build, (rows, columns) = self.build_path(), self.shape
+        dense = Product(tokens, columns, rows)
+        back = (*3 * build.products, Product(tokens, rows, columns), Product(rows, tokens, columns))
+        backward = Path("backward", back, 3 * build.calls + 2, 3 * build.moved)
+        path = Path(DENSE, (*build.products, dense), build.calls + 1, build.moved, backward=backward)
+        return (*self.factor_paths(tokens), path)
+
+    def multiply_adds(self) -> int:
+        """Multiply-adds of the path that needs fewest, for one row."""
+        return min(path.multiply_adds for path in self.paths(1))

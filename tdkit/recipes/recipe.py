@@ -1,0 +1,231 @@
+"""A recipe: a model, its data and typed steps in order; how it is read, checked and overridden."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+from torch import Tensor, nn
+
+from tdkit.calibration.calibration import Calibration
+from tdkit.calibration.losses import Labels
+from tdkit.errors import RecipeError, TdkitError
+from tdkit.planning.planner import calibrated
+from tdkit.planning.policy import Policy
+from tdkit.registry import Registry
+from tdkit.sources.texts import encode, load_texts, windows
+
+
+class Checked(BaseModel):
+    """Base of everything a recipe is made of: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StepConfig(Checked, ABC):
+    """One kind of step and its options.
+
+    A kind is registered through the entry-point group ``tdkit.steps``, whose name is the key in YAML.
+    """
+
+    changes_model: ClassVar[bool] = False  # whether the model must be saved when the step is done
+    needs_dense: ClassVar[bool] = False  # whether the step reads `Run.dense`, the model before any change
+
+    @abstractmethod
+    def run(self, run: Run) -> dict[str, Any]:
+        """Do it; return JSON-able figures, which are kept in the run folder."""
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise a TdkitError for what can be known to fail before any work starts."""
+
+    def outline(self) -> str:
+        """One line for ``tdkit show`` and ``--dry-run``."""
+        options = self.model_dump(exclude_defaults=True, by_alias=True)
+        return ", ".join(f"{key}={value}" for key, value in options.items())
+
+
+steps: Registry[type[StepConfig]] = Registry(
+    "tdkit.steps",
+    "step",
+    {
+        "compress": "tdkit.recipes.steps:CompressStep",
+        "compare": "tdkit.recipes.steps:CompareStep",
+        "evaluate": "tdkit.recipes.steps:EvaluateStep",
+        "generate": "tdkit.recipes.steps:GenerateStep",
+        "save": "tdkit.recipes.steps:SaveStep",
+    },
+)
+
+Texts = str | list[str]
+
+
+class DataConfig(Checked):
+    """Which texts a recipe reads.
+
+    Attributes:
+        train, calibration, evaluation: built-in names, files, folders or datasets; see `load_texts`.
+        calibration_tokens, evaluation_tokens: how many tokens of them are used.
+        calibration_labels: the text's own next tokens, or ones "sampled" from the model; see `calibrate`.
+        context: tokens per window.
+        share: of the training text, chosen by the seed.
+    """
+
+    train: Texts | None = None
+    calibration: Texts | None = None
+    evaluation: Texts | None = None
+    calibration_tokens: int = Field(default=16384, ge=1)
+    evaluation_tokens: int = Field(default=16384, ge=1)
+    calibration_labels: Labels = "data"
+    context: int = Field(default=1024, ge=2)
+    share: float = Field(default=1.0, gt=0, le=1)
+
+
+class Recipe(Checked):
+    """A whole recipe.
+
+    Attributes:
+        name, description, source: what it is, and which paper it follows.
+        model: built-in name, folder or hub name.
+        dtype: of the weights.
+        data: texts.
+        seed: of everything random.
+        steps: in order.
+    """
+
+    name: str
+    description: str = ""
+    source: str = ""
+    model: str
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    data: DataConfig = DataConfig()
+    seed: int = Field(default=0, ge=0)
+    steps: tuple[tuple[str, StepConfig], ...]
+
+    @classmethod
+    def from_dict(cls, form: Mapping[str, Any], place: str = "recipe") -> Recipe:
+        """A recipe from its YAML form.
+
+        Raises:
+            RecipeError: with every fault of it at once.
+        """
+        if not isinstance(form, Mapping):
+            raise RecipeError(f"{place}: a recipe is a mapping with 'name', 'model' and 'steps'")
+        problems: list[str] = []
+        parsed = []
+        entries = form.get("steps")
+        if not isinstance(entries, list) or not entries:
+            problems.append("steps: give a list of steps, each 'kind: {options}'")
+            entries = []
+        for number, entry in enumerate(entries):
+            try:
+                parsed.append(_step(entry))
+            except ValidationError as error:
+                problems += _faults(error, f"steps.{number}.{next(iter(entry))}")
+            except TdkitError as error:
+                problems += [f"steps.{number}: {line}" for line in str(error).splitlines()]
+        try:
+            recipe = cls(**{**{str(key): value for key, value in form.items()}, "steps": ()})
+        except ValidationError as error:
+            problems = _faults(error) + problems
+        if not problems:
+            recipe = recipe.model_copy(update={"steps": tuple(parsed)})
+            for number, (kind, step) in enumerate(recipe.steps):
+                try:
+                    step.check(recipe)
+                except TdkitError as error:
+                    problems += [f"steps.{number}.{kind}: {line}" for line in str(error).splitlines()]
+        if problems:
+            raise RecipeError("\n".join(f"{place}: {problem}" for problem in problems))
+        return recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """The YAML form, without what is left at its default."""
+        form = self.model_dump(mode="json", exclude_defaults=True, exclude={"steps"})
+        form["steps"] = [
+            {kind: step.model_dump(mode="json", exclude_defaults=True, by_alias=True)} for kind, step in self.steps
+        ]
+        return form
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _step(entry: Any) -> tuple[str, StepConfig]:
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise RecipeError(f"a step is one 'kind: {{options}}' pair, not {entry!r}")
+    kind, options = next(iter(entry.items()))
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise RecipeError(f"{kind}: options must be 'option: value' pairs, not {options!r}")
+    return str(kind), steps.get(str(kind)).model_validate(dict(options))
+
+
+def _faults(error: ValidationError, place: str = "") -> list[str]:
+    lines = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in (place, *fault["loc"]) if part != "")
+        message = "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"]
+        value = "" if fault["type"] == "missing" else f" (got {str(fault['input'])[:80]!r})"
+        lines.append(f"{where}: {message}{value}")
+    return lines
+
+
+@dataclass
+class Run:
+    """What a step works with.
+
+    Attributes:
+        recipe: the whole recipe.
+        model, tokenizer: as the steps so far left them.
+        folder: the run's own; a step may write into it.
+        console: where people are told things.
+        device: where the model is.
+        results: figures of the finished steps, in order.
+    """
+
+    recipe: Recipe
+    model: nn.Module
+    tokenizer: Any
+    folder: Path
+    console: Console
+    device: str | None = None
+    results: list[dict[str, Any]] = field(default_factory=list)
+    kept_dense: nn.Module | None = None
+
+    @property
+    def dense(self) -> nn.Module:
+        """The model before any step changed it; kept while a step that needs it is still to come."""
+        return self.model if self.kept_dense is None else self.kept_dense
+
+    def texts(self, part: Literal["train", "calibration", "evaluation"]) -> list[str]:
+        """The texts of one part of the recipe's data.
+
+        Raises:
+            RecipeError: when the recipe names none, with the override that does.
+        """
+        name = getattr(self.recipe.data, part)
+        if name is None:
+            raise RecipeError(f"recipe '{self.recipe.name}' names no {part} text: add data.{part}=PATH")
+        return load_texts(name)
+
+    def calibration(self, policy: Policy) -> Calibration | None:
+        """The moments of the model as it stands, of what a policy rewrites (None: nothing), on the calibration text.
+
+        Raises:
+            RecipeError: when the recipe names no such text.
+        """
+        batches = torch.split(windows(self.tokens("calibration"), self.recipe.data.context), 1)
+        return calibrated(self.model, policy, batches, labels=self.recipe.data.calibration_labels)
+
+    def tokens(self, part: Literal["calibration", "evaluation"]) -> Tensor:
+        """The token ids (n,) of a part of the data, as many as the recipe says."""
+        return encode(self.texts(part), self.tokenizer, getattr(self.recipe.data, f"{part}_tokens"))

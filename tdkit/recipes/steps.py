@@ -1,0 +1,270 @@
+"""The kinds of recipe steps that tdkit ships: compress, compare, evaluate, generate, save."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ConfigDict, Field, field_validator
+from torch import Tensor, nn
+
+from tdkit.compression.apply import compress
+from tdkit.decompositions.base import Decomposition
+from tdkit.decompositions.registered import decomposition, spec_of
+from tdkit.errors import CheckpointError, RecipeError
+from tdkit.evaluation.language_models import PROTOCOL, Evaluation, evaluate
+from tdkit.models.checkpoint import load, save
+from tdkit.models.huggingface import is_transformers
+from tdkit.models.sites import num_params
+from tdkit.planning.plan import Plan
+from tdkit.planning.planner import plan
+from tdkit.planning.policy import Policy, Rule
+from tdkit.recipes.recipe import Recipe, Run, StepConfig
+from tdkit.support.tables import table_of
+
+FIGURE_COLUMNS = ("model", "params", "ratio", "MB", "perplexity", "tokens/s", "fit seconds")
+
+
+class CompressStep(StepConfig):
+    """Rewrite the model by a policy.
+
+    Attributes:
+        rules, budget, allow_growth, allocation: the policy's YAML form.
+        calibrated: fit in the metric of the calibration text.
+        sequential: fit block by block on what the compressed prefix produces; needs `calibrated`.
+        passes: fit so often, each time in the moments of what the pass before made; more than one needs `calibrated`.
+    """
+
+    changes_model: ClassVar[bool] = True
+    rules: list[dict[str, Any]]
+    budget: float | None = None
+    allow_growth: bool = False
+    allocation: str = "auto"
+    calibrated: bool = False
+    sequential: bool = False
+    passes: int = Field(default=1, ge=1)
+
+    @field_validator("rules")
+    @classmethod
+    def _rules_are_rules(cls, rules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        Policy.from_dict({"rules": rules})
+        return rules
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that the options stand for."""
+        return Policy.from_dict(self.model_dump(include={"rules", "budget", "allow_growth", "allocation"}))
+
+    def check(self, recipe: Recipe) -> None:
+        _ = self.policy
+        check_calibration(self.calibrated, recipe, "compress")
+        if self.sequential and not self.calibrated:
+            raise RecipeError("compress with sequential needs calibrated: true")
+        if self.passes > 1 and not self.calibrated:
+            raise RecipeError(f"compress with passes: {self.passes} needs calibrated: true")
+
+    def run(self, run: Run) -> dict[str, Any]:
+        calibration = run.calibration(self.policy) if self.calibrated else None
+        chosen = plan(run.model, self.policy, calibration=calibration)
+        run.console.print(chosen)
+        compress(
+            run.model,
+            chosen if self.passes == 1 else self.policy,
+            calibration=calibration,
+            sequential=self.sequential,
+            passes=self.passes,
+            device=run.device,
+        )
+        after = num_params(run.model)
+        return {"params_before": chosen.params_before, "params_after": after, "ratio": after / chosen.params_before}
+
+
+class CompareStep(StepConfig):
+    """Compress the model with each of several decompositions at one budget, tabulate, and keep the best.
+
+    The plan of the first decomposition sets the size of every layer, by the estimated loss where the step is
+    calibrated; the others get the same sizes, so that the table compares decompositions and nothing else.
+
+    Attributes:
+        match: globs of the layers that are rewritten; the others stay.
+        budget: params after / params before of the whole model.
+        candidates: decompositions, ``with`` in YAML.
+        calibrated: fit in the metric of the calibration text.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    changes_model: ClassVar[bool] = True
+    match: list[str]
+    budget: float = Field(gt=0, le=1)
+    candidates: list[str | dict[str, Any]] = Field(alias="with", min_length=1)
+    calibrated: bool = False
+
+    @field_validator("candidates")
+    @classmethod
+    def _are_decompositions(cls, candidates: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
+        for candidate in candidates:
+            decomposition(candidate)
+        return candidates
+
+    def check(self, recipe: Recipe) -> None:
+        if recipe.data.evaluation is None:
+            raise RecipeError("compare needs a text to judge by: add data.evaluation")
+        check_calibration(self.calibrated, recipe, "compare")
+
+    def run(self, run: Run) -> dict[str, Any]:
+        kinds = [decomposition(candidate) for candidate in self.candidates]
+        ids = run.tokens("evaluation")
+        context = run.recipe.data.context
+        dense = evaluate(run.model, ids, context=context)
+        rows = [_row("dense", dense, dense, None)]
+        figures: list[dict[str, Any]] = [{"name": "dense", **dense.to_dict()}]
+        policy = Policy([Rule(glob, kinds[0]) for glob in self.match], budget=self.budget)
+        started = time.perf_counter()
+        calibration = run.calibration(policy) if self.calibrated else None
+        first = plan(run.model, policy, calibration=calibration)
+        if calibration is not None:
+            seconds = time.perf_counter() - started
+            run.console.print(f"  calibrated on {run.recipe.data.calibration_tokens:,} tokens in {seconds:.0f} s")
+        run.console.print(first)
+        best: tuple[float, nn.Module] | None = None
+        for kind in kinds:
+            started = time.perf_counter()
+            chosen = first if kind is kinds[0] else plan(run.model, _same_sizes(first, kind), calibration=calibration)
+            model = compress(copy.deepcopy(run.model), chosen, calibration=calibration, device=run.device)
+            seconds = time.perf_counter() - started
+            measured = evaluate(model, ids, context=context)
+            rows.append(_row(kind.describe().removesuffix("()"), measured, dense, seconds))
+            run.console.print(f"  {rows[-1][0]}: perplexity {rows[-1][4]}, {seconds:.0f} s")
+            figures.append({"name": kind.name, **spec_of(kind), **measured.to_dict(), "fit_seconds": round(seconds, 2)})
+            if best is None or measured.perplexity < best[0]:
+                best = measured.perplexity, model
+        assert best is not None
+        title = f"{', '.join(self.match)} at budget {self.budget:g} of the whole model"
+        run.console.print(table_of(title, FIGURE_COLUMNS, rows))
+        run.console.print(
+            f"[dim]perplexity over {dense.tokens:,} tokens: {PROTOCOL}; context {context}, seed {run.recipe.seed}[/dim]"
+        )
+        run.model = best[1]
+        return {"rows": figures}
+
+
+def _same_sizes(first: Plan, kind: Decomposition) -> Policy:
+    """The policy that gives every layer as many parameters as `first` does, in another decomposition."""
+    rules = [
+        Rule(f"re:{re.escape(step.name)}", kind, budget=min(1.0, (step.params_after + 0.5) / step.params_before))
+        for step in first.rewritten
+    ]
+    return Policy(rules, allocation="uniform")
+
+
+def check_calibration(calibrated: bool, recipe: Recipe, step: str) -> None:
+    """Raise RecipeError when a step wants to calibrate and the recipe names no text for it."""
+    if calibrated and recipe.data.calibration is None:
+        raise RecipeError(f"{step} with calibrated needs a text to calibrate on: add data.calibration")
+
+
+class EvaluateStep(StepConfig):
+    """Measure perplexity, size and speed on the evaluation text."""
+
+    def check(self, recipe: Recipe) -> None:
+        if recipe.data.evaluation is None:
+            raise RecipeError("evaluate needs a text: add data.evaluation")
+
+    def run(self, run: Run) -> dict[str, Any]:
+        measured = evaluate(run.model, run.tokens("evaluation"), context=run.recipe.data.context)
+        run.console.print(table_of("evaluation", FIGURE_COLUMNS, [_row(run.recipe.name, measured, None, None)]))
+        return measured.to_dict()
+
+
+class GenerateStep(StepConfig):
+    """Continue a prompt greedily with the model before and after compression.
+
+    Attributes:
+        prompt: the text to continue.
+        tokens: how many to add.
+    """
+
+    needs_dense: ClassVar[bool] = True
+    prompt: str
+    tokens: int = Field(default=24, ge=1)
+
+    def run(self, run: Run) -> dict[str, Any]:
+        if run.tokenizer is None or not hasattr(run.model, "generate"):
+            raise RecipeError("generate needs a language model with a tokenizer")
+        texts = {
+            "dense": self._continue(run.dense, run.tokenizer),
+            "compressed": self._continue(run.model, run.tokenizer),
+        }
+        for name, text in texts.items():
+            run.console.print(f"  {name}: {text}", markup=False, highlight=False)
+        return texts
+
+    def _continue(self, model: nn.Module, tokenizer: Any) -> str:
+        inputs = tokenizer(self.prompt, return_tensors="pt").to(next(model.parameters()).device)
+        generate: Any = model.generate
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        ids = generate(**inputs, max_new_tokens=self.tokens, do_sample=False, pad_token_id=padding)
+        return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+class SaveStep(StepConfig):
+    """Save the model, load it again and check that its logits are bit-identical.
+
+    Attributes:
+        folder: inside the run folder.
+    """
+
+    folder: str = "model"
+
+    def check(self, recipe: Recipe) -> None:
+        if Path(self.folder).is_absolute() or ".." in Path(self.folder).parts:
+            raise RecipeError(f"save.folder={self.folder!r} must lie inside the run folder")
+
+    def run(self, run: Run) -> dict[str, Any]:
+        place = save(run.model, run.folder / self.folder, tokenizer=run.tokenizer, overwrite=True)
+        size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+        if not is_transformers(run.model):
+            run.console.print(f"  saved to {place}, {size / 1e6:.1f} MB on disk")
+            return {"folder": str(place), "bytes_on_disk": size}
+        again = load(place, device=run.device)
+        ids = _probe(run)
+        if not torch.equal(_logits(run.model, ids), _logits(again, ids)):
+            raise CheckpointError(f"{place}: the reloaded model's outputs differ from the saved one's")
+        run.console.print(f"  saved to {place}, {size / 1e6:.1f} MB on disk; reloaded, outputs identical")
+        return {"folder": str(place), "bytes_on_disk": size, "reloaded_identical": True}
+
+
+def _probe(run: Run) -> Tensor:
+    if run.recipe.data.evaluation is not None and run.tokenizer is not None:
+        return run.tokens("evaluation")[: min(64, run.recipe.data.context)].unsqueeze(0)
+    return torch.arange(16).unsqueeze(0)
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    training = model.training
+    model.eval()
+    output = model(ids.to(next(model.parameters()).device))
+    model.train(training)
+    first = output[0]
+    assert isinstance(first, Tensor)
+    return first
+
+
+def _row(name: str, measured: Evaluation, dense: Evaluation | None, seconds: float | None) -> list[str]:
+    return [
+        name,
+        f"{measured.params:,}",
+        f"{measured.params / dense.params:.3f}" if dense else "",
+        f"{measured.bytes / 1e6:.1f}",
+        f"{measured.perplexity:.2f}"
+        if math.isfinite(measured.perplexity) and measured.perplexity < 1e5
+        else f"{measured.perplexity:.3g}",
+        f"{measured.tokens_per_second:,.0f}",
+        "" if seconds is None else f"{seconds:.1f}",
+    ]

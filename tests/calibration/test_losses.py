@@ -1,0 +1,121 @@
+"""The losses that calibrate: right labels in the right places, and the Fisher information from those that are drawn."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tdkit
+from tdkit.calibration.calibration import Calibration
+from tdkit.calibration.losses import data_loss, sampled_loss
+from tdkit.errors import CalibrationError
+
+
+def language(vocabulary: int = 7) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(vocabulary, 5), nn.Linear(5, vocabulary))
+    return model, torch.randint(vocabulary, (3, 8))
+
+
+def certain(classes: Tensor, count: int = 7) -> Tensor:
+    """Logits that leave no doubt."""
+    return 1e4 * F.one_hot(classes, count).float()
+
+
+def test_drawn_labels_are_what_the_model_is_sure_of() -> None:
+    classes = torch.randint(7, (3, 8))
+    assert sampled_loss(certain(classes), classes, seed=0) == 0
+    assert sampled_loss(certain(torch.randint(4, (5,)), 4), torch.randn(5, 2), seed=0) == 0
+    assert data_loss(certain(classes), classes.roll(1, 1)) == 0
+
+
+def test_labels_are_drawn_with_their_probabilities() -> None:
+    logits = torch.tensor([0.1, 0.2, 0.7]).log().expand(20000, 3).clone().requires_grad_()
+    sampled_loss(logits, None, seed=3).backward()
+    drawn = (logits.softmax(-1) - logits.grad).mean(0)  # the gradient is the prediction less the label
+    torch.testing.assert_close(drawn, torch.tensor([0.1, 0.2, 0.7]), rtol=0, atol=0.015)
+
+
+def test_a_draw_depends_on_its_seed_alone() -> None:
+    logits = torch.randn(2, 8, 7)
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    torch.manual_seed(1)
+    first = sampled_loss(logits, ids, seed=5)
+    torch.manual_seed(2)
+    assert sampled_loss(logits, ids, seed=5) == first
+    assert sampled_loss(logits, ids, seed=6) != first
+
+
+def test_only_what_counts_is_drawn() -> None:
+    logits = torch.randn(2, 6, 7, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+
+    def counted(batch: object) -> list[int]:
+        logits.grad = None
+        sampled_loss(SimpleNamespace(logits=logits), batch, seed=0).backward()
+        return logits.grad.abs().sum(-1).ne(0).sum(1).tolist()
+
+    ids = torch.zeros(2, 6, dtype=torch.long)
+    assert counted(ids) == [5, 5]
+    assert counted((ids,)) == [5, 5]
+    assert counted({"input_ids": ids, "attention_mask": mask}) == [3, 5]
+    assert counted({"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100)}) == [4, 6]
+    assert counted({"pixel_values": torch.randn(2, 3)}) == [6, 6]
+
+
+@pytest.mark.parametrize("output", [torch.randn(4, 1), torch.randn(4), "text", SimpleNamespace(loss=torch.ones(()))])
+def test_what_has_no_classes_is_refused(output: object) -> None:
+    with pytest.raises(CalibrationError, match="no logits of two or more classes to draw labels from"):
+        sampled_loss(output, None, seed=0)
+
+
+def test_moments_of_drawn_labels_are_the_fisher_information() -> None:
+    model, ids = language()
+    head = nn.Sequential(model[0], model[1])
+    batches = [ids.repeat(400, 1)]
+    found = tdkit.calibrate(head, batches, labels="sampled").metric("1")
+    assert found is not None
+    p = model(ids[:, :-1]).softmax(-1).flatten(0, 1).double()
+    fisher = (torch.diag_embed(p) - p[:, :, None] * p[:, None]).mean(0) * (7 / 8)  # the last position predicts nothing
+    torch.testing.assert_close(found.output, fisher.detach(), rtol=0, atol=0.01)
+    real = tdkit.calibrate(head, batches).metric("1")
+    assert real is not None
+    assert (real.output - fisher).norm() > 5 * (found.output - fisher).norm()
+
+
+def test_a_calibration_knows_its_labels(tmp_path: Path) -> None:
+    model, ids = language()
+    calibration = tdkit.calibrate(model, [ids], labels="sampled")
+    assert Calibration.load(calibration.save(tmp_path / "moments")).labels == "sampled"
+    assert calibration.inputs_only().labels == "sampled"
+    first, again = (tdkit.calibrate(model, [ids], labels="sampled").metric("1") for _ in range(2))
+    assert first is not None
+    assert again is not None
+    assert torch.equal(first.output, again.output)
+
+
+def test_logits_that_are_no_numbers_are_named() -> None:
+    model, ids = language()
+    model[1].bias.data[0] = float("nan")
+    with pytest.raises(CalibrationError, match="the loss of calibration batch 0 is nan"):
+        tdkit.calibrate(model, [ids], labels="sampled")
+
+
+def test_a_file_with_other_labels_is_named(tmp_path: Path) -> None:
+    model, ids = language()
+    folder = tdkit.calibrate(model, [ids]).save(tmp_path / "moments")
+    description = folder / "calibration.json"
+    description.write_text(description.read_text().replace('"data"', '"dato"'))
+    with pytest.raises(CalibrationError, match=r"calibration\.json is damaged: no labels 'dato'; did you mean 'data'"):
+        Calibration.load(folder)
+
+
+def test_wrong_labels_are_told_before_any_work() -> None:
+    model, ids = language()
+    with pytest.raises(CalibrationError, match="no labels 'sample'; did you mean 'sampled'"):
+        tdkit.calibrate(model, [ids], labels="sample")
+    with pytest.raises(CalibrationError, match="loss= has labels of its own: leave out labels='sampled'"):
+        tdkit.calibrate(model, [ids], labels="sampled", loss=lambda output, batch: output.sum())

@@ -1,0 +1,298 @@
+"""Calibration: the moments against their definition, and a model that comes back as it was."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tdkit
+from tdkit.calibration.calibration import Calibration
+from tdkit.calibration.measure import calibrate
+from tdkit.errors import CalibrationError
+from tdkit.models.sites import survey
+
+
+class Attention(nn.Module):
+    """Two layers that share an input, a third that does not, and a nonlinearity that writes in place."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, 3)
+        self.o = nn.Linear(width + 3, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.o(F.relu(torch.cat([self.q(x), self.k(x)], -1), inplace=True))
+
+
+class Language(nn.Module):
+    """A language model with a tied head, dropout and an unused layer."""
+
+    def __init__(self, vocabulary: int = 11, width: int = 6) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(Attention(width) for _ in range(2))
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embed.weight
+        self.spare = nn.Linear(4, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.drop(x))
+        return logits
+
+
+@pytest.fixture
+def model() -> Language:
+    torch.manual_seed(0)
+    return Language()
+
+
+@pytest.fixture
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(11, (2, 7), generator=generator) for _ in range(3)]
+
+
+def direct(model: nn.Module, batches: list[Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """E[x x^T] and E[g g^T] of a layer, straight from their definition."""
+    model = model.eval()
+    xs: list[Tensor] = []
+    ys: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        output.retain_grad()
+        xs.append(args[0].detach().clone())
+        ys.append(output)
+
+    handle = model.get_submodule(name).register_forward_hook(keep)
+    for ids in batches:
+        logits = model(ids)
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    handle.remove()
+    x = torch.cat([x.flatten(0, 1) for x in xs]).double()
+    g = torch.cat([y.grad.flatten(0, 1) for y in ys if y.grad is not None]).double()
+    return x.T @ x / len(x) if x.ndim == 2 else x, g.T @ g / len(g)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.q", "blocks.0.k", "blocks.0.o", "blocks.1.q", "blocks.1.o"])
+def test_moments_are_what_they_say(model: Language, batches: list[Tensor], name: str) -> None:
+    inner, outer = direct(model, batches, name)
+    metric = calibrate(model, batches).metric(name)
+    assert metric is not None
+    assert metric.input is not None
+    assert metric.output is not None
+    assert metric.input.dtype == metric.output.dtype == torch.float64
+    torch.testing.assert_close(metric.input, inner, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(metric.output, outer, rtol=1e-5, atol=1e-8)
+
+
+def test_an_embedding_counts_tokens(batches: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11))
+    metric = calibrate(model, batches).metric("0")
+    assert metric is not None
+    assert metric.input is not None
+    assert metric.output is not None
+    ids = torch.cat(batches).flatten()
+    torch.testing.assert_close(metric.output, torch.bincount(ids, minlength=11).double() / len(ids))
+    torch.testing.assert_close(metric.input, direct(model, batches, "0")[1], rtol=1e-5, atol=1e-8)
+
+
+def test_a_tied_head_adds_its_share(model: Language, batches: list[Tensor]) -> None:
+    metric = calibrate(model, batches).metric("embed")
+    assert metric is not None
+    assert metric.input is not None
+    assert metric.output is not None
+    ids = torch.cat(batches).flatten()
+    counts = torch.bincount(ids, minlength=11).double() / len(ids)
+    _, gradients = direct(model, batches, "embed")
+    inner, outer = direct(model, batches, "head")
+    both = float(gradients.trace() * counts.sum() + inner.trace() * outer.trace())
+    trace = float(metric.input.trace() * metric.output.trace())
+    assert trace == pytest.approx(both, rel=1e-5)
+    expected = torch.diag(counts) * gradients.trace() + outer * inner.trace()
+    torch.testing.assert_close(metric.output, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_a_layer_that_is_not_reached_has_no_metric(model: Language, batches: list[Tensor]) -> None:
+    calibration = calibrate(model, batches)
+    assert calibration.metric("spare") is None
+    assert "spare" not in calibration.names
+
+
+def test_the_model_comes_back_as_it_was(model: Language, batches: list[Tensor]) -> None:
+    model.train()
+    model.blocks[0].eval()
+    model.embed.weight.requires_grad_(False)
+    model.blocks[1].get_submodule("q").weight.grad = torch.ones(6, 6)
+    modes = {name: m.training for name, m in model.named_modules()}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    switches = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    calibrate(model, batches)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == switches
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        if name == "blocks.1.q.weight":
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, torch.ones(6, 6))
+        else:
+            assert parameter.grad is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_hooks_and_modes_are_restored_after_an_error(model: Language, batches: list[Tensor]) -> None:
+    model.train()
+    with pytest.raises(IndexError):
+        calibrate(model, [*batches, torch.full((1, 4), 99)])
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_groups_within_a_limit_measure_the_same(model: Language, batches: list[Tensor], gradients: bool) -> None:
+    whole = calibrate(model, batches, gradients=gradients)
+    cut = calibrate(model, iter(batches), gradients=gradients, limit_bytes=1000)
+    assert cut.names == whole.names
+    for name in whole.names:
+        same_metric(whole, cut, name)
+
+
+def same_metric(one: Calibration, other: Calibration, name: str) -> None:
+    first, second = one.metric(name), other.metric(name)
+    assert first is not None
+    assert second is not None
+    for a, b in ((first.input, second.input), (first.output, second.output)):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b)
+
+
+def test_layers_that_share_an_input_share_the_moment(model: Language, batches: list[Tensor]) -> None:
+    calibration = calibrate(model, batches, gradients=False)
+    q, k = calibration.metric("blocks.0.q"), calibration.metric("blocks.0.k")
+    assert q is not None
+    assert k is not None
+    assert q.output is None
+    assert q.input is k.input
+
+
+class Fickle(nn.Module):
+    """Two layers that share their input on the first call only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Linear(4, 4)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.a(x) + self.b(x if self.calls == 1 else 2 * x)
+        return y
+
+
+def test_sharing_that_breaks_is_noticed() -> None:
+    torch.manual_seed(0)
+    model = Fickle()
+    calibration = calibrate(model, [torch.randn(5, 4) for _ in range(3)], gradients=False)
+    a, b = calibration.metric("a"), calibration.metric("b")
+    assert a is not None
+    assert a.input is not None
+    assert b is not None
+    assert b.input is not None
+    torch.testing.assert_close(b.input, 4 * a.input)
+
+
+def test_padding_is_left_out(model: Language, batches: list[Tensor]) -> None:
+    ids = batches[0]
+    padded = {"input_ids": F.pad(ids, (0, 3), value=5), "attention_mask": F.pad(torch.ones_like(ids), (0, 3))}
+    for name in ("blocks.0.q", "embed"):
+        same_metric(calibrate(model, [ids]), calibrate(model, [padded]), name)
+
+
+def test_any_model_and_loss() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
+    pairs = [(torch.randn(8, 5), torch.randint(2, (8,))) for _ in range(2)]
+    found = calibrate(
+        model,
+        [{"input": x} for x, _ in pairs],
+        loss=lambda output, batch: F.cross_entropy(output, torch.ones(8, dtype=torch.long), reduction="sum"),
+    )
+    assert found.names == ("0", "2")
+    x = torch.cat([x for x, _ in pairs]).double()
+    metric = found.metric("0")
+    assert metric is not None
+    assert metric.input is not None
+    torch.testing.assert_close(metric.input, x.T @ x / 16, rtol=1e-5, atol=1e-7)
+
+
+def test_save_and_load(model: Language, batches: list[Tensor], tmp_path: Path) -> None:
+    measured = calibrate(model, batches)
+    measured.save(tmp_path / "c")
+    loaded = Calibration.load(tmp_path / "c")
+    assert loaded.names == measured.names
+    assert loaded.gradients
+    for name in measured.names:
+        same_metric(measured, loaded, name)
+    assert loaded.batches is not None
+    assert all(torch.equal(a, b) for a, b in zip(loaded.batches, batches, strict=True))
+    with pytest.raises(CalibrationError, match="exists: give a new folder"):
+        measured.save(tmp_path / "c")
+    measured.save(tmp_path / "c", overwrite=True)
+    for file in sorted((tmp_path / "c").glob("moments-*"))[:1]:
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CalibrationError, match="damaged or truncated"):
+        for name in measured.names:
+            Calibration.load(tmp_path / "c").metric(name)
+    file.unlink()
+    with pytest.raises(CalibrationError, match="incomplete"):
+        Calibration.load(tmp_path / "c")
+    shutil.rmtree(tmp_path / "c")
+    with pytest.raises(CalibrationError, match="no saved calibration"):
+        Calibration.load(tmp_path / "c")
+
+
+def test_faults_are_told(model: Language, batches: list[Tensor]) -> None:
+    with pytest.raises(CalibrationError, match="there are no calibration batches"):
+        calibrate(model, [])
+    with pytest.raises(CalibrationError, match="no causal language model"):
+        calibrate(nn.Sequential(nn.Linear(4, 4)), [torch.randn(3, 4)])
+    with pytest.raises(CalibrationError, match="batch 0 is nan: it must be one finite number"):
+        calibrate(model, batches, loss=lambda output, batch: output.sum() * float("nan"))
+    with pytest.raises(CalibrationError, match="does not depend on any layer"):
+        calibrate(model, batches, loss=lambda output, batch: torch.zeros(()))
+    with pytest.raises(CalibrationError, match="no layer that can be rewritten"):
+        calibrate(nn.Sequential(nn.Tanh()), [torch.randn(3, 4)])
+
+
+def test_a_text_by_name(tmp_path: Path) -> None:
+    class Letters:
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [ord(c) % 11 for c in text]}
+
+    path = tmp_path / "text.txt"
+    path.write_text("some words that are long enough for a few windows of text " * 20, encoding="utf-8")
+    calibration = calibrate(Language(), path, tokenizer=Letters(), context=16, tokens=160)
+    assert calibration.batches is not None
+    assert [tuple(b.shape) for b in calibration.batches] == [(1, 16)] * 10
+
+
+def test_device_and_exports() -> None:
+    assert tdkit.calibrate is calibrate
+    model = Language()
+    assert calibrate(model, [torch.zeros(1, 4, dtype=torch.long)], device="cpu").names[0] == survey(model).sites[0].name

@@ -1,0 +1,19 @@
+"""Every registered decomposition, those of installed plugins included, passes the shipped contract."""
+
+from __future__ import annotations
+
+import pytest
+
+from tdkit.decompositions.registered import decompositions
+from tdkit.testing import Check, checks
+
+EVERY = [
+    pytest.param(check, id=f"{name}-{check}")
+    for name in decompositions.names()
+    for check in checks(decompositions.get(name))
+]
+
+
+@pytest.mark.parametrize("check", EVERY)
+def test_contract(check: Check) -> None:
+    check()

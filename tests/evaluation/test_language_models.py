@@ -1,0 +1,110 @@
+"""Perplexity against a computation by hand, and what measuring must not disturb."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tdkit
+from tdkit import LowRank, Policy, Rule
+from tdkit.errors import SourceError
+from tdkit.evaluation.language_models import PROTOCOL, evaluate, perplexity
+
+
+class Bigram(nn.Module):
+    """The next token's logits are a row of a table."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = nn.Parameter(table)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table[ids]
+
+
+def by_hand(table: Tensor, ids: list[int], context: int) -> tuple[float, int]:
+    """exp of the mean negative log-probability of every token that has a predecessor in its window."""
+    total, count = 0.0, 0
+    for start in range(0, len(ids) - context + 1, context):
+        window = ids[start : start + context]
+        for before, after in itertools.pairwise(window):
+            row = table[before].double()
+            total -= float(row[after] - row.exp().sum().log())
+            count += 1
+    return math.exp(total / count), count
+
+
+@pytest.mark.parametrize(("length", "context", "batch"), [(40, 10, 1), (45, 10, 3), (29, 7, 2), (8, 8, 4), (9, 2, 1)])
+def test_perplexity_is_what_a_person_computes(length: int, context: int, batch: int) -> None:
+    table = torch.randn(6, 6)
+    ids = torch.randint(6, (length,))
+    found = evaluate(Bigram(table), ids, context=context, batch=batch)
+    expected, count = by_hand(table, ids.tolist(), context)
+    assert found.perplexity == pytest.approx(expected, rel=1e-6)
+    assert found.tokens == count
+    assert found.context == context
+    assert found.params == 36
+    assert found.bytes == 144
+    assert found.tokens_per_second > 0
+    assert found.to_dict()["protocol"] == PROTOCOL
+    assert perplexity(Bigram(table), ids, context=context) == pytest.approx(expected, rel=1e-6)
+
+
+def test_known_values() -> None:
+    ids = torch.randint(6, (60,))
+    assert perplexity(Bigram(torch.zeros(6, 6)), ids, context=20) == pytest.approx(6.0)
+    cycle = torch.arange(60) % 6
+    certain = torch.full((6, 6), -1e4)
+    certain[torch.arange(6), (torch.arange(6) + 1) % 6] = 0.0
+    assert perplexity(Bigram(certain), cycle, context=20) == pytest.approx(1.0)
+    assert perplexity(Bigram(-certain), cycle, context=20) == math.inf
+    assert math.isnan(perplexity(Bigram(torch.full((6, 6), math.nan)), cycle, context=20))
+
+
+def test_a_transformers_model_agrees_with_its_own_loss(gpt2: Any) -> None:
+    ids = torch.randint(60, (64,))
+    with torch.no_grad():
+        loss = gpt2(ids[:64].reshape(4, 16), labels=ids[:64].reshape(4, 16)).loss
+    assert perplexity(gpt2, ids, context=16) == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
+def test_modes_survive_and_dropout_is_off(gpt2: Any) -> None:
+    ids = torch.randint(60, (64,))
+    gpt2.train()
+    gpt2.transformer.h[1].eval()
+    modes = [module.training for module in gpt2.modules()]
+    assert perplexity(gpt2, ids, context=16) == perplexity(gpt2, ids, context=16)
+    assert [module.training for module in gpt2.modules()] == modes
+
+
+def test_a_model_that_fails_keeps_its_mode() -> None:
+    model = Bigram(torch.zeros(2, 2)).train()
+    with pytest.raises(IndexError):
+        perplexity(model, torch.full((10,), 5), context=5)
+    assert model.training
+
+
+def test_a_compressed_model_is_smaller_and_measured_the_same_way(gpt2: Any) -> None:
+    ids = torch.randint(60, (64,))
+    before = evaluate(gpt2, ids, context=16)
+    tdkit.compress(gpt2, Policy([Rule("*", LowRank())], budget=0.5))
+    after = evaluate(gpt2, ids, context=16)
+    assert after.params <= 0.5 * before.params
+    assert after.bytes <= 0.5 * before.bytes
+    assert after.perplexity != before.perplexity
+
+
+def test_too_little_text_is_told() -> None:
+    model = Bigram(torch.zeros(6, 6))
+    with pytest.raises(
+        SourceError, match=r"9 tokens do not fill one window of 10: give more text or a shorter context"
+    ):
+        evaluate(model, torch.zeros(9, dtype=torch.long), context=10)
+    for context in (1, 0, -3):
+        with pytest.raises(SourceError, match=rf"a context of {context} (predicts nothing|tokens is no window)"):
+            evaluate(model, torch.zeros(9, dtype=torch.long), context=context)

@@ -1,0 +1,147 @@
+"""The benchmark compares like with like, changes nothing, and its clock and byte counts are right."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tdkit
+from tdkit import Kronecker, LowRank, Policy, Rule, TTMatrix
+from tdkit.errors import PolicyError
+from tdkit.evaluation.speed import WHOLE_MODEL, benchmark, densified, unfitted
+from tdkit.evaluation.timing import peak_bytes, saved_bytes, side_by_side
+from tdkit.models.hosts.base import FactorizedLayer
+from tdkit.models.preparation import held_bytes
+from tdkit.models.sites import num_params
+from tdkit.support.tables import render
+
+
+class Tied(nn.Module):
+    """An embedding whose rows are also the head, with a layer in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 24, padding_idx=0)
+        self.middle = nn.Linear(24, 24)
+        self.head = nn.Linear(24, 40, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.middle(self.embed(ids)).tanh())
+
+
+def compressed() -> nn.Module:
+    torch.manual_seed(0)
+    rules = [Rule("middle", TTMatrix(ranks=3)), Rule("*", LowRank(rank=6))]
+    return tdkit.compress(Tied(), Policy(rules), progress=False)
+
+
+def call(model: nn.Module, tokens: int) -> object:
+    return model(torch.arange(tokens).remainder(40).unsqueeze(0))
+
+
+def test_the_dense_twin_gives_the_same_outputs_and_keeps_ties() -> None:
+    model = compressed()
+    dense, skipped = densified(model)
+    assert skipped == []
+    assert not any(isinstance(module, FactorizedLayer) for module in dense.modules())
+    assert dense.head.weight is dense.embed.weight
+    assert num_params(dense) == num_params(Tied())
+    torch.testing.assert_close(call(dense, 9), call(model, 9))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_every_kind_of_layer_and_the_model_are_timed(train: bool) -> None:
+    model = compressed()
+    model.middle.matrix.hold("memory")
+    result = benchmark(model, tokens=(1, 8), train=train, call=call, seconds=0.01, progress=False)
+    assert {row.what.split()[0] for row in result.rows} == {"Embedding", "Linear", "whole"}
+    assert [row.tokens for row in result.rows] == [1, 8] * 4
+    assert all(row.seconds > 0 and row.dense_seconds > 0 and row.ratio > 0 for row in result.rows)
+    assert all(row.peak_bytes > 0 for row in result.rows)
+    assert json.loads(json.dumps(result.to_dict()))["train"] is train
+    shown = render(result.table(), 200)
+    assert WHOLE_MODEL in shown
+    assert "low_rank(rank=6)" in shown
+    assert model.training
+    assert held_bytes(model) == 0
+    assert model.middle.matrix.prefer == "memory"
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_dense_model_is_refused_with_the_remedy() -> None:
+    with pytest.raises(PolicyError, match="no factorised layer: compress it, or give a policy"):
+        benchmark(Tied())
+
+
+def test_a_plan_is_tried_without_a_fit() -> None:
+    model = Tied()
+    plan = tdkit.plan(model, Policy([Rule("*", Kronecker())], budget=0.7))
+    unfitted(model, plan)
+    assert num_params(model) == plan.params_after
+    assert torch.isfinite(call(model, 5)).all()
+
+
+def test_a_longer_call_takes_longer_by_the_ratio() -> None:
+    calls = {"short": lambda: time.sleep(0.004), "long": lambda: time.sleep(0.08)}  # far apart: a busy machine adds
+    timings = side_by_side(calls, seconds=0.05)
+    assert timings["short"].ratio == 1.0
+    assert 2 < timings["long"].ratio < 25
+    assert timings["long"].seconds >= 0.08
+
+
+def test_bytes_saved_and_at_the_peak() -> None:
+    x = torch.randn(64, 32, requires_grad=True)
+    assert saved_bytes(lambda: (x * 2).sin().cos()) == 2 * 64 * 32 * 4
+    assert peak_bytes(lambda: x.detach() + 1) == 64 * 32 * 4
+
+    def three_at_once() -> Tensor:
+        first = x.detach() + 1
+        return (first + 1) * first
+
+    assert peak_bytes(three_at_once) == 3 * 64 * 32 * 4
+
+    def one_after_another() -> None:
+        for _ in range(5):
+            x.detach().clone()
+
+    assert peak_bytes(one_after_another) == 64 * 32 * 4
+
+
+FAULTS = """
+import resource
+import torch
+from tdkit.evaluation.timing import keep_freed_memory
+
+kept = {}
+for round in range(20):
+    if round == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    together = [torch.empty(2**20).zero_() for _ in range(5)]  # 20 MiB
+    del together
+print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_freed_memory_is_kept_for_the_next_tensors() -> None:
+    fresh = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}  # at most: not left to its history
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"} | fresh
+
+    def faults(kept: str) -> tuple[int, int]:
+        code = FAULTS.format(kept)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        kept_at_all, count = map(int, done.stdout.split())
+        return kept_at_all, count
+
+    _, by_default = faults("False")
+    assert by_default >= 50, "each tensor lies in fresh pages"
+    kept, count = faults("keep_freed_memory()")
+    assert kept
+    assert count < min(100, by_default / 10)

@@ -1,0 +1,110 @@
+"""Every weight once, with all the layers that use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tdkit
+from tdkit import LowRank, Policy, Rule
+from tdkit.models.sites import factorized_groups, num_bytes, num_params, replace_module, survey
+
+
+def test_a_tied_weight_is_one_site_with_two_users(tied: Any) -> None:
+    found = survey(tied)
+    assert [site.names for site in found.sites] == [("embed", "head"), ("up",), ("down",)]
+    first = found.sites[0]
+    assert first.kinds == ("Embedding", "Linear")
+    assert first.shape == (40, 24)
+    assert first.params == 960
+    assert first.multiplications() == 1  # the embedding looks rows up
+
+
+def test_gpt2_and_llama_ties(gpt2: Any, llama: Any) -> None:
+    names = {site.names for site in survey(gpt2).sites}
+    assert ("transformer.wte", "lm_head") in names
+    assert ("transformer.wpe",) in names
+    assert len(survey(gpt2).sites) == 2 + 4 * 4
+    assert ("model.embed_tokens", "lm_head") in {site.names for site in survey(llama).sites}
+    shapes = {site.name: site.shape for site in survey(gpt2).sites}
+    assert shapes["transformer.h.0.mlp.c_fc"] == (128, 32)  # (out, in), although Conv1D stores (in, out)
+
+
+def test_one_module_under_two_names_is_one_site_with_both() -> None:
+    layer = nn.Linear(6, 4)
+    model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(6, 4)})
+    assert [site.names for site in survey(model).sites] == [("a", "b"), ("c",)]
+
+
+def test_a_weight_that_an_unknown_layer_shares_stays_and_says_with_whom() -> None:
+    class Scorer(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.weight = weight
+
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 4)})
+    model["score"] = Scorer(model["embed"].weight)
+    found = survey(model)
+    assert found.sites == ()
+    assert found.untouchable[0].reason == "Scorer is not a layer that tdkit rewrites, which shares it with embed"
+
+
+def test_tied_layers_of_different_layout_stay() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.ModuleDict({"linear": nn.Linear(6, 4), "conv": Conv1D(6, 4)})
+    model["conv"].weight = model["linear"].weight
+    found = survey(model)
+    assert found.sites == ()
+    assert found.untouchable[0].reason == "tied layers linear, conv hold it in different layouts"
+
+
+def test_a_model_that_is_a_single_layer_says_what_to_do() -> None:
+    found = survey(nn.Linear(6, 4))
+    assert found.sites == ()
+    assert found.untouchable[0].reason == "the model is a single layer: wrap it in a module that holds it by name"
+
+
+def test_what_is_not_rewritten_has_name_kind_params_and_reason() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv1d(4, 6, 3), "rnn": nn.LSTM(4, 4), "fc": nn.Linear(4, 4)})
+    entries = {entry.name: (entry.kind, entry.params) for entry in survey(model).untouchable}
+    assert entries == {"conv": ("Conv1d", 72), "rnn.weight_ih_l0": ("LSTM", 64), "rnn.weight_hh_l0": ("LSTM", 64)}
+    assert all("is not a layer that tdkit rewrites" in entry.reason for entry in survey(model).untouchable)
+
+
+def test_factorised_layers_are_no_sites_and_are_grouped_by_their_matrix(tied: Any) -> None:
+    tdkit.compress(tied, Policy([Rule("embed", LowRank(rank=3)), Rule("up", LowRank(rank=3))]))
+    assert [site.name for site in survey(tied).sites] == ["down"]
+    groups = [[name for name, _ in group] for group in factorized_groups(tied)]
+    assert groups == [["embed", "head"], ["up"]]
+
+
+def test_counts_take_tied_weights_once(tied: Any) -> None:
+    dense = 40 * 24 + 48 * 24 + 48 + 24 * 48 + 48
+    assert num_params(tied) == dense
+    assert num_bytes(tied) == 4 * dense
+    tied.register_buffer("mask", torch.zeros(10, dtype=torch.bool))
+    assert num_bytes(tied) == 4 * dense + 10
+
+
+@pytest.mark.parametrize("name", ["fc", "inner.0", "inner.deep.layer"])
+def test_replace_module_by_name(name: str) -> None:
+    deep = nn.ModuleDict({"layer": nn.Linear(2, 2)})
+    inner = nn.Sequential(nn.Linear(2, 2))
+    inner.add_module("deep", deep)
+    model = nn.ModuleDict({"fc": nn.Linear(2, 2), "inner": inner})
+    new = nn.Identity()
+    replace_module(model, name, new)
+    assert model.get_submodule(name) is new
+
+
+def test_a_frozen_or_a_meta_model_can_be_surveyed() -> None:
+    with torch.device("meta"):
+        model = nn.ModuleDict({"fc": nn.Linear(1 << 14, 1 << 14)})
+    plan = tdkit.plan(model, Policy([Rule("fc", LowRank())], budget=0.5))
+    assert plan.params_after <= 0.5 * plan.params_before
+    weight: Tensor = survey(model).sites[0].weight
+    assert weight.device.type == "meta"
