@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +57,24 @@ class Calibration:
         self._metrics = dict(metrics)
         self._files: dict[str, Path] = {}  # moments that did not fit in memory, or were not read yet: site to file
         self._curves: dict[tuple[str, str, float, float], list[Point]] = {}
-        self._folder: Path | None = None  # of moments set aside; lives as long as this object
+        self._folder: Path | None = None  # of spilled moments; lives as long as this object
+
+    def add(self, metrics: Mapping[str, Metric], *, spill: bool = False) -> None:
+        """Take the metrics of more sites; spilled, they are written to a temporary file and read when asked for."""
+        if not spill:
+            self._metrics |= metrics
+            return
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="tdkit-calibration-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        path = self._folder / f"{len(set(self._files.values())):05}.safetensors"
+        _write(metrics, path)
+        self._files |= dict.fromkeys(metrics, path)
+
+    @property
+    def spilled(self) -> bool:
+        """Whether some metrics are in files rather than in memory."""
+        return bool(self._files)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -37,8 +37,7 @@ def data_loss(output: Any, batch: Any) -> Tensor:
     """
     own = getattr(output, "loss", None)
     if isinstance(own, Tensor):
-        count = batch["labels"].numel() if isinstance(batch, Mapping) and "labels" in batch else 1
-        return own * count
+        return own * _labelled(output, batch)
     logits = _logits(output)
     ids = _continued(logits, batch)
     if logits is None or ids is None:
@@ -47,6 +46,21 @@ def data_loss(output: Any, batch: Any) -> Tensor:
             "into the batches, or calibrate with gradients=False"
         )
     return _summed(logits[:, :-1], _unmasked(ids[:, 1:], batch))
+
+
+def _labelled(output: Any, batch: Any) -> int:
+    """Over how many labels a model's own loss is the mean: those that are not ignored, for transformers' losses.
+
+    A causal model predicts no first token, so that labels of that position count nothing.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor):
+        return 1
+    if labels.is_floating_point():
+        return labels.numel()
+    if "CausalLM" in type(output).__name__ and labels.ndim == 2:
+        labels = labels[:, 1:]
+    return int((labels != IGNORED).sum())
 
 
 def sampled_loss(output: Any, batch: Any, seed: int) -> Tensor:

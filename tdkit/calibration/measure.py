@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from tdkit.calibration.calibration import Batch, Calibration, Loss, _write
+from tdkit.calibration.calibration import Batch, Calibration, Loss
 from tdkit.calibration.losses import Labels, check_labels
 from tdkit.calibration.moments import Reach, Recorder, SharingBrokeError, groups_within, reaching
 from tdkit.calibration.runner import Runner, as_it_was
-from tdkit.errors import CalibrationError
+from tdkit.errors import CalibrationError, did_you_mean
 from tdkit.fitting.metric import Metric
-from tdkit.models.sites import Site, User, survey
+from tdkit.models.sites import Site, survey
 from tdkit.sources.texts import spread_windows
 from tdkit.support.progress import Bar, progress_bar
 
@@ -45,7 +43,7 @@ def calibrate(
     x is what enters a layer and g the gradient of the loss at what leaves it, both per token. For an
     embedding the row side is the diagonal of token counts; a head tied to it adds its share. Sides
     longer than 16,384 (vocabularies) keep the diagonal. Where all moments together exceed `limit_bytes`,
-    the sites are measured in groups, one pass each, and the finished ones wait in a temporary file.
+    the sites are measured in groups, one pass each, and the finished ones are spilled to a temporary file.
 
     The model comes back as it was: its mode, its gradients and the random state included. It runs in
     eval mode.
@@ -75,14 +73,33 @@ def calibrate(
     check_labels(labels)
     if loss is not None and labels != "data":
         raise CalibrationError(f"loss= has labels of its own: leave out labels={labels!r}")
-    chosen = list(_text_batches(batches, tokenizer, context, tokens) if isinstance(batches, str | Path) else batches)
-    if not chosen:
-        raise CalibrationError("there are no calibration batches: give at least one")
-    sites = tuple(site for site in survey(model).sites if names is None or not set(names).isdisjoint(site.names))
-    if not sites:
-        raise CalibrationError("the model has no layer that can be rewritten, so there is nothing to calibrate")
+    sites = survey(model).sites
+    if names is not None:
+        sites = _named(sites, names)
+    if isinstance(batches, str | Path):
+        batches = text_batches(batches, tokenizer, context=context, tokens=tokens)
     runner = Runner(model, gradients=gradients, loss=loss, labels=labels)
-    return _calibrated(runner, sites, chosen, limit_bytes, device, progress)
+    return measured(runner, sites, batches, limit_bytes=limit_bytes, device=device, progress=progress)
+
+
+def text_batches(name: str | Path, tokenizer: Any, *, context: int = 512, tokens: int = 16384) -> list[Tensor]:
+    """Batches of one window of token ids (1, context) each, spread over all of a text."""
+    return [row[None] for row in spread_windows(name, tokenizer, context=context, tokens=tokens)]
+
+
+def _named(sites: Sequence[Site], names: Collection[str]) -> tuple[Site, ...]:
+    """The sites with one of `names`.
+
+    Raises:
+        CalibrationError: for names that no site has.
+    """
+    if isinstance(names, str):
+        raise CalibrationError(f"calibrate: names={names!r} must be a list of layer names")
+    known = {name for site in sites for name in site.names}
+    unknown = [f"'{name}'{did_you_mean(name, known)}" for name in names if name not in known]
+    if unknown:
+        raise CalibrationError(f"calibrate: no layer that can be rewritten is called {', '.join(unknown)}")
+    return tuple(site for site in sites if not set(names).isdisjoint(site.names))
 
 
 def recalibrate(
@@ -105,19 +122,13 @@ def recalibrate(
     """
     if calibration.batches is None:
         raise CalibrationError("the calibration was saved without its batches, so it cannot be measured again")
-    users = [tuple(User(u.name, model.get_submodule(u.name), u.host) for u in site.users) for site in sites]
-    now = tuple(Site(each) for each in users)
     runner = Runner(model, gradients=calibration.gradients, loss=calibration.loss, labels=calibration.labels)
-    found = _calibrated(runner, now, calibration.batches, limit_bytes, device, progress)
+    found = measured(runner, sites, calibration.batches, limit_bytes=limit_bytes, device=device, progress=progress)
     mean = runner.calibration(calibration.batches)
-    aside = bool(calibration._files or found._files)
-    for number, name in enumerate(name for name in calibration.names if name in found.names):
+    for name in (name for name in calibration.names if name in found.names):
         ends = calibration.metric(name), found.metric(name)
         metric = Metric(_mean([end.input for end in ends if end]), _mean([end.output for end in ends if end]))
-        if aside:
-            _set_aside(mean, {name: metric}, number)
-        else:
-            mean._metrics[name] = metric
+        mean.add({name: metric}, spill=calibration.spilled or found.spilled)
     return mean
 
 
@@ -126,15 +137,23 @@ def _mean(moments: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(known).mean(0) if len(known) == len(moments) else None
 
 
-def _calibrated(
+def measured(
     runner: Runner,
-    sites: tuple[Site, ...],
-    chosen: list[Batch],
-    limit_bytes: int,
-    device: torch.device | str | None,
-    progress: bool | None,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    *,
+    limit_bytes: int = LIMIT_BYTES,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
 ) -> Calibration:
-    with as_it_was(runner.model, device):
+    """The moments of `sites` on what `runner` makes of the batches; see `calibrate`."""
+    chosen = list(batches)
+    if not chosen:
+        raise CalibrationError("there are no calibration batches: give at least one")
+    if not sites:
+        raise CalibrationError("the model has no layer that can be rewritten, so there is nothing to calibrate")
+    _check_weights(runner)
+    with torch.inference_mode(False), as_it_was(runner.model, device):
         with reaching(sites) as reach, torch.no_grad():
             runner.forward(chosen[0])
         if not reach.sites:
@@ -143,6 +162,22 @@ def _calibrated(
             return _measure(runner, reach, chosen, limit_bytes, progress)
         except SharingBrokeError:
             return _measure(runner, Reach(reach.sites, reach.others), chosen, limit_bytes, progress)
+
+
+def _check_weights(runner: Runner) -> None:
+    """Refuse a model that cannot be run, or not backwards.
+
+    Raises:
+        CalibrationError: naming a parameter, and what to do.
+    """
+    for name, parameter in runner.model.named_parameters():
+        if is_lazy(parameter) or parameter.is_meta:
+            raise CalibrationError(f"{name} holds no numbers (its device is meta): load the model before calibrating it")
+        if runner.gradients and parameter.is_inference():
+            raise CalibrationError(
+                f"{name} was made under torch.inference_mode(), through which no gradient can be computed: build or "
+                "load the model outside of it, or calibrate with gradients=False"
+            )
 
 
 def _measure(
@@ -159,10 +194,7 @@ def _measure(
         for number, group in enumerate(groups):
             recorder = Recorder(group, gradients=runner.gradients, shared=reach.shared)
             _pass(runner, recorder, batches, bar, f"group {number + 1} of {len(groups)}" if len(groups) > 1 else "")
-            if len(groups) == 1:
-                calibration._metrics = recorder.metrics()
-            else:
-                _set_aside(calibration, recorder.metrics(), number)
+            calibration.add(recorder.metrics(), spill=len(groups) > 1)
     return calibration
 
 
@@ -177,14 +209,3 @@ def _pass(runner: Runner, recorder: Recorder, batches: list[Batch], bar: Bar, la
             bar.advance()
 
 
-def _set_aside(calibration: Calibration, metrics: dict[str, Metric], number: int) -> None:
-    if calibration._folder is None:
-        calibration._folder = Path(tempfile.mkdtemp(prefix="tdkit-calibration-"))
-        weakref.finalize(calibration, shutil.rmtree, calibration._folder, ignore_errors=True)
-    path = calibration._folder / f"{number:05}.safetensors"
-    _write(metrics, path)
-    calibration._files |= dict.fromkeys(metrics, path)
-
-
-def _text_batches(name: str | Path, tokenizer: Any, context: int, tokens: int) -> list[Tensor]:
-    return [row[None] for row in spread_windows(name, tokenizer, context=context, tokens=tokens)]

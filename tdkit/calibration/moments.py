@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tdkit.errors import CalibrationError
 from tdkit.fitting.metric import Metric
-from tdkit.models.sites import Site
+from tdkit.models.hosts.base import Observer
+from tdkit.models.sites import Site, User
 
-UNDERSTOOD = ("linear", "conv1d", "embedding")  # hosts whose layers multiply the last axis, or look up rows
 DIAGONAL_ABOVE = 16384  # a longer side (a vocabulary) keeps the diagonal of its moment only
 
 Row = Tensor  # (tokens, features)
@@ -146,9 +147,21 @@ class Recorder:
         self._last: dict[str, tuple[Tensor, int]] = {}
 
     def metrics(self) -> dict[str, Metric]:
-        """The metric of each site that was called."""
+        """The metric of each site that was called.
+
+        Raises:
+            CalibrationError: where the model computed NaN or infinite values.
+        """
         found = {site.name: self.sums[site.name].metric() for site in self.sites}
-        return {name: metric for name, metric in found.items() if metric is not None}
+        known = {name: metric for name, metric in found.items() if metric is not None}
+        for name, metric in known.items():
+            for what, moment in (("inputs", metric.input), ("output gradients", metric.output)):
+                if moment is not None and not bool(torch.isfinite(moment).all()):
+                    raise CalibrationError(
+                        f"{name}: the second moment of its {what} is NaN or infinite on the calibration batches: find "
+                        "the layer that overflows, or calibrate in float32"
+                    )
+        return known
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -156,35 +169,34 @@ class Recorder:
         handles: list[RemovableHandle] = []
         try:
             for site in self.sites:
-                if any(user.host.name not in UNDERSTOOD for user in site.users):
-                    continue
-                for module, multiplies in {u.module: u.host.multiplies() for u in site.users}.items():
-                    handles.append(module.register_forward_hook(self._hook(site, multiplies)))
+                for user in distinct_users(site):
+                    observe = self._observer(site, looks_up=user.multiplications == 0)
+                    handles.append(user.host.attach(user.module, user.weight, observe))
             yield
         finally:
             for handle in handles:
                 handle.remove()
             self._last.clear()
 
-    def _hook(self, site: Site, multiplies: bool) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+    def _observer(self, site: Site, *, looks_up: bool) -> Observer:
         sums = self.sums[site.name]
 
-        def see(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            x = args[0].detach()
+        def observe(x: Tensor, y: Tensor) -> Tensor:
+            x = x.detach()
             mask = self.mask if self.mask is not None and x.shape[:2] == self.mask.shape else None
-            if not multiplies:
+            if looks_up:
                 sums.lookup_rows.add_ids((x if mask is None else x[mask]).reshape(-1))
             elif not self._follows(site.name, x):
                 sums.multiply_input.add(token_rows(x, mask))
             if not self.gradients:
-                return None
-            if not output.requires_grad:
-                output = output.detach().clone().requires_grad_()
-            side = sums.multiply_output if multiplies else sums.lookup_output
-            output.register_hook(lambda gradient: side.add(token_rows(gradient.detach(), mask)))  # type: ignore[no-untyped-call]
-            return output
+                return y
+            if not y.requires_grad:
+                y = y.detach().clone().requires_grad_()
+            side = sums.lookup_output if looks_up else sums.multiply_output
+            y.register_hook(lambda gradient: side.add(token_rows(gradient.detach(), mask)))  # type: ignore[no-untyped-call]
+            return y
 
-        return see
+        return observe
 
     def _follows(self, name: str, x: Tensor) -> bool:
         """Whether the input was counted already, for the site that `name` shares it with."""
@@ -231,14 +243,18 @@ def reaching(sites: Sequence[Site]) -> Iterator[Reach]:
     calls: dict[str, list[Tensor]] = {site.name: [] for site in sites}  # held, so that no address is used twice
     handles = []
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        return lambda _, args, __: calls[name].append(args[0].detach())
+    def observer(name: str) -> Observer:
+        def observe(x: Tensor, y: Tensor) -> Tensor:
+            calls[name].append(x.detach())
+            return y
+
+        return observe
 
     reach = Reach()
     try:
         for site in sites:
-            for module in {user.module for user in site.users if user.host.name in UNDERSTOOD}:
-                handles.append(module.register_forward_hook(watch(site.name)))
+            for user in distinct_users(site):
+                handles.append(user.host.attach(user.module, user.weight, observer(site.name)))
         yield reach
     finally:
         for handle in handles:
@@ -248,10 +264,15 @@ def reaching(sites: Sequence[Site]) -> Iterator[Reach]:
     leaders: dict[tuple[int, ...], str] = {}
     for site in reach.sites:
         x = calls[site.name][0]
-        if len(calls[site.name]) == 1 and site.users[0].host.multiplies() and x.numel():
+        if len(calls[site.name]) == 1 and site.users[0].multiplications and x.numel():
             leader = leaders.setdefault((x.data_ptr(), x._version, *x.shape), site.name)
             if leader != site.name:
                 reach.shared[site.name] = leader
+
+
+def distinct_users(site: Site) -> list[User]:
+    """The users of a site, a layer that has several names once."""
+    return list({id(user.module): user for user in site.users}.values())
 
 
 def groups_within(sites: Sequence[Site], shared: Mapping[str, str], gradients: bool, limit: int) -> list[list[Site]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from tdkit.calibration.calibration import Batch, Calibration, Loss
 from tdkit.calibration.losses import Labels, attention_mask, data_loss, sampled_loss
 from tdkit.errors import CalibrationError
+
+T = TypeVar("T")
 
 
 class Runner:
@@ -29,7 +31,7 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return _device_of(self.model)
 
     def forward(self, batch: Batch) -> Any:
         batch = self._moved(batch)
@@ -66,23 +68,63 @@ class Runner:
 
 
 @contextmanager
-def as_it_was(model: nn.Module, device: torch.device | str | None) -> Iterator[None]:
-    """Eval mode and frozen parameters inside; modes, gradient switches, device and random state back after."""
-    modes = [(module, module.training) for module in model.modules()]
-    switches = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    home = next((p.device for p in model.parameters()), torch.device("cpu"))
-    devices = [home.index or 0] if home.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+def as_it_was(model: nn.Module, device: torch.device | str | None, *, freeze: bool = True) -> Iterator[None]:
+    """Eval mode inside; modes, `requires_grad`, devices and the random state are restored after.
+
+    A layer that was replaced inside gets the mode and the device of the one that had its name.
+
+    Args:
+        device: where the model is inside; it stays where it is when None.
+        freeze: whether parameters require no gradient inside.
+    """
+    modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+    switches = [(parameter, parameter.requires_grad) for parameter in model.parameters()] if freeze else []
+    homes = {} if device is None else _homes(model)
+    on_cuda = {home for home in (*homes.values(), _device_of(model)) if home.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(home.index or 0 for home in on_cuda)):
         try:
             model.eval()
-            model.requires_grad_(False)
+            for parameter, switch in switches:
+                if switch:
+                    parameter.requires_grad_(False)
             if device is not None:
                 model.to(device)
             yield
         finally:
             if device is not None:
-                model.to(home)
-            for module, training in modes:
-                module.training = training
+                _bring_home(model, homes)
+            for name, module in model.named_modules(remove_duplicate=False):
+                module.training = _of_nearest(name, modes)
             for parameter, switch in switches:
-                parameter.requires_grad_(switch)
+                if switch:
+                    parameter.requires_grad_(True)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _homes(model: nn.Module) -> dict[str, torch.device]:
+    """The device of every module that holds tensors of its own, by name, and that of the whole model."""
+    homes = {"": _device_of(model)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = next((t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None), None)
+        if own is not None:
+            homes[name] = own.device
+    return homes
+
+
+def _bring_home(model: nn.Module, homes: Mapping[str, torch.device]) -> None:
+    if len(set(homes.values())) == 1:
+        model.to(homes[""])
+        return
+    for name, module in model.named_modules(remove_duplicate=False):
+        home = _of_nearest(name, homes)
+        module._apply(lambda tensor, home=home: tensor.to(home), recurse=False)  # type: ignore[no-untyped-call, misc]
+
+
+def _of_nearest(name: str, known: Mapping[str, T]) -> T:
+    """The entry of a module, or of the nearest one around it; that of the whole model is called ``""``."""
+    while name not in known:
+        name = name.rpartition(".")[0]
+    return known[name]

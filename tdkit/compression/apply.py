@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,11 +14,12 @@ from tdkit.compression.blockwise import fit_in_order
 from tdkit.compression.fit import fit_step
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import CalibrationError, OptionError, PolicyError
-from tdkit.models.sites import Site, survey
+from tdkit.models.sites import Site
 from tdkit.models.swap import Swap, swapping
 from tdkit.planning.plan import Plan, Step
-from tdkit.planning.planner import calibrated, plan
+from tdkit.planning.planner import calibrated, planned
 from tdkit.planning.policy import Policy
+from tdkit.planning.resolution import Resolved, resolve
 from tdkit.support.processes import processes, shared
 from tdkit.support.progress import progress_bar
 
@@ -37,7 +38,7 @@ def compress(
 
     All or nothing: an exception, Ctrl-C included, leaves the model exactly as it was. The same model,
     policy and calibration give the same factors. Layers are fitted and replaced one after the other, and the
-    weights of a large model wait on disk meanwhile, so that memory does not grow. Processes that
+    weights of a large model are spilled to disk meanwhile, so that memory does not grow. Processes that
     ``torch.distributed`` started together share the fits, a layer each, and all end with the same model.
 
     Args:
@@ -57,17 +58,30 @@ def compress(
     Raises:
         PolicyError, OptionError, BudgetError, CalibrationError: as `plan` and `calibrate`, before any work.
     """
-    if passes < 1:
-        raise OptionError(f"compress: passes={passes} must be at least 1")
-    known = calibrated(model, policy, calibration, progress=progress)
-    for what, asked in (("sequential=True", sequential), (f"passes={passes}", passes > 1)):
-        if asked and (known is None or known.batches is None):
-            raise CalibrationError(f"{what} runs the calibration batches again: give calibration= with its batches")
-    dense = known
+    _check_options(calibration, sequential, passes)
+    resolved = resolve(model, policy)
+    _check_weights(resolved)
+    known = calibrated(resolved, calibration, progress=progress)
+    return compress_resolved(
+        resolved, known, sequential=sequential, passes=passes, device=device, progress=progress
+    )
+
+
+def compress_resolved(
+    resolved: Resolved,
+    calibration: Calibration | None = None,
+    *,
+    sequential: bool = False,
+    passes: int = 1,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> nn.Module:
+    """`compress` for a model and policy that were resolved already."""
+    _check_options(calibration, sequential, passes)
+    _check_weights(resolved)
+    model, known = resolved.model, calibration
     for number in range(passes):
-        chosen = policy if isinstance(policy, Plan) else plan(model, policy, calibration=known, progress=progress)
-        sites = survey(model).sites
-        pairs = _pairs(sites, chosen)
+        pairs = resolved.pairs(planned(resolved, known, progress=progress))
         with swapping(model, [site for _, site in pairs]) as swap:
             if sequential:
                 assert known is not None
@@ -75,11 +89,34 @@ def compress(
             else:
                 _fit_all(pairs, known, swap, device, progress)
             if number + 1 < passes:
-                assert dense is not None
-                measured = [site for site in sites if site.name in dense.names]
-                known = recalibrate(model, measured, dense, device=device, progress=progress)
+                assert calibration is not None
+                sites = [site for site in resolved.survey.sites if site.name in calibration.names]
+                known = recalibrate(model, sites, calibration, device=device, progress=progress)
                 swap.undo()
     return model
+
+
+def _check_options(calibration: object, sequential: bool, passes: int) -> None:
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise OptionError(f"compress: passes={passes!r} must be an integer of at least 1")
+    lacking = calibration is None or (isinstance(calibration, Calibration) and calibration.batches is None)
+    for what, asked in (("sequential=True", sequential), (f"passes={passes}", passes > 1)):
+        if asked and lacking:
+            raise CalibrationError(f"{what} runs the calibration batches again: give calibration= with its batches")
+
+
+def _check_weights(resolved: Resolved) -> None:
+    """Refuse weights that cannot be fitted, before any work.
+
+    Raises:
+        PolicyError: naming the layers.
+    """
+    meta = [site.name for site in resolved.rewritten if site.weight.is_meta]
+    if meta:
+        raise PolicyError(
+            f"the weights of {', '.join(meta[:3])} are on the meta device and hold no numbers: load the model, then "
+            "compress it (a plan needs no weights)"
+        )
 
 
 def _fit_all(
@@ -102,18 +139,3 @@ def _fit_all(
         for (_, site), matrix in zip(pairs, shared(pairs, fit), strict=True):
             swap.put([(site, matrix.to(site.weight.device))])
             bar.advance()
-
-
-def _pairs(sites: Sequence[Site], chosen: Plan) -> list[tuple[Step, Site]]:
-    """The steps that rewrite something, each with its site."""
-    by_name = {site.name: site for site in sites}
-    pairs = []
-    for step in chosen.rewritten:
-        site = by_name.get(step.name)
-        if site is None or site.names != step.names or site.shape != step.shape:
-            raise PolicyError(
-                f"the plan's layer {step.name} ({step.shape[0]}x{step.shape[1]}) is not in this model: "
-                "plan again for this model"
-            )
-        pairs.append((step, site))
-    return pairs

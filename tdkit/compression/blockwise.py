@@ -66,7 +66,12 @@ def fit_in_order(
     names = block_names(model, [site for _, site in pairs])
     inside = {name: [p for p in pairs if p[1].name.startswith(f"{name}.")] for name in names}
     outside = [p for p in pairs if not any(p in found for found in inside.values())]
-    with progress_bar("fit in order", len(pairs), progress) as bar, as_it_was(model, device), torch.no_grad():
+    with (
+        progress_bar("fit in order", len(pairs), progress) as bar,
+        as_it_was(model, device, freeze=False),  # new layers are to require the gradients that the dense ones do
+        _undone_by_errors(swap),  # while the dense layers can still be moved with the model
+        torch.no_grad(),
+    ):
         fitted: Fitted = []
         for step, site in outside:
             bar.now(step.name)
@@ -94,6 +99,15 @@ def fit_in_order(
             swap.put(fitted)
             block = model.get_submodule(name)
             hidden = [_run(block, x, call) for x, call in zip(hidden, calls, strict=True)]
+
+
+@contextmanager
+def _undone_by_errors(swap: Swap) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        swap.undo()
+        raise
 
 
 def block_names(model: nn.Module, sites: list[Site]) -> tuple[str, ...]:
@@ -175,8 +189,12 @@ def _run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
 
 
 def _hidden(output: Any) -> Tensor:
-    hidden = output[0] if isinstance(output, tuple | list) else output
-    assert isinstance(hidden, Tensor)
+    hidden = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(hidden, Tensor):
+        raise CalibrationError(
+            f"sequential=True needs blocks that return their hidden states, alone or first in a tuple, not a "
+            f"{type(output).__name__}: compress without"
+        )
     return hidden
 
 

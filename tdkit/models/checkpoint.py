@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tdkit.errors import CheckpointError, TdkitError
 from tdkit.models import huggingface
 from tdkit.models.hosts.base import Host, install
 from tdkit.models.hosts.registered import host_of
-from tdkit.models.sites import factorized_groups, replace_module
+from tdkit.models.sites import FactorizedUser, factorized_groups, replace_module
 from tdkit.models.ties import follow_ties
 from tdkit.shapes import Shape
 from tdkit.support.files import whole_folder
@@ -52,6 +53,7 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwri
     """
     folder = Path(folder)
     _check_target(folder, overwrite)
+    layers = [_describe(matrix, users) for matrix, users in factorized_groups(model)]
     tensors, ties = _tensors(model)
     with whole_folder(folder) as target:
         save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
@@ -59,7 +61,7 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwri
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "model": huggingface.describe_model(model),
-            "layers": [_describe(group) for group in factorized_groups(model)],
+            "layers": layers,
             "ties": ties,
             "buffers": _rounded_buffers(model),
             "sha256": _digest(target / WEIGHTS),
@@ -107,13 +109,16 @@ def load(
     before: dict[str, nn.Module] = {}
     try:
         _rewrite(model, description, folder, before)
-        _fill(model, tensors, description["ties"], folder)
-        _round_buffers(model, description.get("buffers", {}), folder)
+        state = _checked_state(model, tensors, description["ties"], folder)
+        dtypes = _buffer_dtypes(model, description.get("buffers", {}), folder)
+        generation = huggingface.generation_config(model, folder)
+        _fill(model, state, dtypes)
     except BaseException:
         for name, module in reversed(before.items()):
             replace_module(model, name, module)
         raise
-    huggingface.settle(model, folder)
+    if generation is not None:
+        model.generation_config = generation
     return model.to(device).eval() if device is not None else model.eval()
 
 
@@ -147,13 +152,26 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     return description
 
 
-def _describe(group: list[tuple[str, Any]]) -> dict[str, Any]:
-    matrix = group[0][1].matrix
+def _describe(matrix: FactorizedMatrix, users: list[FactorizedUser]) -> dict[str, Any]:
+    names = [user.name for user in users]
+    spec = spec_of(matrix.decomposition)
+    try:
+        back = decomposition(json.loads(json.dumps(spec)))
+    except (TdkitError, TypeError) as error:
+        raise CheckpointError(
+            f"{names[0]}: {type(matrix.decomposition).__name__} could not be read again from {spec}: {error}. Register "
+            "it through the entry-point group tdkit.decompositions, with JSON-able options"
+        ) from None
+    if back != matrix.decomposition:
+        raise CheckpointError(
+            f"{names[0]}: {type(matrix.decomposition).__name__} would be read again as another decomposition, {back!r}: "
+            f"'{matrix.decomposition.name}' is registered for {type(back).__module__}.{type(back).__name__}"
+        )
     return {
-        "names": [name for name, _ in group],
+        "names": names,
         "shape": list(matrix.shape),
-        "decomposition": spec_of(matrix.decomposition),
-        "options": [layer.options() for _, layer in group],
+        "decomposition": spec,
+        "options": [user.module.options() for user in users],
         "error": matrix.error,
     }
 
@@ -227,54 +245,65 @@ class _Layer:
 
 
 def _rewrite(model: nn.Module, description: Mapping[str, Any], folder: Path, before: dict[str, nn.Module]) -> None:
+    matrices: dict[int, dict[str, FactorizedMatrix]] = {}  # of each dense layer that is replaced
     for number, entry in enumerate(description["layers"]):
         place = f"{folder / DESCRIPTION}: layer {number}"
         wanted = _Layer.read(entry, place)
         matrix: FactorizedMatrix | None = None
         built: dict[int, nn.Module] = {}  # one layer per module, also when it has several names
         for name, options in zip(wanted.names, wanted.options, strict=True):
-            module = _dense_layer(model, name, folder)
+            layer_name, attribute, module = _find(model, name, before, folder)
             if id(module) not in built:
-                host, weight = _weight(module, name, wanted.shape, folder)
+                host, weight = _weight(module, name, attribute, wanted.shape, folder)
                 if matrix is None:
                     matrix = wanted.decomposition.empty(wanted.shape, device=weight.device, dtype=weight.dtype)
                     matrix.error = wanted.error
+                own = matrices.setdefault(id(module), {})
+                own[attribute] = matrix
                 try:
-                    layer = host.build(module, matrix, options)
+                    layer = host.build(module, own, options)
                 except TypeError:
                     raise CheckpointError(f"{place}: {options!r} are no options of {name}") from None
                 built[id(module)] = built[id(layer)] = install(module, layer)  # a shared block shows it anew
-            before.setdefault(name, module)
-            replace_module(model, name, built[id(module)])
+            before.setdefault(layer_name, module)
+            replace_module(model, layer_name, built[id(module)])
     follow_ties(model)
 
 
-def _weight(module: nn.Module, name: str, shape: Shape, folder: Path) -> tuple[Host, Tensor]:
+def _find(model: nn.Module, name: str, before: Mapping[str, nn.Module], folder: Path) -> tuple[str, str, nn.Module]:
+    """The name of a layer, that of its weight, and the dense layer, for a name that `weight_name` made."""
+    layer, _, weight = name.rpartition(".")
+    for found in ((name, "weight"), (layer, weight)):
+        with suppress(AttributeError):
+            module = before.get(found[0], model.get_submodule(found[0]))
+            if found[1] == "weight" or found[1] in module._parameters:
+                return *found, module
+    raise CheckpointError(f"{folder}: this model has no layer {name}: it is another architecture") from None
+
+
+def _weight(module: nn.Module, name: str, weight: str, shape: Shape, folder: Path) -> tuple[Host, Tensor]:
     """The host of a dense layer and its weight as (out, in), which must have the shape of the file."""
     host = host_of(module)
-    if host is None or not isinstance(module.weight, Tensor):
+    tensor = getattr(module, weight, None)
+    if host is None or weight not in host.weights(module) or not isinstance(tensor, Tensor):
         raise CheckpointError(
             f"{folder}: layer {name} is a {type(module).__name__} in this model, not one that tdkit rewrites"
         )
-    weight = host.matrix(module.weight)
-    if weight.is_meta:
+    matrix = host.matrix(tensor, weight)
+    if matrix.is_meta:
         raise CheckpointError(f"the model given for {folder} is on the meta device: {BUILD_IT}")
-    if tuple(weight.shape) != shape:
+    if tuple(matrix.shape) != shape:
         raise CheckpointError(
             f"{folder}: layer {name} is {shape[0]}x{shape[1]} in the file, "
-            f"{weight.shape[0]}x{weight.shape[1]} in this model"
+            f"{matrix.shape[0]}x{matrix.shape[1]} in this model"
         )
-    return host, weight
+    return host, matrix
 
 
-def _dense_layer(model: nn.Module, name: str, folder: Path) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise CheckpointError(f"{folder}: this model has no layer {name}: it is another architecture") from None
-
-
-def _fill(model: nn.Module, tensors: dict[str, Tensor], ties: Mapping[str, str], folder: Path) -> None:
+def _checked_state(
+    model: nn.Module, tensors: dict[str, Tensor], ties: Mapping[str, str], folder: Path
+) -> dict[str, Tensor]:
+    """The tensors for every entry of the model's state, which fit; nothing is filled yet."""
     state = dict(tensors)
     for repeated, original in ties.items():
         if not isinstance(original, str) or original not in tensors:
@@ -302,10 +331,16 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], ties: Mapping[str, str],
                 f"{folder / WEIGHTS}: {name} and {first} are one tensor in this model, two in the file: "
                 "build the model without this tie (config.tie_word_embeddings=False in transformers)"
             )
-    for name, tensor in state.items():
-        if own[name].dtype != tensor.dtype:
-            _retype(model, name, tensor.dtype)
+    return state
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if state[name].dtype != tensor.dtype:
+            _retype(model, name, state[name].dtype)
     model.load_state_dict(state)
+    for name, dtype in dtypes.items():
+        _retype(model, name, dtype)
 
 
 def _rounded_buffers(model: nn.Module) -> dict[str, str]:
@@ -318,16 +353,19 @@ def _rounded_buffers(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _round_buffers(model: nn.Module, dtypes: Any, folder: Path) -> None:
+def _buffer_dtypes(model: nn.Module, dtypes: Any, folder: Path) -> dict[str, torch.dtype]:
+    """The buffers of `_rounded_buffers` whose dtype in the model is another one."""
     own = dict(model.named_buffers())
     if not isinstance(dtypes, dict):
         raise CheckpointError(f"{folder / DESCRIPTION} is damaged: 'buffers' is malformed")
+    found = {}
     for name, spelt in dtypes.items():
         dtype = getattr(torch, spelt, None) if isinstance(spelt, str) else None
         if not isinstance(dtype, torch.dtype):
             raise CheckpointError(f"{folder / DESCRIPTION} is damaged: buffer {name} has no dtype {spelt!r}")
         if name in own and own[name].dtype != dtype:
-            _retype(model, name, dtype)
+            found[name] = dtype
+    return found
 
 
 def _retype(model: nn.Module, name: str, dtype: torch.dtype) -> None:

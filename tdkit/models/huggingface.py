@@ -97,7 +97,16 @@ def empty_model(description: Mapping[str, Any], folder: Path) -> nn.Module:
     return built
 
 
-def settle(model: nn.Module, folder: Path) -> None:
-    """Give a loaded transformers model its generation config."""
-    if is_transformers(model) and (folder / "generation_config.json").is_file():
-        model.generation_config = transformers().GenerationConfig.from_pretrained(folder, local_files_only=True)
+def generation_config(model: nn.Module, folder: Path) -> Any:
+    """The generation config of a saved transformers model; None where there is none.
+
+    Raises:
+        CheckpointError: when it cannot be read.
+    """
+    path = folder / "generation_config.json"
+    if not is_transformers(model) or not path.is_file():
+        return None
+    try:
+        return transformers().GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None

@@ -3,30 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from tdkit.models.hosts.base import FactorizedLayer, Host
-from tdkit.models.hosts.registered import host_of
+from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.models.hosts.base import FactorizedLayer, Host, unsupported
+from tdkit.models.hosts.registered import host_of, hosts
 from tdkit.shapes import Shape
 
 
 @dataclass(frozen=True)
 class User:
-    """One layer that uses a weight."""
+    """One layer that uses a weight, by its name in the model: it holds no layer, so that replaced ones can be freed.
 
-    name: str
-    module: nn.Module
+    Attributes:
+        model: that holds the layer.
+        layer: the name of the layer in the model.
+        weight: the name under which the layer holds the weight.
+        host: of the layer's type.
+        kind: the layer's type as rules name it: 'Linear', 'Conv1D', 'Embedding'.
+        multiplications: how often a call multiplies one row of its input by the weight; 0 for a look-up of rows.
+    """
+
+    model: nn.Module = field(repr=False)
+    layer: str
+    weight: str
     host: Host
+    kind: str
+    multiplications: int
+
+    @property
+    def name(self) -> str:
+        """The layer's name, followed by the weight's where that is not ``weight``."""
+        return weight_name(self.layer, self.weight)
+
+    @property
+    def module(self) -> nn.Module:
+        """What stands in the layer's place now."""
+        return self.model.get_submodule(self.layer)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as an (out, in) view."""
+        return self.host.matrix(getattr(self.module, self.weight), self.weight)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One weight matrix and its users; several when it is tied (an embedding and a language-model head)."""
+    """One weight matrix and its users; several when it is tied (an embedding and a language-model head).
+
+    Attributes:
+        users: in the model's order.
+        shape: (out, in).
+    """
 
     users: tuple[User, ...]
+    shape: Shape
 
     @property
     def name(self) -> str:
@@ -40,28 +75,20 @@ class Site:
     @property
     def weight(self) -> Tensor:
         """The weight as an (out, in) view."""
-        user = self.users[0]
-        weight = user.module.weight
-        assert isinstance(weight, Tensor)
-        return user.host.matrix(weight)
-
-    @property
-    def shape(self) -> Shape:
-        weight = self.weight
-        return weight.shape[0], weight.shape[1]
+        return self.users[0].matrix
 
     @property
     def params(self) -> int:
-        return self.weight.numel()
+        return self.shape[0] * self.shape[1]
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The layer types of the users, as rules name them: 'Linear', 'Conv1D', 'Embedding'."""
-        return tuple(type(user.module).__name__ for user in self.users)
+        """The layer types of the users, as rules name them."""
+        return tuple(user.kind for user in self.users)
 
     def multiplications(self) -> int:
-        """How many of the users multiply by the weight, rather than look up its rows."""
-        return sum(user.host.multiplies() for user in self.users)
+        """How often the users together multiply one row of their input by the weight; look-ups count nothing."""
+        return sum(user.multiplications for user in self.users)
 
 
 @dataclass(frozen=True)
@@ -85,63 +112,95 @@ class Survey:
 def survey(model: nn.Module) -> Survey:
     """Find every rewritable weight of `model` and group the layers that share it."""
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}  # by parameter: module name, module, attribute
-    inside = tuple(f"{name}." for name, _ in factorized_layers(model))
-    for name, module in model.named_modules(remove_duplicate=False):
+    inside = tuple(f"{name}." for name, module in _modules(model) if isinstance(module, FactorizedMatrix))
+    for name, module in _modules(model):
         if f"{name}.".startswith(inside):
             continue
         for attribute, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 2:
+            if is_lazy(parameter) or parameter.ndim >= 2:
                 holders.setdefault(id(parameter), []).append((name, module, attribute))
     sites, untouchable = [], []
     for found in holders.values():
-        users, reason = _users(found)
+        users, reason = _users(model, found)
         if reason is None:
-            sites.append(Site(users))
+            rows, columns = users[0].matrix.shape
+            sites.append(Site(users, (rows, columns)))
         else:
             name, module, attribute = found[0]
-            label = name if attribute == "weight" else f"{name}.{attribute}".lstrip(".")
-            params = getattr(module, attribute).numel()
-            untouchable.append(Untouchable(label, type(module).__name__, params, reason))
+            parameter = getattr(module, attribute)
+            params = 0 if is_lazy(parameter) else parameter.numel()
+            untouchable.append(Untouchable(weight_name(name, attribute), type(module).__name__, params, reason))
     return Survey(tuple(sites), tuple(untouchable))
 
 
-def _users(found: list[tuple[str, nn.Module, str]]) -> tuple[tuple[User, ...], str | None]:
+def weight_name(layer: str, weight: str) -> str:
+    """How a weight is called: by its layer, and by its own name where that is not ``weight``."""
+    return layer if weight == "weight" else f"{layer}.{weight}".lstrip(".")
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return model.named_modules(remove_duplicate=False)
+
+
+def _users(model: nn.Module, found: list[tuple[str, nn.Module, str]]) -> tuple[tuple[User, ...], str | None]:
     users = []
     for name, module, attribute in found:
-        host = host_of(module) if attribute == "weight" else None
+        host = host_of(module)
+        if host is None or attribute not in host.weights(module):
+            shared = f", which shares it with {found[0][0]}" if len(found) > 1 and name != found[0][0] else ""
+            what = f"{type(module).__name__} is not a layer" if host is None else f"{attribute} is no weight"
+            return (), f"{what} that tdkit rewrites{shared}"
         if not name:
             return (), "the model is a single layer: wrap it in a module that holds it by name"
-        if host is None:
-            shared = f", which shares it with {found[0][0]}" if len(found) > 1 and name != found[0][0] else ""
-            return (), f"{type(module).__name__} is not a layer that tdkit rewrites{shared}"
         if "forward" in vars(module):
             return (), "its forward was replaced on the instance (device_map does so), which a new layer would lose"
-        refusal = host.refusal(module)
+        refusal = unsupported(getattr(module, attribute)) or host.refusal(module, attribute)
         if refusal is not None:
             return (), refusal
-        users.append(User(name, module, host))
-    if len({tuple(user.host.matrix(_weight(user)).shape) for user in users}) > 1:
+        kind, times = type(module).__name__, host.multiplications(module, attribute)
+        users.append(User(model, name, attribute, host, kind, times))
+    if len({tuple(user.matrix.shape) for user in users}) > 1:
         return (), f"tied layers {', '.join(u.name for u in users)} hold it in different layouts"
     return tuple(users), None
 
 
-def _weight(user: User) -> Tensor:
-    assert isinstance(user.module.weight, Tensor)
-    return user.module.weight
+def uninitialized(model: nn.Module) -> list[str]:
+    """The names of parameters whose shape is not known yet, those of lazy layers."""
+    return [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
 
 
 def factorized_layers(model: nn.Module) -> Iterator[tuple[str, FactorizedLayer]]:
     """Every factorised layer under every name it has, in the model's order."""
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in _modules(model):
         if isinstance(module, FactorizedLayer):
             yield name, module
 
 
-def factorized_groups(model: nn.Module) -> list[list[tuple[str, FactorizedLayer]]]:
-    """The factorised layers grouped by the matrix they share."""
-    groups: dict[int, list[tuple[str, FactorizedLayer]]] = {}
+@dataclass(frozen=True)
+class FactorizedUser:
+    """One factorised layer that uses a matrix, under the name of the weight that it stands for."""
+
+    layer: str
+    module: FactorizedLayer
+    weight: str
+
+    @property
+    def name(self) -> str:
+        """As `User.name`."""
+        return weight_name(self.layer, self.weight)
+
+    @property
+    def multiplications(self) -> int:
+        """As `User.multiplications`."""
+        return hosts.get(self.module.host)().multiplications(self.module, self.weight)
+
+
+def factorized_groups(model: nn.Module) -> list[tuple[FactorizedMatrix, list[FactorizedUser]]]:
+    """Every factorised matrix with the layers that share it."""
+    groups: dict[int, tuple[FactorizedMatrix, list[FactorizedUser]]] = {}
     for name, layer in factorized_layers(model):
-        groups.setdefault(id(layer.matrix), []).append((name, layer))
+        for weight, matrix in layer.matrices.items():
+            groups.setdefault(id(matrix), (matrix, []))[1].append(FactorizedUser(name, layer, weight))
     return list(groups.values())
 
 

@@ -1,27 +1,76 @@
-"""Fit the factors of single layers, and put them into the model so that it can be undone."""
+"""Put factorised layers into a model so that it can be undone, and spill the weights they replace to disk."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedLayer, install
-from tdkit.models.sites import Site, replace_module
+from tdkit.models.sites import Site, User, replace_module
 from tdkit.models.ties import follow_ties
 
 Fitted = list[tuple[Site, FactorizedMatrix]]
 
-ASIDE_FROM = 2**26  # bytes of weights to be replaced from which they wait on disk, so that memory does not grow
+SPILL_FROM = 2**26  # bytes of weights to be replaced from which they are spilled to disk, so that memory does not grow
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Replaced:
+    """A dense layer that was replaced.
+
+    Attributes:
+        dense: the layer or, once one of its weights is spilled, a copy of it without that weight.
+        original: the layer, for as long as somebody else holds it.
+        options: what its host needs to know of its weights.
+        matrices: those put in the place of its weights so far.
+    """
+
+    dense: nn.Module
+    original: weakref.ref[nn.Module]
+    options: Mapping[str, Any]
+    matrices: dict[str, FactorizedMatrix] = field(default_factory=dict)
+
+    def forget(self, weight: str, placeholder: nn.Parameter) -> None:
+        """Hold the layer no longer, but what is needed to build it again with its weight from elsewhere."""
+        if self.dense is self.original():
+            self.dense = copy.copy(self.dense)
+            self.dense._parameters = dict(self.dense._parameters)
+        self.dense._parameters[weight] = placeholder
+
+
+@dataclass(frozen=True)
+class _Spilled:
+    """A weight in a file: its layout, the parameter while somebody else holds it, and its stand-in in the layers."""
+
+    path: Path
+    stride: tuple[int, ...]
+    device: torch.device
+    original: TensorWeakRef
+    placeholder: nn.Parameter
+
+    def restored(self) -> nn.Parameter:
+        held = self.original()
+        if held is not None:
+            return cast(nn.Parameter, held)
+        stored = load_file(self.path)["weight"]
+        weight = torch.empty_strided(stored.shape, self.stride, dtype=stored.dtype, device=self.device).copy_(stored)
+        return nn.Parameter(weight, requires_grad=self.placeholder.requires_grad)
 
 
 class Swap:
@@ -29,58 +78,74 @@ class Swap:
 
     Args:
         model: whose layers are replaced.
-        aside: write the weights that are replaced to a temporary file and let go of their memory, so that the
-            model shrinks while it is rewritten; undoing reads them back.
+        spill: write the weights that are replaced to temporary files and hold them no longer, so that the model
+            shrinks while it is rewritten; undoing reads them back. Where somebody else holds a weight or a layer,
+            it stays as it is.
     """
 
-    def __init__(self, model: nn.Module, *, aside: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, spill: bool = False) -> None:
         self.model = model
-        self._done: list[tuple[str, nn.Module]] = []
-        self._aside: list[tuple[nn.Parameter, Path]] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="tdkit-weights-") if aside else None
+        self._replaced: dict[str, _Replaced] = {}  # by the name of the layer, in order
+        self._spilled: list[_Spilled] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="tdkit-weights-") if spill else None
 
     def put(self, fitted: Fitted) -> None:
         """Replace every layer of each site by one around its factors."""
         for site, matrix in fitted:
             built: dict[int, FactorizedLayer] = {}  # one layer per module, also when it has several names
-            for user in site.users:
-                if id(user.module) not in built:
-                    layer = user.host.build(user.module, matrix, user.host.options(user.module))
-                    built[id(user.module)] = install(user.module, layer)
-            for user in site.users:
-                self._done.append((user.name, user.module))
-                replace_module(self.model, user.name, built[id(user.module)])
-            if self._folder is not None:
-                self._set_aside(site.users[0].module, Path(self._folder.name))
+            records = [self._record(user) for user in site.users]
+            weight = records[0].dense._parameters[site.users[0].weight]
+            for user, record in zip(site.users, records, strict=True):
+                if id(record) not in built:
+                    record.matrices[user.weight] = matrix
+                    layer = user.host.build(record.dense, record.matrices, record.options)
+                    built[id(record)] = install(record.dense, layer)
+                replace_module(self.model, user.layer, built[id(record)])
+            if self._folder is not None and weight is not None:
+                self._spill(weight, site, records, Path(self._folder.name))
 
     def undo(self) -> None:
         """Put back everything that was replaced."""
-        for parameter, path in reversed(self._aside):
-            parameter.data = load_file(path)["weight"].to(parameter.device)
-        self._aside.clear()
-        for name, module in reversed(self._done):
-            replace_module(self.model, name, module)
-        self._done.clear()
+        restored = {id(spilled.placeholder): spilled.restored() for spilled in self._spilled}
+        for name, record in reversed(self._replaced.items()):
+            original = record.original()
+            dense = record.dense if original is None else original
+            for weight, parameter in dense._parameters.items():
+                if id(parameter) in restored:
+                    dense._parameters[weight] = restored[id(parameter)]
+            replace_module(self.model, name, dense)
+        self._replaced.clear()
+        self._spilled.clear()
 
     def close(self) -> None:
         """Forget what was replaced: it can no longer be undone."""
-        self._done.clear()
-        self._aside.clear()
+        self._replaced.clear()
+        self._spilled.clear()
         if self._folder is not None:
             self._folder.cleanup()
 
-    def _set_aside(self, module: nn.Module, folder: Path) -> None:
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        path = folder / f"{len(self._aside):06}.safetensors"
+    def _record(self, user: User) -> _Replaced:
+        """The record of a layer, one for all its names."""
+        if user.layer not in self._replaced:
+            module = user.module
+            same = (record for record in self._replaced.values() if record.original() is module)
+            record = next(same, None) or _Replaced(module, weakref.ref(module), user.host.options(module))
+            self._replaced[user.layer] = record
+        return self._replaced[user.layer]
+
+    def _spill(self, weight: Tensor, site: Site, records: list[_Replaced], folder: Path) -> None:
+        path = folder / f"{len(self._spilled):06}.safetensors"
         try:
             save_file({"weight": weight.detach().contiguous()}, path)
         except (OSError, SafetensorError) as error:
-            _log.warning("no room to set weights aside in %s (%s): they stay in memory", folder, error)
+            _log.warning("no room to spill weights to %s (%s): they stay in memory", folder, error)
             path.unlink(missing_ok=True)
             return
-        self._aside.append((weight, path))
-        weight.data = weight.data.new_empty(0)
+        empty = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
+        placeholder = nn.Parameter(empty, requires_grad=weight.requires_grad)
+        self._spilled.append(_Spilled(path, weight.stride(), weight.device, TensorWeakRef(weight), placeholder))
+        for user, record in zip(site.users, records, strict=True):
+            record.forget(user.weight, placeholder)
 
 
 @contextmanager
@@ -89,10 +154,10 @@ def swapping(model: nn.Module, sites: Iterable[Site] = ()) -> Iterator[Swap]:
 
     Args:
         model: whose layers are replaced.
-        sites: those that will be; where they hold more than `ASIDE_FROM` bytes the weights are set aside on disk.
+        sites: those that will be; where they hold `SPILL_FROM` bytes or more the weights are spilled to disk.
     """
-    size = sum(site.weight.numel() * site.weight.element_size() for site in sites)
-    swap = Swap(model, aside=size > ASIDE_FROM)
+    size = sum(site.params * site.weight.element_size() for site in sites)
+    swap = Swap(model, spill=size > SPILL_FROM)
     try:
         yield swap
         follow_ties(model)

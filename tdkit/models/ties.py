@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedLayer
 
 
@@ -29,19 +30,26 @@ def _follow(module: nn.Module, tied: dict[str, str]) -> dict[str, str]:
     for target, source in tied.items():
         target_layer, source_layer = _layer(module, target), _layer(module, source)
         if isinstance(target_layer, FactorizedLayer) and isinstance(source_layer, FactorizedLayer):
-            for name, _ in source_layer.matrix.named_parameters():
-                key = target.removesuffix("weight") + f"matrix.{name}"
-                followed[key] = source.removesuffix("weight") + f"matrix.{name}"
+            weight = target.rpartition(".")[2]
+            place = _place(source_layer, source_layer.matrices[weight])
+            for name, _ in source_layer.matrices[weight].named_parameters():
+                key = target.removesuffix(weight) + f"{place}.{name}"
+                followed[key] = source.removesuffix(weight) + f"{place}.{name}"
         else:
             followed[target] = source
     return followed
 
 
+def _place(layer: FactorizedLayer, matrix: FactorizedMatrix) -> str:
+    """The name under which a layer holds one of its matrices."""
+    return next(name for name, module in layer.named_modules() if module is matrix)
+
+
 def _layer(module: nn.Module, parameter: str) -> nn.Module | None:
+    """The layer that holds a weight; None for a regular expression, or where it is no factorised one."""
     name, _, attribute = parameter.rpartition(".")
-    if attribute != "weight":
-        return None
     try:
-        return module.get_submodule(name)
-    except AttributeError:  # a regular expression, or a layer this model lacks
+        layer = module.get_submodule(name)
+    except AttributeError:
         return None
+    return layer if isinstance(layer, FactorizedLayer) and attribute in layer.matrices else None

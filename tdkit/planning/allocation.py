@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tdkit.calibration.calibration import Calibration
-from tdkit.decompositions.auto import Auto
 from tdkit.decompositions.base import Decomposition, Point
 from tdkit.errors import BudgetError
 from tdkit.models.sites import Site
@@ -56,12 +55,16 @@ class OpenSite:
         return min(max(share, self.min_keep or 0), 1 if self.max_keep is None else self.max_keep)
 
     def complete(self, share: float, calibration: Calibration | None) -> Decomposition | None:
-        """The richest choice with at most `share` of the dense parameters; for Auto, the most exact one."""
+        """The best choice with at most `share` of the dense parameters."""
         most = math.floor(share * self.site.params)
-        if isinstance(self.kind, Auto):
-            metric = calibration.metric(self.site.name) if calibration else None
-            return self.kind.most_exact(self.site.weight, metric, most)
-        return self.kind.complete(self.site.shape, most)
+        if not self.is_choice():
+            return self.kind.complete(self.site.shape, most)
+        metric = calibration.metric(self.site.name) if calibration else None
+        return self.kind.best_within(self.site.weight, metric, most)
+
+    def is_choice(self) -> bool:
+        """Whether `kind` stands for several decompositions."""
+        return list(self.kind.alternatives(self.site.shape)) != [self.kind]
 
 
 def uniform(
@@ -76,7 +79,7 @@ def uniform(
         sites: those whose rank is open.
         available: parameters that these sites may hold together.
         place: what asked for the budget, for the error.
-        calibration: what `Auto` measures the error in.
+        calibration: what decides where a site may take one of several decompositions.
 
     Raises:
         BudgetError: when not even the smallest choices fit.
@@ -172,7 +175,7 @@ def mixed(
     if len(used) < 2:
         return chosen
     limit = sum(choice.error or 0.0 for choice in chosen.values()) / (1 - MIXED_GAIN)
-    free = {s.site.name for s in sites if isinstance(s.kind, Auto)}
+    free = {s.site.name for s in sites if s.is_choice()}
     for name in sorted(used):
         own = {
             site: [p for p in points if site not in free or p.decomposition.name == name]

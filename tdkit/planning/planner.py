@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
 
 from tdkit.calibration.calibration import Batch, Calibration
 from tdkit.calibration.losses import Labels
-from tdkit.calibration.measure import calibrate
-from tdkit.decompositions.auto import Auto
-from tdkit.decompositions.base import FactorizedMatrix, Point
-from tdkit.errors import BudgetError, OptionError, PolicyError
-from tdkit.models.hosts.linear import FactorizedLinear
-from tdkit.models.sites import Site, Survey, factorized_groups, num_params, survey
-from tdkit.planning.allocation import Choice, OpenSite, mixed, uniform
+from tdkit.calibration.measure import measured, text_batches
+from tdkit.calibration.runner import Runner
+from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.errors import BudgetError
+from tdkit.models.sites import Site, factorized_groups, num_params, survey
+from tdkit.planning.allocation import Choice
+from tdkit.planning.allocators import Request, allocate
 from tdkit.planning.plan import Plan, Step
-from tdkit.planning.policy import Policy, Rule
-from tdkit.support.processes import shared
-from tdkit.support.progress import progress_bar
+from tdkit.planning.policy import Policy
+from tdkit.planning.resolution import Resolved, resolve
 
 
 def plan(
@@ -41,13 +40,41 @@ def plan(
         OptionError: when options cannot be met by the layers they are meant for; all of them together.
         BudgetError: when the budget cannot be met.
     """
-    known = calibrated(model, policy, calibration, progress=progress)
-    found = survey(model)
-    assigned = policy.assign(found)
-    choices = _choose(model, policy, found, assigned, known, progress)
+    resolved = resolve(model, policy)
+    return planned(resolved, calibrated(resolved, calibration, progress=progress), progress=progress)
+
+
+def calibrated(
+    resolved: Resolved,
+    given: Calibration | Iterable[Batch] | str | Path | None,
+    *,
+    labels: Labels = "data",
+    progress: bool | None = None,
+) -> Calibration | None:
+    """The calibration that was given, or one measured on the batches that were, of the sites to be rewritten.
+
+    Args:
+        labels: as for `calibrate`.
+    """
+    if given is None or isinstance(given, Calibration):
+        return given
+    sites = resolved.rewritten
+    if not sites:
+        return None
+    batches = text_batches(given, None) if isinstance(given, str | Path) else given
+    return measured(Runner(resolved.model, gradients=True, labels=labels), sites, batches, progress=progress)
+
+
+def planned(resolved: Resolved, calibration: Calibration | None = None, *, progress: bool | None = None) -> Plan:
+    """The plan of a resolved policy; see `plan`. A resolved plan is returned as it is."""
+    if resolved.plan is not None:
+        return resolved.plan
+    policy = resolved.policy
+    assert policy is not None
+    choices = _choose(resolved, policy, calibration, progress)
     steps = []
-    for site in found.sites:
-        rule = assigned.get(site.name)
+    for site in resolved.survey.sites:
+        rule = resolved.rules.get(site.name)
         if rule is None:
             choice = Choice(None, "no rule matches it")
         elif rule.keep:
@@ -55,22 +82,21 @@ def plan(
         else:
             choice = choices[site.name]
         steps.append(_step(site, choice, policy.allow_growth))
-    before = num_params(model)
+    before = num_params(resolved.model)
     after = before - sum(s.params_before - s.params_after for s in steps)
-    return Plan(tuple(steps), before, after, {u.name: u.reason for u in found.untouchable}, policy.budget)
+    return Plan(tuple(steps), before, after, {u.name: u.reason for u in resolved.survey.untouchable}, policy.budget)
 
 
 def applied_plan(model: nn.Module) -> Plan:
     """The plan that a model carries in itself: what was rewritten, into what, with which error."""
     steps = []
-    for group in factorized_groups(model):
-        matrix = group[0][1].matrix
+    for matrix, users in factorized_groups(model):
         size = matrix.shape[0] * matrix.shape[1]
-        times = sum(isinstance(layer, FactorizedLinear) for _, layer in group)
+        times = sum(user.multiplications for user in users)
         steps.append(
             Step(
-                names=tuple(name for name, _ in group),
-                kinds=tuple(layer.replaces for _, layer in group),
+                names=tuple(user.name for user in users),
+                kinds=tuple(user.module.replaces for user in users),
                 shape=matrix.shape,
                 decomposition=matrix.decomposition,
                 reason="",
@@ -90,142 +116,39 @@ def applied_plan(model: nn.Module) -> Plan:
     return Plan(tuple(steps), before, after, {u.name: u.reason for u in found.untouchable})
 
 
-def calibrated(
-    model: nn.Module,
-    policy: Policy | Plan,
-    given: Calibration | Iterable[Batch] | str | Path | None,
-    *,
-    labels: Labels = "data",
-    progress: bool | None = None,
-) -> Calibration | None:
-    """The calibration that was given, or one measured on the batches that were, of what `policy` rewrites.
-
-    A fault of the policy is told before the model runs. `labels` are those of `calibrate`.
-    """
-    if given is None or isinstance(given, Calibration):
-        return given
-    if isinstance(policy, Policy):
-        found = survey(model)
-        assigned = policy.assign(found)
-        _sorted(policy, found, assigned)
-        names = [name for name, rule in assigned.items() if not rule.keep]
-    else:
-        names = [step.name for step in policy.rewritten]
-    return calibrate(model, given, names=names, labels=labels, progress=progress) if names else None
-
-
-def _sorted(
-    policy: Policy, found: Survey, assigned: Mapping[str, Rule]
-) -> tuple[dict[str, Choice], dict[int | None, list[OpenSite]]]:
-    """The sites whose rule says all, and those whose rank a budget chooses: by id of the rule that has its own."""
-    fixed: dict[str, Choice] = {}
-    open_sites: dict[int | None, list[OpenSite]] = {}
-    problems = []
-    for site in found.sites:
-        rule = assigned.get(site.name)
-        if rule is None or rule.decomposition is None:
-            continue
-        kind = rule.decomposition
-        try:
-            kind.check(site.shape)
-        except OptionError as error:
-            problems.append(f"{site.name}: {error}")
-            continue
-        if kind.is_complete():
-            fixed[site.name] = Choice(kind)
-        elif rule.budget is None and policy.budget is None:
-            problems.append(f"{site.name}: {kind.describe()} leaves its rank open and there is no budget to choose it")
-        else:
-            open_site = OpenSite(site, kind, rule.min_keep, rule.max_keep)
-            open_sites.setdefault(id(rule) if rule.budget is not None else None, []).append(open_site)
-    if problems:
-        raise OptionError("\n".join(problems))
-    return fixed, open_sites
-
-
 def _choose(
-    model: nn.Module,
-    policy: Policy,
-    found: Survey,
-    assigned: Mapping[str, Rule],
-    calibration: Calibration | None,
-    progress: bool | None,
+    resolved: Resolved, policy: Policy, calibration: Calibration | None, progress: bool | None
 ) -> dict[str, Choice]:
-    fixed, open_sites = _sorted(policy, found, assigned)
-    allocate = _Allocation(policy.allocation, calibration, progress)
-    choices = dict(fixed)
-    for rule in policy.rules:
-        if rule.budget is not None and id(rule) in open_sites:
-            sites = open_sites[id(rule)]
+    choices = dict(resolved.fixed)
+    for number, rule in enumerate(policy.rules):
+        if rule.budget is not None and number in resolved.open:
+            sites = resolved.open[number]
             available = int(rule.budget * sum(s.site.params for s in sites))
-            choices |= allocate(sites, available, f"rule '{rule.match}' with budget={rule.budget}")
-    if None in open_sites:
+            place = f"rule '{rule.match}' with budget={rule.budget}"
+            choices |= allocate(policy.allocation, Request(sites, available, place, calibration, progress))
+    if None in resolved.open:
         assert policy.budget is not None
-        sites = open_sites[None]
-        elsewhere = num_params(model) - sum(s.site.params for s in sites)
-        for site in found.sites:
+        sites = resolved.open[None]
+        whole = num_params(resolved.model)
+        elsewhere = whole - sum(s.site.params for s in sites)
+        for site in resolved.survey.sites:
             if site.name in choices:
                 elsewhere -= site.params - _step(site, choices[site.name], policy.allow_growth).params_after
-        available = int(policy.budget * num_params(model)) - elsewhere
+        available = int(policy.budget * whole) - elsewhere
         place = f"policy budget={policy.budget}"
         if available <= 0:
             raise BudgetError(
                 f"{place} cannot be met: what the open rules do not match already holds "
-                f"{elsewhere / num_params(model):.3f} of the parameters"
+                f"{elsewhere / whole:.3f} of the parameters"
             )
-        choices |= allocate(sites, available, place)
+        choices |= allocate(policy.allocation, Request(sites, available, place, calibration, progress))
     return choices
-
-
-class _Allocation:
-    """Shares a budget among sites the way that a policy and its calibration ask for."""
-
-    def __init__(self, allocation: str, calibration: Calibration | None, progress: bool | None) -> None:
-        two_sided = calibration is not None and calibration.gradients
-        if allocation == "loss" and not two_sided:
-            raise PolicyError(
-                "policy allocation='loss' estimates the loss from a calibration with gradients: give calibration=, "
-                "measured with gradients=True, or use allocation='uniform'"
-            )
-        self.by_loss = two_sided and allocation != "uniform"
-        self.calibration = calibration
-        self.progress = progress
-
-    def __call__(self, sites: list[OpenSite], available: int, place: str) -> dict[str, Choice]:
-        known = set(self.calibration.names) if self.calibration else set()
-        unreached = [s for s in sites if s.site.name not in known]
-        if not self.by_loss or len(unreached) == len(sites):
-            return uniform(sites, available, place, self.calibration)
-        choices: dict[str, Choice] = {}
-        if unreached:  # no batch says how much they matter: they get the share of all
-            share = available / sum(s.site.params for s in sites)
-            part = int(share * sum(s.site.params for s in unreached))
-            choices = uniform(unreached, part, f"{place}, for the layers that the calibration did not reach,")
-            available -= part
-        reached = [s for s in sites if s.site.name in known]
-        return choices | mixed(reached, self._curves(reached), available, place)
-
-    def _curves(self, sites: list[OpenSite]) -> dict[str, list[Point]]:
-        assert self.calibration is not None
-        calibration = self.calibration
-
-        def curve(open_site: OpenSite) -> list[Point]:
-            site, kind = open_site.site, open_site.kind
-            bar.now(site.name)
-            every = kind.members_of(site.shape) if isinstance(kind, Auto) else [kind]
-            return [point for one in every for point in calibration.curve(site, one)]
-
-        curves = {}
-        with progress_bar("error curves", len(sites), self.progress) as bar:
-            for open_site, points in zip(sites, shared(sites, curve), strict=True):
-                curves[open_site.site.name] = points
-                bar.advance()
-        return curves
 
 
 def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
     kind, reason = choice.decomposition, choice.reason
     params, indices, multiply_adds, paths = site.params, 0, site.params, None
+    times = site.multiplications()
     if kind is not None:
         matrix = kind.empty(site.shape, device="meta")
         if matrix.params >= site.params and not allow_growth:
@@ -233,8 +156,7 @@ def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
             kind = None
         else:
             params, indices, multiply_adds = matrix.params, matrix.indices, matrix.multiply_adds()
-            paths = _paths_of(matrix) if site.multiplications() else None
-    times = site.multiplications()
+            paths = _paths_of(matrix) if times else None
     return Step(
         names=site.names,
         kinds=site.kinds,

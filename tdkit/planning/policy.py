@@ -16,8 +16,8 @@ from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.registered import decomposition, spec_of
 from tdkit.errors import OptionError, PolicyError, RegistryError, did_you_mean
 from tdkit.models.sites import Site, Survey, survey
+from tdkit.planning.allocators import allocators
 
-ALLOCATIONS = ("auto", "uniform", "loss")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ class Policy:
         allow_growth: permit a factorisation with more parameters than the dense weight.
         allocation: how the budget is shared. ``uniform`` gives each layer the same share of its parameters;
             ``loss`` chooses the sizes with the least estimated loss, which needs a calibration with
-            gradients; ``auto`` is ``loss`` where there is one and ``uniform`` otherwise.
+            gradients; ``auto`` is ``loss`` where there is one and ``uniform`` otherwise; other packages add
+            more through the entry-point group ``tdkit.allocators``.
     """
 
     rules: Sequence[Rule]
@@ -158,10 +159,10 @@ class Policy:
         check_ratio(self.budget, "policy budget")
         if not isinstance(self.allow_growth, bool):
             raise PolicyError(f"policy allow_growth={self.allow_growth!r} must be true or false")
-        if self.allocation not in ALLOCATIONS:
+        if self.allocation != "auto" and self.allocation not in (known := allocators.names()):
             raise PolicyError(
-                f"policy allocation={self.allocation!r}{did_you_mean(str(self.allocation), ALLOCATIONS)}; "
-                f"known: {', '.join(ALLOCATIONS)}"
+                f"policy allocation={self.allocation!r}{did_you_mean(str(self.allocation), known)}; "
+                f"known: {', '.join(known)}"
             )
 
     def assign(self, found: Survey) -> dict[str, Rule]:

@@ -18,7 +18,7 @@ from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.losses import Labels
 from tdkit.errors import RecipeError, TdkitError
 from tdkit.planning.planner import calibrated
-from tdkit.planning.policy import Policy
+from tdkit.planning.resolution import Resolved
 from tdkit.registry import Registry
 from tdkit.sources.texts import encode, load_texts, windows
 
@@ -217,14 +217,14 @@ class Run:
             raise RecipeError(f"recipe '{self.recipe.name}' names no {part} text: add data.{part}=PATH")
         return load_texts(name)
 
-    def calibration(self, policy: Policy) -> Calibration | None:
-        """The moments of the model as it stands, of what a policy rewrites (None: nothing), on the calibration text.
+    def calibration(self, resolved: Resolved) -> Calibration | None:
+        """The moments of what a policy rewrites (None: nothing), on the calibration text.
 
         Raises:
             RecipeError: when the recipe names no such text.
         """
         batches = torch.split(windows(self.tokens("calibration"), self.recipe.data.context), 1)
-        return calibrated(self.model, policy, batches, labels=self.recipe.data.calibration_labels)
+        return calibrated(resolved, batches, labels=self.recipe.data.calibration_labels)
 
     def tokens(self, part: Literal["calibration", "evaluation"]) -> Tensor:
         """The token ids (n,) of a part of the data, as many as the recipe says."""

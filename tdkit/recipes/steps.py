@@ -13,7 +13,7 @@ import torch
 from pydantic import ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-from tdkit.compression.apply import compress
+from tdkit.compression.apply import compress, compress_resolved
 from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.registered import decomposition, spec_of
 from tdkit.errors import CheckpointError, RecipeError
@@ -22,8 +22,9 @@ from tdkit.models.checkpoint import load, save
 from tdkit.models.huggingface import is_transformers
 from tdkit.models.sites import num_params
 from tdkit.planning.plan import Plan
-from tdkit.planning.planner import plan
+from tdkit.planning.planner import plan, planned
 from tdkit.planning.policy import Policy, Rule
+from tdkit.planning.resolution import resolve
 from tdkit.recipes.recipe import Recipe, Run, StepConfig
 from tdkit.support.tables import table_of
 
@@ -69,13 +70,13 @@ class CompressStep(StepConfig):
             raise RecipeError(f"compress with passes: {self.passes} needs calibrated: true")
 
     def run(self, run: Run) -> dict[str, Any]:
-        calibration = run.calibration(self.policy) if self.calibrated else None
-        chosen = plan(run.model, self.policy, calibration=calibration)
+        resolved = resolve(run.model, self.policy)
+        calibration = run.calibration(resolved) if self.calibrated else None
+        chosen = planned(resolved, calibration)
         run.console.print(chosen)
-        compress(
-            run.model,
-            chosen if self.passes == 1 else self.policy,
-            calibration=calibration,
+        compress_resolved(
+            resolved.following(chosen) if self.passes == 1 else resolved,
+            calibration,
             sequential=self.sequential,
             passes=self.passes,
             device=run.device,
@@ -125,8 +126,9 @@ class CompareStep(StepConfig):
         figures: list[dict[str, Any]] = [{"name": "dense", **dense.to_dict()}]
         policy = Policy([Rule(glob, kinds[0]) for glob in self.match], budget=self.budget)
         started = time.perf_counter()
-        calibration = run.calibration(policy) if self.calibrated else None
-        first = plan(run.model, policy, calibration=calibration)
+        resolved = resolve(run.model, policy)
+        calibration = run.calibration(resolved) if self.calibrated else None
+        first = planned(resolved, calibration)
         if calibration is not None:
             seconds = time.perf_counter() - started
             run.console.print(f"  calibrated on {run.recipe.data.calibration_tokens:,} tokens in {seconds:.0f} s")

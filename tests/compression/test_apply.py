@@ -257,7 +257,7 @@ def test_a_policy_s_plan_and_the_policy_give_the_same(tied: Any, ids: Tensor) ->
 
 
 def test_weights_that_wait_on_disk_come_back_when_a_fit_fails(monkeypatch: pytest.MonkeyPatch, tied: Any) -> None:
-    monkeypatch.setattr("tdkit.models.swap.ASIDE_FROM", 0)
+    monkeypatch.setattr("tdkit.models.swap.SPILL_FROM", 0)
     before = {name: tensor.clone() for name, tensor in tied.state_dict().items()}
     modules = dict(tied.named_modules())
     fits.clear()
@@ -276,7 +276,7 @@ def test_setting_weights_aside_changes_no_factor(
     policy, twin = Policy([Rule("*", kind)], budget=0.6), copy.deepcopy(gpt2)
     tdkit.compress(twin, policy)
     modules = [site.users[0].module for site in survey(gpt2).sites]
-    monkeypatch.setattr("tdkit.models.swap.ASIDE_FROM", 0)
+    monkeypatch.setattr("tdkit.models.swap.SPILL_FROM", 0)
     rewritten = tdkit.plan(gpt2, policy).rewritten
     tdkit.compress(gpt2, policy)
     for name, tensor in twin.state_dict().items():
@@ -290,7 +290,7 @@ def test_a_full_disk_keeps_the_weights_in_memory(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tdkit.models.swap.ASIDE_FROM", 0)
+    monkeypatch.setattr("tdkit.models.swap.SPILL_FROM", 0)
     monkeypatch.setattr("tdkit.models.swap.save_file", full)
     tdkit.compress(tied, half)
     assert tdkit.applied_plan(tied).rewritten
@@ -312,6 +312,6 @@ def test_a_weight_leaves_the_memory_before_the_next_is_fitted(monkeypatch: pytes
             seen.append(len(alive))
             return super().fit(weight, metric)
 
-    monkeypatch.setattr("tdkit.models.swap.ASIDE_FROM", 0)
+    monkeypatch.setattr("tdkit.models.swap.SPILL_FROM", 0)
     tdkit.compress(model, Policy([Rule("*", Watching(rank=4))]), progress=False)
     assert seen == [depth - fitted for fitted in range(depth)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -19,16 +20,28 @@ class EmbeddingHost(Host):
     def accepts(self, module: nn.Module) -> bool:
         return type(module) is nn.Embedding
 
-    def refusal(self, module: nn.Module) -> str | None:
+    def refusal(self, module: nn.Module, weight: str) -> str | None:
         module = cast(nn.Embedding, module)
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
             if getattr(module, option):
                 return f"nn.Embedding with {option}={getattr(module, option)} works on dense rows"
         return None
 
-    def build(self, module: nn.Module, matrix: FactorizedMatrix, options: dict[str, Any]) -> FactorizedLayer:
+    def build(
+        self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
+    ) -> FactorizedLayer:
         module = cast(nn.Embedding, module)
-        return FactorizedEmbedding(matrix, module.padding_idx, **options)
+        return FactorizedEmbedding(matrices["weight"], module.padding_idx, **options)
+
+    def undo(self, layer: FactorizedLayer) -> nn.Module:
+        layer = cast(FactorizedEmbedding, layer)
+        rows, columns = layer.matrix.shape
+        dense = nn.Embedding(rows, columns, padding_idx=layer.padding_idx, device="meta")
+        weight = layer.matrix.dense().detach().clone()
+        if layer.zero_padding:
+            weight[layer.padding_idx] = 0.0
+        dense.weight = nn.Parameter(weight)
+        return dense
 
     def options(self, module: nn.Module) -> dict[str, Any]:
         module = cast(nn.Embedding, module)
@@ -36,8 +49,8 @@ class EmbeddingHost(Host):
             return {}
         return {} if bool(module.weight[module.padding_idx].any()) else {"zero_padding": True}
 
-    def multiplies(self) -> bool:
-        return False
+    def multiplications(self, module: nn.Module, weight: str) -> int:
+        return 0
 
 
 class FactorizedEmbedding(FactorizedLayer):
@@ -58,6 +71,10 @@ class FactorizedEmbedding(FactorizedLayer):
         self.zero_padding = zero_padding
 
     @property
+    def host(self) -> str:
+        return "embedding"
+
+    @property
     def replaces(self) -> str:
         return "Embedding"
 
@@ -66,13 +83,13 @@ class FactorizedEmbedding(FactorizedLayer):
 
     def forward(
         self,
-        ids: Tensor,  # (*n,) integers
+        input: Tensor,  # noqa: A002, the name that nn.Embedding gives it; (*n,) integers
     ) -> Tensor:  # (*n, embedding_dim)
-        self._check(ids)
-        rows = self.matrix.rows(ids)
+        self._check(input)
+        rows = self.matrix.rows(input)
         if self.padding_idx is None:
             return rows
-        padding = (ids == self.padding_idx).unsqueeze(-1)
+        padding = (input == self.padding_idx).unsqueeze(-1)
         if self.zero_padding:
             return rows.masked_fill(padding, 0.0)
         return torch.where(padding, rows.detach(), rows)

@@ -1,9 +1,11 @@
-"""``nn.Linear`` and transformers' ``Conv1D``, and the factorised layer that replaces them."""
+"""``nn.Linear`` and transformers' ``Conv1D``, and the factorised layers that replace them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from tdkit.decompositions.base import FactorizedMatrix
@@ -18,8 +20,15 @@ class LinearHost(Host):
     def accepts(self, module: nn.Module) -> bool:
         return type(module) is nn.Linear
 
-    def build(self, module: nn.Module, matrix: FactorizedMatrix, options: dict[str, Any]) -> FactorizedLayer:
-        return FactorizedLinear(matrix, cast("nn.Parameter | None", module.bias))
+    def build(
+        self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
+    ) -> FactorizedLayer:
+        return FactorizedLinear(matrices["weight"], cast("nn.Parameter | None", module.bias))
+
+    def undo(self, layer: FactorizedLayer) -> nn.Module:
+        layer = cast(FactorizedLinear, layer)
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        return _with_tensors(dense, layer.matrix.dense(), layer.bias)
 
 
 class Conv1DHost(Host):
@@ -31,45 +40,86 @@ class Conv1DHost(Host):
         kind = type(module)
         return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.T
+    def matrix(self, tensor: Tensor, weight: str) -> Tensor:
+        return tensor.T
 
-    def build(self, module: nn.Module, matrix: FactorizedMatrix, options: dict[str, Any]) -> FactorizedLayer:
-        return FactorizedLinear(matrix, cast("nn.Parameter | None", module.bias), transposed=True)
+    def tensor(self, matrix: Tensor, weight: str) -> Tensor:
+        return matrix.T.contiguous()
+
+    def build(
+        self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
+    ) -> FactorizedLayer:
+        return FactorizedConv1D(matrices["weight"], cast("nn.Parameter | None", module.bias))
+
+    def undo(self, layer: FactorizedLayer) -> nn.Module:
+        from transformers.pytorch_utils import Conv1D  # the layer came from a model of this library
+
+        layer = cast(FactorizedConv1D, layer)
+        with torch.device("meta"):
+            dense = Conv1D(layer.nf, layer.nx)
+        return _with_tensors(dense, self.tensor(layer.matrix.dense(), "weight"), layer.bias)
+
+
+def _with_tensors(dense: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    dense.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+    dense.register_parameter("bias", cast("nn.Parameter | None", bias))
+    return dense
 
 
 class FactorizedLinear(FactorizedLayer):
-    """y = x W^T + bias with a factorised W, in place of ``nn.Linear`` or transformers' ``Conv1D``.
+    """y = x W^T + bias with a factorised W, in place of ``nn.Linear``.
 
     Args:
         matrix: of shape (out_features, in_features).
         bias: (out_features,) or None.
-        transposed: whether `weight` is read as (in, out), as in ``Conv1D``.
     """
 
-    def __init__(self, matrix: FactorizedMatrix, bias: nn.Parameter | None, *, transposed: bool = False) -> None:
+    def __init__(self, matrix: FactorizedMatrix, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.matrix = matrix
         self.register_parameter("bias", bias)
-        self.transposed = transposed
         self.out_features, self.in_features = matrix.shape
-        if transposed:
-            self.nf, self.nx = matrix.shape
+
+    @property
+    def host(self) -> str:
+        return "linear"
 
     @property
     def replaces(self) -> str:
-        return "Conv1D" if self.transposed else "Linear"
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight: (out, in), or (in, out) when `transposed`."""
-        return self.matrix.dense().T if self.transposed else self.matrix.dense()
+        return "Linear"
 
     def forward(
         self,
-        x: Tensor,  # (*batch, in_features)
+        input: Tensor,  # noqa: A002, the name that nn.Linear gives it; (*batch, in_features)
     ) -> Tensor:  # (*batch, out_features)
-        return self.matrix.linear(x, cast("Tensor | None", self.bias))
+        return self.matrix.linear(input, cast("Tensor | None", self.bias))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class FactorizedConv1D(FactorizedLinear):
+    """The same in place of transformers' ``Conv1D``, whose weight is (in, out)."""
+
+    def __init__(self, matrix: FactorizedMatrix, bias: nn.Parameter | None) -> None:
+        super().__init__(matrix, bias)
+        self.nf, self.nx = matrix.shape
+
+    @property
+    def host(self) -> str:
+        return "conv1d"
+
+    @property
+    def replaces(self) -> str:
+        return "Conv1D"
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, (in, out)."""
+        return self.matrix.dense().T
+
+    def forward(
+        self,
+        x: Tensor,  # (*batch, nx)
+    ) -> Tensor:  # (*batch, nf)
+        return self.matrix.linear(x, cast("Tensor | None", self.bias))

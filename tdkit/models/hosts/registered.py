@@ -2,15 +2,69 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+
 from torch import nn
 
-from tdkit.models.hosts.base import Host
-from tdkit.models.hosts.embedding import EmbeddingHost
-from tdkit.models.hosts.linear import Conv1DHost, LinearHost
+from tdkit.errors import RegistryError
+from tdkit.models.hosts.base import FactorizedLayer, Host, transfer
+from tdkit.registry import Registry
 
-HOSTS: tuple[Host, ...] = (LinearHost(), Conv1DHost(), EmbeddingHost())
+hosts: Registry[type[Host]] = Registry(
+    "tdkit.hosts",
+    "host",
+    {
+        "linear": "tdkit.models.hosts.linear:LinearHost",
+        "conv1d": "tdkit.models.hosts.linear:Conv1DHost",
+        "embedding": "tdkit.models.hosts.embedding:EmbeddingHost",
+    },
+)
 
 
 def host_of(module: nn.Module) -> Host | None:
-    """The host of a module's exact type, or None."""
-    return next((host for host in HOSTS if host.accepts(module)), None)
+    """The host that accepts a module, or None.
+
+    A host of another package that fails to import is left out with a warning.
+
+    Raises:
+        RegistryError: when two hosts accept it, or two packages provide a host of one name.
+    """
+    found = [host for host in _all() if host.accepts(module)]
+    if len(found) > 1:
+        names = " and ".join(f"'{host.name}'" for host in found)
+        raise RegistryError(f"the hosts {names} both accept {type(module).__name__}: uninstall one of their packages")
+    return found[0] if found else None
+
+
+def dense_layer(layer: FactorizedLayer) -> nn.Module:
+    """The dense layer that stands for a factorised one, with its mode, hooks and `requires_grad`.
+
+    Raises:
+        RegistryError: when the host that built it is not installed.
+    """
+    dense = hosts.get(layer.host)().undo(layer)
+    transfer(layer, dense)
+    for name, matrix in layer.matrices.items():
+        getattr(dense, name).requires_grad_(any(factor.requires_grad for factor in matrix.parameters()))
+    return dense
+
+
+@cache
+def _all() -> tuple[Host, ...]:
+    found = []
+    for name, packages in hosts.origins().items():
+        try:
+            kind = hosts.get(name)
+        except RegistryError as error:
+            if len(packages) > 1:
+                raise
+            warnings.warn(f"{error}; the layers that it knows stay dense", stacklevel=2)
+            continue
+        if getattr(kind, "name", None) != name:
+            raise RegistryError(
+                f"host '{name}' of package {packages[0]} calls itself {getattr(kind, 'name', None)!r}: `name` and the "
+                "name of the entry point must be the same"
+            )
+        found.append(kind())
+    return tuple(found)

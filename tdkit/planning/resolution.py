@@ -1,0 +1,135 @@
+"""A model and a policy, or a plan, brought together once: what calibration, choice and application share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from tdkit.errors import OptionError, PolicyError
+from tdkit.models.sites import Site, Survey, survey, uninitialized
+from tdkit.planning.allocation import Choice, OpenSite
+from tdkit.planning.plan import Plan, Step
+from tdkit.planning.policy import Policy, Rule
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A policy, or a plan, with the weights of the model that it is about.
+
+    Attributes:
+        model: that was surveyed.
+        survey: its weights.
+        policy: None for a plan.
+        rules: by site name, the rule of each site that one selects.
+        fixed: by site name, the choices that rules make alone.
+        open: the sites whose rank a budget chooses: by the place of the rule that has its own, or None.
+        plan: the plan that was given; None for a policy.
+    """
+
+    model: nn.Module
+    survey: Survey
+    policy: Policy | None
+    rules: Mapping[str, Rule]
+    fixed: Mapping[str, Choice]
+    open: Mapping[int | None, list[OpenSite]]
+    plan: Plan | None = None
+
+    @property
+    def rewritten(self) -> tuple[Site, ...]:
+        """The sites that are given to a decomposition."""
+        if self.plan is not None:
+            return tuple(site for _, site in self.pairs(self.plan))
+        names = {name for name, rule in self.rules.items() if not rule.keep}
+        return tuple(site for site in self.survey.sites if site.name in names)
+
+    def following(self, plan: Plan) -> Resolved:
+        """The same with a plan that was made from it, which is then followed instead of making another one."""
+        self.pairs(plan)
+        return replace(self, plan=plan)
+
+    def pairs(self, plan: Plan) -> list[tuple[Step, Site]]:
+        """The steps of a plan that rewrite something, each with its site.
+
+        Raises:
+            PolicyError: when the plan is of another model.
+        """
+        by_name = {site.name: site for site in self.survey.sites}
+        pairs = []
+        for step in plan.rewritten:
+            site = by_name.get(step.name)
+            if site is None or site.names != step.names or site.shape != step.shape:
+                raise PolicyError(
+                    f"the plan's layer {step.name} ({step.shape[0]}x{step.shape[1]}) is not in this model: "
+                    "plan again for this model"
+                )
+            pairs.append((step, site))
+        return pairs
+
+
+def resolve(model: nn.Module, policy: Policy | Plan) -> Resolved:
+    """Survey `model` and assign the rules of `policy`, or find the layers of a plan.
+
+    Raises:
+        PolicyError: when a rule matches nothing, the plan is of another model, or either argument is something else.
+        OptionError: when options cannot be met by the layers they are meant for; all of them together.
+    """
+    if not isinstance(model, nn.Module):
+        raise PolicyError(f"the model is a {type(model).__name__}, not a torch.nn.Module: give the model itself")
+    lazy = uninitialized(model)
+    if lazy:
+        raise PolicyError(
+            f"the shapes of {', '.join(lazy[:3])} are not known yet: run a batch through the model, then compress it"
+        )
+    found = survey(model)
+    if isinstance(policy, Plan):
+        resolved = Resolved(model, found, None, {}, {}, {}, policy)
+        resolved.pairs(policy)
+        return resolved
+    if not isinstance(policy, Policy):
+        raise PolicyError(_no_policy(policy))
+    rules = policy.assign(found)
+    fixed, open_sites = _sorted(policy, found, rules)
+    return Resolved(model, found, policy, rules, fixed, open_sites)
+
+
+def _no_policy(given: object) -> str:
+    remedy = {
+        Rule: "put it into one: Policy([rule], budget=...)",
+        dict: "read it with Policy.from_dict(...)",
+        str: "read it with Policy.from_yaml(...)",
+        list: "put the rules into one: Policy(rules, budget=...)",
+    }
+    hint = next((text for kind, text in remedy.items() if isinstance(given, kind)), "build a tdkit.Policy or a tdkit.Plan")
+    return f"a {type(given).__name__} is no policy: {hint}"
+
+
+def _sorted(
+    policy: Policy, found: Survey, assigned: Mapping[str, Rule]
+) -> tuple[dict[str, Choice], dict[int | None, list[OpenSite]]]:
+    """The sites whose rule says all, and those whose rank a budget chooses."""
+    fixed: dict[str, Choice] = {}
+    open_sites: dict[int | None, list[OpenSite]] = {}
+    problems = []
+    for site in found.sites:
+        rule = assigned.get(site.name)
+        if rule is None or rule.decomposition is None:
+            continue
+        kind = rule.decomposition
+        try:
+            kind.check(site.shape)
+        except OptionError as error:
+            problems.append(f"{site.name}: {error}")
+            continue
+        if kind.is_complete():
+            fixed[site.name] = Choice(kind)
+        elif rule.budget is None and policy.budget is None:
+            problems.append(f"{site.name}: {kind.describe()} leaves its rank open and there is no budget to choose it")
+        else:
+            open_site = OpenSite(site, kind, rule.min_keep, rule.max_keep)
+            place = next(number for number, own in enumerate(policy.rules) if own is rule)
+            open_sites.setdefault(place if rule.budget is not None else None, []).append(open_site)
+    if problems:
+        raise OptionError("\n".join(problems))
+    return fixed, open_sites
