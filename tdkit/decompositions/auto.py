@@ -48,29 +48,31 @@ class Auto(Decomposition):
         return False
 
     def check(self, shape: Shape) -> None:
-        self.members_of(shape)
+        self.alternatives(shape)
 
     def candidates(self, shape: Shape) -> list[Any]:
         """Every choice of every member, fewest parameters first."""
-        every = [choice for member in self.members_of(shape) for choice in member.candidates(shape)]
+        every = [choice for member in self.alternatives(shape) for choice in member.candidates(shape)]
         return sorted(every, key=lambda choice: choice.num_params(shape))
 
     def complete(self, shape: Shape, max_params: int) -> Any:
         """The richest choice of the first member that has one: without the weight nothing more is known."""
-        found = (member.complete(shape, max_params) for member in self.members_of(shape))
+        found = (member.complete(shape, max_params) for member in self.alternatives(shape))
         return next((choice for choice in found if choice is not None), None)
 
-    def most_exact(self, weight: Tensor, metric: Metric | None, max_params: int) -> Decomposition | None:
+    def best_within(self, weight: Tensor, metric: Metric | None, max_params: int) -> Decomposition | None:
         """Of each member's richest choice with at most `max_params`, the one with the least error."""
         shape = (weight.shape[0], weight.shape[1])
-        richest = (member.complete(shape, max_params) for member in self.members_of(shape))
-        fits = [choice for choice in richest if choice is not None]
-        return min(fits, key=lambda c: c.error(weight, c.fit(weight, metric), metric), default=None)
+        richest = (member.complete(shape, max_params) for member in self.alternatives(shape))
+        choices = [choice for choice in richest if choice is not None]
+        return min(choices, key=lambda c: c.error(weight, c.fit(weight, metric), metric), default=None)
+
+    most_exact = best_within
 
     def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
         """The members' curves merged: each point is less in error than all smaller ones of every member."""
         shape = (weight.shape[0], weight.shape[1])
-        points = [point for member in self.members_of(shape) for point in member.curve(weight, metric)]
+        points = [point for member in self.alternatives(shape) for point in member.curve(weight, metric)]
         merged: list[Point] = []
         for point in sorted(points, key=lambda point: (point.params, point.error)):
             if not merged or point.error < merged[-1].error:
@@ -92,8 +94,8 @@ class Auto(Decomposition):
     def describe(self) -> str:
         return f"auto({', '.join(member.describe() for member in self.members)})"
 
-    def members_of(self, shape: Shape) -> list[Decomposition]:
-        """The members that have a choice for `shape`; the first's complaint when none has."""
+    def alternatives(self, shape: Shape) -> list[Decomposition]:
+        """The members that have a choice for `shape`; the first one's OptionError when none has."""
         possible, complaints = [], []
         for member in self.members:
             try:
@@ -104,6 +106,8 @@ class Auto(Decomposition):
         if not possible:
             raise complaints[0]
         return possible
+
+    members_of = alternatives
 
     def _open(self) -> OptionError:
         return OptionError("auto: it is a choice that a plan with a budget makes; fit the decomposition it names")

@@ -296,6 +296,24 @@ class Decomposition(ABC):
         fitting = [c for c in self.candidates(shape) if c.num_params(shape) <= max_params]
         return fitting[-1] if fitting else None
 
+    def best_within(self, weight: Tensor, metric: Metric | None, max_params: int) -> Decomposition | None:
+        """The complete choice for `weight` (out, in) with at most `max_params` parameters; None when there is none.
+
+        This default asks `complete`, which sees the shape only. A decomposition that stands for several
+        `alternatives` measures them on the weight, in the metric when there is one.
+        """
+        return self.complete((weight.shape[0], weight.shape[1]), max_params)
+
+    def alternatives(self, shape: Shape) -> Sequence[Decomposition]:
+        """The decompositions that this one stands for, of those that have a choice for `shape`: itself as a rule.
+
+        A plan draws the error curve of each and picks one of them, layer by layer.
+
+        Raises:
+            OptionError: when none of several has a choice for `shape`.
+        """
+        return [self]
+
     def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
         """What each size costs: choices with strictly more params and strictly less error, one after another.
 

@@ -20,6 +20,7 @@ from tdkit.fitting.metric import Metric
 from tdkit.fitting.train_in_metric import kronecker_in_metric, train_errors
 from tdkit.products.train import KroneckerStructure
 from tdkit.shapes import Shape, divisors
+from tdkit.support.compatibility import parameters_of
 
 
 class KroneckerMatrix(StructuredMatrix):
@@ -42,8 +43,8 @@ class KroneckerMatrix(StructuredMatrix):
         self.b = factor(terms, *b, axes=structure.b_axes, device=device, dtype=dtype)
 
     def factors(self) -> tuple[Tensor, ...]:
-        parameters = self._parameters
-        return parameters["a"], parameters["b"]  # type: ignore[return-value]
+        parameters = parameters_of(self)
+        return parameters["a"], parameters["b"]
 
     def fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
         from tdkit.products.kernels.kronecker import kronecker_product  # imports Triton

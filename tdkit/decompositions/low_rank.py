@@ -22,6 +22,7 @@ from tdkit.products.cost import Path
 from tdkit.products.held_weight import HeldWeight
 from tdkit.products.low_rank import LowRankStructure, padded_rank, padding_pays
 from tdkit.shapes import Shape
+from tdkit.support.compatibility import parameters_of
 
 
 class LowRankMatrix(StructuredMatrix):
@@ -42,8 +43,8 @@ class LowRankMatrix(StructuredMatrix):
         self._padded = HeldWeight()  # both factors end to end
 
     def factors(self) -> tuple[Tensor, ...]:
-        parameters = self._parameters
-        return parameters["left"], parameters["right"]  # type: ignore[return-value]
+        parameters = parameters_of(self)
+        return parameters["left"], parameters["right"]
 
     def fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
         from tdkit.products.kernels.low_rank import low_rank_pair  # imports Triton

@@ -19,6 +19,7 @@ from tdkit.products.autograd import reorder
 from tdkit.products.cost import Path
 from tdkit.products.held_weight import HeldWeight
 from tdkit.shapes import Shape
+from tdkit.support.compatibility import buffers_of
 
 
 class PermutedKroneckerMatrix(KroneckerMatrix):
@@ -51,7 +52,7 @@ class PermutedKroneckerMatrix(KroneckerMatrix):
         self._row_target = HeldWeight()  # the inverse of the row order
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        return (*self.factors(), *(order for order in self._buffers.values() if order is not None))
+        return (*self.factors(), *(order for order in buffers_of(self).values() if order is not None))
 
     def dense(self) -> Tensor:
         dense = super().dense()

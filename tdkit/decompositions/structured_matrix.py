@@ -12,6 +12,7 @@ from tdkit.products import kernels
 from tdkit.products.autograd import linear
 from tdkit.products.cost import FUSED, Path, Schedule, schedule_of
 from tdkit.products.structure import Structure
+from tdkit.support.compatibility import constant_for_compile
 
 
 class StructuredMatrix(FactorizedMatrix):
@@ -64,12 +65,9 @@ class StructuredMatrix(FactorizedMatrix):
         return self.factors()
 
 
+@constant_for_compile
 def _constant_schedule(structure: Structure, dtype: torch.dtype, device: str, training: bool) -> Schedule:
     threads = torch.get_num_threads()
     return schedule_of(
         structure.paths, structure.shape, dtype=dtype, device=device, threads=threads, held=False, training=training
     )
-
-
-# All that torch.compiler.assume_constant_result does; calling it would import torch._dynamo, two seconds for everybody.
-vars(_constant_schedule)["_dynamo_marked_constant"] = True

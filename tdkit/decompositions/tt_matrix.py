@@ -19,6 +19,7 @@ from tdkit.fitting.tensor_train import bond_balanced, tt_svd
 from tdkit.fitting.train_in_metric import fit_train, train_errors
 from tdkit.products.train import TrainStructure
 from tdkit.shapes import Shape, balanced_modes
+from tdkit.support.compatibility import parameters_of, submodules_of
 
 Modes = tuple[int, ...]
 
@@ -47,7 +48,7 @@ class TTMatrixMatrix(StructuredMatrix):
         )
 
     def factors(self) -> tuple[Tensor, ...]:
-        return tuple(self._modules["cores"]._parameters.values())  # type: ignore[union-attr, arg-type]
+        return tuple(parameters_of(submodules_of(self)["cores"]).values())
 
     def rows(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tdkit.support.compatibility import storage_id
+
 SAMPLE_SECONDS = 5e-3  # a shorter call is repeated within one sample: neither the clock nor cold caches must count
 MAX_REPEATS = 200
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -142,15 +144,16 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = {storage_id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         output = func(*args, **kwargs)
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage(), given)
+                self._count(leaf, given)
         return output
 
-    def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _count(self, tensor: Tensor, given: set[int]) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage_id(tensor), storage.nbytes()
         if key in given or key in self._known:
             return
         self._known.add(key)

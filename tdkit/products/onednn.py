@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tdkit.shapes import Shape
+from tdkit.support.compatibility import onednn_enabled, onednn_has_linear, onednn_linear
 
 ENTRIES = 2**17  # of a matrix, or
 MULTIPLY_ADDS = 2**22  # of a product, from which oneDNN is used: a call of it costs 10 to 30 us more
@@ -33,7 +34,7 @@ def linear(
     rows, columns = matrix.shape
     if torch.compiler.is_compiling() or not serves(x, (rows, columns)) or not _accepts(x, matrix, bias):
         return F.linear(x, matrix, bias)
-    return _product(x, matrix, bias)
+    return onednn_linear(x, matrix, bias)
 
 
 def serves(x: Tensor, shape: Shape) -> bool:
@@ -45,7 +46,7 @@ def serves(x: Tensor, shape: Shape) -> bool:
         and x.dtype is torch.float32
         and x.is_cpu
         and not torch.is_autocast_enabled("cpu")
-        and torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags
+        and onednn_enabled()  # torch.backends.mkldnn.flags
         and faster()
     )
 
@@ -62,26 +63,16 @@ def _accepts(x: Tensor, matrix: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
-    return y
-
-
-def available() -> bool:
-    """Whether this build of torch has oneDNN's product."""
-    return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 @cache
 def faster() -> bool:
     """Whether oneDNN is there and has won a trial of a few milliseconds, made when this is first asked."""
-    if not available():
+    if not onednn_has_linear():
         return False
     n, columns, rows = TRIAL
     with torch.inference_mode():
         x, matrix = torch.ones(n, columns), torch.ones(rows, columns)
         layouts = matrix, matrix.mT.contiguous().mT
-        calls = [partial(call, x, layout, None) for layout in layouts for call in (_product, F.linear)]
+        calls = [partial(call, x, layout, None) for layout in layouts for call in (onednn_linear, F.linear)]
         times = [[_seconds(call) for call in calls] for _ in range(ROUNDS)][1:]
     best = [min(samples) for samples in zip(*times, strict=True)]
     return all(ours < CLEARLY * theirs for ours, theirs in (best[:2], best[2:]))

@@ -12,23 +12,24 @@ from torch.nn import functional as F
 from tdkit import LowRank, TTMatrix
 from tdkit.products import onednn
 from tdkit.products.cost import HELD
+from tdkit.support.compatibility import onednn_has_linear, onednn_linear
 
 LARGE = (64, 256, 512)  # rows of x, columns and rows of a matrix for which oneDNN is asked
 
-pytestmark = pytest.mark.skipif(not onednn.available(), reason="this build of torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not onednn_has_linear(), reason="this build of torch has no oneDNN")
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of x of every product that oneDNN does from now on."""
     seen: list[int] = []
-    product = onednn._product
+    product = onednn.onednn_linear
 
     def count(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         seen.append(x.numel() // x.shape[-1])
         return product(x, matrix, bias)
 
-    monkeypatch.setattr(onednn, "_product", count)
+    monkeypatch.setattr(onednn, "onednn_linear", count)
     return seen
 
 
@@ -66,7 +67,7 @@ def test_it_is_the_same_product(n: int, columns: int, rows: int, by_columns: boo
     matrix = matrix.T.contiguous().T if by_columns else matrix
     given_bias = bias if biased else None
     with torch.inference_mode():
-        y = onednn._product(x, matrix, given_bias)
+        y = onednn_linear(x, matrix, given_bias)
     torch.testing.assert_close(y, F.linear(x, matrix, given_bias), rtol=1e-4, atol=1e-4)
 
 
@@ -175,7 +176,7 @@ def test_the_trial_decides_once(counted: list[int]) -> None:
 
 @pytest.mark.usefixtures("untried")
 def test_a_build_without_it(monkeypatch: pytest.MonkeyPatch, counted: list[int]) -> None:
-    monkeypatch.setattr(onednn, "available", lambda: False)
+    monkeypatch.setattr(onednn, "onednn_has_linear", lambda: False)
     x, matrix, bias = case()
     with torch.inference_mode():
         assert torch.equal(onednn.linear(x, matrix, bias), F.linear(x, matrix, bias))

@@ -1,0 +1,89 @@
+"""Every private part of torch and accelerate that tdkit relies on, with the fact that it relies on.
+
+A release that changes one of them fails a test of its own in ``tests/support/test_compatibility.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+version_of: Callable[[Tensor], int] = attrgetter("_version")
+"""The version counter of a tensor, which every in-place operation increases; inference tensors have none."""
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's own parameters by name. Reading an attribute of a module instead takes ten times as long."""
+    return cast("dict[str, nn.Parameter]", module._parameters)
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The module's own buffers by name."""
+    return module._buffers
+
+
+def submodules_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The module's own submodules by name."""
+    return cast("dict[str, nn.Module]", module._modules)
+
+
+def onednn_enabled() -> bool:
+    """``torch.backends.mkldnn.enabled``, without the 0.2 us that the public name takes."""
+    return torch._C._get_mkldnn_enabled()
+
+
+def onednn_has_linear() -> bool:
+    """Whether this build of torch has oneDNN and its operator for ``x @ weight.T + bias``."""
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(
+    x: Tensor,  # (*batch, in)
+    weight: Tensor,  # (out, in)
+    bias: Tensor | None,  # (out,)
+) -> Tensor:  # (*batch, out)
+    """``x @ weight.T + bias`` by oneDNN; float32 on a CPU, without a derivative."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+def constant_for_compile(function: F) -> F:
+    """`function`, whose result torch.compile takes as a constant.
+
+    What ``torch.compiler.assume_constant_result`` does, which imports ``torch._dynamo`` for it: two seconds.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+def storage_id(tensor: Tensor) -> int:
+    """A number that two tensors have in common when they share a storage that is alive, an empty one included."""
+    return cast(int, tensor.untyped_storage()._cdata)
+
+
+def wrapper_tensor(
+    kind: type[Tensor], size: Sequence[int], *, dtype: torch.dtype, device: torch.device, requires_grad: bool
+) -> Tensor:
+    """A tensor of a subclass with ``__torch_dispatch__`` that has metadata and no storage."""
+    tensor: Tensor = torch.Tensor._make_wrapper_subclass(
+        kind, size, dtype=dtype, device=device, requires_grad=requires_grad
+    )
+    return tensor
+
+
+def reset_accelerate_state(*, processes: bool = False) -> None:
+    """Forget the precision and plugins of the last ``accelerate.Accelerator``, which the next one would inherit.
+
+    Args:
+        processes: forget the device and the process group as well.
+    """
+    from accelerate.state import AcceleratorState  # slow to import, and not needed for compression
+
+    AcceleratorState._reset_state(processes)

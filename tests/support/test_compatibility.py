@@ -1,0 +1,148 @@
+"""What the private parts of torch and accelerate do for us; a test that fails here names the one that has changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tdkit.support.compatibility import (
+    buffers_of,
+    constant_for_compile,
+    onednn_enabled,
+    onednn_has_linear,
+    onednn_linear,
+    parameters_of,
+    reset_accelerate_state,
+    storage_id,
+    submodules_of,
+    version_of,
+    wrapper_tensor,
+)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_every_way_to_write_in_place_increases_the_version(inference: bool) -> None:
+    tensor = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([tensor], lr=1.0)
+    tensor.grad = torch.ones(3)
+    seen = [version_of(tensor)]
+    with torch.inference_mode(inference), torch.set_grad_enabled(False):
+        for write in (
+            lambda: tensor.mul_(2),
+            lambda: tensor.copy_(torch.zeros(3)),
+            lambda: tensor[0].fill_(3),
+            lambda: tensor.detach().add_(1),
+            optimizer.step,
+        ):
+            write()
+            seen.append(version_of(tensor))
+    assert seen == sorted(set(seen))
+
+
+def test_an_inference_tensor_has_no_version() -> None:
+    with torch.inference_mode():
+        tensor = torch.ones(3)
+    with pytest.raises(RuntimeError, match="Inference tensors do not track version counter"):
+        version_of(tensor)
+
+
+def test_writing_through_data_increases_no_version() -> None:
+    tensor = nn.Parameter(torch.ones(3))
+    before = version_of(tensor)
+    tensor.data.mul_(2)
+    assert version_of(tensor) == before
+
+
+def test_the_dictionaries_of_a_module() -> None:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.ones(3))
+    module.register_parameter("bias", None)
+    module.register_buffer("order", torch.arange(3))
+    module.inner = nn.ParameterList([torch.ones(2), torch.zeros(2)])
+    assert parameters_of(module) == {"weight": module.weight, "bias": None}
+    assert buffers_of(module) == {"order": module.order}
+    assert submodules_of(module) == {"inner": module.inner}
+    assert [p is q for p, q in zip(parameters_of(module.inner).values(), module.inner, strict=True)] == [True, True]
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of the other flags that it sets with this one
+def test_the_switch_of_onednn_is_the_public_one() -> None:
+    for enabled in (False, True):
+        with torch.backends.mkldnn.flags(enabled=enabled):
+            assert onednn_enabled() is enabled
+
+
+@pytest.mark.skipif(not onednn_has_linear(), reason="this build of torch has no oneDNN")
+@pytest.mark.parametrize("biased", [False, True])
+def test_onednn_multiplies_as_torch_does(biased: bool) -> None:
+    x, weight = torch.randn(2, 5, 7), torch.randn(3, 7)
+    bias = torch.randn(3) if biased else None
+    for matrix in (weight, weight.T.contiguous().T):
+        torch.testing.assert_close(onednn_linear(x, matrix, bias), F.linear(x, weight, bias))
+
+
+def test_the_usual_builds_of_torch_have_onednn() -> None:
+    """On x86 and ARM, which all of the project's CPU figures are of."""
+    assert onednn_has_linear() == torch.backends.mkldnn.is_available()
+
+
+def test_a_constant_is_not_traced() -> None:
+    calls = []
+
+    @constant_for_compile
+    def count(number: int) -> int:
+        calls.append(number)  # a side effect that a trace would repeat in every call
+        return number + 1
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def run(x: Tensor) -> Tensor:
+        return x * count(2)
+
+    for _ in range(3):
+        assert torch.equal(run(torch.ones(2)), torch.full((2,), 3.0))
+    assert calls == [2]
+
+
+def test_a_storage_is_known_by_its_number() -> None:
+    one, other = torch.empty(0), torch.empty(0)
+    assert storage_id(one) != storage_id(other)
+    matrix = torch.ones(3, 4)
+    assert storage_id(matrix) == storage_id(matrix.T[1:]) == storage_id(matrix.detach())
+    assert storage_id(matrix) != storage_id(matrix.clone())
+
+
+class Wrapper(Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} was called")
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_wrapper_has_metadata_and_computes_nothing_itself(requires_grad: bool) -> None:
+    device = torch.device("cpu")
+    wrapper = wrapper_tensor(Wrapper, (3, 4), dtype=torch.float16, device=device, requires_grad=requires_grad)
+    assert type(wrapper) is Wrapper
+    assert (wrapper.shape, wrapper.dtype, wrapper.device) == ((3, 4), torch.float16, device)
+    assert wrapper.requires_grad is requires_grad
+    with pytest.raises(RuntimeError, match="invalid python storage"):
+        wrapper.untyped_storage().data_ptr()
+    with pytest.raises(AssertionError, match=r"aten\.add\.Tensor was called"):
+        wrapper + 1
+
+
+def test_accelerates_state_is_forgotten() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.state import AcceleratorState, PartialState
+
+    reset_accelerate_state(processes=True)
+    try:
+        assert accelerate.Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+        reset_accelerate_state()
+        assert not AcceleratorState._shared_state
+        assert PartialState._shared_state
+        assert accelerate.Accelerator(cpu=True, mixed_precision="no").mixed_precision == "no"
+    finally:
+        reset_accelerate_state(processes=True)
+    assert not PartialState._shared_state
