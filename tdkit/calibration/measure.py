@@ -172,7 +172,9 @@ def _check_weights(runner: Runner) -> None:
     """
     for name, parameter in runner.model.named_parameters():
         if is_lazy(parameter) or parameter.is_meta:
-            raise CalibrationError(f"{name} holds no numbers (its device is meta): load the model before calibrating it")
+            raise CalibrationError(
+                f"{name} is on the meta device and holds no numbers: load the model, then calibrate it"
+            )
         if runner.gradients and parameter.is_inference():
             raise CalibrationError(
                 f"{name} was made under torch.inference_mode(), through which no gradient can be computed: build or "
@@ -207,5 +209,3 @@ def _pass(runner: Runner, recorder: Recorder, batches: list[Batch], bar: Bar, la
             if runner.gradients:
                 runner.backward(output, batch, number)
             bar.advance()
-
-

@@ -120,7 +120,7 @@ def _bring_home(model: nn.Module, homes: Mapping[str, torch.device]) -> None:
         return
     for name, module in model.named_modules(remove_duplicate=False):
         home = _of_nearest(name, homes)
-        module._apply(lambda tensor, home=home: tensor.to(home), recurse=False)  # type: ignore[no-untyped-call, misc]
+        module._apply(lambda tensor, home=home: tensor.to(home), recurse=False)
 
 
 def _of_nearest(name: str, known: Mapping[str, T]) -> T:

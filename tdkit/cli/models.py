@@ -14,14 +14,14 @@ import yaml
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.losses import Labels
 from tdkit.cli.output import AsJson, Device, DryRun, err, show
-from tdkit.compression.apply import compress as compress_model
+from tdkit.compression.apply import compress_resolved
 from tdkit.decompositions.registered import decomposition
 from tdkit.errors import CheckpointError, OptionError, PolicyError
 from tdkit.evaluation.language_models import PROTOCOL, evaluate
 from tdkit.models.checkpoint import DESCRIPTION, read_description, save
-from tdkit.planning.planner import applied_plan, calibrated
-from tdkit.planning.planner import plan as plan_model
+from tdkit.planning.planner import applied_plan, calibrated, planned
 from tdkit.planning.policy import Policy, Rule
+from tdkit.planning.resolution import Resolved, resolve
 from tdkit.sources.models import DTYPES, Source, load_model
 from tdkit.sources.texts import encode, load_texts, windows
 from tdkit.support.tables import table_of
@@ -68,9 +68,8 @@ def plan(
     _check_calibration(calibration, {f"--labels {labels}": labels != "data"})
     texts = None if calibration is None else load_texts(calibration)
     source = load_model(model, dtype=dtype_of(dtype))
-    made = plan_model(
-        source.model, chosen, calibration=_calibration(source, texts, calibration_tokens, context, labels, chosen)
-    )
+    resolved = resolve(source.model, chosen)
+    made = planned(resolved, _calibration(source, texts, calibration_tokens, context, labels, resolved))
     show(made.table(every=every), made.to_dict(), as_json)
 
 
@@ -108,11 +107,12 @@ def compress(
         _check_folder(folder, overwrite)
     texts = None if calibration is None else load_texts(calibration)
     source = load_model(model, dtype=dtype_of(dtype))
-    known = _calibration(source, texts, calibration_tokens, context, labels, chosen)
-    made = plan_model(source.model, chosen, calibration=known)
+    resolved = resolve(source.model, chosen)
+    known = _calibration(source, texts, calibration_tokens, context, labels, resolved)
+    made = planned(resolved, known)
     if not dry_run:
-        what = made if passes == 1 else chosen
-        compress_model(source.model, what, calibration=known, sequential=sequential, passes=passes, device=device)
+        what = resolved.following(made) if passes == 1 else resolved
+        compress_resolved(what, known, sequential=sequential, passes=passes, device=device)
         save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite)
         made = applied_plan(source.model)
         err.print(f"saved to {folder}")
@@ -199,10 +199,10 @@ def _check_calibration(calibration: list[str] | None, given: Mapping[str, bool])
 
 
 def _calibration(
-    source: Source, texts: list[str] | None, tokens: int, context: int, labels: Labels, policy: Policy
+    source: Source, texts: list[str] | None, tokens: int, context: int, labels: Labels, resolved: Resolved
 ) -> Calibration | None:
     batches = None if texts is None else torch.split(windows(encode(texts, source.tokenizer, tokens), context), 1)
-    return calibrated(source.model, policy, batches, labels=labels)
+    return calibrated(resolved, batches, labels=labels)
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -62,9 +62,7 @@ def compress(
     resolved = resolve(model, policy)
     _check_weights(resolved)
     known = calibrated(resolved, calibration, progress=progress)
-    return compress_resolved(
-        resolved, known, sequential=sequential, passes=passes, device=device, progress=progress
-    )
+    return compress_resolved(resolved, known, sequential=sequential, passes=passes, device=device, progress=progress)
 
 
 def compress_resolved(

@@ -18,8 +18,9 @@ from tdkit.evaluation.timing import peak_bytes, side_by_side
 from tdkit.models.hosts.base import FactorizedLayer
 from tdkit.models.hosts.embedding import FactorizedEmbedding
 from tdkit.models.hosts.linear import FactorizedLinear
+from tdkit.models.hosts.registered import dense_layer
 from tdkit.models.preparation import held_bytes, prepare
-from tdkit.models.sites import factorized_groups, num_bytes, replace_module, survey
+from tdkit.models.sites import factorized_groups, factorized_layers, num_bytes, replace_module, survey
 from tdkit.models.swap import Fitted, swapping
 from tdkit.models.ties import follow_ties
 from tdkit.planning.plan import Plan
@@ -62,7 +63,7 @@ class Benchmark:
     Attributes:
         dense_bytes, bytes: of parameters and buffers of the dense and the compressed model.
         held_bytes: of the dense weights that the compressed model holds to be fast, on top of `bytes`.
-        skipped: factorised layers with no dense counterpart here, which stay factorised in both models.
+        skipped: factorised layers that are timed only as a part of the whole model, those of other packages' hosts.
     """
 
     rows: tuple[Row, ...]
@@ -134,10 +135,10 @@ def benchmark(
     Raises:
         PolicyError: when the model has no factorised layer.
     """
-    groups = _kinds(model)
+    groups, skipped = _kinds(model)
     if not groups:
         raise PolicyError("this model has no factorised layer: compress it, or give a policy to try on it")
-    dense_model, skipped = densified(model)
+    dense_model = densified(model)
     call = call or _transformers_call(model)
     device = next(model.parameters()).device
     rows: list[Row] = []
@@ -177,23 +178,22 @@ def benchmark(
     )
 
 
-def densified(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """A copy of `model` with dense layers of the same outputs, and the factorised layers it had to leave."""
+def densified(model: nn.Module) -> nn.Module:
+    """A copy of `model` with dense layers of the same outputs, tied where the factorised ones are."""
     twin = copy.deepcopy(model)
-    skipped = []
-    for group in factorized_groups(twin):
-        weight = nn.Parameter(group[0][1].matrix.dense().detach().clone())
-        built: dict[int, nn.Module] = {}
-        for name, layer in group:
-            if id(layer) not in built:
-                dense = _dense(layer, weight)
-                if dense is None:
-                    skipped.append(name)
-                    continue
-                built[id(layer)] = dense.train(layer.training)
-            replace_module(twin, name, built[id(layer)])
+    built: dict[int, nn.Module] = {}  # by factorised layer, one for all its names
+    weights: dict[int, Tensor] = {}  # by matrix
+    for name, layer in list(factorized_layers(twin)):
+        if id(layer) not in built:
+            built[id(layer)] = dense = dense_layer(layer)
+            for weight, matrix in layer.matrices.items():
+                own = getattr(dense, weight)
+                first = weights.setdefault(id(matrix), own)
+                if first.shape == own.shape:
+                    setattr(dense, weight, first)
+        replace_module(twin, name, built[id(layer)])
     follow_ties(twin)
-    return twin, skipped
+    return twin
 
 
 def unfitted(model: nn.Module, plan: Plan) -> nn.Module:
@@ -220,34 +220,19 @@ def ready(model: nn.Module, train: bool, prefer: Preference) -> None:
     model.train(train)
 
 
-def _dense(layer: FactorizedLayer, weight: nn.Parameter) -> nn.Module | None:
-    if type(layer) is FactorizedLinear:
-        bias = cast("nn.Parameter | None", layer.bias)
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
-        linear.weight = weight
-        if bias is not None:
-            linear.bias = bias
-        return linear
-    if type(layer) is FactorizedEmbedding:
-        padding = layer.padding_idx
-        embedding = nn.Embedding(layer.num_embeddings, layer.embedding_dim, padding_idx=padding, device="meta")
-        embedding.weight = weight
-        return embedding
-    return None
-
-
-def _kinds(model: nn.Module) -> dict[tuple[str, bool], list[str]]:
-    """Names of the factorised layers that do the same work, by what it is."""
+def _kinds(model: nn.Module) -> tuple[dict[tuple[str, bool], list[str]], list[str]]:
+    """Names of the factorised layers that do the same work, by what it is, and those that cannot be called alone."""
     kinds: dict[tuple[str, bool], list[str]] = {}
-    for group in factorized_groups(model):
-        for name, layer in group:
-            if type(layer) not in (FactorizedLinear, FactorizedEmbedding):
-                continue
-            rows, columns = layer.matrix.shape
-            what = f"{layer.replaces} {rows}x{columns} {layer.matrix.decomposition.describe()}"
-            has_bias = getattr(layer, "bias", None) is not None
-            kinds.setdefault((what, has_bias), []).append(name)
-    return kinds
+    others = []
+    for name, layer in factorized_layers(model):
+        if not isinstance(layer, FactorizedLinear | FactorizedEmbedding):
+            others.append(name)
+            continue
+        rows, columns = layer.matrix.shape
+        what = f"{layer.replaces} {rows}x{columns} {layer.matrix.decomposition.describe()}"
+        has_bias = getattr(layer, "bias", None) is not None
+        kinds.setdefault((what, has_bias), []).append(name)
+    return kinds, others
 
 
 def _layer_call(layer: FactorizedLayer, tokens: int) -> Callable[[nn.Module], object]:
@@ -330,7 +315,7 @@ def _tensor(output: Any) -> Tensor:
 def _restored(model: nn.Module) -> Iterator[None]:
     """Give every module its mode, every matrix its preference and every parameter its gradient back."""
     modes = [(module, module.training) for module in model.modules()]
-    matrices = [layer.matrix for group in factorized_groups(model) for _, layer in group]
+    matrices = [matrix for matrix, _ in factorized_groups(model)]
     preferences = [(matrix, matrix.prefer, matrix.graphs) for matrix in matrices]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:

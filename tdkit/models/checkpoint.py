@@ -164,8 +164,8 @@ def _describe(matrix: FactorizedMatrix, users: list[FactorizedUser]) -> dict[str
         ) from None
     if back != matrix.decomposition:
         raise CheckpointError(
-            f"{names[0]}: {type(matrix.decomposition).__name__} would be read again as another decomposition, {back!r}: "
-            f"'{matrix.decomposition.name}' is registered for {type(back).__module__}.{type(back).__name__}"
+            f"{names[0]}: {type(matrix.decomposition).__name__} would be read again as another decomposition, "
+            f"{back!r}: '{matrix.decomposition.name}' is registered for {type(back).__module__}.{type(back).__name__}"
         )
     return {
         "names": names,

@@ -139,7 +139,7 @@ def weight_name(layer: str, weight: str) -> str:
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return model.named_modules(remove_duplicate=False)
+    yield from model.named_modules(remove_duplicate=False)
 
 
 def _users(model: nn.Module, found: list[tuple[str, nn.Module, str]]) -> tuple[tuple[User, ...], str | None]:

@@ -42,7 +42,8 @@ def _follow(module: nn.Module, tied: dict[str, str]) -> dict[str, str]:
 
 def _place(layer: FactorizedLayer, matrix: FactorizedMatrix) -> str:
     """The name under which a layer holds one of its matrices."""
-    return next(name for name, module in layer.named_modules() if module is matrix)
+    found: str = next(name for name, module in layer.named_modules() if module is matrix)
+    return found
 
 
 def _layer(module: nn.Module, parameter: str) -> nn.Module | None:

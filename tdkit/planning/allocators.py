@@ -85,7 +85,9 @@ def allocate(name: str, request: Request) -> dict[str, Choice]:
     wanted = {open_site.site.name for open_site in request.sites}
     if set(choices) != wanted:
         odd = ", ".join(sorted(set(choices) ^ wanted)[:5])
-        raise BudgetError(f"allocator '{name}' must choose for every layer it is given and no other; it differs in {odd}")
+        raise BudgetError(
+            f"allocator '{name}' must choose for every layer it is given and no other; it differs in {odd}"
+        )
     held = 0
     for open_site in request.sites:
         kind, site = choices[open_site.site.name].decomposition, open_site.site

@@ -19,7 +19,6 @@ from tdkit.models.sites import Site, Survey, survey
 from tdkit.planning.allocators import allocators
 
 
-
 @dataclass(frozen=True)
 class Rule:
     """Selects layers by name, type, size or a predicate, and says what becomes of them.

@@ -101,7 +101,8 @@ def _no_policy(given: object) -> str:
         str: "read it with Policy.from_yaml(...)",
         list: "put the rules into one: Policy(rules, budget=...)",
     }
-    hint = next((text for kind, text in remedy.items() if isinstance(given, kind)), "build a tdkit.Policy or a tdkit.Plan")
+    found = (text for kind, text in remedy.items() if isinstance(given, kind))
+    hint = next(found, "build a tdkit.Policy or a tdkit.Plan")
     return f"a {type(given).__name__} is no policy: {hint}"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 import tdkit
 from tdkit import LowRank, Plan, Policy, Rule
@@ -21,7 +22,7 @@ from tdkit.errors import PolicyError
 from tdkit.fitting.metric import Metric
 from tdkit.models.hosts.embedding import FactorizedEmbedding
 from tdkit.models.hosts.linear import FactorizedLinear
-from tdkit.models.sites import num_params, survey
+from tdkit.models.sites import num_params
 
 EVERY = [decompositions.get(name)() for name in decompositions.names()]
 by_name = pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.name)
@@ -270,18 +271,49 @@ def test_weights_that_wait_on_disk_come_back_when_a_fit_fails(monkeypatch: pytes
 
 
 @by_name
-def test_setting_weights_aside_changes_no_factor(
+def test_spilling_weights_to_disk_changes_no_factor(
     kind: Decomposition, monkeypatch: pytest.MonkeyPatch, gpt2: Any
 ) -> None:
     policy, twin = Policy([Rule("*", kind)], budget=0.6), copy.deepcopy(gpt2)
     tdkit.compress(twin, policy)
-    modules = [site.users[0].module for site in survey(gpt2).sites]
+    weights = [TensorWeakRef(parameter) for parameter in gpt2.parameters() if parameter.ndim == 2]
     monkeypatch.setattr("tdkit.models.swap.SPILL_FROM", 0)
     rewritten = tdkit.plan(gpt2, policy).rewritten
     tdkit.compress(gpt2, policy)
     for name, tensor in twin.state_dict().items():
         assert torch.equal(tensor, gpt2.state_dict()[name])
-    assert sum(module.weight.numel() == 0 for module in modules) == len(rewritten)
+    assert sum(weight() is None for weight in weights) == len(rewritten)
+
+
+def test_a_spilled_weight_or_layer_that_somebody_else_holds_is_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, tied: Any
+) -> None:
+    monkeypatch.setattr("tdkit.models.swap.SPILL_FROM", 0)
+    outside, up = nn.Linear(24, 40, bias=False), tied.up
+    outside.weight = tied.embed.weight
+    before = {"shared": outside.weight.clone(), "up": up.weight.clone()}
+    tdkit.compress(tied, half)
+    assert torch.equal(outside.weight, before["shared"])
+    assert torch.equal(up.weight, before["up"])
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held by others", "held by nobody"])
+def test_undoing_restores_the_layout_of_spilled_weights_and_their_ties(
+    monkeypatch: pytest.MonkeyPatch, tied: Any, held: bool
+) -> None:
+    monkeypatch.setattr("tdkit.models.swap.SPILL_FROM", 0)
+    tied.down.weight = nn.Parameter(tied.down.weight.detach().T.contiguous().T, requires_grad=False)
+    parameters = dict(tied.named_parameters()) if held else {}
+    before = {name: (p.clone(), p.stride(), p.requires_grad) for name, p in tied.named_parameters()}
+    fits.clear()
+    with pytest.raises(RuntimeError):
+        tdkit.compress(tied, Policy([Rule("*", Failing(rank=2, what=RuntimeError))]))
+    for name, parameter in tied.named_parameters():
+        value, stride, gradient = before[name]
+        assert torch.equal(parameter, value)
+        assert (parameter.stride(), parameter.requires_grad) == (stride, gradient)
+        assert not held or parameter is parameters[name]
+    assert tied.head.weight is tied.embed.weight
 
 
 def test_a_full_disk_keeps_the_weights_in_memory(

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 import tdkit
 from tdkit import Auto, Calibration, Kronecker, LowRank, Metric, Policy, Rule, TTMatrix
+from tdkit.calibration.measure import measured
+from tdkit.calibration.runner import Runner
 from tdkit.compression.blockwise import block_names, trace
 from tdkit.errors import CalibrationError, OptionError, PolicyError
-from tdkit.models.sites import replace_module, survey
+from tdkit.models.sites import Site, replace_module, survey
 from tests.conftest import make_gpt2, make_llama
 
 
@@ -288,13 +290,12 @@ def test_a_pass_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.Monkey
 
 def test_batches_are_run_only_for_the_layers_that_a_sound_policy_rewrites(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = make_gpt2(), []
-    measured = tdkit.planning.planner.calibrate
 
-    def watched(*args: Any, **options: Any) -> Calibration:
-        seen.append(sorted(options["names"]))
-        return measured(*args, **options)
+    def watched(runner: Runner, sites: list[Site], *args: Any, **options: Any) -> Calibration:
+        seen.append(sorted(site.name for site in sites))
+        return measured(runner, sites, *args, **options)
 
-    monkeypatch.setattr("tdkit.planning.planner.calibrate", watched)
+    monkeypatch.setattr("tdkit.planning.planner.measured", watched)
     with pytest.raises(OptionError, match="rank=1000"):
         tdkit.compress(model, Policy([Rule("*.mlp.c_fc", LowRank(rank=1000))]), calibration=text())
     assert not seen

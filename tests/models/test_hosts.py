@@ -40,7 +40,7 @@ def test_full_rank_layers_compute_what_the_dense_ones_did(make: Any) -> None:
     expected, weight = dense(x), dense.weight.detach().clone()
     model = nn.ModuleDict({"layer": dense})
     tdkit.compress(model, Policy([Rule("layer", LowRank(rank=12))], allow_growth=True))
-    assert type(model["layer"]) is FactorizedLinear
+    assert isinstance(model["layer"], FactorizedLinear)
     torch.testing.assert_close(model["layer"](x), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model["layer"].weight, weight, rtol=1e-4, atol=1e-5)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tdkit import Decomposition, Kronecker, LowRank, TTMatrix
 from tdkit.decompositions.registered import decompositions
 from tdkit.models.hosts.embedding import FactorizedEmbedding
-from tdkit.models.hosts.linear import FactorizedLinear
+from tdkit.models.hosts.linear import FactorizedConv1D, FactorizedLinear
 
 
 def fitted(name: str, weight: torch.Tensor) -> FactorizedLinear:
@@ -32,7 +32,7 @@ def test_linear_is_the_product_with_its_weight(name: str, bias: bool) -> None:
 
 
 def test_a_transposed_linear_shows_its_weight_as_conv1d_does() -> None:
-    layer = FactorizedLinear(LowRank(rank=2).fit(torch.randn(12, 18)), None, transposed=True)
+    layer = FactorizedConv1D(LowRank(rank=2).fit(torch.randn(12, 18)), None)
     assert layer.weight.shape == (18, 12)
     assert (layer.nf, layer.nx) == (12, 18)
     assert layer.replaces == "Conv1D"

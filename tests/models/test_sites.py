@@ -78,7 +78,7 @@ def test_what_is_not_rewritten_has_name_kind_params_and_reason() -> None:
 def test_factorised_layers_are_no_sites_and_are_grouped_by_their_matrix(tied: Any) -> None:
     tdkit.compress(tied, Policy([Rule("embed", LowRank(rank=3)), Rule("up", LowRank(rank=3))]))
     assert [site.name for site in survey(tied).sites] == ["down"]
-    groups = [[name for name, _ in group] for group in factorized_groups(tied)]
+    groups = [[user.name for user in users] for _, users in factorized_groups(tied)]
     assert groups == [["embed", "head"], ["up"]]
 
 

@@ -150,7 +150,7 @@ def unsupported(tensor: Tensor) -> str | None:
         return "its shape is not known before the model has run once"
     if type(tensor) not in (Tensor, nn.Parameter):
         kind = type(tensor)
-        return f"it is a {kind.__module__}.{kind.__qualname__}, not a plain tensor: its numbers are stored in another form"
+        return f"it is a {kind.__module__}.{kind.__qualname__}, not a plain tensor: its storage is of another form"
     if tensor.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         return f"its dtype is {str(tensor.dtype).removeprefix('torch.')}, and fits are for {known}"

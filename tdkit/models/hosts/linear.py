@@ -28,7 +28,7 @@ class LinearHost(Host):
     def undo(self, layer: FactorizedLayer) -> nn.Module:
         layer = cast(FactorizedLinear, layer)
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        return _with_tensors(dense, layer.matrix.dense(), layer.bias)
+        return _with_tensors(dense, layer.matrix.dense(), cast("nn.Parameter | None", layer.bias))
 
 
 class Conv1DHost(Host):
@@ -57,12 +57,14 @@ class Conv1DHost(Host):
         layer = cast(FactorizedConv1D, layer)
         with torch.device("meta"):
             dense = Conv1D(layer.nf, layer.nx)
-        return _with_tensors(dense, self.tensor(layer.matrix.dense(), "weight"), layer.bias)
+        return _with_tensors(
+            dense, self.tensor(layer.matrix.dense(), "weight"), cast("nn.Parameter | None", layer.bias)
+        )
 
 
-def _with_tensors(dense: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _with_tensors(dense: nn.Module, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
     dense.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
-    dense.register_parameter("bias", cast("nn.Parameter | None", bias))
+    dense.register_parameter("bias", bias)
     return dense
 
 

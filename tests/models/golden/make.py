@@ -17,7 +17,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tdkit
 from tdkit import Kronecker, LowRank, PermutedKronecker, Policy, Rule, TTMatrix
 
-
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
 
 
