@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import tdkit
 from tdkit import Decomposition, Kronecker, LowRank, PermutedKronecker, Policy, Rule, TTMatrix
-from tdkit.models.preparation import factorized_matrices, held_bytes, prepare
+from tdkit.models.preparation import cached_bytes, factorized_matrices, prepare
 from tdkit.products import kernels
-from tdkit.products.cost import FUSED, HELD
+from tdkit.products.cost import CACHED, FUSED
 from tests.conftest import TiedModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -60,7 +60,7 @@ def test_a_graph_replays_a_compressed_model(
         twin = copy.deepcopy(model).float().cpu()
     ids = torch.zeros(1, 3, dtype=torch.long, device="cuda")
     graph, output = captured(model, ids)
-    held = held_bytes(model)
+    held = cached_bytes(model)
     for _ in range(2):
         ids.random_(40)
         graph.replay()
@@ -73,7 +73,7 @@ def held_layer() -> nn.Module:
     """One layer that is fastest with its weight held at 512 tokens."""
     policy = Policy([Rule("*", TTMatrix(ranks=16))], allow_growth=True)
     model = tdkit.compress(nn.Sequential(nn.Linear(64, 64)), policy, progress=False).cuda()
-    assert factorized_matrices(model)[0].path(512, prefer="speed").name == HELD
+    assert factorized_matrices(model)[0].path(512, prefer="speed").name == CACHED
     return model
 
 
@@ -81,7 +81,7 @@ def held_layer() -> nn.Module:
 def test_a_graph_reads_a_weight_that_was_held_before() -> None:
     model, x = prepare(held_layer()), torch.randn(512, 64, device="cuda")
     graph, output = captured(model, x)
-    assert held_bytes(model) == 64 * 64 * 4
+    assert cached_bytes(model) == 64 * 64 * 4
     x.normal_()
     graph.replay()
     torch.testing.assert_close(output, model(x))
@@ -94,7 +94,7 @@ def test_no_weight_is_held_that_a_capture_would_build() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = prepare(model)(x)
-    assert held_bytes(model) == 0
+    assert cached_bytes(model) == 0
     graph.replay()
     torch.testing.assert_close(output, prepare(model, prefer="memory")(x), rtol=1e-4, atol=1e-4)
 

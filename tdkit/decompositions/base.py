@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,9 @@ from tdkit.decompositions.options import integers, pair, positive
 from tdkit.errors import OptionError
 from tdkit.fitting.linalg import relative_error, working
 from tdkit.fitting.metric import Metric
-from tdkit.products import kernels, onednn
-from tdkit.products.autograd import autocast_dtype
-from tdkit.products.cost import DENSE, FEW, GRAPH, HELD, Path, Product, Schedule, schedule_of, select
-from tdkit.products.held_weight import HeldWeight
+from tdkit.products.cost import DENSE, Path, Product
+from tdkit.products.dispatch import Dispatcher, Preference
+from tdkit.products.structure import Structure
 from tdkit.shapes import Shape
 
 __all__ = [
@@ -34,8 +33,6 @@ __all__ = [
     "positive",
 ]
 
-Preference = Literal["speed", "memory"]
-
 CURVE_POINTS = 8  # fits that the default error curve takes
 
 
@@ -46,20 +43,20 @@ class FactorizedMatrix(nn.Module, ABC):
     written; `matmul` and `rows` are faster where the structure allows it.
 
     Attributes:
-        prefer: 'memory' computes from the factors on every call; 'speed' may hold the dense weight in eval
-            mode. Set by `tdkit.prepare`.
-        graphs: paths are chosen for calls that a CUDA graph replays. Set by `tdkit.prepare`.
+        decomposition: the complete decomposition that made it.
+        error: relative error of the fit; None where there was none.
+        structure: the integers that say how it multiplies, where they can be told; None for a plugin's matrix.
+        dispatcher: takes the path of each product and caches the dense weight; `tdkit.prepare` configures it.
     """
+
+    structure: Structure | None = None
 
     def __init__(self, decomposition: Decomposition, shape: Shape) -> None:
         super().__init__()
         self.decomposition = decomposition
         self.shape = shape
-        self.error: float | None = None  # relative error of the fit, where there was one
-        self.prefer: Preference = "memory"
-        self.graphs = False
-        self._held = HeldWeight()
-        self._schedules: dict[tuple[object, ...], Schedule] = {}
+        self.error: float | None = None
+        self.dispatcher = Dispatcher()
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -77,52 +74,18 @@ class FactorizedMatrix(nn.Module, ABC):
         x: Tensor,  # (*batch, in)
         bias: Tensor | None = None,  # (out,)
     ) -> Tensor:  # (*batch, out)
-        """``x @ dense().T + bias`` by the path that costs least for this many rows of x."""
-        if torch.compiler.is_compiling():
-            tokens, training = x.numel() // self.shape[1], torch.is_grad_enabled()
-            return self.multiply(x, bias, select(self.constant_schedule(x.dtype, x.device.type, training), tokens))
-        may_hold = self.prefer == "speed" and not self.training
-        tensors = self._tensors()
-        weight = self._held.again(x, tensors) if may_hold else None
-        if weight is None:
-            return self._multiplied(x, bias, tensors, may_hold)
-        return onednn.linear(x, weight, bias)
-
-    def _multiplied(self, x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], may_hold: bool) -> Tensor:
-        """`linear` where what is held does not answer the call: choose the path, and what to hold from now on."""
-        tokens = x.numel() // self.shape[1]
-        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if may_hold and not training:
-            path = select(self.schedule(x.dtype, x.device.type, held=True), tokens)
-            if path.name != HELD:
-                return self.multiply_held(x, bias, path)
-            few = tokens <= FEW and x.device.type == "cpu" and not onednn.serves(x, self.shape)
-            autocast = autocast_dtype(x.device.type)
-            weight = self._held.get(tensors, autocast or x.dtype, self.dense, few=few)
-            if weight is not None:
-                if autocast is None:
-                    self._held.served(x)
-                return onednn.linear(x, weight, bias)
-        path = select(self.schedule(x.dtype, x.device.type, held=False, training=training), tokens)
-        return self.multiply(x, bias, path)
+        """``x @ dense().T + bias`` by the cheapest path for this many rows of x."""
+        return self.dispatcher.linear(self, x, bias)
 
     def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
         """``x @ dense().T + bias`` by one of `paths`."""
         y = self.matmul(x)
         return y if bias is None else y + bias
 
-    def multiply_held(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
-        """The same where something may be held to make it faster."""
-        return self.multiply(x, bias, path)
-
     def paths(self, tokens: int) -> tuple[Path, ...]:
-        """The ways to multiply `tokens` rows without a held weight; those of a plugin are its `matmul`."""
+        """The paths to multiply `tokens` rows without a cached weight; a plugin has one, its `matmul`."""
         name = DENSE if type(self).matmul is FactorizedMatrix.matmul else "matmul"
         return (Path(name, (Product(tokens, self.multiply_adds(), 1),)),)
-
-    def kernel_paths(self, tokens: int) -> tuple[Path, ...]:
-        """The ways to multiply by kernels of our own, which `multiply` must know; offered where they can run."""
-        return ()
 
     def path(
         self,
@@ -142,59 +105,26 @@ class FactorizedMatrix(nn.Module, ABC):
         of = next(self.parameters())
         kind = torch.device(device).type if device is not None else of.device.type
         kind = "cpu" if kind == "meta" else kind
-        held = (prefer or self.prefer) == "speed"
-        name = select(self.schedule(dtype or of.dtype, kind, held=held), tokens).name
-        dense = Path(HELD, (Product(tokens, self.shape[1], self.shape[0]),))
-        return next(path for path in (*self.paths(tokens), *self.kernel_paths(tokens), dense) if path.name == name)
-
-    def schedule(self, dtype: torch.dtype, device: str, *, held: bool, training: bool = False) -> Schedule:
-        """The path for every number of tokens, with the backward pass counted in training."""
-        device = GRAPH if self.graphs and device == "cuda" else device
-        key = (dtype, device, held, training)
-        found = self._schedules.get(key)
-        if found is None:
-            threads = torch.get_num_threads()
-            fused = not training and kernels.offered(dtype, device)
-            found = self._schedules[key] = schedule_of(
-                lambda tokens: (*self.paths(tokens), *(self.kernel_paths(tokens) if fused else ())),
-                self.shape,
-                dtype=dtype,
-                device=device,
-                threads=threads,
-                held=held,
-                training=training,
-            )
-        return found
-
-    def constant_schedule(self, dtype: torch.dtype, device: str, training: bool) -> Schedule:
-        """The same for torch.compile, without holding: arithmetic on shapes stays out of the graph."""
-        return ((0, self.paths(1)[0]),)
-
-    def hold(self, prefer: Preference, *, graphs: bool = False) -> None:
-        """Set `prefer` and `graphs` and forget what is held."""
-        self.prefer, self.graphs = prefer, graphs
-        self.let_go()
-
-    def let_go(self) -> None:
-        """Forget what is held."""
-        self._held.drop()
+        return self.dispatcher.path(self, tokens, prefer=prefer, dtype=dtype or of.dtype, device=kind)
 
     @property
-    def held_bytes(self) -> int:
-        """Bytes of what is held at the moment, the dense weight as a rule; 0 when there is nothing."""
-        return self._held.bytes
+    def prefer(self) -> Preference:
+        """What `tdkit.prepare` said; 'memory' at first."""
+        return self.dispatcher.prefer
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor that the matrix is computed from."""
+        return (*self.parameters(), *self.buffers())
 
     def train(self, mode: bool = True) -> Self:
         if mode:
-            self.let_go()
+            self.dispatcher.clear()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.let_go()  # moved, or in another dtype: built anew when it is next needed
-        return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return (*self.parameters(), *self.buffers())
+        self.dispatcher.clear()
+        with torch.inference_mode(False):  # as `factor`
+            return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def rows(
         self,
@@ -205,8 +135,9 @@ class FactorizedMatrix(nn.Module, ABC):
 
     def lay_out_for_rows(self) -> None:
         """Let every factor lie in memory as `rows` reads it, its first axis slowest."""
-        for parameter in self.parameters():
-            parameter.data = parameter.data.contiguous()
+        with torch.inference_mode(False):  # as `factor`
+            for parameter in self.parameters():
+                parameter.data = parameter.data.contiguous()
 
     def multiply_adds(self) -> int:
         """Multiply-adds of `matmul` for one row of x, when the factors are contracted one by one."""
@@ -366,11 +297,16 @@ class Decomposition(ABC):
 def factor(
     *size: int, axes: tuple[int, ...] | None = None, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Parameter:
-    """An uninitialised parameter of `size`; `axes` names the order of its axes in memory, the last running fastest."""
-    if axes is None:
-        return nn.Parameter(torch.empty(*size, device=device, dtype=dtype))
-    stored = torch.empty([size[axis] for axis in axes], device=device, dtype=dtype)
-    return nn.Parameter(stored.permute([axes.index(axis) for axis in range(len(axes))]))
+    """An uninitialised parameter of `size`; `axes` names the order of its axes in memory, the last running fastest.
+
+    Also under ``torch.inference_mode()`` it is an ordinary tensor, with a version counter: what is computed from it
+    can be cached, and it can be trained.
+    """
+    with torch.inference_mode(False):
+        if axes is None:
+            return nn.Parameter(torch.empty(*size, device=device, dtype=dtype))
+        stored = torch.empty([size[axis] for axis in axes], device=device, dtype=dtype)
+        return nn.Parameter(stored.permute([axes.index(axis) for axis in range(len(axes))]))
 
 
 def assign(parameter: Tensor, value: Tensor) -> None:

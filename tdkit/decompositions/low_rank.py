@@ -18,8 +18,7 @@ from tdkit.fitting.low_rank import squared_singular_values, truncated_in_metric
 from tdkit.fitting.metric import Metric
 from tdkit.products import onednn
 from tdkit.products.autograd import autocast_dtype
-from tdkit.products.cost import Path
-from tdkit.products.held_weight import HeldWeight
+from tdkit.products.cost import DENSE, Path
 from tdkit.products.low_rank import LowRankStructure, padded_rank, padding_pays
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import parameters_of
@@ -27,6 +26,8 @@ from tdkit.support.compatibility import parameters_of
 
 class LowRankMatrix(StructuredMatrix):
     """left (out, rank) times right (rank, in)."""
+
+    structure: LowRankStructure
 
     def __init__(
         self,
@@ -40,7 +41,7 @@ class LowRankMatrix(StructuredMatrix):
         super().__init__(decomposition, LowRankStructure(shape, rank))
         self.left = factor(shape[0], rank, axes=(1, 0), device=device, dtype=dtype)  # the longer side is read along
         self.right = factor(rank, shape[1], device=device, dtype=dtype)
-        self._padded = HeldWeight()  # both factors end to end
+        self._padded = self.dispatcher.new_cache()  # both factors end to end
 
     def factors(self) -> tuple[Tensor, ...]:
         parameters = parameters_of(self)
@@ -52,29 +53,25 @@ class LowRankMatrix(StructuredMatrix):
         left, right = self.factors()
         return low_rank_pair(x, left, right, bias)
 
-    def multiply_held(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
-        if not padding_pays(self.right.shape[0], x):
-            return self.multiply(x, bias, path)
-        both = self._padded.get(self.factors(), autocast_dtype(x.device.type) or x.dtype, self._end_to_end)
+    def by_factors(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
+        both = self._both_padded(x) if path.name != DENSE and padding_pays(self.structure.rank, x) else None
         if both is None:
-            return self.multiply(x, bias, path)
+            return super().by_factors(x, bias, path)
         rows, columns = self.shape
         padded = both.numel() // (rows + columns)
         left, right = both[: padded * rows].view(padded, rows).T, both[padded * rows :].view(padded, columns)
         return onednn.linear(onednn.linear(x, right), left, bias)
 
+    def _both_padded(self, x: Tensor) -> Tensor | None:
+        """The cached factors with the rank padded; None where they may not be cached."""
+        if not self.dispatcher.may_cache(self):
+            return None
+        return self._padded.get(self.factors(), autocast_dtype(x.device.type) or x.dtype, self._end_to_end)
+
     def _end_to_end(self) -> Tensor:
         """The factors, their rank padded to a multiple of `LANES`: left transposed, then right, row by row."""
         left, right = padded_rank(self.left, self.right)
         return torch.cat([left.T.flatten(), right.flatten()])
-
-    def let_go(self) -> None:
-        super().let_go()
-        self._padded.drop()
-
-    @property
-    def held_bytes(self) -> int:
-        return super().held_bytes + self._padded.bytes
 
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.left) @ self.right

@@ -16,8 +16,8 @@ from tdkit.fitting.metric import Metric
 from tdkit.fitting.permutations.search import search
 from tdkit.fitting.permutations.search_in_metric import search_in_metric
 from tdkit.products.autograd import reorder
-from tdkit.products.cost import Path
-from tdkit.products.held_weight import HeldWeight
+from tdkit.products.cached_tensor import CachedTensor
+from tdkit.products.cost import FUSED, Path
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import buffers_of
 
@@ -45,13 +45,11 @@ class PermutedKroneckerMatrix(KroneckerMatrix):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__(decomposition, shape, terms, a, b, device=device, dtype=dtype)
-        self.register_buffer("row_order", torch.arange(shape[0], dtype=torch.int32, device=device) if rows else None)
-        self.register_buffer(
-            "column_source", torch.arange(shape[1], dtype=torch.int32, device=device) if columns else None
-        )
-        self._row_target = HeldWeight()  # the inverse of the row order
+        self.register_buffer("row_order", _in_order(shape[0], device) if rows else None)
+        self.register_buffer("column_source", _in_order(shape[1], device) if columns else None)
+        self._row_target = CachedTensor()  # the inverse of the row order
 
-    def _tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         return (*self.factors(), *(order for order in buffers_of(self).values() if order is not None))
 
     def dense(self) -> Tensor:
@@ -64,7 +62,10 @@ class PermutedKroneckerMatrix(KroneckerMatrix):
 
     def paths(self, tokens: int) -> tuple[Path, ...]:
         moved = tokens * sum(order.numel() for order in (self.row_order, self.column_source) if order is not None)
-        return tuple(replace(path, calls=path.calls + 2, moved=path.moved + moved) for path in super().paths(tokens))
+        return tuple(
+            path if path.name == FUSED else replace(path, calls=path.calls + 2, moved=path.moved + moved)
+            for path in super().paths(tokens)
+        )
 
     def by_factors(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
         x = x if self.column_source is None else reorder(x, self.column_source)
@@ -83,6 +84,11 @@ class PermutedKroneckerMatrix(KroneckerMatrix):
     def rows(self, ids: Tensor) -> Tensor:
         rows = super().rows(ids if self.row_order is None else self.row_order[ids].long())
         return rows if self.column_source is None else rows.index_select(-1, self.column_source.argsort())
+
+
+def _in_order(size: int, device: torch.device | str | None) -> Tensor:
+    with torch.inference_mode(False):  # as `factor`
+        return torch.arange(size, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-import torch
 from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix
 from tdkit.products import kernels
 from tdkit.products.autograd import linear
-from tdkit.products.cost import FUSED, Path, Schedule, schedule_of
+from tdkit.products.cost import FUSED, Path
 from tdkit.products.structure import Structure
-from tdkit.support.compatibility import constant_for_compile
 
 
 class StructuredMatrix(FactorizedMatrix):
     """Factors of one `structure`; each product takes the path that is cheapest for its tokens, dtype and device."""
+
+    structure: Structure
 
     def __init__(self, decomposition: Decomposition, structure: Structure) -> None:
         super().__init__(decomposition, structure.shape)
@@ -38,12 +38,6 @@ class StructuredMatrix(FactorizedMatrix):
     def paths(self, tokens: int) -> tuple[Path, ...]:
         return self.structure.paths(tokens)
 
-    def kernel_paths(self, tokens: int) -> tuple[Path, ...]:
-        return self.structure.kernel_paths(tokens)
-
-    def constant_schedule(self, dtype: torch.dtype, device: str, training: bool) -> Schedule:
-        return _constant_schedule(self.structure, dtype, device, training)
-
     def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
         if path.name == FUSED and kernels.accept(x, bias, *self.factors()):
             return self.fused(x.reshape(-1, self.shape[1]), bias).reshape(*x.shape[:-1], self.shape[0])
@@ -58,16 +52,8 @@ class StructuredMatrix(FactorizedMatrix):
         x: Tensor,  # (tokens, in)
         bias: Tensor | None,  # (out,)
     ) -> Tensor:  # (tokens, out)
-        """The same by a kernel of our own, for a structure that has `kernel_paths`."""
+        """The same by a kernel of our own, for a structure that has such a path."""
         raise NotImplementedError
 
-    def _tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         return self.factors()
-
-
-@constant_for_compile
-def _constant_schedule(structure: Structure, dtype: torch.dtype, device: str, training: bool) -> Schedule:
-    threads = torch.get_num_threads()
-    return schedule_of(
-        structure.paths, structure.shape, dtype=dtype, device=device, threads=threads, held=False, training=training
-    )

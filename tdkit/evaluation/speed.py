@@ -19,7 +19,7 @@ from tdkit.models.hosts.base import FactorizedLayer
 from tdkit.models.hosts.embedding import FactorizedEmbedding
 from tdkit.models.hosts.linear import FactorizedLinear
 from tdkit.models.hosts.registered import dense_layer
-from tdkit.models.preparation import held_bytes, prepare
+from tdkit.models.preparation import cached_bytes, prepare
 from tdkit.models.sites import factorized_groups, factorized_layers, num_bytes, replace_module, survey
 from tdkit.models.swap import Fitted, swapping
 from tdkit.models.ties import follow_ties
@@ -42,7 +42,7 @@ class Row:
         path: the product that the factorised layer carries out; empty for the whole model.
         dense_seconds, seconds: medians of the dense and the factorised call.
         ratio: median of their paired ratios; below 1 the factorised one is faster.
-        dense_peak_bytes, peak_bytes: allocated at most during a call, parameters and held weights not counted.
+        dense_peak_bytes, peak_bytes: allocated at most during a call, parameters and cached weights not counted.
     """
 
     what: str
@@ -62,7 +62,7 @@ class Benchmark:
 
     Attributes:
         dense_bytes, bytes: of parameters and buffers of the dense and the compressed model.
-        held_bytes: of the dense weights that the compressed model holds to be fast, on top of `bytes`.
+        cached_bytes: of what the compressed model caches to be fast, dense weights as a rule, on top of `bytes`.
         skipped: factorised layers that are timed only as a part of the whole model, those of other packages' hosts.
     """
 
@@ -74,7 +74,7 @@ class Benchmark:
     threads: int
     dense_bytes: int
     bytes: int
-    held_bytes: int
+    cached_bytes: int
     skipped: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,10 +83,10 @@ class Benchmark:
     def table(self) -> Table:
         """A row per kind of layer and number of tokens."""
         step = "training step" if self.train else f"inference, prefer={self.prefer}"
-        held = f" + {_mib(self.held_bytes)} held" if self.held_bytes else ""
+        cached = f" + {_mib(self.cached_bytes)} cached" if self.cached_bytes else ""
         title = (
             f"{step}, {self.dtype}, {self.device}, {self.threads} threads; weights "
-            f"{_mib(self.dense_bytes)} -> {_mib(self.bytes)}{held}"
+            f"{_mib(self.dense_bytes)} -> {_mib(self.bytes)}{cached}"
         )
         columns = ["layer", "tokens", "path", "dense", "factorised", "ratio", "peak dense", "peak factorised"]
         table = table_of(title, columns)
@@ -163,7 +163,7 @@ def benchmark(
                 whole = _model_call(call, count)
                 rows.append(_row(WHOLE_MODEL, 1, count, "", dense_model, model, whole, train, seconds, device))
                 bar.advance()
-        held = held_bytes(model)
+        cached = cached_bytes(model)
     return Benchmark(
         rows=tuple(rows),
         train=train,
@@ -173,7 +173,7 @@ def benchmark(
         threads=torch.get_num_threads(),
         dense_bytes=num_bytes(dense_model),
         bytes=num_bytes(model),
-        held_bytes=held,
+        cached_bytes=cached,
         skipped=tuple(skipped),
     )
 
@@ -316,7 +316,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
     """Give every module its mode, every matrix its preference and every parameter its gradient back."""
     modes = [(module, module.training) for module in model.modules()]
     matrices = [matrix for matrix, _ in factorized_groups(model)]
-    preferences = [(matrix, matrix.prefer, matrix.graphs) for matrix in matrices]
+    preferences = [(matrix, matrix.prefer, matrix.dispatcher.graphs) for matrix in matrices]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         yield
@@ -324,7 +324,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
         for matrix, prefer, graphs in preferences:
-            matrix.hold(prefer, graphs=graphs)
+            matrix.dispatcher.configure(prefer, graphs=graphs)
         for parameter, gradient in gradients:
             parameter.grad = gradient
 

@@ -6,16 +6,18 @@ were measured (float32, one and two threads); those of CUDA are round figures of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
 DENSE = "dense"  # the name of the path that builds the weight, in every structure
-HELD = "dense, held"  # the same with the weight kept from call to call
+CACHED = "dense, cached"  # the same with the weight kept from call to call
 FUSED = "fused"  # the name of the path that is a kernel of our own, in every structure that has one
 GRAPH = "cuda graph"  # the kind of device that replays what it was told before: a launch costs it little
-MARGIN = 0.85  # factors are preferred to a held weight only when they promise at least this much less time,
+KERNEL_DEVICES = ("cuda", GRAPH)  # the kinds of device that kernels of our own run on
+MARGIN = 0.85  # factors are preferred to a cached weight only when they promise at least this much less time,
 # and a kernel of our own to calls of a library
 FEW = 3  # vectors from two to which a CPU is fastest with the operands in the other order
 VECTORS = 4  # up to which the large operand of a product is taken for a layer's weight
@@ -77,6 +79,8 @@ class Path:
         training: bool = False,
     ) -> float:
         """The estimated time on a kind of device ('cpu', 'cuda', ...), with that of the backward pass in training."""
+        if self.name == FUSED and device not in KERNEL_DEVICES:
+            return math.inf
         rates = rates_of(device, dtype, threads or torch.get_num_threads())
         if self.name == FUSED:
             rates = rates.of_kernels()
@@ -146,50 +150,54 @@ def _seconds(product: Product, rates: Rates, itemsize: int) -> float:
     return reading + multiplying
 
 
-Schedule = tuple[tuple[int, Path], ...]  # (the most tokens it serves, path), ascending; the last serves all above
+PathTable = tuple[tuple[int, Path], ...]  # (the most tokens it serves, path), ascending; the last serves all above
 
 
-def schedule_of(
+def path_table(
     paths: Callable[[int], tuple[Path, ...]],
     shape: tuple[int, int],
     *,
     dtype: torch.dtype,
     device: str,
     threads: int,
-    held: bool,
+    cached: bool,
     training: bool = False,
-) -> Schedule:
+) -> PathTable:
     """The cheapest path for every number of tokens, compared at powers of two.
 
     Args:
-        paths: the ways to multiply a number of tokens; one of them is named 'dense'.
+        paths: to multiply a number of tokens; one of them is named 'dense'.
         shape: (out, in) of the matrix.
-        held: compare with a weight that is kept rather than built on every call.
+        cached: compare with a cached weight rather than one that every call builds.
         training: compare with the backward pass included.
     """
-    schedule: list[tuple[int, Path]] = []
-    handicap = {HELD: MARGIN, FUSED: 1 / MARGIN}
+    table: list[tuple[int, Path]] = []
+    handicap = {CACHED: MARGIN, FUSED: 1 / MARGIN}
     for tokens in BOUNDS:
         own = paths(tokens)
-        if held:
-            dense = Path(HELD, (Product(tokens, shape[1], shape[0]),))
-            own = (*(path for path in own if path.name != DENSE), dense)
+        if cached:
+            own = (*(path for path in own if path.name != DENSE), cached_path(tokens, shape))
         best = min(
             own,
             key=lambda path: path.seconds(dtype, device, threads, training=training) * handicap.get(path.name, 1.0),
         )
-        if schedule and schedule[-1][1].name == best.name:
-            schedule.pop()
-        schedule.append((tokens, best))
-    return tuple(schedule)
+        if table and table[-1][1].name == best.name:
+            table.pop()
+        table.append((tokens, best))
+    return tuple(table)
 
 
-def select(schedule: Schedule, tokens: int) -> Path:
-    """The path of a schedule for a number of tokens."""
-    for bound, path in schedule[:-1]:
+def cached_path(tokens: int, shape: tuple[int, int]) -> Path:
+    """The path that multiplies `tokens` rows by a cached weight of `shape` (out, in)."""
+    return Path(CACHED, (Product(tokens, shape[1], shape[0]),))
+
+
+def lookup(table: PathTable, tokens: int) -> Path:
+    """The path of a table for a number of tokens."""
+    for bound, path in table[:-1]:
         if tokens <= bound:
             return path
-    return schedule[-1][1]
+    return table[-1][1]
 
 
 def chunk_of(tokens: int, bytes_per_token: int, device: str) -> int:

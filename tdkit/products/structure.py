@@ -58,7 +58,7 @@ class Structure(ABC):
         """The ways to multiply without building the matrix."""
 
     def kernel_paths(self, tokens: int) -> tuple[Path, ...]:
-        """The way to multiply by a kernel of `tdkit.products.kernels`, if one serves this many tokens; forward only."""
+        """The path of a kernel of `tdkit.products.kernels`, where one serves this many tokens; forward only."""
         return ()
 
     @abstractmethod
@@ -110,14 +110,17 @@ class Structure(ABC):
         return grad_x, self.pullback(gradient.T @ x, factors)
 
     def paths(self, tokens: int) -> tuple[Path, ...]:
-        """Every way to multiply `tokens` rows."""
+        """Every path to multiply `tokens` rows without a cached weight."""
+        return (*self.factor_paths(tokens), *self.kernel_paths(tokens), self.dense_path(tokens))
+
+    def dense_path(self, tokens: int) -> Path:
+        """The path that builds the matrix."""
         build, (rows, columns) = self.build_path(), self.shape
         dense = Product(tokens, columns, rows)
         back = (*3 * build.products, Product(tokens, rows, columns), Product(rows, tokens, columns))
         backward = Path("backward", back, 3 * build.calls + 2, 3 * build.moved)
-        path = Path(DENSE, (*build.products, dense), build.calls + 1, build.moved, backward=backward)
-        return (*self.factor_paths(tokens), path)
+        return Path(DENSE, (*build.products, dense), build.calls + 1, build.moved, backward=backward)
 
     def multiply_adds(self) -> int:
         """Multiply-adds of the path that needs fewest, for one row."""
-        return min(path.multiply_adds for path in self.paths(1))
+        return min(path.multiply_adds for path in (*self.factor_paths(1), self.dense_path(1)))

@@ -31,7 +31,7 @@ from tdkit import Decomposition, FactorizedMatrix, Kronecker, LowRank, PermutedK
 from tdkit.evaluation.speed import ready, unfitted
 from tdkit.evaluation.timing import keep_freed_memory, saved_bytes, side_by_side
 from tdkit.models.hosts.linear import FactorizedLinear
-from tdkit.models.preparation import held_bytes
+from tdkit.models.preparation import cached_bytes
 from tdkit.products.low_rank import padded_rank
 from tdkit.support.tables import markdown_table
 
@@ -78,7 +78,7 @@ def evaluation(shapes: Sequence[tuple[int, int]], tokens: int, seconds: float) -
         fast = copy.deepcopy(small)
         dense = []
         for matrix in fast:  # what it holds, and the dense weight beside it: where a weight lies decides up to 10%
-            matrix.hold("speed")
+            matrix.dispatcher.configure("speed")
             inferring(partial(matrix.linear, x, bias))()
             dense.append(torch.randn(shape))
         weights = itertools.cycle(dense)
@@ -191,7 +191,7 @@ def whole_model(seconds: float) -> list[Row]:
                     "dense_ms": timings["dense"].seconds * 1e3,
                     "ms": timings["ours"].seconds * 1e3,
                     "ratio": timings["ours"].ratio,
-                    "held_mib": held_bytes(small) / 2**20,
+                    "cached_mib": cached_bytes(small) / 2**20,
                 }
             )
             print(rows[-1], flush=True)
@@ -229,7 +229,7 @@ def peers(seconds: float) -> tuple[list[Row], list[str]]:
         },
     }
     held = copy.deepcopy(train)
-    held.hold("speed")
+    held.dispatcher.configure("speed")
     groups["TT-matrix, 3 cores, rank 16"]["tdkit, prefer=speed"] = lambda: held.linear(x)
     try:
         from pyfastkron.fastkrontorch import gemkm
@@ -304,7 +304,7 @@ def write(results: dict[str, Any]) -> None:
         ),
         "model": (
             "GPT-2 small's size at 66%",
-            ["decomposition", "params_ratio", "what", "dense_ms", "ms", "ratio", "held_mib"],
+            ["decomposition", "params_ratio", "what", "dense_ms", "ms", "ratio", "cached_mib"],
         ),
         "peers": ("Side by side, 768 to 3072, 512 tokens", ["product", "how", "ms", "ratio"]),
     }

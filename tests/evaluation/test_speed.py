@@ -17,7 +17,7 @@ from tdkit.errors import PolicyError
 from tdkit.evaluation.speed import WHOLE_MODEL, benchmark, densified, unfitted
 from tdkit.evaluation.timing import peak_bytes, saved_bytes, side_by_side
 from tdkit.models.hosts.base import FactorizedLayer
-from tdkit.models.preparation import held_bytes
+from tdkit.models.preparation import cached_bytes
 from tdkit.models.sites import num_params
 from tdkit.support.tables import render
 
@@ -58,7 +58,7 @@ def test_the_dense_twin_gives_the_same_outputs_and_keeps_ties() -> None:
 @pytest.mark.parametrize("train", [False, True])
 def test_every_kind_of_layer_and_the_model_are_timed(train: bool) -> None:
     model = compressed()
-    model.middle.matrix.hold("memory")
+    model.middle.matrix.dispatcher.configure("memory")
     result = benchmark(model, tokens=(1, 8), train=train, call=call, seconds=0.01, progress=False)
     assert {row.what.split()[0] for row in result.rows} == {"Embedding", "Linear", "whole"}
     assert [row.tokens for row in result.rows] == [1, 8] * 4
@@ -69,7 +69,7 @@ def test_every_kind_of_layer_and_the_model_are_timed(train: bool) -> None:
     assert WHOLE_MODEL in shown
     assert "low_rank(rank=6)" in shown
     assert model.training
-    assert held_bytes(model) == 0
+    assert cached_bytes(model) == 0
     assert model.middle.matrix.prefer == "memory"
     assert all(parameter.grad is None for parameter in model.parameters())
 

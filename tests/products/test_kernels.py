@@ -24,8 +24,8 @@ from tdkit import Decomposition, Kronecker, LowRank, PermutedKronecker, TTMatrix
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.linear import FactorizedLinear
 from tdkit.models.preparation import prepare
-from tdkit.products import kernels
-from tdkit.products.cost import FUSED, GRAPH, HELD, Path, Product
+from tdkit.products import cost, kernels
+from tdkit.products.cost import CACHED, FUSED, GRAPH, Path, Product
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -125,14 +125,21 @@ def layer_of(kind: Decomposition, shape: tuple[int, int] = (24, 40)) -> Factoriz
     return FactorizedLinear(kind.fit(torch.randn(shape, device=DEVICE)), bias).eval()
 
 
+def fused(matrix: FactorizedMatrix, tokens: int) -> Path:
+    """The path of the matrix's kernel."""
+    return next(path for path in matrix.paths(tokens) if path.name == FUSED)
+
+
 def only_kernels(matrix: FactorizedMatrix, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every product go through the matrix's kernel, and fail where it does not."""
 
     def refuse(*_: object) -> Tensor:
         raise AssertionError("not by a kernel")
 
-    monkeypatch.setattr(kernels, "DEVICES", (DEVICE,))
-    monkeypatch.setattr(matrix, "paths", lambda tokens: (Path("slow", (Product(tokens, 10**9, 10**9),)),))
+    own = matrix.paths
+    slow = Path("slow", (Product(10**9, 10**9, 10**9),))
+    monkeypatch.setattr(cost, "KERNEL_DEVICES", (DEVICE,))
+    monkeypatch.setattr(matrix, "paths", lambda tokens: (slow, *(p for p in own(tokens) if p.name == FUSED)))
     monkeypatch.setattr(matrix, "by_factors", refuse)
 
 
@@ -149,7 +156,7 @@ def test_a_layer_calls_its_kernel(kind: Decomposition, monkeypatch: pytest.Monke
     assert y.shape == (2, 3, 24)
     close(y.reshape(6, 24), x.reshape(6, 40).double() @ dense.T + layer.bias.detach().double())
     with pytest.raises(AssertionError, match="not by a kernel"):  # the factors ask for gradients
-        layer.matrix.multiply(x, layer.bias, layer.matrix.kernel_paths(6)[0])
+        layer.matrix.multiply(x, layer.bias, fused(layer.matrix, 6))
 
 
 @can_run
@@ -160,7 +167,7 @@ def test_rows_that_are_reordered_in_place_are_found_where_they_are(monkeypatch: 
     only_kernels(matrix, monkeypatch)
     for _ in range(2):
         with torch.no_grad():
-            y = matrix.multiply(x, None, matrix.kernel_paths(3)[0])
+            y = matrix.multiply(x, None, fused(matrix, 3))
             close(y, x.double() @ matrix.dense().double().T)
             matrix.row_order.copy_(matrix.row_order.roll(5))
 
@@ -171,7 +178,7 @@ def test_what_a_kernel_cannot_take_is_multiplied_by_torch(kind: Decomposition) -
     torch.manual_seed(0)
     matrix = kind.fit(torch.randn(24, 40, dtype=torch.float64)).requires_grad_(False)
     x = torch.randn(3, 40, dtype=torch.float64, requires_grad=True)
-    y = matrix.multiply(x, torch.ones(24).double(), matrix.kernel_paths(3)[0])
+    y = matrix.multiply(x, torch.ones(24).double(), fused(matrix, 3))
     torch.testing.assert_close(y, x @ matrix.dense().T + 1)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(gradient, matrix.dense().sum(0).expand(3, 40))
@@ -180,7 +187,7 @@ def test_what_a_kernel_cannot_take_is_multiplied_by_torch(kind: Decomposition) -
 def test_tensors_that_no_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     x, factor = torch.randn(2, 3), nn.Parameter(torch.randn(3))
     assert not kernels.accept(x)
-    monkeypatch.setattr(kernels, "DEVICES", ("cpu",))
+    monkeypatch.setattr(cost, "KERNEL_DEVICES", ("cpu",))
     assert kernels.accept(x, None, factor.detach())
     assert not kernels.accept(x, factor)
     with torch.no_grad():
@@ -214,33 +221,36 @@ def test_a_kernel_is_chosen_where_it_promises_less_time(monkeypatch: pytest.Monk
     up = GPT2_UP.empty((3072, 768), device="meta")
     assert names(up)[:2] == [FUSED, FUSED]  # one launch for ten operations
     assert FUSED not in names(up, device="cpu") + names(up.double(), torch.float64)
-    assert all(path.name != FUSED for _, path in up.schedule(torch.bfloat16, "cuda", held=False, training=True))
+    assert all(
+        path.name != FUSED for _, path in up.dispatcher.table(up, torch.bfloat16, "cuda", cached=False, training=True)
+    )
     path = up.path(1, prefer="speed", dtype=torch.bfloat16, device="cuda")
-    assert path.name == HELD  # one launch as well, by less Python
-    up.graphs = True
+    assert path.name == CACHED  # one launch as well, by less Python
+    up.dispatcher.graphs = True
     path = up.path(1, prefer="speed", dtype=torch.bfloat16, device="cuda")
     assert path.name == FUSED
     assert path.multiply_adds == 2 * 384 * 4 * 768
     pair = LowRank(rank=409).empty((4096, 4096), device="meta")
     assert FUSED not in names(pair)  # two launches for two operations
-    pair.graphs = True
+    pair.dispatcher.graphs = True
     assert names(pair) == [FUSED, FUSED, "right, left"]
     assert names(LowRank(rank=16).empty((768, 768), device="meta")) == ["right, left"] * 3
     wide = LowRank(rank=3000).empty((4096, 4096), device="meta")
-    wide.graphs = True
-    assert wide.path(1, prefer="speed", dtype=torch.bfloat16, device="cuda").name == HELD
+    wide.dispatcher.graphs = True
+    assert wide.path(1, prefer="speed", dtype=torch.bfloat16, device="cuda").name == CACHED
 
 
 @pytest.mark.parametrize("kind", [Kronecker(terms=4, a=(64, 64)), Kronecker(terms=9, b=(4, 4)), TTMatrix(ranks=4)])
 def test_structures_without_a_kernel(kind: Decomposition) -> None:
-    assert kind.empty((4096, 4096), device="meta").kernel_paths(1) == ()
-    assert LowRank(rank=4).empty((8, 8), device="meta").kernel_paths(17) == ()
+    assert FUSED not in {path.name for path in kind.empty((4096, 4096), device="meta").paths(1)}
+    assert FUSED in {path.name for path in LowRank(rank=4).empty((8, 8), device="meta").paths(16)}
+    assert FUSED not in {path.name for path in LowRank(rank=4).empty((8, 8), device="meta").paths(17)}
 
 
 def test_prepare_says_whether_a_graph_replays_the_calls() -> None:
     layer = FactorizedLinear(LowRank(rank=4).empty((8, 8)), None)
-    assert prepare(layer, graphs=True).matrix.graphs
-    assert not prepare(layer).matrix.graphs
+    assert prepare(layer, graphs=True).matrix.dispatcher.graphs
+    assert not prepare(layer).matrix.dispatcher.graphs
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tdkit import LowRank, TTMatrix
 from tdkit.products import onednn
-from tdkit.products.cost import HELD
+from tdkit.products.cost import CACHED
 from tdkit.support.compatibility import onednn_has_linear, onednn_linear
 
 LARGE = (64, 256, 512)  # rows of x, columns and rows of a matrix for which oneDNN is asked
@@ -143,7 +143,7 @@ def test_both_paths_of_a_matrix_use_it(products: list[int]) -> None:
     with torch.inference_mode():
         expected = F.linear(x, matrix.dense(), bias)
         for prefer in ("memory", "speed"):
-            matrix.hold(prefer)
+            matrix.dispatcher.configure(prefer)
             products.clear()
             torch.testing.assert_close(matrix.linear(x, bias), expected, rtol=1e-4, atol=1e-3)
             assert products, prefer
@@ -155,12 +155,12 @@ def test_a_held_weight_lies_by_rows_where_onednn_reads_it(monkeypatch: pytest.Mo
     matrix = TTMatrix(ranks=64).empty((768, 256)).eval()
     for factor in matrix.parameters():
         torch.nn.init.normal_(factor, std=0.1)
-    matrix.hold("speed")
-    assert matrix.path(1).name == HELD
+    matrix.dispatcher.configure("speed")
+    assert matrix.path(1).name == CACHED
     x = torch.randn(1, 256)
     with torch.inference_mode():
         torch.testing.assert_close(matrix.linear(x), x @ matrix.dense().T, rtol=1e-4, atol=1e-4)
-    weight = matrix._held._weight
+        weight = matrix.dispatcher.cached_weight(matrix, torch.float32)
     assert weight is not None
     assert weight.is_contiguous() is wins
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tdkit import Decomposition, Kronecker, LowRank, TTMatrix
-from tdkit.products.cost import BOUNDS, HELD, Path, Product, chunk_of, schedule_of, select
+from tdkit.products.cost import BOUNDS, CACHED, Path, Product, chunk_of, lookup, path_table
 from tdkit.products.low_rank import LANES, MANY, LowRankStructure
 from tdkit.products.structure import Structure, product
 from tdkit.products.train import KroneckerStructure, TrainStructure
@@ -197,15 +197,15 @@ def slow_and_fast(tokens: int) -> tuple[Path, ...]:
 
 def test_a_schedule_changes_where_the_paths_cross() -> None:
     options = {"dtype": torch.float32, "device": "cpu", "threads": 1}
-    built = schedule_of(slow_and_fast, (1000, 1000), held=False, **options)
+    built = path_table(slow_and_fast, (1000, 1000), cached=False, **options)
     assert [path.name for _, path in built] == ["factors", "dense"]
     assert 64 <= built[0][0] <= 2048
     for tokens in (1, built[0][0]):
-        assert select(built, tokens).name == "factors"
+        assert lookup(built, tokens).name == "factors"
     for tokens in (built[0][0] + 1, 10**7):
-        assert select(built, tokens).name == "dense"
-    held = schedule_of(slow_and_fast, (1000, 1000), held=True, **options)
-    assert [path.name for _, path in held] == [HELD]
+        assert lookup(built, tokens).name == "dense"
+    held = path_table(slow_and_fast, (1000, 1000), cached=True, **options)
+    assert [path.name for _, path in held] == [CACHED]
     assert held[-1][0] == BOUNDS[-1]
 
 
@@ -215,7 +215,7 @@ def test_few_parameters_are_multiplied_as_factors_and_many_are_not(device: str, 
     thin, thick = (LowRank(rank=r).empty((4096, 4096), device="meta") for r in (64, 2048))
     for tokens in (1, 512):
         assert thin.path(tokens, prefer="speed", dtype=dtype, device=device).name == "right, left"
-        assert thick.path(tokens, prefer="speed", dtype=dtype, device=device).name == HELD
+        assert thick.path(tokens, prefer="speed", dtype=dtype, device=device).name == CACHED
         assert thin.path(tokens, dtype=dtype, device=device).seconds(dtype, device, 1) > 0
 
 

@@ -12,9 +12,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from tdkit.products.cost import GRAPH
+from tdkit.products import cost
 
-DEVICES = ("cuda", GRAPH)  # the kinds of device that they run on, as the cost model names them
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_TOKENS = 16  # the most rows of x that the low-rank pair serves: one tile of the tensor cores
 SMALL = 8  # the most rows, columns and terms of the small factor of a Kronecker sum: it is combined in registers
@@ -31,7 +30,7 @@ def runnable() -> bool:
 
 def offered(dtype: torch.dtype, device: str) -> bool:
     """Whether a kernel may be chosen for a dtype on a kind of device."""
-    return device in DEVICES and dtype in DTYPES and runnable()
+    return device in cost.KERNEL_DEVICES and dtype in DTYPES and runnable()
 
 
 def accept(x: Tensor, *operands: Tensor | None) -> bool:
@@ -40,7 +39,12 @@ def accept(x: Tensor, *operands: Tensor | None) -> bool:
     A trace would not see it, and a tensor of another class may hold no numbers of its own.
     """
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if tracing or x.device.type not in DEVICES or x.numel() == 0 or torch.is_autocast_enabled(x.device.type):
+    if (
+        tracing
+        or x.device.type not in cost.KERNEL_DEVICES
+        or x.numel() == 0
+        or torch.is_autocast_enabled(x.device.type)
+    ):
         return False
     every = [x, *(operand for operand in operands if operand is not None)]
     if any(type(each) not in (Tensor, nn.Parameter) for each in every):

@@ -1,0 +1,127 @@
+"""A tensor that is kept from call to call for as long as the tensors it was computed from are unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tdkit.support.compatibility import version_of
+
+
+class CachedTensor:
+    """At most one tensor, computed from `sources`, with what tells whether it is still valid.
+
+    A change is seen when a source is another tensor, has another storage, or was written in place (its version
+    counter moved). Writing through ``source.data`` moves no counter and is not seen.
+
+    Several threads may share one: whatever they do, each gets the tensor of its own dtype.
+    """
+
+    def __init__(self) -> None:
+        self._entry: _Entry | None = None  # assigned as a whole: another thread sees all of it or none
+
+    def again(self, x: Tensor, sources: Sequence[Tensor]) -> Tensor | None:
+        """The tensor, where the last `get` was for a `call` like this one and the sources are unchanged; else None.
+
+        The fast path of repeated calls. When a weight has passed through the CPU's caches, a step of Python takes
+        about ten times as long as in a tight loop, so this one asks as little as it can.
+        """
+        entry = self._entry
+        if (
+            entry is None
+            or entry.call != (x.numel(), x.dtype)
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled(entry.device)
+            or not entry.is_of(sources)
+        ):
+            return None
+        return entry.tensor
+
+    def find(self, sources: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+        """The tensor in `dtype` if it is there and its sources are unchanged; None otherwise."""
+        entry = self._entry
+        return entry.tensor if entry is not None and entry.dtype is dtype and entry.is_of(sources) else None
+
+    def get(
+        self,
+        sources: Sequence[Tensor],
+        dtype: torch.dtype,
+        build: Callable[[], Tensor],
+        *,
+        few: bool = False,
+        call: Tensor | None = None,
+    ) -> Tensor | None:
+        """The tensor in `dtype`, computed by `build` on a cache miss; None where `can_cache` says no.
+
+        Args:
+            few: it is a matrix, wanted for a few vectors: from then on it lies in memory along its longer side, as
+                such products read it fastest.
+            call: the x of a call without gradients and autocast: `again` answers the next ones of its size and dtype.
+        """
+        entry = self._entry
+        if entry is None or entry.dtype is not dtype or not entry.is_of(sources):
+            self._entry = None  # its memory is free for the next one
+            if not can_cache(sources):
+                return None
+            stamps = tuple((source, source.data_ptr(), version_of(source)) for source in sources)  # before the build
+            aliases = tuple(source.detach() for source in sources)
+            with torch.inference_mode(False), torch.no_grad():
+                entry = _Entry(build().to(dtype).contiguous(), dtype, stamps, aliases)
+        if few and not entry.lies_long:
+            entry = entry._replace(tensor=_along_the_longer_side(entry.tensor), lies_long=True)
+        if call is not None and entry.call != (call.numel(), call.dtype):
+            entry = entry._replace(call=(call.numel(), call.dtype), device=call.device.type)
+        self._entry = entry
+        return entry.tensor
+
+    def clear(self) -> None:
+        """Drop the tensor."""
+        self._entry = None
+
+    def __reduce__(self) -> tuple[type[CachedTensor], tuple[()]]:
+        return CachedTensor, ()  # neither copies nor pickles carry the tensor
+
+    @property
+    def bytes(self) -> int:
+        """What the tensor takes in memory; 0 while there is none."""
+        entry = self._entry
+        return 0 if entry is None else entry.tensor.numel() * entry.tensor.element_size()
+
+
+class _Entry(NamedTuple):
+    tensor: Tensor
+    dtype: torch.dtype
+    sources: tuple[tuple[Tensor, int, int], ...]  # tensor, address, version
+    aliases: tuple[Tensor, ...]  # keep the storages alive, so that no address is used again
+    lies_long: bool = False
+    call: tuple[int, torch.dtype] | None = None  # size and dtype of x
+    device: str = "cpu"  # of that x
+
+    def is_of(self, sources: Sequence[Tensor]) -> bool:
+        if len(sources) != len(self.sources):
+            return False
+        for now, (then, address, version) in zip(sources, self.sources, strict=True):
+            if now is not then or version_of(now) != version or now.data_ptr() != address:
+                return False
+        return True
+
+
+def can_cache(sources: Sequence[Tensor]) -> bool:
+    """Whether what is computed from these tensors can be cached.
+
+    Not from inference tensors: they have no version counter, so that changes in place would not be seen. Nor while
+    a CUDA graph is captured: what is computed then has no values until the graph is replayed.
+    """
+    if any(source.is_inference() for source in sources):
+        return False
+    return not (any(source.is_cuda for source in sources) and torch.cuda.is_current_stream_capturing())
+
+
+def _along_the_longer_side(matrix: Tensor) -> Tensor:
+    if matrix.shape[0] < matrix.shape[1]:
+        return matrix
+    with torch.inference_mode(False), torch.no_grad():
+        return matrix.T.contiguous().T

@@ -1,0 +1,172 @@
+"""Which path each product of a matrix takes, and the dense weight that is cached where that is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from tdkit.products import kernels, onednn
+from tdkit.products.autograd import autocast_dtype
+from tdkit.products.cached_tensor import CachedTensor, can_cache
+from tdkit.products.cost import CACHED, FEW, FUSED, GRAPH, Path, PathTable, cached_path, lookup, path_table
+from tdkit.products.structure import Structure
+from tdkit.shapes import Shape
+from tdkit.support.compatibility import constant_for_compile
+
+Preference = Literal["speed", "memory"]
+
+
+class Factorized(Protocol):
+    """What a dispatcher asks of a matrix (out, in)."""
+
+    shape: Shape
+    training: bool
+
+    @property
+    def structure(self) -> Structure | None: ...
+
+    def dense(self) -> Tensor: ...
+
+    def tensors(self) -> Sequence[Tensor]: ...
+
+    def paths(self, tokens: int) -> tuple[Path, ...]: ...
+
+    def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor: ...
+
+
+class Dispatcher:
+    """Takes the cheapest path for each product of one matrix. The matrix owns it and passes itself to every call.
+
+    Attributes:
+        prefer: 'memory' computes from the factors in every call; 'speed' may cache the dense weight in eval mode.
+        graphs: whether a CUDA graph replays the calls, where a launch costs little.
+    """
+
+    def __init__(self) -> None:
+        self.prefer: Preference = "memory"
+        self.graphs = False
+        self._weight = CachedTensor()
+        self._caches = [self._weight]
+        self._tables: dict[tuple[object, ...], PathTable] = {}
+
+    def configure(self, prefer: Preference, *, graphs: bool = False) -> None:
+        """Set `prefer` and `graphs` and empty the cache."""
+        self.prefer, self.graphs = prefer, graphs
+        self.clear()
+
+    def linear(
+        self,
+        matrix: Factorized,
+        x: Tensor,  # (*batch, in)
+        bias: Tensor | None,  # (out,)
+    ) -> Tensor:  # (*batch, out)
+        """``x @ dense().T + bias`` by the cheapest path for the size, dtype and device of x."""
+        if torch.compiler.is_compiling():
+            return matrix.multiply(x, bias, _compiled_path(matrix, x))
+        may_cache = self.prefer == "speed" and not matrix.training
+        tensors = matrix.tensors()
+        weight = self._weight.again(x, tensors) if may_cache else None
+        if weight is None:
+            return self._dispatch(matrix, x, bias, tensors, may_cache)
+        return onednn.linear(x, weight, bias)
+
+    def _dispatch(
+        self, matrix: Factorized, x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], may_cache: bool
+    ) -> Tensor:
+        tokens, device = x.numel() // matrix.shape[1], x.device.type
+        training = _needs_gradients(tensors)
+        if may_cache and not training:
+            path = lookup(self.table(matrix, x.dtype, device, cached=True), tokens)
+            if path.name != CACHED:
+                return matrix.multiply(x, bias, path)
+            few = tokens <= FEW and device == "cpu" and not onednn.serves(x, matrix.shape)
+            autocast = autocast_dtype(device)
+            call = x if autocast is None and torch.amp.is_autocast_available(device) else None
+            weight = self._weight.get(tensors, autocast or x.dtype, matrix.dense, few=few, call=call)
+            if weight is not None:
+                return onednn.linear(x, weight, bias)
+        table = self.table(matrix, x.dtype, device, cached=False, training=training)
+        return matrix.multiply(x, bias, lookup(table, tokens))
+
+    def path(
+        self, matrix: Factorized, tokens: int, *, prefer: Preference | None, dtype: torch.dtype, device: str
+    ) -> Path:
+        """The path of `linear` in eval mode without gradients; `prefer` as it is set when None."""
+        cached = (prefer or self.prefer) == "speed" and can_cache(matrix.tensors())
+        name = lookup(self.table(matrix, dtype, device, cached=cached), tokens).name
+        every = (*matrix.paths(tokens), cached_path(tokens, matrix.shape))
+        return next(path for path in every if path.name == name)
+
+    def table(
+        self, matrix: Factorized, dtype: torch.dtype, device: str, *, cached: bool, training: bool = False
+    ) -> PathTable:
+        """The cheapest path for every number of tokens, with the backward pass included in training."""
+        device = GRAPH if self.graphs and device == "cuda" else device
+        key = (dtype, device, cached, training)
+        found = self._tables.get(key)
+        if found is None:
+            with_kernels = not training and kernels.offered(dtype, device)
+            found = self._tables[key] = path_table(
+                lambda tokens: tuple(p for p in matrix.paths(tokens) if with_kernels or p.name != FUSED),
+                matrix.shape,
+                dtype=dtype,
+                device=device,
+                threads=torch.get_num_threads(),
+                cached=cached,
+                training=training,
+            )
+        return found
+
+    def may_cache(self, matrix: Factorized) -> bool:
+        """Whether a product may cache what it computes from the factors: it is wanted, in eval mode, no gradients."""
+        return self.prefer == "speed" and not matrix.training and not _needs_gradients(matrix.tensors())
+
+    def new_cache(self) -> CachedTensor:
+        """A cache for something else than the dense weight, emptied and counted together with it."""
+        self._caches.append(CachedTensor())
+        return self._caches[-1]
+
+    def cached_weight(self, matrix: Factorized, dtype: torch.dtype) -> Tensor | None:
+        """The dense weight where a call has left it in the cache and would use it now; it must not be written to."""
+        return self._weight.find(matrix.tensors(), dtype) if self.may_cache(matrix) else None
+
+    def clear(self) -> None:
+        """Empty the cache."""
+        for cache in self._caches:
+            cache.clear()
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes in the cache at the moment."""
+        return sum(cache.bytes for cache in self._caches)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_tables": {}}
+
+
+def _needs_gradients(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _compiled_path(matrix: Factorized, x: Tensor) -> Path:
+    """The path in code made by torch.compile: without cache and kernels, and no arithmetic on shapes in the graph."""
+    if matrix.structure is None:
+        return matrix.paths(1)[0]
+    table = _constant_table(matrix.structure, x.dtype, x.device.type, torch.is_grad_enabled())
+    return lookup(table, x.numel() // matrix.shape[1])
+
+
+@constant_for_compile
+def _constant_table(structure: Structure, dtype: torch.dtype, device: str, training: bool) -> PathTable:
+    return path_table(
+        lambda tokens: tuple(path for path in structure.paths(tokens) if path.name != FUSED),
+        structure.shape,
+        dtype=dtype,
+        device=device,
+        threads=torch.get_num_threads(),
+        cached=False,
+        training=training,
+    )
