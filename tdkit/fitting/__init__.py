@@ -1,1 +1,1 @@
-"""The nearest factors of a matrix, in the Frobenius norm or in a calibrated metric."""
+"""Fits: the factors nearest to a matrix, in the Frobenius norm or in a calibrated metric."""

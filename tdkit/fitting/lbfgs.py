@@ -1,4 +1,4 @@
-"""Minimisation of a smooth function of many numbers by limited-memory BFGS with a diagonal scale."""
+"""Limited-memory BFGS with a diagonal preconditioner and a backtracking line search."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_HALVINGS = 12
-SUFFICIENT = 1e-4  # of the decrease that the slope promises (Armijo)
-WINDOW = 3  # steps over which progress is judged
+MAX_BACKTRACKS = 12  # trial points per line search
+SUFFICIENT = 1e-4  # Armijo constant: the least decrease, as a share of what the slope predicts
+WINDOW = 3  # steps over which the stopping test measures the decrease
 
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where the search ended.
+    """The result of `minimise`.
 
     Attributes:
-        point: of the least value seen.
-        values: after each step, the start's first; never increasing.
-        evaluations: of the function.
+        point: where the function is smallest among the steps taken, (n,).
+        values: of the function at the start and after each step; never increasing.
+        evaluations: how often the function was called.
     """
 
     point: Tensor
@@ -39,18 +39,18 @@ def minimise(
     tolerance: float,
     history: int = 10,
 ) -> Minimum:
-    """Descend from `start` until `WINDOW` steps together gain less than `tolerance` of the value.
+    """Minimise a smooth, non-negative function until `WINDOW` steps decrease it by less than a share `tolerance`.
 
     Each step satisfies the Armijo condition, so the values never increase.
 
     Args:
-        function: a point (n,) to its value and gradient.
-        start: float32 or float64.
-        scale: a guess of the inverse Hessian's diagonal, positive.
-        first_step: length of the first trial step along ``-scale * gradient``.
-        max_steps: at most so many; 0 returns the start.
-        tolerance: relative.
-        history: pairs of steps and gradient changes that stand for the inverse Hessian.
+        function: maps a point (n,) to its value and its gradient (n,).
+        start: initial point, float32 or float64.
+        scale: estimate of the inverse Hessian's diagonal, positive.
+        first_step: factor of ``-scale * gradient`` in the first trial step.
+        max_steps: upper bound on the steps; 0 returns `start`.
+        tolerance: of the stopping test, relative to the value.
+        history: how many pairs of steps and gradient differences approximate the inverse Hessian.
 
     Source: Nocedal and Wright, Numerical Optimization (2006), algorithms 7.4 and 3.1.
     """
@@ -64,13 +64,13 @@ def minimise(
         if not slope < 0:
             break
         length = 1.0 if memory else first_step
-        for _ in range(MAX_HALVINGS):
+        for _ in range(MAX_BACKTRACKS):
             trial = point + length * direction
             trial_value, trial_gradient = function(trial)
             evaluations += 1
             if trial_value <= value + SUFFICIENT * length * slope:
                 break
-            bend = trial_value - value - slope * length  # the parabola through value, slope and trial value
+            bend = trial_value - value - slope * length  # minimum of the interpolating parabola
             wanted = -slope * length * length / (2 * bend) if bend > 0 else 0.5 * length
             length = min(max(wanted, 0.1 * length), 0.5 * length)
         else:
@@ -87,7 +87,7 @@ def minimise(
 
 
 def _direction(gradient: Tensor, memory: deque[tuple[Tensor, Tensor, float]], scale: Tensor) -> Tensor:
-    """The two-loop recursion, started from `scale` times the curvature last seen."""
+    """The search direction by the two-loop recursion, whose initial inverse Hessian is a multiple of `scale`."""
     direction = -gradient
     weights = []
     for step, change, inverse in reversed(memory):

@@ -1,7 +1,7 @@
-"""Truncated factorisations, the Van Loan-Pitsianis rearrangement and roots of moment matrices.
+"""Truncated factorisations and the Van Loan-Pitsianis rearrangement.
 
-All fits run in float64 whatever the model's dtype: a float32 Gram matrix loses the tail below 1e-4 of
-the largest singular value, and half precision has no eigensolver on CPU.
+Fits run in float64 whatever the model's dtype: a float32 Gram matrix loses the singular values below 1e-4 of the
+largest, and the CPU has no eigensolver for half precision.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from torch import Tensor
 
 from tdkit.shapes import Shape
 
-LANCZOS_SHARE = 0.04  # below this share of the small side, a few Lanczos vectors beat a whole `eigh`
-LANCZOS_SIDE = 512  # and only when the small side is at least this long
+# Where Lanczos iterations are faster than `torch.linalg.eigh`. Tuned by hand on two CPU cores;
+# `python tests/benchmarks/fits.py --parts seconds,peers` times the fits that use them.
+LANCZOS_SHARE = 0.04  # largest ratio of rank to size
+LANCZOS_SIDE = 512  # smallest size of the matrix
 
 
 def working(matrix: Tensor) -> Tensor:
-    """`matrix` detached, in the float64 that every fit is computed in."""
+    """`matrix` detached and cast to float64, the dtype of all fits."""
     return matrix.detach().to(torch.float64)
 
 
 def principal(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The leading right singular vectors and values of `matrix`, through the Gram matrix of its columns.
+    """The leading right singular vectors and singular values of `matrix`, from its Gram matrix (n, n).
 
     Args:
-        matrix: (m, n) float64, meant for n <= m.
+        matrix: (m, n) float64; fastest for n <= m.
         rank: how many to return, 1 <= rank <= n.
 
     Returns:
-        vectors (n, rank), orthonormal columns; values (rank,), descending and not negative.
+        Vectors (n, rank) with orthonormal columns, and values (rank,), descending and non-negative.
     """
     if _lanczos_pays(matrix, rank):
         array: np.ndarray = matrix.numpy()
@@ -42,7 +44,7 @@ def principal(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def leading(symmetric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The eigenvectors (n, rank) and eigenvalues (rank,) of a symmetric float64 matrix, largest first."""
+    """The leading eigenvectors (n, rank) and eigenvalues (rank,), descending, of a symmetric float64 matrix (n, n)."""
     if _lanczos_pays(symmetric, rank):
         array: np.ndarray = symmetric.numpy()
         return _lanczos(lambda v: array @ v, symmetric.shape[0], rank)
@@ -56,10 +58,10 @@ def _lanczos_pays(matrix: Tensor, rank: int) -> bool:
 
 
 def _lanczos(product: Callable[[np.ndarray], np.ndarray], n: int, rank: int) -> tuple[Tensor, Tensor]:
-    from scipy.sparse.linalg import LinearOperator, eigsh  # here: importing tdkit must stay quick
+    from scipy.sparse.linalg import LinearOperator, eigsh  # lazy: `import tdkit` does not load scipy
 
     operator = LinearOperator((n, n), matvec=product, dtype=np.dtype(np.float64))
-    start = np.random.default_rng(0).standard_normal(n)  # fixed: the same fit for the same matrix
+    start = np.random.default_rng(0).standard_normal(n)  # fixed, so that fits are deterministic
     values: np.ndarray
     vectors: np.ndarray
     values, vectors = eigsh(operator, k=rank, v0=start, tol=1e-12)
@@ -68,7 +70,7 @@ def _lanczos(product: Callable[[np.ndarray], np.ndarray], n: int, rank: int) -> 
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """All singular values of `matrix` (m, n), descending, float64, by the Gram matrix of the small side."""
+    """All singular values of `matrix` (m, n), descending, float64, from the smaller of its two Gram matrices."""
     matrix = working(matrix)
     small = matrix if matrix.shape[1] <= matrix.shape[0] else matrix.T
     squares: Tensor = torch.linalg.eigvalsh(small.T @ small)
@@ -78,15 +80,17 @@ def singular_values(matrix: Tensor) -> Tensor:
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best rank-`rank` approximation ``left @ right`` of `matrix` in the Frobenius norm.
 
-    The singular values are split evenly between the two factors, which conditions later optimisation.
-    The small side's projection is used, so that the product is exact at full rank.
+    Each factor gets the square roots of the singular values, which keeps later training well conditioned. The
+    matrix is projected onto the singular vectors of its smaller side, so that the product is exact at full rank.
 
     Args:
         matrix: (m, n), any float dtype.
         rank: 1 <= rank <= min(m, n).
 
     Returns:
-        left (m, rank) and right (rank, n), float64. Source: Eckart and Young (1936).
+        left (m, rank) and right (rank, n), float64.
+
+    Source: Eckart and Young (1936).
     """
     matrix = working(matrix)
     if matrix.shape[1] > matrix.shape[0]:
@@ -98,14 +102,14 @@ def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def orthogonal_split(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same approximation as `truncated`, as ``left @ right`` with orthonormal columns in `left`.
+    """The same approximation as `truncated`, with orthonormal columns in `left`.
 
     Args:
         matrix: (m, n) float64.
         rank: 1 <= rank <= min(m, n).
 
     Returns:
-        left (m, rank) and right (rank, n).
+        left (m, rank) and right (rank, n), float64.
     """
     if matrix.shape[0] <= matrix.shape[1]:
         left, _ = principal(matrix.T, rank)
@@ -116,7 +120,7 @@ def orthogonal_split(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def rearrange(matrix: Tensor, a: Shape, b: Shape) -> Tensor:
-    """Lay out `matrix` so that a Kronecker product becomes an outer product.
+    """Rearrange `matrix` so that a Kronecker product becomes an outer product.
 
     ``rearrange(kron(A, B)) == outer(A.flatten(), B.flatten())``.
 
@@ -124,7 +128,9 @@ def rearrange(matrix: Tensor, a: Shape, b: Shape) -> Tensor:
         matrix: (a[0] * b[0], a[1] * b[1]).
 
     Returns:
-        (a[0] * a[1], b[0] * b[1]), a copy. Source: Van Loan and Pitsianis (1993), section 2.
+        (a[0] * a[1], b[0] * b[1]), a copy.
+
+    Source: Van Loan and Pitsianis (1993), section 2.
     """
     blocks = matrix.reshape(a[0], b[0], a[1], b[1]).transpose(1, 2)
     return blocks.reshape(a[0] * a[1], b[0] * b[1])
@@ -140,7 +146,9 @@ def nearest_kronecker(matrix: Tensor, a: Shape, b: Shape, terms: int) -> tuple[T
     """The sum of `terms` Kronecker products nearest to `matrix` in the Frobenius norm.
 
     Returns:
-        A (terms, *a) and B (terms, *b), float64. Source: Van Loan and Pitsianis (1993), section 3.
+        A (terms, *a) and B (terms, *b), float64.
+
+    Source: Van Loan and Pitsianis (1993), section 3.
     """
     left, right = truncated(rearrange(working(matrix), a, b), terms)
     return left.T.reshape(terms, *a).contiguous(), right.reshape(terms, *b).contiguous()

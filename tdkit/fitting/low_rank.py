@@ -1,4 +1,4 @@
-"""Low-rank fits in a calibrated metric, in closed form: whiten both sides, truncate, undo the roots."""
+"""Low-rank fits in a calibrated metric, in closed form: whiten both sides, truncate, undo the whitening."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tdkit.fitting.metric import Metric, root_and_inverse, times_left, times_rig
 
 
 def truncated_in_metric(weight: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
-    """The product of two thin factors nearest to `weight` W in tr(S (W - What) C (W - What)^T).
+    """The rank-`rank` matrix What = left @ right that minimises tr(S (W - What) C (W - What)^T), for W = `weight`.
 
-    What = S^(-1/2) U U^T S^(1/2) W, where U holds the leading eigenvectors of S^(1/2) W C W^T S^(1/2): the
-    truncated SVD of S^(1/2) W C^(1/2) with the roots undone. Only the moment of the smaller side needs a
-    root. The singular values are split evenly between the factors.
+    What = S^(-1/2) U U^T S^(1/2) W, where U holds the leading eigenvectors of S^(1/2) W C W^T S^(1/2). That is the
+    truncated SVD of S^(1/2) W C^(1/2) multiplied by the inverse roots. Only the root of the smaller side's moment is
+    computed. Each factor gets the square roots of the singular values.
 
     Args:
         weight: (out, in), any float dtype.
         rank: 1 <= rank <= min(out, in).
-        metric: S and C; an empty one is the Frobenius norm.
+        metric: S and C; with neither, the fit is that of the Frobenius norm.
 
     Returns:
         left (out, rank) and right (rank, in), float64.
@@ -50,10 +50,13 @@ def squared_singular_values(weight: Tensor, metric: Metric) -> Tensor:
 
 @dataclass(frozen=True)
 class _WhitenedGram:
-    """R X X^T R for the smaller side of W: X is W (or its transpose) times the root of the other moment."""
+    """The Gram matrix R X X^T R of the whitened weight, on the smaller side of W.
+
+    X is W (or its transpose) times a root of the other side's moment.
+    """
 
     matrix: Tensor
-    root: Tensor | None  # R of the smaller side's moment
+    root: Tensor | None  # R, the root of the smaller side's moment; None for the identity
     inverse: Tensor | None
     transposed: bool
 

@@ -1,4 +1,4 @@
-"""The metric tr(S (W - What) C (W - What)^T) in which calibrated fits measure their error."""
+"""The metric tr(S (W - What) C (W - What)^T): the error that calibrated fits minimise."""
 
 from __future__ import annotations
 
@@ -10,53 +10,53 @@ from torch.nn import functional as F
 
 from tdkit.fitting.linalg import working
 
-INPUT_RIDGE = 1e-5  # added to C, as a share of its mean diagonal
-OUTPUT_RIDGE = 1e-4  # added to S, likewise
+# Shares of the mean diagonal. Tuned by hand; `python tests/benchmarks/accuracy.py --run FOLDER` measures a change.
+INPUT_RIDGE = 1e-5  # added to C
+OUTPUT_RIDGE = 1e-4  # added to S
 
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """Second moments of a layer's inputs and output gradients; either may be absent (the identity).
+    """Second moments of a layer's inputs x and output gradients g. An absent one (None) is the identity.
 
-    Moments come from finite text: they are rank-deficient where tokens are fewer than features, and a few
-    directions can hold most of their trace. Errors are therefore measured with ridged moments, C plus
-    `INPUT_RIDGE` of its mean diagonal and S plus `OUTPUT_RIDGE` of its own, which are positive definite.
-    A moment that is zero, or not positive anywhere, counts as absent. Every fit minimises exactly what
-    `squared_error` measures.
+    Measured moments are singular if there are fewer tokens than features, and a few directions can hold most of
+    their trace. Errors are therefore measured with a ridge: a multiple of the identity, `INPUT_RIDGE` times the mean
+    diagonal of C and `OUTPUT_RIDGE` times that of S, makes both positive definite. A moment whose trace is zero or
+    negative counts as absent. `squared_error` is the objective of every calibrated fit.
 
     Attributes:
-        input: C = E[x x^T], (in, in), or (in,) when only its diagonal is kept.
-        output: S = E[g g^T], (out, out), or (out,) its diagonal (token counts of an embedding).
+        input: C = E[x x^T], (in, in), or its diagonal (in,); any float dtype.
+        output: S = E[g g^T], (out, out), or its diagonal (out,), such as the token frequencies of an embedding.
     """
 
     input: Tensor | None = None
     output: Tensor | None = None
 
     def ridged_input(self) -> Tensor | None:
-        """C with its ridge, float64; None when absent."""
+        """C plus its ridge, float64, (in, in) or (in,); None if it is absent."""
         return ridged(self.input, INPUT_RIDGE)
 
     def ridged_output(self) -> Tensor | None:
-        """S with its ridge, float64; None when absent."""
+        """S plus its ridge, float64, (out, out) or (out,); None if it is absent."""
         return ridged(self.output, OUTPUT_RIDGE)
 
     def squared_error(self, difference: Tensor) -> float:
-        """tr(S D C D^T) for D = W - What, (out, in)."""
+        """tr(S D C D^T) for the difference D = W - What, (out, in), any float dtype."""
         difference = working(difference)
         return max(float((difference * self.weighted(difference)).sum()), 0.0)
 
     def relative_error(self, weight: Tensor, approximation: Tensor) -> float:
-        """sqrt(tr(S D C D^T) / tr(S W C W^T)), the metric's counterpart of the relative Frobenius error."""
+        """sqrt(tr(S D C D^T) / tr(S W C W^T)) for D = W - What: the relative Frobenius error, in the metric."""
         size = self.squared_error(weight)
         gap = self.squared_error(working(weight) - working(approximation))
         return float((gap / size) ** 0.5) if size > 0 else float(gap**0.5)
 
     def reordered(self, rows: Tensor, columns: Tensor) -> Metric:
-        """The metric of ``W[rows][:, columns]``."""
+        """The metric of ``W[rows][:, columns]``, for int64 orders ``rows`` (out,) and ``columns`` (in,)."""
         return Metric(_reordered(self.input, columns), _reordered(self.output, rows))
 
     def weighted(self, matrix: Tensor) -> Tensor:
-        """S D C for a matrix D (out, in), in its dtype and on its device."""
+        """S D C for a matrix D (out, in), with its dtype and device."""
         return times_right(times_left(self.ridged_output(), matrix), self.ridged_input())
 
 
@@ -68,7 +68,7 @@ def _reordered(moment: Tensor | None, order: Tensor) -> Tensor | None:
 
 
 def ridged(moment: Tensor | None, share: float) -> Tensor | None:
-    """`moment` plus `share` of its mean diagonal, float64; None when it is absent or has no positive trace."""
+    """`moment` plus `share` times its mean diagonal, float64; None if it is absent or its trace is not positive."""
     if moment is None:
         return None
     moment = working(moment)
@@ -84,14 +84,14 @@ def ridged(moment: Tensor | None, share: float) -> Tensor | None:
 
 
 def root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of a ridged moment and its inverse.
+    """The symmetric square root of a moment, and the inverse of that root.
 
     Args:
-        moment: (n, n) positive definite, or (n,) the diagonal of one; float64.
+        moment: (n, n), positive definite, or its diagonal (n,); float64.
 
     Returns:
-        root and inverse root, each of the shape of `moment`. Eigenvalues that rounding left below 1e-12 of
-        the largest are lifted to it.
+        Root and inverse root, each of the shape of `moment`. Eigenvalues below 1e-12 times the largest, which come
+        from rounding, are raised to that value.
     """
     if moment.ndim == 1:
         return moment.sqrt(), moment.rsqrt()
@@ -101,7 +101,7 @@ def root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def extended(moment: Tensor, extra: int, value: float) -> Tensor:
-    """`moment` with `extra` more entries of `value` on its diagonal."""
+    """`moment` padded with `extra` rows and columns that are zero except for `value` on the diagonal."""
     if not extra:
         return moment
     if moment.ndim == 1:
@@ -112,10 +112,10 @@ def extended(moment: Tensor, extra: int, value: float) -> Tensor:
 
 
 def factor_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Some F with F^T F = `moment`, and its inverse: by Cholesky, a fraction of the time of the symmetric root.
+    """F with F^T F = `moment`, and the inverse of F, by Cholesky: faster than the symmetric root.
 
     Args:
-        moment: as for `root_and_inverse`, whose answer this is where rounding made the moment indefinite.
+        moment: as for `root_and_inverse`, which is the fallback if rounding made the moment indefinite.
     """
     if moment.ndim == 1:
         return root_and_inverse(moment)
@@ -128,7 +128,7 @@ def factor_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def times_left(moment: Tensor | None, matrix: Tensor) -> Tensor:
-    """``moment @ matrix`` where the moment may be absent or a diagonal."""
+    """``moment @ matrix``, for a moment that is a matrix, a diagonal or None (the identity)."""
     if moment is None:
         return matrix
     moment = moment.to(matrix)
@@ -136,7 +136,7 @@ def times_left(moment: Tensor | None, matrix: Tensor) -> Tensor:
 
 
 def times_right(matrix: Tensor, moment: Tensor | None) -> Tensor:
-    """``matrix @ moment`` where the moment may be absent or a diagonal."""
+    """``matrix @ moment``, for a moment that is a matrix, a diagonal or None (the identity)."""
     if moment is None:
         return matrix
     moment = moment.to(matrix)

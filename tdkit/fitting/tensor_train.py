@@ -1,7 +1,7 @@
-"""Matrices as trains of cores (rank, out mode, in mode, next rank): truncation, gauges and gradients.
+"""Matrices as tensor trains of cores (rank, out mode, in mode, next rank): TT-SVD, truncation and gradients.
 
 A sum of Kronecker products ``sum_r A_r kron B_r`` is the train of two cores A (1, a1, a2, terms) and
-B (terms, b1, b2, 1).
+B (terms, b1, b2, 1). A bond is the index that two neighbouring cores share.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from tdkit.fitting.linalg import leading, orthogonal_split, working
 
 Modes = tuple[int, ...]
 
-FLOOR = 1e-8  # of the largest singular value of a bond: smaller ones count as this when bonds are balanced
+FLOOR = 1e-8  # times the largest singular value of a bond: the least value that `bond_balanced` divides by
 
 
 def padded(matrix: Tensor, out_modes: Modes, in_modes: Modes) -> Tensor:
-    """`matrix` with zeros up to the size that the modes span."""
+    """`matrix` zero-padded to (product of out modes, product of in modes)."""
     return F.pad(matrix, (0, math.prod(in_modes) - matrix.shape[1], 0, math.prod(out_modes) - matrix.shape[0]))
 
 
 def interleaved(matrix: Tensor, out_modes: Modes, in_modes: Modes) -> Tensor:
-    """A matrix of the full size as a tensor with one axis for each core, of size out mode times in mode."""
+    """A matrix of the padded size as a tensor with one axis per core, of size out mode times in mode."""
     count = len(out_modes)
     axes = [axis for k in range(count) for axis in (k, count + k)]
     sizes = [m * n for m, n in zip(out_modes, in_modes, strict=True)]
@@ -34,11 +34,15 @@ def interleaved(matrix: Tensor, out_modes: Modes, in_modes: Modes) -> Tensor:
 
 
 def tt_svd(weight: Tensor, ranks: Sequence[int], out_modes: Modes, in_modes: Modes) -> list[Tensor]:
-    """Cores of `weight` (out, in) by successive truncated SVDs, float64; zero padding to the modes.
+    """Cores of `weight` by successive truncated SVDs.
 
     Args:
-        weight: (out, in), at most the size that the modes span.
-        ranks: (cores + 1), the outer two are 1.
+        weight: (out, in), any float dtype; zero-padded to the product of the modes.
+        ranks: cores + 1 numbers, of which the first and the last are 1.
+        out_modes, in_modes: one per core; their products are at least out and in.
+
+    Returns:
+        Cores (rank, out mode, in mode, next rank), float64.
 
     Source: Oseledets (2011), algorithm 1, on the tensor with row and column modes interleaved.
     """
@@ -55,22 +59,25 @@ def tt_svd(weight: Tensor, ranks: Sequence[int], out_modes: Modes, in_modes: Mod
 
 
 def bond_balanced(cores: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The same train with each bond's singular values split evenly between its two sides.
+    """The same matrix, with the singular values of each bond split evenly between its two sides.
 
-    Both sides of bond k then have the Gram matrix diag(s_k), and the leading entries of a bond are those
-    that a truncation keeps.
+    The cores left of bond k, contracted, and those right of it then both have the Gram matrix diag(s_k). Truncation
+    keeps the leading entries of each bond.
+
+    Args:
+        cores: (rank, out mode, in mode, next rank) each, float64.
 
     Returns:
-        cores, and the singular values s of each bond, descending.
+        The cores, and the singular values s_k of each bond, descending.
     """
     cores = list(cores)
     ranks = [1, *(core.shape[-1] for core in cores)]
-    for k in range(len(cores) - 1):  # left to right: orthonormal columns
+    for k in range(len(cores) - 1):  # left to right: make the columns orthonormal
         basis, triangle = torch.linalg.qr(cores[k].reshape(-1, cores[k].shape[-1]))
         cores[k] = basis.reshape(*cores[k].shape[:3], -1)
         cores[k + 1] = torch.tensordot(triangle, cores[k + 1], dims=1)
     spectra = []
-    for k in range(len(cores) - 1, 0, -1):  # right to left: orthonormal rows, in the singular basis
+    for k in range(len(cores) - 1, 0, -1):  # right to left: orthonormal rows, in the basis of singular vectors
         core = cores[k]
         flat = core.reshape(core.shape[0], -1)
         left, squares = leading(flat @ flat.T, min(flat.shape))  # exact for any orthonormal basis
@@ -89,7 +96,7 @@ def bond_balanced(cores: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _widened(cores: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
-    """`cores` with zeros up to the ranks asked for: a bond may be wider than its neighbours can use."""
+    """`cores` zero-padded to `ranks`, which may exceed the largest rank that a bond can have."""
     return [
         F.pad(core, (0, ranks[k + 1] - core.shape[3], 0, 0, 0, 0, 0, ranks[k] - core.shape[0]))
         for k, core in enumerate(cores)
@@ -97,12 +104,12 @@ def _widened(cores: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
 
 
 def truncated_train(cores: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
-    """The leading `ranks` (cores + 1) of the bonds of a balanced train."""
+    """A balanced train cut to `ranks` (cores + 1 numbers): the leading entries of each bond."""
     return [core[: ranks[k], :, :, : ranks[k + 1]] for k, core in enumerate(cores)]
 
 
 def tt_tensor(cores: Sequence[Tensor]) -> Tensor:
-    """The tensor that the cores stand for, one axis for each core: (out mode * in mode, ...)."""
+    """The tensor of a train, with one axis per core: (out mode * in mode, ...)."""
     tensor = cores[0].reshape(-1, cores[0].shape[-1])
     for core in cores[1:]:
         tensor = (tensor.reshape(-1, core.shape[0]) @ core.reshape(core.shape[0], -1)).reshape(-1, core.shape[-1])
@@ -110,7 +117,7 @@ def tt_tensor(cores: Sequence[Tensor]) -> Tensor:
 
 
 def tt_matrix(cores: Sequence[Tensor]) -> Tensor:
-    """The matrix that the cores stand for, of the full size that the modes span."""
+    """The matrix of a train, (product of out modes, product of in modes)."""
     count = len(cores)
     sizes = [size for core in cores for size in core.shape[1:3]]
     tensor = tt_tensor(cores).reshape(sizes).permute([*range(0, 2 * count, 2), *range(1, 2 * count, 2)])
@@ -118,16 +125,19 @@ def tt_matrix(cores: Sequence[Tensor]) -> Tensor:
 
 
 def tt_pullback(cores: Sequence[Tensor], slope: Tensor) -> list[Tensor]:
-    """The gradient for each core of a function whose gradient for the matrix is `slope`.
+    """The vector-Jacobian product of `tt_matrix`: the gradient of each core, given that of the matrix.
 
-    Each interface is contracted once: the train right of each bond beforehand, the train left of it on the way.
+    The cores right of each bond are contracted once beforehand, the cores left of it once during the sweep.
 
     Args:
-        cores: of a train that spans `slope`.
-        slope: a matrix of the full size.
+        cores: (rank, out mode, in mode, next rank) each.
+        slope: gradient with respect to the matrix, (product of out modes, product of in modes).
+
+    Returns:
+        One gradient per core, of its shape.
     """
     out_modes, in_modes = tuple(c.shape[1] for c in cores), tuple(c.shape[2] for c in cores)
-    rights = [cores[-1].reshape(cores[-1].shape[0], -1)]  # right of each bond, (rank, everything after)
+    rights = [cores[-1].reshape(cores[-1].shape[0], -1)]  # the cores right of each bond, (rank, product of their modes)
     for core in reversed(cores[1:-1]):
         grown = core.reshape(-1, core.shape[-1]) @ rights[-1]
         rights.append(grown.reshape(core.shape[0], -1))

@@ -1,5 +1,4 @@
-"""Trains of cores nearest to a matrix in a calibrated metric: a closed form where the moments are products of
-small ones, then quasi-Newton steps in the coordinates which that closed form whitens."""
+"""Tensor-train and Kronecker fits in a calibrated metric: whitened TT-SVD, then L-BFGS in the whitened coordinates."""
 
 from __future__ import annotations
 
@@ -17,13 +16,14 @@ from tdkit.fitting.tensor_train import Modes, bond_balanced, padded, truncated_t
 from tdkit.fitting.variable_projection import LARGE, SINGLE_FROM, BlockForm
 from tdkit.shapes import Shape
 
-MAX_STEPS = 500
-STEPS_ON = 2**26  # entries of the weight times steps, at most: the larger the weight, the fewer steps
+# Tuned by hand for time and error together; `python tests/benchmarks/fits.py --parts seconds,objective` measures both.
+MAX_STEPS = 500  # of L-BFGS
+STEPS_TIMES_ENTRIES = 2**26  # upper bound on steps times entries of the weight: large weights get fewer steps
 TOLERANCE = 2e-4  # relative, see `minimise`
-HISTORY = 30  # of the quasi-Newton steps; 10 need half as many steps again
-SMALL = 1 << 16
-CURVE_STEPS, SMALL_CURVE_STEPS = 3, 100  # the latter where a matrix is small and they cost little
-DAMPING = 0.05  # of a bond's mean singular value: weak terms are not moved at once by their full Newton step
+HISTORY = 30  # pairs that L-BFGS keeps; with 10 it takes half as many steps again
+SMALL = 1 << 16  # entries below which error curves take `SMALL_CURVE_STEPS`
+CURVE_STEPS, SMALL_CURVE_STEPS = 3, 100
+DAMPING = 0.05  # share of a bond's mean singular value added to all of them before they are inverted
 
 
 def fit_train(
@@ -35,24 +35,24 @@ def fit_train(
     *,
     steps: int = MAX_STEPS,
 ) -> list[Tensor]:
-    """Cores that make tr(S (W - What) C (W - What)^T) small.
+    """Tensor-train cores of a matrix What that minimise tr(S (W - What) C (W - What)^T) for W = `weight`.
 
-    The moments are replaced by the nearest Kronecker products of small ones, S_1 kron ... kron S_d and
-    C_1 kron ... kron C_d, for which whitening is exact: multiplied by their roots the weight stays a train of
-    the same ranks, and its TT-SVD is the fit. Where the train is (I kron B) X, `block_fit` goes on from there;
-    otherwise L-BFGS descends on the true metric, in the whitened coordinates and scaled by the bonds' singular
-    values. Below `LARGE` entries it starts from the plain TT-SVD where that is nearer, so that the result is
-    never worse than the plain fit.
+    The start is a closed form. With the moments replaced by the nearest Kronecker products of small ones,
+    S_1 kron ... kron S_d and C_1 kron ... kron C_d, whitening keeps the ranks of a train, so the TT-SVD of the whitened
+    weight is the fit. From there L-BFGS minimises the true objective, in the whitened coordinates and preconditioned by
+    the singular values of the bonds. Trains of the form (I kron B) X are fitted by variable projection instead, see
+    `BlockForm`. Weights of less than `LARGE` entries start from the plain TT-SVD if it has the smaller error, so that
+    the result is never worse than the plain fit. The minimum is local.
 
     Args:
-        weight: (out, in), any float dtype.
+        weight: (out, in), any float dtype; zero-padded to the product of the modes.
         metric: S and C.
-        ranks: (cores + 1), the outer two are 1.
-        out_modes, in_modes: may span more than the weight, which is then padded.
-        steps: at most so many, fewer for a large weight; 0 gives the closed form.
+        ranks: cores + 1 numbers, of which the first and the last are 1.
+        out_modes, in_modes: one per core; their products are at least out and in.
+        steps: upper bound on the L-BFGS steps; large weights get fewer. 0 returns the closed form.
 
     Returns:
-        cores (rank, out mode, in mode, next rank), float64, bonds balanced.
+        Cores (rank, out mode, in mode, next rank), float64, with balanced bonds (see `bond_balanced`).
     """
     form = BlockForm.of(weight, ranks, out_modes, in_modes)
     if form is not None:
@@ -62,14 +62,21 @@ def fit_train(
     if weight.numel() < LARGE:
         plain = problem.whiten(tt_svd(weight, ranks, out_modes, in_modes))
         start = min(start, plain, key=problem.error)
-    refined, first, last = problem.refine(start, min(steps, STEPS_ON // weight.numel() + 1))
+    refined, first, last = problem.refine(start, min(steps, STEPS_TIMES_ENTRIES // weight.numel() + 1))
     return bond_balanced(problem.unwhiten(refined if last < first else start))[0]
 
 
 def kronecker_in_metric(
     weight: Tensor, metric: Metric, a: Shape, b: Shape, terms: int, *, steps: int = MAX_STEPS
 ) -> tuple[Tensor, Tensor]:
-    """A sum of Kronecker products near `weight` in the metric: `fit_train` with two cores.
+    """A sum of `terms` Kronecker products fitted in the metric: `fit_train` with two cores.
+
+    Args:
+        weight: (a[0] * b[0], a[1] * b[1]), any float dtype.
+        metric: S and C.
+        a, b: shapes of the factors.
+        terms: their number.
+        steps: as for `fit_train`.
 
     Returns:
         A (terms, *a) and B (terms, *b), float64.
@@ -81,11 +88,14 @@ def kronecker_in_metric(
 def train_errors(
     weight: Tensor, metric: Metric, ranks: Sequence[Sequence[int]], out_modes: Modes, in_modes: Modes
 ) -> list[float]:
-    """The error that `fit_train` reaches at each of `ranks`, from above: after few steps from one closed form.
+    """Upper estimates of the squared error of `fit_train` at several ranks, after a few steps from one closed form.
 
     Args:
         weight, metric, out_modes, in_modes: as for `fit_train`.
-        ranks: for each fit (cores + 1) ranks, the largest last.
+        ranks: of each fit, cores + 1 numbers; the largest last.
+
+    Returns:
+        tr(S (W - What) C (W - What)^T) per fit.
     """
     steps = CURVE_STEPS if weight.numel() >= SMALL else SMALL_CURVE_STEPS
     forms = [BlockForm.of(weight, each, out_modes, in_modes) for each in ranks]
@@ -101,12 +111,12 @@ def train_errors(
 
 @dataclass(frozen=True)
 class WhitenedProblem:
-    """``tr(S (W - What) C (W - What)^T)`` for trains given in coordinates where S and C are near the identity.
+    """``tr(S (W - What) C (W - What)^T)`` as a function of whitened cores, for which S and C are near the identity.
 
     Attributes:
-        weight: W, padded, (rows, columns) that the modes span; float64 as all that follows.
-        output, input: S and C, zero in the padding, diagonal where they were; None for the identity.
-        out_factors, in_factors: for each core the factor that whitens its modes, and its inverse; None likewise.
+        weight: W, zero-padded to (product of out modes, product of in modes); float64 like all tensors here.
+        output, input: S and C with zeros in the padding, or their diagonals; None for the identity.
+        out_factors, in_factors: per core the whitening factor of its mode and the inverse; None for the identity.
         size: tr(S W C W^T).
     """
 
@@ -118,7 +128,7 @@ class WhitenedProblem:
     size: float
 
     def error(self, cores: Sequence[Tensor]) -> float:
-        """The objective at whitened cores."""
+        """The objective for whitened cores."""
         gap = self.weight - tt_matrix(self.unwhiten(cores))
         return max(float((gap * self._weighted(gap)).sum()), 0.0)
 
@@ -132,7 +142,7 @@ class WhitenedProblem:
         return weight
 
     def whiten(self, cores: Sequence[Tensor]) -> list[Tensor]:
-        """Cores of What to cores of the whitened What."""
+        """Multiply the modes of `cores` by the whitening factors."""
         return _on_modes(cores, *(_picked(pairs, 0) for pairs in (self.out_factors, self.in_factors)))
 
     def unwhiten(self, cores: Sequence[Tensor]) -> list[Tensor]:
@@ -140,9 +150,12 @@ class WhitenedProblem:
         return _on_modes(cores, *(_picked(pairs, 1) for pairs in (self.out_factors, self.in_factors)))
 
     def refine(self, cores: Sequence[Tensor], steps: int) -> tuple[list[Tensor], float, float]:
-        """Whitened cores after at most `steps` quasi-Newton steps on the objective, and its value before and after.
+        """Minimise the objective by at most `steps` L-BFGS steps.
 
-        Matrices of `SINGLE_FROM` entries and more are refined, and the values computed, in float32.
+        The computation is in float32 for matrices of `SINGLE_FROM` entries and more, else in float64.
+
+        Returns:
+            The whitened cores, float64, and the objective before and after.
         """
         if not self.size > 0 or len(cores) == 1:
             error = self.error(cores)
@@ -192,7 +205,7 @@ class WhitenedProblem:
 
 
 def whitened_problem(weight: Tensor, metric: Metric, out_modes: Modes, in_modes: Modes) -> WhitenedProblem:
-    """The problem of `fit_train` in whitened coordinates; see there for the arguments."""
+    """The objective of `fit_train`, whose arguments these are, in whitened coordinates."""
     rows, columns = weight.shape
     weight = padded(working(weight), out_modes, in_modes)
     output, out_factors = whitening_modes(metric.ridged_output(), rows, out_modes, weight.device)
@@ -206,7 +219,7 @@ def _picked(pairs: Pairs | None, which: int) -> list[Tensor] | None:
 
 
 def _on_modes(cores: Sequence[Tensor], outs: list[Tensor] | None, ins: list[Tensor] | None) -> list[Tensor]:
-    """Each core with its out mode multiplied by its matrix of `outs`, its in mode by that of `ins`."""
+    """Cores with the out mode of each multiplied by its matrix of `outs`, and the in mode by that of `ins`."""
     changed = []
     for k, core in enumerate(cores):
         if outs is not None:
@@ -218,7 +231,7 @@ def _on_modes(cores: Sequence[Tensor], outs: list[Tensor] | None, ins: list[Tens
 
 
 def _newton_scale(shapes: Sequence[torch.Size], spectra: Sequence[Tensor]) -> Tensor:
-    """For every entry of every core the inverse of its curvature in a balanced train, damped."""
+    """The inverse of the damped curvature of every entry of every core in a balanced train, flattened: (n,)."""
     damped = [values + DAMPING * values.mean() for values in spectra]
     outer = damped[0].new_ones(1)
     bonds = [outer, *damped, outer]

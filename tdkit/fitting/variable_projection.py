@@ -1,11 +1,11 @@
-"""Fits of W = (I kron B) X in a calibrated metric: X in closed form for every B, quasi-Newton steps on B alone.
+"""Variable projection: fits of W = (I kron B) X in a calibrated metric, with X eliminated.
 
-A Kronecker sum whose second factors are vectors is of this form, and so is a train that is nearly a low-rank
-product. For a given B the best X solves a small linear system in which the inputs' moment does not occur. What is
-left depends on B alone, is well conditioned in the whitened coordinates, and takes a third of the steps that both
-factors together take.
+A Kronecker sum whose second factors are vectors has this form, and so has a train that is nearly a low-rank product.
+For a given B the best X is the solution of a small linear system that does not depend on the inputs' moment. The
+remaining function of B is well conditioned in the whitened coordinates and is minimised by L-BFGS, in about a third
+of the steps that B and X together take.
 
-Source of the elimination: Golub and Pereyra (1973), variable projection.
+Source: Golub and Pereyra (1973).
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from tdkit.fitting.linalg import principal, working
 from tdkit.fitting.metric import Metric, factor_and_inverse, times_left, times_right
 from tdkit.fitting.tensor_train import Modes, bond_balanced
 
-LARGE = 1 << 20  # entries from which the steps are few, for time: each costs a product with the outputs' moment
+# Tuned by hand for time and error together; `python tests/benchmarks/fits.py --parts seconds,objective` measures both.
+LARGE = 1 << 20  # entries of the weight from which at most `LARGE_STEPS` are taken: each multiplies by S
 LARGE_STEPS = 5
 MAX_STEPS = 40
-TOLERANCE = 1e-3  # of the error, over a few steps
-SINGLE_FROM = 1 << 17  # entries from which float32 is used,
-SINGLE_ERROR = 3e-4  # unless the error is a smaller share than this of the whole, where digits would be lost
-RIDGES = {torch.float32: 1e-7, torch.float64: 1e-14}  # of the mean diagonal, added to the system for X
+TOLERANCE = 1e-3  # relative, see `minimise`
+SINGLE_FROM = 1 << 17  # entries of the weight from which float32 is used,
+SINGLE_ERROR = 3e-4  # if the relative squared error at the start is at least this: below, float32 is too inexact
+RIDGES = {torch.float32: 1e-7, torch.float64: 1e-14}  # share of the mean diagonal added to the system for X
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,16 @@ class BlockProblem:
     """``tr(S (W - (I kron B) X) C (W - (I kron B) X)^T)`` for W (blocks * p, n), B (p, rank), X (blocks * rank, n).
 
     Attributes:
-        weight: W, with rows of zeros up to a whole number of blocks; float64 as all that follows.
+        weight: W, zero-padded to a multiple of `blocks` rows; float64 like all tensors here.
         weighted: S W.
-        output: S, zero in the padding, or its diagonal; None for the identity.
-        input: C (n, n), or its diagonal; None for the identity.
-        blocks: how many blocks of rows share B.
+        output: S with zeros in the padding, or its diagonal; None for the identity.
+        input: C (n, n), or its diagonal (n,); None for the identity.
+        blocks: number of blocks of rows that share B.
         size: tr(S W C W^T).
-        inverse: of the factor that whitens the rows of a block, (p, p) or its diagonal.
-        basis: (p, ranks), orthonormal: the leading directions of the whitened weight, the largest first.
-        values: (ranks,), their singular values.
-        energy: the sum of all squared singular values of the whitened weight.
+        inverse: of the factor that whitens the p rows of a block, (p, p) or its diagonal (p,).
+        basis: (p, ranks), orthonormal columns: the leading singular vectors of the whitened weight.
+        values: (ranks,), the singular values, descending.
+        energy: the squared Frobenius norm of the whitened weight.
     """
 
     weight: Tensor
@@ -62,11 +63,14 @@ class BlockProblem:
     energy: float
 
     def fit(self, rank: int, steps: int = MAX_STEPS) -> tuple[Tensor, Tensor, float]:
-        """B (p, rank), X (blocks, rank, n), both float64, and the objective there.
+        """Minimise over B and X, from the leading `rank` columns of `basis`.
 
         Args:
-            rank: at most that of `basis`.
-            steps: at most so many, and at most `MAX_STEPS`, or `LARGE_STEPS` for a large weight.
+            rank: of B, at most the number of columns of `basis`.
+            steps: upper bound on the L-BFGS steps, besides `MAX_STEPS` (`LARGE_STEPS` for a large weight).
+
+        Returns:
+            B (p, rank) and X (blocks, rank, n), float64, and the objective.
         """
         tiny = torch.finfo(torch.float64).tiny
         level = (self.values[:rank] / max(self.size, tiny) ** 0.5).clamp_min(1e-8)
@@ -93,7 +97,7 @@ Solved = tuple[Tensor, Tensor, Tensor, Tensor]  # see `_Reduced._solve`
 
 
 class _Reduced:
-    """Half the objective, divided by its size, as a function of the whitened B alone."""
+    """The objective divided by 2 * size, as a function of the whitened B only."""
 
     def __init__(self, problem: BlockProblem, level: Tensor, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -108,13 +112,13 @@ class _Reduced:
         self.target = (problem.weighted / self.amplitude).to(dtype).reshape(self.blocks, self.rows, -1)
 
     def factors(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """B and the best X of the unscaled weight, float64."""
+        """B and the best X for it, undoing the scaling by `amplitude`; float64."""
         b, _, x, _ = self._last[1] if self._last is not None and self._last[0] is point else self._solve(point)
         return b.to(torch.float64), x.to(torch.float64) * self.amplitude
 
     def value_and_gradient(self, point: Tensor) -> tuple[float, Tensor]:
         solved = self._solve(point)
-        self._last = point, solved  # `factors` is asked for the point of the last step
+        self._last = point, solved  # `factors` usually needs the last point
         _, spread, x, wanted = solved
         weighted = times_right(x.flatten(0, 1), self.input)  # X C
         value = 0.5 - 0.5 * float((wanted * weighted).sum(dtype=torch.float64))
@@ -146,14 +150,16 @@ class _Reduced:
 
 
 def block_problem(weight: Tensor, metric: Metric, blocks: int, rank: int, *, plain: bool = False) -> BlockProblem:
-    """The problem for a weight and a metric, with the start for every rank up to `rank`.
+    """Set up the problem, with starting points for all ranks up to `rank`.
 
-    The start is the closed form for the nearest moment S_1 kron S_2, for which whitening is exact.
+    The starting point is the closed form for the Kronecker product S_1 kron S_2 nearest to S.
 
     Args:
-        weight: (m, n), any float dtype; rows of zeros are added up to a multiple of `blocks`.
+        weight: (m, n), any float dtype; zero-padded to a multiple of `blocks` rows.
         metric: S and C.
-        plain: start from the plain closed form instead.
+        blocks: number of blocks of rows that share B.
+        rank: the largest rank that `fit` will be called with.
+        plain: start from the closed form without a metric instead.
     """
     weight = working(weight)
     rows = -(-weight.shape[0] // blocks)
@@ -184,15 +190,16 @@ def block_problem(weight: Tensor, metric: Metric, blocks: int, rank: int, *, pla
 
 @dataclass(frozen=True)
 class BlockForm:
-    """A train that is (I kron B) X, or the transpose of one.
+    """A tensor train of the form (I kron B) X, or whose transpose has that form.
 
-    All columns lie in one core, what comes before it has bonds of full rank, and one core of rows follows.
+    One core carries all columns, the bonds before it have full rank, and exactly one core follows it.
 
     Attributes:
-        core: the number of the core with the columns.
-        blocks: the product of the modes of rows up to that core.
-        rank: of the bond after it.
-        ranks, out_modes, in_modes: of the train, as it stands for the weight or its transpose.
+        core: index of the core that carries the columns.
+        blocks: product of the out modes up to and including that core.
+        rank: of the bond after that core.
+        ranks, out_modes, in_modes: of the train, or of its transpose if `transposed`.
+        transposed: whether the transpose of the train has the form.
     """
 
     core: int
@@ -205,7 +212,7 @@ class BlockForm:
 
     @classmethod
     def of(cls, weight: Tensor, ranks: Sequence[int], out_modes: Modes, in_modes: Modes) -> BlockForm | None:
-        """The form of a train for `weight`; None when it has not this form."""
+        """The form of a train for `weight`; None if it is not of this form."""
         rows, columns = weight.shape
         core = len(ranks) - 3
         for outs, ins, m, n in ((out_modes, in_modes, rows, columns), (in_modes, out_modes, columns, rows)):
@@ -218,14 +225,14 @@ class BlockForm:
         return None
 
     def problems(self, weight: Tensor, metric: Metric) -> list[BlockProblem]:
-        """What is to be minimised; where it costs little also from the plain fit, so as to be never worse."""
+        """The problem; below `SINGLE_FROM` entries also one that starts from the plain fit, so as to be never worse."""
         starts = (False, True) if weight.numel() < SINGLE_FROM else (False,)
         if self.transposed:
             weight, metric = weight.T, Metric(metric.output, metric.input)
         return [block_problem(weight, metric, self.blocks, self.rank, plain=plain) for plain in starts]
 
     def fit(self, weight: Tensor, metric: Metric, steps: int) -> list[Tensor]:
-        """As `fit_train`."""
+        """Cores of the fit, as those of `fit_train`."""
         fits = [problem.fit(self.rank, steps) for problem in self.problems(weight, metric)]
         b, x, _ = min(fits, key=lambda fit: fit[2])
         cores = []
@@ -238,6 +245,6 @@ class BlockForm:
         return bond_balanced([core.transpose(1, 2) for core in cores] if self.transposed else cores)[0]
 
     def errors(self, weight: Tensor, metric: Metric, ranks: Sequence[int], steps: int) -> list[float]:
-        """As `train_errors`, for ranks of the one bond that counts."""
+        """Squared errors as those of `train_errors`, for each rank of the bond between X and B."""
         problems = self.problems(weight, metric)
         return [min(problem.fit(rank, steps)[2] for problem in problems) for rank in ranks]

@@ -270,8 +270,8 @@ class Store:
             "A sum of Kronecker products with Gaussian factors (unless said otherwise) is made, Gaussian noise of the "
             "stated share of its norm is added, rows and columns are shuffled, and "
             "`tdkit.fitting.permutations.search` has to undo it with its defaults. *Planted error*: "
-            "the relative Frobenius error of the best fit that knows the "
-            "order. *Recovered*: found within 0.01 of it; without noise, within 1e-6.\n",
+            "the relative Frobenius error of the best fit that knows the order. *Recovered*: found within 0.01 of it; "
+            "without noise, within 1e-6.\n",
             *(self.section(name, section) for name, section in SECTIONS.items() if name in self.rows),
             self.cost(),
         ]

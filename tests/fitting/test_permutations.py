@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -164,29 +166,45 @@ def test_tiny_and_huge_matrices(size: float) -> None:
     assert error(matrix / size, Ordering(found.rows, found.columns, found.a, found.b / size, 0), (8, 8), (8, 9)) < 1e-6
 
 
-@pytest.mark.parametrize("matrix", [torch.zeros(6, 6), torch.ones(6, 6), torch.eye(6)], ids=["zeros", "ones", "eye"])
-def test_degenerate_matrices(matrix: Tensor) -> None:
+@pytest.mark.parametrize(
+    ("matrix", "least"),
+    [(torch.zeros(6, 6), 0.0), (torch.ones(6, 6), 0.0), (torch.eye(6), 0.7)],
+    ids=["zeros", "ones", "eye"],
+)
+def test_degenerate_matrices(matrix: Tensor, least: float) -> None:
+    """`least`: an error that some order reaches; the identity's is 0.82 as it stands."""
     found = search(matrix.double(), (2, 3), (3, 2), 1)
-    assert torch.isfinite(found.a).all()
-    assert torch.isfinite(found.b).all()
+    assert error(matrix.double(), found, (2, 3), (3, 2)) <= least + 1e-12
 
 
-def test_deterministic_and_monotone_in_effort() -> None:
+def test_deterministic() -> None:
     matrix = torch.randn(96, 64, dtype=torch.float64)
     first, second = (search(matrix, (8, 8), (12, 8), 2, seed=3) for _ in range(2))
     assert torch.equal(first.rows, second.rows)
     assert torch.equal(first.columns, second.columns)
     assert torch.equal(first.a, second.a)
-    assert search(matrix, (8, 8), (12, 8), 2, effort=0).energy <= first.energy * (1 + 1e-9)
+
+
+def test_without_effort_no_spectral_start_finds_several_terms() -> None:
+    a, b = (8, 24), (24, 8)
+    planted = plant(a, b, terms=2, noise=0.3)
+    assert error(planted.matrix, search(planted.matrix, a, b, 2), a, b) < planted.error + 1e-4
+    assert error(planted.matrix, search(planted.matrix, a, b, 2, effort=0), a, b) > 0.8
 
 
 @pytest.mark.parametrize("exact_size", [1, 7, 64])
-def test_an_assignment_is_a_permutation(exact_size: int) -> None:
+def test_an_assignment_is_a_permutation_near_the_best_one(exact_size: int) -> None:
     gain = torch.randn(40, 40)
     order = best_assignment(gain, exact_size=exact_size)
     assert sorted(order.tolist()) == list(range(40))
     best = gain[torch.arange(40), best_assignment(gain)].sum()
-    assert gain[torch.arange(40), order].sum() <= best + 1e-4
+    assert gain[torch.arange(40), order].sum() >= (1 - 1e-6 if exact_size >= 40 else 0.85) * best  # any other: about 0
+
+
+def test_an_assignment_is_the_best_of_all_permutations() -> None:
+    gain = torch.randn(6, 6)
+    best = max(float(gain[torch.arange(6), list(order)].sum()) for order in itertools.permutations(range(6)))
+    assert float(gain[torch.arange(6), best_assignment(gain)].sum()) == pytest.approx(best)
 
 
 def test_an_obvious_assignment_needs_no_exact_one() -> None:

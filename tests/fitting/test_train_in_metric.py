@@ -96,8 +96,9 @@ def test_zero_weights_and_any_shape(kind: Decomposition, shape: tuple[int, int])
     zero = choice.fit(torch.zeros(shape), metric).dense().detach()
     assert float(zero.abs().max()) <= 1e-12
     weight = random(*shape)
-    error = metric.squared_error(weight - choice.fit(weight, metric).dense().detach())
-    assert error <= metric.squared_error(weight) * (1 + 1e-9)
+    error, plain = (metric.squared_error(weight - choice.fit(weight, m).dense().detach()) for m in (metric, None))
+    assert error <= plain * (1 + 1e-9) + 1e-12 * metric.squared_error(weight)
+    assert error < metric.squared_error(weight)  # that of the fit that is zero
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
@@ -154,11 +155,22 @@ def test_balancing_keeps_the_train_and_orders_its_bonds() -> None:
     assert torch.allclose(tt_matrix(balanced), tt_matrix(cores))
     for k, values in enumerate(spectra):
         assert torch.allclose(values, values.sort(descending=True).values)
-        after = balanced[k + 1].flatten(1) if k == len(spectra) - 1 else None
-        if after is not None:
-            assert torch.allclose(after @ after.T, values.diag(), atol=1e-9)
+        before, after = contracted(balanced[: k + 1]), contracted(balanced[k + 1 :])
+        left, right = before.reshape(-1, len(values)), after.reshape(len(values), -1)
+        assert torch.allclose(left.T @ left, values.diag(), atol=1e-9)
+        assert torch.allclose(right @ right.T, values.diag(), atol=1e-9)
     smaller = truncated_train(balanced, (1, 4, 3, 1))
     assert [tuple(core.shape) for core in smaller] == [(1, 4, 5, 4), (4, 3, 3, 3), (3, 2, 2, 1)]
+    for core, whole in zip(smaller, balanced, strict=True):
+        assert torch.equal(core, whole[: len(core), :, :, : core.shape[3]])
+
+
+def contracted(cores: list[Tensor]) -> Tensor:
+    """(first rank, everything in between, last rank)."""
+    train = cores[0].flatten(1, 2)
+    for core in cores[1:]:
+        train = torch.einsum("amb,bijc->amijc", train, core).flatten(1, 3)
+    return train
 
 
 def test_minimise_descends_a_hard_quadratic() -> None:

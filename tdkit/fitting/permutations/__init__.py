@@ -1,1 +1,1 @@
-"""The search for the row and column orders in which a matrix is nearest to a Kronecker sum."""
+"""Row and column permutations under which a matrix is nearest to a sum of Kronecker products."""

@@ -1,11 +1,12 @@
-"""Which item goes to which place so that the summed gain is largest."""
+"""Linear assignment: exact for small problems, approximate for large ones."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-EXACT_SIZE = 1024  # a linear assignment of this size takes a tenth of a second, one of 3072 up to five
+# scipy took 0.5 s for 1024 places and 2 to 20 s for 3072, timed once on one core with random gains.
+EXACT_SIZE = 1024
 
 
 def best_assignment(
@@ -13,11 +14,15 @@ def best_assignment(
     *,
     exact_size: int = EXACT_SIZE,
 ) -> Tensor:  # (places,) int64, the item of each place
-    """The assignment of items to places with the largest summed gain.
+    """The assignment of items to places that maximises the sum of the gains.
 
-    Exact when every place's best item is different (which proves it) and up to `exact_size` places. Beyond
-    that, places and items that prefer each other are settled first and the rest is assigned exactly in
-    portions of `exact_size` places, each to what is still free.
+    It is exact up to `exact_size` places, and whenever the places' best items are all different. For larger problems
+    it is an approximation: pairs of a place and an item that are each other's best are fixed, and the other places
+    are assigned exactly in chunks of `exact_size`, each chunk to the items that are left.
+
+    Args:
+        gain: what each item adds in each place.
+        exact_size: largest number of places in one exact assignment.
 
     Source: Crouse (2016), the shortest augmenting paths of `scipy.optimize.linear_sum_assignment`.
     """
@@ -41,6 +46,6 @@ def best_assignment(
 
 
 def _exact(gain: Tensor) -> Tensor:
-    from scipy.optimize import linear_sum_assignment  # here: importing tdkit must stay quick
+    from scipy.optimize import linear_sum_assignment  # lazy: `import tdkit` does not load scipy
 
     return torch.from_numpy(linear_sum_assignment(gain.numpy(), maximize=True)[1])

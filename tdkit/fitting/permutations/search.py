@@ -1,4 +1,8 @@
-"""The search for row and column orders under which a matrix is nearest to a sum of Kronecker products."""
+"""Local search for row and column permutations under which a matrix is nearest to a sum of Kronecker products.
+
+The *energy* of an ordering is the squared Frobenius norm of its fit; the fit's squared error is that of the matrix less
+the energy, so the search maximises the energy.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +18,31 @@ from tdkit.fitting.permutations.assignment import best_assignment
 from tdkit.fitting.permutations.spectral import DETECTED, embed, regrouped, spectral_starts
 from tdkit.shapes import Shape
 
-MAX_ROUNDS = 15  # of one alternation
-ROUNDS = 60  # of all alternations together for one unit of effort, fewer for larger matrices
-LEAST_ROUNDS = 8
-FULL_BUDGET_SIDE = 512  # a square matrix up to this side gets all of `ROUNDS`
-DOUBTFUL_SIDE = 128  # up to this side noise hides what is left of a structure
-NEGLIGIBLE = 1e-12  # of the energy: an exact fit
-TOLERANCE = 3e-5  # of the matrix's energy: an alternation that gains less has converged
-STRIDE = 0.01  # of the matrix's energy: a round of `refined` that gains more is on its way, and not counted
-FEW_TERMS = 16  # above, hidden orders drown (a planted one is not detected either): no spectral start, one round
-QUICK_SIDE = 192  # from this short side of the rearranged matrix on, power iterations stand in for exact fits
+# Tuned by hand; `python -m tests.benchmarks.permutations --again` measures recovery, errors and seconds. A round is one
+# update of the row order and one of the column order.
+MAX_ROUNDS = 15  # of one call of `Climb.improved`
+ROUNDS = 60  # of all calls together per unit of effort; fewer for larger matrices
+LEAST_ROUNDS = 8  # of all calls together, for any size
+FULL_BUDGET_SIDE = 512  # largest side of a square matrix that gets all of `ROUNDS`
+DOUBTFUL_SIDE = 128  # largest side for which noise can hide a structure from `Climb.is_explained`
+NEGLIGIBLE = 1e-12  # relative squared error of a fit that counts as exact
+TOLERANCE = 3e-5  # least gain of a round, as a share of the matrix's squared norm, for the alternation to continue
+STRIDE = 0.01  # gain, as such a share, from which a round of `Climb.refined` is not counted
+FEW_TERMS = 16  # with more terms planted orders are not found either: no spectral start, one run of each alternation
+QUICK_SIDE = 192  # short side of the rearranged matrix from which fits use power iterations instead of eigenvectors
 POWER_ITERATIONS = 3
-STAGES = 4  # of spectral starts that one unit of effort tries
+STAGES = 4  # pairs of spectral starts per unit of effort
 
 
 @dataclass(frozen=True)
 class Ordering:
-    """``matrix[rows][:, columns]`` is near ``sum_r a[r] kron b[r]``; `energy` is the squared norm it keeps."""
+    """A permutation of rows and columns, and the fit ``matrix[rows][:, columns] ~ sum_r a[r] kron b[r]``."""
 
     rows: Tensor  # (out,) int64
     columns: Tensor  # (in,) int64
     a: Tensor  # (terms, a1, a2)
     b: Tensor  # (terms, b1, b2)
-    energy: float
+    energy: float  # squared Frobenius norm of the sum
 
 
 def search(
@@ -50,27 +56,26 @@ def search(
     seed: int = 0,
     effort: int = 1,
 ) -> Ordering:
-    """The best ordering found from several starts, each improved by alternation.
+    """Fit a sum of Kronecker products to a matrix whose rows and columns may be permuted.
 
-    The starts are the order as it stands, the order by norm and, where the matrix shows a permuted
-    structure, the spectral ones. In an alternation every step is monotone: the fit is the best for an
-    order, and for fixed factors the best order of the rows (then of the columns) is a linear assignment.
-    Where that moves nothing more, assignments by what a row brings once the factors are refitted go on; they
-    take swaps and longer cycles of rows all at once, and stand where the energy rises.
-    The result is never worse than `nearest_kronecker` on the matrix as it stands. Deterministic for a seed.
+    Several starting orders are improved by alternation, and the best result is returned. The starts are the given
+    order, the order by norm and, if the matrix shows a permuted structure, the spectral ones. One round of alternation
+    refits the factors for the current order, then reorders the rows (and the columns) for these factors, which is a
+    linear assignment; neither step lowers the energy. When that converges, the rows are assigned by their gain after a
+    refit of the factors, and an assignment is kept if it raises the energy. The result is never worse than
+    `nearest_kronecker` for the given order, and deterministic for a seed.
 
     Args:
-        matrix: what to fit.
-        a, b, terms: factor shapes and their number, as for `nearest_kronecker`.
+        matrix: what to fit; (a[0] * b[0], a[1] * b[1]).
+        a, b, terms: shapes of the factors and their number, as for `nearest_kronecker`.
         rows, columns: whether they may be reordered.
-        seed: of the trials that tell the two indices apart. A matrix of up to `FULL_BUDGET_SIDE` rows and columns
-            from which nothing was recovered, and every one of up to `DOUBTFUL_SIDE`, is searched once more, with the
-            next seed.
-        effort: multiplies the bounds on the spectral stages and on the rounds of alternation; 0: no spectral start.
+        seed: of the random rotations in the spectral starts. The search is repeated with the next seed for a matrix of
+            at most `DOUBTFUL_SIDE` rows and columns, and for one of at most `FULL_BUDGET_SIDE` if no structure was
+            recovered.
+        effort: multiplies the number of spectral starts and of rounds; 0 omits the spectral starts.
 
-    Source: alternation of an exact fit with exact assignments; the permuted form is that of Abronin et
-    al., TQCompressor (2024), section 3; the spectral start (`tdkit.fitting.permutations.spectral`) and the gain
-    of a refit are ours.
+    Source: the permuted form is that of Abronin et al., TQCompressor (2024), section 3. The alternation of fits and
+    assignments, the spectral starts (`tdkit.fitting.permutations.spectral`) and the gain after a refit are new here.
     """
     size = float(matrix.abs().max())
     if size == 0 or not (rows or columns):
@@ -112,7 +117,7 @@ def _search(climb: Climb, seed: int) -> Ordering:
 
 
 class Climb:
-    """Fits and alternations on one matrix, in float32 where only the orders count."""
+    """Local search on one matrix, with a shared budget of rounds; in float32 where only the orders matter."""
 
     def __init__(self, matrix: Tensor, a: Shape, b: Shape, terms: int, rows: bool, columns: bool, effort: int) -> None:
         self.matrix = matrix
@@ -123,11 +128,11 @@ class Climb:
         small = min(1.0, 2 * FULL_BUDGET_SIDE**2 / (matrix.shape[0] ** 2 + matrix.shape[1] ** 2))
         rounds = max(1, effort) * (1 if terms > FEW_TERMS else max(LEAST_ROUNDS, round(ROUNDS * small)))
         self.stages = STAGES * effort
-        self.reserve = rounds // 3  # for `polished`, once the starts are done
+        self.reserve = rounds // 3  # for `polished`
         self.rounds = max(rounds - self.reserve, min(rounds, LEAST_ROUNDS))
 
     def spectral(self, plain: Ordering, seed: int) -> Iterator[Ordering]:
-        """Fitted spectral starts, the better of a stage first."""
+        """Fitted spectral starts, stage by stage; within a stage in descending order of energy."""
         if self.stages == 0:
             return
         starts = spectral_starts(self.single, self.a, self.b, rows=self.move_rows, columns=self.move_columns, seed=seed)
@@ -136,7 +141,7 @@ class Climb:
             yield from sorted(fitted, key=lambda o: -o.energy)
 
     def by_norm(self) -> Ordering:
-        """Rows and columns in descending order of their norms."""
+        """The fit with rows and columns in descending order of their norms."""
         rows, columns = (self.matrix.norm(dim=d).cpu().argsort(descending=True, stable=True) for d in (1, 0))
         return self.fit(
             rows if self.move_rows else torch.arange(len(rows)),
@@ -144,7 +149,7 @@ class Climb:
         )
 
     def improved(self, start: Ordering) -> Ordering:
-        """The ordering that alternation reaches from `start`."""
+        """Alternate refits and assignments for fixed factors from `start`, until a round gains too little."""
         best = start
         for _ in range(min(MAX_ROUNDS, max(1, self.rounds))):
             self.rounds -= 1
@@ -161,7 +166,7 @@ class Climb:
         return best
 
     def refined(self, start: Ordering) -> Ordering:
-        """The ordering that assignments reach from `start` when they count the refit of the factors."""
+        """Assign by the gain after a refit (`_refit_gain`) from `start`, until a round gains too little."""
         best = start
         while self.rounds > 0 and best.energy < (1 - NEGLIGIBLE) * self.total:
             self.rounds -= 1
@@ -182,7 +187,7 @@ class Climb:
         return best
 
     def turned(self, ordering: Ordering) -> Ordering:
-        """`ordering` with those groups of rows, then of columns, turned over that fit better so."""
+        """`ordering` with the sign flips of groups of rows and of columns (see `_turned`) that raise the energy."""
         best = ordering
         for axis in (0, 1):
             if self.move_rows:
@@ -194,17 +199,16 @@ class Climb:
         return best
 
     def polished(self, ordering: Ordering) -> Ordering:
-        """`refined` and `finished` in turn for as long as that gains something."""
+        """Repeat `finished` and `refined` until the energy no longer rises."""
         best = self.refined(ordering)
         while self.gains(now := self.refined(self.finished(best)), best):
             best = now
         return best
 
     def finished(self, ordering: Ordering) -> Ordering:
-        """`ordering` with its rows and columns grouped afresh for as long as that gains something.
+        """Recompute each order from the other one, and alternate, until the energy no longer rises.
 
-        Alternation moves single rows; grouping all of them again from the columns' order alone undoes
-        whole groups that are mixed up.
+        Assignments mostly move single rows. Computing the whole order anew (`regrouped`) can move whole groups.
         """
         while self.rounds > 0 and not self.is_explained(ordering):
             now = ordering
@@ -221,28 +225,28 @@ class Climb:
         return ordering
 
     def gains(self, now: Ordering, before: Ordering, share: float = TOLERANCE) -> bool:
-        """Whether `now` keeps more of the matrix's energy than `before`, by more than `share` of it."""
+        """Whether the energy of `now` exceeds that of `before` by more than `share` of the matrix's squared norm."""
         return now.energy > before.energy + share * self.total
 
     def is_explained(self, ordering: Ordering) -> bool:
-        """Whether what the fit leaves shows no permuted structure any more."""
+        """Whether the residual of the fit shows no permuted structure."""
         if ordering.energy >= (1 - NEGLIGIBLE) * self.total:
             return True
         left = self.single[ordering.rows][:, ordering.columns] - _dense(ordering.a, ordering.b).float()
         return float(left.square().sum()) <= NEGLIGIBLE * self.total or embed(left, count=4).excess < DETECTED
 
     def is_recovered(self, ordering: Ordering) -> bool:
-        """Whether the fit keeps most of the energy besides: no other start will do better."""
+        """Whether the fit holds half of the squared norm and is explained; other starts are then skipped."""
         return ordering.energy >= self.total / 2 and self.is_explained(ordering)
 
     def refit(self, ordering: Ordering, rows: Tensor, columns: Tensor) -> Ordering:
-        """The fit for new orders; the old one where they are the old."""
+        """The fit for other orders; `ordering` itself if they are its own."""
         if torch.equal(rows, ordering.rows) and torch.equal(columns, ordering.columns):
             return ordering
         return self.fit(rows, columns, ordering.b)
 
     def fit(self, rows: Tensor, columns: Tensor, warm: Tensor | None = None) -> Ordering:
-        """The fit for an order; of few terms by power iterations, from the factors `warm` where given."""
+        """The fit for an order: exact, or for few terms of a large matrix by power iterations from `warm`."""
         terms = self.terms
         if terms > FEW_TERMS or min(math.prod(self.a), math.prod(self.b)) < QUICK_SIDE:
             return _exact_fit(self.matrix, self.a, self.b, terms, rows, columns)
@@ -259,7 +263,7 @@ class Climb:
 
 
 def _better_rows(matrix: Tensor, a: Tensor, b: Tensor, rows: Tensor) -> Tensor:
-    """The best order found of the rows of `matrix`, whose columns are in order, for fixed factors."""
+    """An order of the rows of `matrix` for fixed factors and columns, no worse than `rows`."""
     gain = _row_gain(matrix, a.to(matrix), b.to(matrix)).cpu()
     order = best_assignment(gain)
     places = torch.arange(len(rows))
@@ -267,11 +271,11 @@ def _better_rows(matrix: Tensor, a: Tensor, b: Tensor, rows: Tensor) -> Tensor:
 
 
 def _turned(matrix: Tensor, a: Tensor, b: Tensor, order: Tensor, axis: int) -> Tensor:
-    """`order` with the rows of some groups rearranged among themselves: of those of one i1 (axis 0) or one i2 (axis 1).
+    """`order` with some groups permuted within themselves; a group is the rows of one i1 (axis 0) or i2 (axis 1).
 
-    When B has rows that are nearly each other's negatives, a group of one i1 fits nearly as well with them exchanged
-    and its row of A negated. Steps that move one row at a time never get from the one to the other. A group is
-    turned over where its best order for the negated row holds more than its order now.
+    If B has rows that are nearly the negatives of each other, a group of one i1 fits nearly as well with these rows
+    exchanged and its row of A negated. The one is a local optimum when seen from the other, as long as rows move one at
+    a time. A group takes its best order for the negated row of A if that has the larger gain.
     """
     gain, order = _row_gain(matrix, a.to(matrix), b.to(matrix)).cpu(), order.clone()
     places = torch.arange(len(order)).reshape(a.shape[1], b.shape[1])
@@ -284,7 +288,7 @@ def _turned(matrix: Tensor, a: Tensor, b: Tensor, order: Tensor, axis: int) -> T
 
 
 def _row_gain(matrix: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """(place, row): the inner product of each row of `matrix` with each row of the sum of Kronecker products."""
+    """(places, rows): the inner product of each row of the sum of Kronecker products with each row of `matrix`."""
     terms, a1, a2 = a.shape
     _, b1, b2 = b.shape
     if terms * a2 * b1 * (b2 + a1) >= a1 * b1 * a2 * b2:
@@ -298,12 +302,12 @@ def _row_gain(matrix: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _refit_gain(matrix: Tensor, a: Tensor, b: Tensor, order: Tensor) -> Tensor:
-    """(place, row): the energy, less a constant of the place, once the row has that place and the factors are refitted.
+    """(places, rows): the energy with a row in a place and the factors refitted, up to a constant per place.
 
-    With the B_r orthonormal the best A is a sum over the rows, ``A[i1] = sum_i2 z(row in (i1, i2))``, and holds the
-    whole energy. One other row makes that ``|A[i1] - z_old + z_new|^2``, where the fit as it stands only counts
-    ``2 <A[i1], z_new - z_old>`` and favours the old row, which had its share in A. The same holds with A and B
-    exchanged. Both second-order terms are added to the first, which neglects their overlap.
+    For orthonormal B_r the best A is a sum over the rows, ``A[i1] = sum_i2 z(row in (i1, i2))``, and its squared norm
+    is the energy. Replacing one row makes that ``|A[i1] - z_old + z_new|^2``. Its first-order part,
+    ``2 <A[i1], z_new - z_old>``, is the gain for fixed factors and favours the old row, which contributed to A. The
+    same holds with A and B exchanged. Both second-order parts are added here; their overlap is neglected.
     """
     count = len(matrix)
     blocks = matrix.contiguous().reshape(count, a.shape[2], b.shape[2])
@@ -321,7 +325,7 @@ def _refit_gain(matrix: Tensor, a: Tensor, b: Tensor, order: Tensor) -> Tensor:
 
 
 def _orthonormal(factors: Tensor) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis (r, m, n) of the factors (s, m, n) and the matrix (r, s) that gives them from it."""
+    """An orthonormal basis (r, m, n) of the factors (s, m, n), and their coordinates (r, s) in it."""
     basis, triangle = torch.linalg.qr(factors.flatten(1).T)
     return basis.T.reshape(-1, *factors.shape[1:]), triangle
 

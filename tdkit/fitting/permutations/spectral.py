@@ -1,10 +1,10 @@
-"""A first guess of the hidden row and column orders of a permuted sum of Kronecker products.
+"""Spectral starting points for the search of row and column permutations.
 
 In ``W[i, j] = A[i1, j1] B[i2, j2]`` the logarithm of the magnitude is a sum, ``log|A[i1, j1]| + log|B[i2, j2]|``.
-Once the means of its rows and columns are taken off, the singular vectors of the first part depend on i1 (j1)
-only and those of the second on i2 (j2) only, whatever the order of rows and columns. So: take the leading
-singular vectors, tell the two kinds apart, group the rows and columns by each. With several terms the
-logarithm is no longer a sum, but its main effects still are.
+After subtracting row and column means, the singular vectors of the first part depend on i1 (j1) only and those of the
+second on i2 (j2) only, whatever the order of rows and columns. So the leading singular vectors are computed and
+separated into the two kinds, and the rows and columns are clustered by each kind. With several terms the logarithm is
+not such a sum, but its main effects still are.
 """
 
 from __future__ import annotations
@@ -18,33 +18,34 @@ from torch import Tensor
 from tdkit.fitting.permutations.assignment import best_assignment
 from tdkit.shapes import Shape
 
-FEATURES = 24  # singular vectors that are looked at
-MOST_PROJECTORS = 1 << 26  # numbers in explicit projectors
-ABOVE_NOISE = 0.8  # of the largest singular value of noise: weaker vectors are dropped
-DETECTED = 1.15  # a leading singular value this far above that of noise is no accident
-ROTATIONS = 12  # trials of `_partitions`
-EXACT_PLACES = 512
-ITERATIONS = 6  # of the subspace iteration
+# Tuned by hand; `python -m tests.benchmarks.permutations --again` measures how many planted orders are recovered.
+FEATURES = 24  # most singular vectors
+MOST_PROJECTORS = 1 << 26  # most entries of the explicit projectors in `_projector_coordinates`
+ABOVE_NOISE = 0.8  # singular values below this multiple of the largest one of noise are dropped
+DETECTED = 1.15  # multiple of the largest singular value of noise from which there is a structure
+ROTATIONS = 12  # random rotations that `_partitions` tries
+EXACT_PLACES = 512  # `exact_size` of the assignments here
+ITERATIONS = 6  # of the subspace iterations
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """Coordinates of rows and columns in which equal indices of a factor lie close; noise is isotropic in them."""
+    """Coordinates in which rows (columns) with the same index of a factor are close; noise is isotropic in them."""
 
     rows: Tensor  # (out, k), singular vectors
     columns: Tensor  # (in, k)
     values: Tensor  # (k,) singular values
-    excess: float  # the largest singular value over that of noise of the same variance
+    excess: float  # largest singular value, divided by that of noise of the same variance
 
 
 def log_magnitude(matrix: Tensor) -> Tensor:
-    """log(w^2 + s / 10) with s the mean square, so that noise on small entries does not count."""
+    """log(w^2 + s / 10), where the mean square s damps the noise of small entries."""
     square = matrix.square()
     return (square + 0.1 * square.mean() + torch.finfo(matrix.dtype).tiny).log()
 
 
 def embed(matrix: Tensor, transform: Callable[[Tensor], Tensor] = log_magnitude, count: int = FEATURES) -> Embedding:
-    """The leading singular vectors of the transformed matrix without its row and column means."""
+    """The leading singular vectors of the transformed matrix after subtracting its row and column means."""
     values = transform(matrix)
     values = values - values.mean(dim=0) - values.mean(dim=1, keepdim=True) + values.mean()
     left, singular, right = _leading(values, min(count, *values.shape))
@@ -64,11 +65,19 @@ def spectral_starts(
     seed: int = 0,
     partitions: int = 2,
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Stages of (row order, column order) guesses, the most promising stage first; none without structure.
+    """Starting orders (rows, columns) in stages, the most promising stage first; nothing if no structure is detected.
 
-    A side that may not be reordered keeps its order, and none is sought: a vocabulary's would not fit in memory.
+    A side that may not be reordered keeps its order and is not clustered, which for a vocabulary would not fit in
+    memory.
 
-    Source: ours.
+    Args:
+        matrix: what to fit.
+        a, b: shapes of the factors.
+        rows, columns: whether they may be reordered.
+        seed: of the random rotations.
+        partitions: stages per transformation of the matrix.
+
+    Source: new here.
     """
     ranks = (max(0, min(a) - 1), max(0, min(b) - 1))
     count = min(FEATURES, sum(ranks))
@@ -96,11 +105,11 @@ def regrouped(
     a: Shape,
     b: Shape,
     terms: int,
-) -> Tensor:  # (out,) the row of each place
-    """An order of the rows from the order of the columns alone.
+) -> Tensor:  # (out,) int64, the row of each place
+    """The row order, computed from the column order.
 
-    Row (i1, i2), laid out as an (a2, b2) matrix, is ``sum_r outer(A_r[i1], B_r[i2])``: its column space is
-    a function of i1 only and its row space of i2 only. Rows are grouped by the projectors onto the two.
+    Row (i1, i2), reshaped to an (a2, b2) matrix, is ``sum_r outer(A_r[i1], B_r[i2])``: its column space depends on i1
+    only and its row space on i2 only. The rows are clustered by the projectors onto the two spaces.
     """
     blocks = matrix.reshape(len(matrix), a[1], b[1])
     rank = min(terms, a[1], b[1])
@@ -116,9 +125,9 @@ def regrouped(
 
 
 def _projector_coordinates(bases: Tensor) -> Tensor:
-    """Principal coordinates (items, k) of the projectors onto the spans of (items, n, rank)."""
+    """Principal coordinates (items, k) of the projectors onto the column spaces of (items, n, rank)."""
     if bases.shape[1] == bases.shape[2]:
-        return torch.zeros(len(bases), 0)  # the whole space: tells nothing
+        return torch.zeros(len(bases), 0)  # every projector is the identity
     if len(bases) * bases.shape[1] ** 2 > MOST_PROJECTORS:
         return _coordinates_by_products(bases)
     projectors = (bases @ bases.mT).flatten(1)
@@ -128,7 +137,7 @@ def _projector_coordinates(bases: Tensor) -> Tensor:
 
 
 def _coordinates_by_products(bases: Tensor) -> Tensor:
-    """The same from inner products, <P_i, P_j> = |U_i^T U_j|^2, where the projectors would not fit in memory."""
+    """The same, from the inner products <P_i, P_j> = |U_i^T U_j|^2, without forming the projectors."""
     items, _, rank = bases.shape
     flat = bases.mT.flatten(0, 1).double()
     products = (flat @ flat.T).square().reshape(items, rank, items, rank).sum(dim=(1, 3))
@@ -145,7 +154,10 @@ def _scales(matrix: Tensor) -> Tensor:
 
 
 def _leading(values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triplets by subspace iteration. Source: Halko, Martinsson and Tropp (2011), section 4.5."""
+    """Leading singular triplets by subspace iteration.
+
+    Source: Halko, Martinsson and Tropp (2011), section 4.5.
+    """
     generator = torch.Generator().manual_seed(0)
     width = min(count + 8, *values.shape)
     right = torch.randn(values.shape[1], width, generator=generator, dtype=values.dtype).to(values.device)
@@ -158,14 +170,14 @@ def _leading(values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _partitions(found: Embedding, ranks: tuple[int, int], seed: int, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Ways to split the features, rotated, into two that depend on one index each; the clearest first.
+    """Splits of the feature space into two subspaces, of features of one index each; the clearest split first.
 
-    The two indices are independent over the rows (and over the columns), so third moments of features are
-    zero unless all three are functions of the same index. An eigenvector of a random contraction of these
-    moments is of one kind alone; the moments between the eigenvectors then fall into two blocks.
+    The two indices are independent over the rows (and over the columns), so the third moment of three features is
+    zero unless all three are functions of the same index. An eigenvector of a random contraction of the third moments
+    is a feature of one index only, and the moments between eigenvectors form two blocks.
 
     Returns:
-        pairs of (k, k1) and (k, k2) with orthonormal columns, k1 + k2 = k.
+        Pairs of bases (k, k1) and (k, k2) with orthonormal columns, k1 + k2 = k.
     """
     size = found.rows.shape[1]
     moments = [_third_moments(found.rows), _third_moments(found.columns)]
@@ -194,7 +206,7 @@ def _third_moments(vectors: Tensor) -> Tensor:
 
 
 def _cheapest_cut(affinity: Tensor, ranks: tuple[int, int]) -> tuple[float, Tensor, Tensor]:
-    """The split of a graph with the least normalised cut along its second eigenvector, no side above its rank.
+    """The least normalised cut of a graph along its second eigenvector, with at most `ranks` nodes on the two sides.
 
     Source: Shi and Malik (2000), section 3.
     """
@@ -220,7 +232,7 @@ def _cheapest_cut(affinity: Tensor, ranks: tuple[int, int]) -> tuple[float, Tens
 
 
 def _places(features: Tensor, upper: Tensor, lower: Tensor, groups: int, size: int, scales: Tensor) -> Tensor:
-    """The item of each place (i1, i2) when items are grouped by i1 in one set of features, by i2 in the other."""
+    """The item of each place (i1, i2), with items clustered by i1 in some features and by i2 in the others."""
     by_upper = _distances(features @ upper, groups, size)
     by_lower = _distances(features @ lower, size, groups)
     if by_upper is None and by_lower is not None:
@@ -234,7 +246,7 @@ def _places(features: Tensor, upper: Tensor, lower: Tensor, groups: int, size: i
 
 
 def _by_scale(label: Tensor, scales: Tensor, groups: int) -> Tensor:
-    """Without features for an index: the rank of the items' norms in their group of the other index."""
+    """Distances (items, groups) for an index without features, from the order of the norms within each cluster."""
     order = scales.argsort(descending=True, stable=True)
     order = order[label[order].argsort(stable=True)]
     first = torch.searchsorted(label[order], label[order])
@@ -244,7 +256,7 @@ def _by_scale(label: Tensor, scales: Tensor, groups: int) -> Tensor:
 
 
 def _distances(points: Tensor, groups: int, size: int) -> Tensor | None:
-    """Squared distances (items, groups) to the centres of `groups` clusters of about `size` points each."""
+    """Squared distances (items, groups) to the centres of clusters of about `size` points; None without features."""
     if groups == 1:
         return torch.zeros(len(points), 1)
     if points.shape[1] == 0:
@@ -263,7 +275,11 @@ def _distances(points: Tensor, groups: int, size: int) -> Tensor | None:
 
 
 def _dense_centres(points: Tensor, groups: int, size: int) -> Tensor:
-    """Means of the tightest balls of `size` points that start outside each other, then of the farthest points."""
+    """Initial cluster centres (groups, k).
+
+    These are the means of the densest neighbourhoods of `size` points, leaving out points of earlier ones, then the
+    points farthest from all centres.
+    """
     distances = torch.cdist(points, points)
     near, members = distances.topk(size, dim=1, largest=False)
     covered = torch.zeros(len(points), dtype=torch.bool)
