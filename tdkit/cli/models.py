@@ -22,7 +22,8 @@ from tdkit.models.checkpoint import DESCRIPTION, read_description, save
 from tdkit.planning.planner import applied_plan, calibrated
 from tdkit.planning.planner import plan as plan_model
 from tdkit.planning.policy import Policy, Rule
-from tdkit.sources.models import DTYPES, Source, load_model
+from tdkit.sources.models import DTYPES, load_model
+from tdkit.sources.source import Source
 from tdkit.sources.texts import encode, load_texts, windows
 from tdkit.support.tables import table_of
 
