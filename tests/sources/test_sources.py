@@ -179,6 +179,8 @@ class Tokenizer(PreTrainedTokenizerFast):
         ({"model_type": "gpt2", "architectures": ["GPT2Config"]}, r"the class 'GPT2Config', which"),
         ({"model_type": "gpt2", "architectures": [3]}, r"the class 3, which"),
         ({"model_type": "theirs", "architectures": ["Model"]}, r"needs code of its own \(its config.json names Python"),
+        ({"model_type": "trocr", "architectures": ["Model"]}, r"the class 'Model', which"),  # no AutoModel: it asks
+        ({"model_type": "trocr", "architectures": None}, r"needs code of its own \(its config.json names Python files"),
         ({"model_type": "gpt2", "architectures": ["BertModel"]}, r"is damaged: .* BertModel, .* model type 'gpt2'"),
     ],
     ids=str,
