@@ -13,7 +13,7 @@ import yaml
 
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.losses import Labels
-from tdkit.cli.output import AsJson, Device, DryRun, err, show
+from tdkit.cli.output import AsJson, Device, DryRun, note, show
 from tdkit.compression.apply import compress as compress_model
 from tdkit.decompositions.registered import decomposition
 from tdkit.errors import CheckpointError, OptionError, PolicyError
@@ -116,7 +116,7 @@ def compress(
         compress_model(source.model, what, calibration=known, sequential=sequential, passes=passes, device=device)
         save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite)
         made = applied_plan(source.model)
-        err.print(f"saved to {folder}")
+        note(f"saved to {folder}")
     show(made.table(every=every), made.to_dict(), as_json)
 
 
