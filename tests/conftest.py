@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.folders import gpt2_folder, text_file  # noqa: F401, fixtures that several tests use
+from tests.packages import site  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

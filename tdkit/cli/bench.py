@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from tdkit.cli.models import Budget, Dtype, Match, ModelName, PolicyFile, With, dtype_of, policy_of
-from tdkit.cli.output import AsJson, Device, err, show
+from tdkit.cli.output import AsJson, Device, note, show
 from tdkit.errors import OptionError
 from tdkit.evaluation.speed import benchmark, unfitted
 from tdkit.evaluation.timing import keep_freed_memory
@@ -41,7 +41,7 @@ def bench(
     source = load_model(model, dtype=dtype_of(dtype), device=device)
     if not factorized_groups(source.model):
         chosen = policy_of(policy, with_, match, budget)
-        err.print("the model is dense: the policy is tried on it with random factors")
+        note("the model is dense: the policy is tried on it with random factors")
         unfitted(source.model, plan(source.model, chosen))
     result = benchmark(source.model, tokens=counts, train=train, prefer=prefer, seconds=seconds)
     show(result.table(), result.to_dict(), as_json)

@@ -13,7 +13,7 @@ import yaml
 
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.losses import Labels
-from tdkit.cli.output import AsJson, Device, DryRun, err, show
+from tdkit.cli.output import AsJson, Device, DryRun, note, show
 from tdkit.compression.apply import compress_resolved
 from tdkit.decompositions.registered import decomposition
 from tdkit.errors import CheckpointError, OptionError, PolicyError
@@ -22,7 +22,8 @@ from tdkit.models.checkpoint import DESCRIPTION, read_description, save
 from tdkit.planning.planner import applied_plan, calibrated, planned
 from tdkit.planning.policy import Policy, Rule
 from tdkit.planning.resolution import Resolved, resolve
-from tdkit.sources.models import DTYPES, Source, load_model
+from tdkit.sources.models import DTYPES, load_model
+from tdkit.sources.source import Source
 from tdkit.sources.texts import encode, load_texts, windows
 from tdkit.support.tables import table_of
 
@@ -115,7 +116,7 @@ def compress(
         compress_resolved(what, known, sequential=sequential, passes=passes, device=device)
         save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite)
         made = applied_plan(source.model)
-        err.print(f"saved to {folder}")
+        note(f"saved to {folder}")
     show(made.table(every=every), made.to_dict(), as_json)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from tdkit.cli.output import AsJson, Device, DryRun, err, out, show
+from tdkit.cli.output import AsJson, Device, DryRun, err, note, out, show
 from tdkit.errors import RecipeError
 from tdkit.recipes.library import load_recipe, recipe_files, recipe_text
 from tdkit.recipes.recipe import Recipe
@@ -63,7 +63,7 @@ def copy(
     if target.exists() and not force:
         raise RecipeError(f"{target} exists: give another file, or --force")
     write_text(target, text)
-    err.print(f"wrote {target}")
+    note(f"wrote {target}")
 
 
 def validate(name: Name, overrides: Overrides = None, as_json: AsJson = False) -> None:

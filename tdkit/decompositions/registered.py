@@ -8,7 +8,7 @@ from typing import Any
 
 from tdkit.decompositions.base import Decomposition
 from tdkit.errors import OptionError, did_you_mean
-from tdkit.registry import Registry
+from tdkit.registry import Registry, subclass_fault
 
 decompositions: Registry[type[Decomposition]] = Registry(
     "tdkit.decompositions",
@@ -20,6 +20,7 @@ decompositions: Registry[type[Decomposition]] = Registry(
         "tt_matrix": "tdkit.decompositions.tt_matrix:TTMatrix",
         "auto": "tdkit.decompositions.auto:Auto",
     },
+    fault=subclass_fault(Decomposition),
 )
 
 

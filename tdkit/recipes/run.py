@@ -17,7 +17,8 @@ from tdkit.errors import RecipeError
 from tdkit.models.checkpoint import load, save
 from tdkit.models.huggingface import is_transformers
 from tdkit.recipes.recipe import Recipe, Run
-from tdkit.sources.models import DTYPES, Source, load_model
+from tdkit.sources.models import DTYPES, load_model
+from tdkit.sources.source import Source
 from tdkit.support.files import write_text
 
 STATE = "state.json"

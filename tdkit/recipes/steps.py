@@ -26,6 +26,7 @@ from tdkit.planning.planner import plan, planned
 from tdkit.planning.policy import Policy, Rule
 from tdkit.planning.resolution import resolve
 from tdkit.recipes.recipe import Recipe, Run, StepConfig
+from tdkit.support.plain import say
 from tdkit.support.tables import table_of
 
 FIGURE_COLUMNS = ("model", "params", "ratio", "MB", "perplexity", "tokens/s", "fit seconds")
@@ -131,7 +132,7 @@ class CompareStep(StepConfig):
         first = planned(resolved, calibration)
         if calibration is not None:
             seconds = time.perf_counter() - started
-            run.console.print(f"  calibrated on {run.recipe.data.calibration_tokens:,} tokens in {seconds:.0f} s")
+            say(run.console, f"  calibrated on {run.recipe.data.calibration_tokens:,} tokens in {seconds:.0f} s")
         run.console.print(first)
         best: tuple[float, nn.Module] | None = None
         for kind in kinds:
@@ -141,15 +142,17 @@ class CompareStep(StepConfig):
             seconds = time.perf_counter() - started
             measured = evaluate(model, ids, context=context)
             rows.append(_row(kind.describe().removesuffix("()"), measured, dense, seconds))
-            run.console.print(f"  {rows[-1][0]}: perplexity {rows[-1][4]}, {seconds:.0f} s")
+            say(run.console, f"  {rows[-1][0]}: perplexity {rows[-1][4]}, {seconds:.0f} s")
             figures.append({"name": kind.name, **spec_of(kind), **measured.to_dict(), "fit_seconds": round(seconds, 2)})
             if best is None or measured.perplexity < best[0]:
                 best = measured.perplexity, model
         assert best is not None
         title = f"{', '.join(self.match)} at budget {self.budget:g} of the whole model"
         run.console.print(table_of(title, FIGURE_COLUMNS, rows))
-        run.console.print(
-            f"[dim]perplexity over {dense.tokens:,} tokens: {PROTOCOL}; context {context}, seed {run.recipe.seed}[/dim]"
+        say(
+            run.console,
+            f"perplexity over {dense.tokens:,} tokens: {PROTOCOL}; context {context}, seed {run.recipe.seed}",
+            "dim",
         )
         run.model = best[1]
         return {"rows": figures}
@@ -203,7 +206,7 @@ class GenerateStep(StepConfig):
             "compressed": self._continue(run.model, run.tokenizer),
         }
         for name, text in texts.items():
-            run.console.print(f"  {name}: {text}", markup=False, highlight=False)
+            say(run.console, f"  {name}: {text}")
         return texts
 
     def _continue(self, model: nn.Module, tokenizer: Any) -> str:
@@ -231,13 +234,13 @@ class SaveStep(StepConfig):
         place = save(run.model, run.folder / self.folder, tokenizer=run.tokenizer, overwrite=True)
         size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
         if not is_transformers(run.model):
-            run.console.print(f"  saved to {place}, {size / 1e6:.1f} MB on disk")
+            say(run.console, f"  saved to {place}, {size / 1e6:.1f} MB on disk")
             return {"folder": str(place), "bytes_on_disk": size}
         again = load(place, device=run.device)
         ids = _probe(run)
         if not torch.equal(_logits(run.model, ids), _logits(again, ids)):
             raise CheckpointError(f"{place}: the reloaded model's outputs differ from the saved one's")
-        run.console.print(f"  saved to {place}, {size / 1e6:.1f} MB on disk; reloaded, outputs identical")
+        say(run.console, f"  saved to {place}, {size / 1e6:.1f} MB on disk; reloaded, outputs identical")
         return {"folder": str(place), "bytes_on_disk": size, "reloaded_identical": True}
 
 

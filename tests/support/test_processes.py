@@ -1,48 +1,80 @@
-"""Fits shared by several processes give every one of them the model that a single one makes."""
+"""Processes that work together: each ends with the same result, and what stops one stops all."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
-from tdkit.support.processes import processes, shared
+from tdkit.errors import TdkitError
+from tdkit.support.processes import failing_together, is_main_process, on_main_process, processes, shared
 
-PROGRAM = """
-import sys, torch, tdkit
+ROOT = Path(__file__).parents[2]
+LIMIT = 300  # seconds: a process that waits for ever is a failure
+linux = pytest.mark.skipif(sys.platform != "linux", reason="gloo over a file")
+
+START = """
+import os, signal, sys, threading, time
+import torch
+from pathlib import Path
 from torch import distributed
-from tdkit import Auto, Kronecker, LowRank, Policy, Rule
-from tests.conftest import make_gpt2
+from tdkit.errors import SourceError, TdkitError
+from tdkit.support.processes import failing_together, is_main_process, on_main_process, processes, shared
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-torch.manual_seed(5)
-model = make_gpt2()
-batches = [torch.arange(24).reshape(2, 12) + step for step in range(3)]
-policy = Policy([Rule("transformer.h.*.attn.*", Auto(), budget=0.6), Rule("transformer.h.*", LowRank(), budget=0.5)])
-tdkit.compress(model, policy, calibration=batches, progress=False)
-torch.save({k: v.detach().contiguous() for k, v in model.named_parameters()}, f"{folder}/model-{rank}.pt")
-seen = []
-try:
-    list(tdkit.support.processes.shared(range(5), lambda n: seen.append(n) or 1 // (3 - n)))
-except tdkit.errors.TdkitError as error:
-    assert "process 1 failed: ZeroDivisionError" in str(error), error
-else:
-    raise AssertionError("the failure of one process was not told to all")
-assert seen == ([0, 2] if rank == 0 else [1, 3]), seen
-distributed.destroy_process_group()
+rank, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+
+def raised(call):
+    try:
+        call()
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+def say(*values):
+    print(*values, flush=True)
 """
+
+
+def run_together(folder: Path, program: str, count: int = 2) -> list[list[str]]:
+    """The lines that each of `count` processes prints; all of them are killed when one fails or takes too long."""
+    code = START + textwrap.dedent(program) + "\ndistributed.destroy_process_group()\n"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started: list[subprocess.Popen[str]] = []
+    try:
+        for rank in range(count):
+            with (folder / f"out-{rank}").open("w") as out, (folder / f"err-{rank}").open("w") as err:
+                arguments = [sys.executable, "-c", code, str(rank), str(count), str(folder)]
+                started.append(subprocess.Popen(arguments, stdout=out, stderr=err, cwd=ROOT, env=environment))
+        end = time.monotonic() + LIMIT
+        while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
+            assert time.monotonic() < end, f"still running: {[process.poll() for process in started]}"
+            time.sleep(0.05)
+        for rank, process in enumerate(started):
+            if process.poll():
+                pytest.fail(f"process {rank}: {(folder / f'err-{rank}').read_text()[-2000:]}")
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return [(folder / f"out-{rank}").read_text().splitlines() for rank in range(count)]
 
 
 def test_alone_everything_is_done_here_in_order() -> None:
     assert processes() == (0, 1)
+    assert is_main_process()
     assert list(shared([3, 1, 2], lambda n: n * n)) == [9, 1, 4]
+    assert on_main_process(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError), failing_together():
+        on_main_process(lambda: 1 // 0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="gloo over a file")
+@linux
 def test_two_processes_fit_a_layer_each_and_end_with_the_same_model(tmp_path: Path) -> None:
     import torch
 
@@ -50,14 +82,21 @@ def test_two_processes_fit_a_layer_each_and_end_with_the_same_model(tmp_path: Pa
     from tdkit import Auto, LowRank, Policy, Rule
     from tests.conftest import make_gpt2
 
-    options = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "cwd": Path(__file__).parents[2]}
-    started = [
-        subprocess.Popen([sys.executable, "-c", PROGRAM, str(rank), str(tmp_path)], stderr=subprocess.PIPE, **options)
-        for rank in range(2)
-    ]
-    for process in started:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()[-2000:]
+    run_together(
+        tmp_path,
+        """
+        import tdkit
+        from tdkit import Auto, LowRank, Policy, Rule
+        from tests.conftest import make_gpt2
+
+        torch.manual_seed(5)
+        model = make_gpt2()
+        batches = [torch.arange(24).reshape(2, 12) + step for step in range(3)]
+        rules = [Rule("transformer.h.*.attn.*", Auto(), budget=0.6), Rule("transformer.h.*", LowRank(), budget=0.5)]
+        tdkit.compress(model, Policy(rules), calibration=batches, progress=False)
+        torch.save({k: v.detach().contiguous() for k, v in model.named_parameters()}, folder / f"model-{rank}.pt")
+        """,
+    )
     torch.manual_seed(5)
     model = make_gpt2()
     batches = [torch.arange(24).reshape(2, 12) + step for step in range(3)]
@@ -68,3 +107,197 @@ def test_two_processes_fit_a_layer_each_and_end_with_the_same_model(tmp_path: Pa
         assert list(found) == [name for name, _ in model.named_parameters()]
         for name, tensor in model.named_parameters():
             torch.testing.assert_close(found[name], tensor.detach(), rtol=1e-4, atol=1e-6, msg=name)
+
+
+@linux
+def test_work_is_divided_and_given_to_all(tmp_path: Path) -> None:
+    lines = run_together(
+        tmp_path,
+        """
+        seen = []
+        say(list(shared(range(7), lambda n: seen.append(n) or n * n)), seen)
+        say(list(shared(range(2), lambda n: n)), list(shared([], lambda n: n)))
+        """,
+        count=3,
+    )
+    assert [line[0] for line in lines] == [f"[0, 1, 4, 9, 16, 25, 36] {list(range(7))[rank::3]}" for rank in range(3)]
+    assert {line[1] for line in lines} == {"[0, 1] []"}
+
+
+@linux
+def test_an_exception_in_one_is_raised_in_all_whatever_the_others_do(tmp_path: Path) -> None:
+    """After each the processes go on together: nobody is one exchange behind the others."""
+    lines = run_together(
+        tmp_path,
+        """
+        class Unpicklable(SourceError):
+            def __init__(self, place, lock):
+                super().__init__(f"{place} is damaged")
+                self.lock = lock
+
+        def work(error):
+            def do(n):
+                if n == 3:
+                    raise error
+                return n
+            return lambda: list(shared(range(6), do))
+
+        def loop(error):
+            with failing_together():
+                for n in shared(range(6), lambda n: n):
+                    if rank == 1 and n == 3:
+                        raise error
+
+        def last(error):
+            with failing_together():
+                for n in shared(range(6), lambda n: n):
+                    if rank == 1 and n == 5:
+                        raise error
+
+        def nested(error):
+            with failing_together():
+                if rank == 1:
+                    with failing_together():
+                        raise error
+                on_main_process(lambda: 1)
+
+        say(raised(work(ValueError("bad"))))
+        say(raised(work(SourceError("no text"))))
+        say(raised(work(Unpicklable("that", threading.Lock()))))
+        say(raised(lambda: list(shared(range(2), lambda n: threading.Lock() if n else n))))
+        for attempt in (loop, last, nested):
+            say(raised(lambda: attempt(ValueError("bad"))))
+        say(raised(lambda: on_main_process(lambda: 1 // 0)))
+        say(list(shared(range(4), lambda n: n)))
+        """,
+    )
+    assert lines[0][:2] == ["TdkitError: process 1 failed: ValueError('bad')", "SourceError: no text"]
+    assert lines[1][:2] == lines[0][:2]
+    assert lines[0][2] == "TdkitError: process 1 failed: Unpicklable('that is damaged')"
+    assert lines[1][2] == "Unpicklable: that is damaged"
+    for line in lines:
+        assert "process 1 failed" in line[3]
+        assert "lock" in line[3]
+    assert lines[0][4:7] == ["TdkitError: process 1 failed: ValueError('bad')"] * 3
+    assert lines[1][4:7] == ["ValueError: bad"] * 3
+    for line in lines:
+        assert "process 0 failed: ZeroDivisionError" in line[7]
+        assert line[8] == "[0, 1, 2, 3]"
+
+
+@linux
+def test_an_interrupt_of_one_stops_all(tmp_path: Path) -> None:
+    """In its own work, while it waits for another, and in the loop; after each the processes go on together."""
+    lines = run_together(
+        tmp_path,
+        """
+        def interrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+
+        def at_work(n):
+            if n == 1:
+                interrupt()
+                time.sleep(60)
+
+        def while_waiting(n):
+            if n == 0:  # the other has nothing to do and waits: the signal comes while it does
+                (folder / "waits").touch()
+                while not (folder / "interrupted").exists():
+                    time.sleep(0.01)
+            return n
+
+        def waiting():
+            if rank == 1:
+                main = threading.main_thread().ident
+                def later():
+                    while not (folder / "waits").exists():
+                        time.sleep(0.01)
+                    signal.pthread_kill(main, signal.SIGINT)
+                    (folder / "interrupted").touch()
+                threading.Thread(target=later).start()
+            with failing_together():
+                list(shared([0], while_waiting))
+
+        def loop():
+            with failing_together():
+                for n in shared(range(4), lambda n: n):
+                    if rank == 1 and n == 3:
+                        interrupt()
+                        time.sleep(60)
+
+        say(raised(lambda: list(shared(range(2), at_work))))
+        say(raised(waiting))
+        say(raised(loop))
+        say(signal.getsignal(signal.SIGINT) is signal.default_int_handler, list(shared(range(4), lambda n: n)))
+        """,
+    )
+    for line in lines:
+        assert line == [*["KeyboardInterrupt: "] * 3, "True [0, 1, 2, 3]"]
+
+
+@linux
+def test_an_interrupt_of_all_at_once_strands_none(tmp_path: Path) -> None:
+    """As Ctrl-C in a terminal, which every process gets: some at work, the others waiting for them."""
+    lines = run_together(
+        tmp_path,
+        """
+        def attempt():
+            with failing_together():
+                for _ in shared(range(3), lambda n: (folder / f"at-{n}").touch() or time.sleep(0.01 if n else 60)):
+                    pass
+
+        def later():
+            while len(list(folder.glob("at-*"))) < 3:
+                time.sleep(0.01)
+            time.sleep(0.3)  # by now the others most likely wait for the first; right whether they do or not
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=later).start()
+        say(raised(attempt))
+        say(list(shared(range(4), lambda n: n)))
+        """,
+        count=3,
+    )
+    for line in lines:
+        assert line == ["KeyboardInterrupt: ", "[0, 1, 2, 3]"]
+
+
+@linux
+def test_the_main_process_works_by_itself(tmp_path: Path) -> None:
+    lines = run_together(
+        tmp_path,
+        """
+        def work():
+            with failing_together():
+                inner = on_main_process(lambda: sum(shared(range(5), lambda n: n)))
+            with (folder / "written").open("a") as file:
+                file.write(f"by {rank}, ")
+            return processes(), inner
+
+        say(is_main_process(), on_main_process(work), processes())
+        """,
+    )
+    assert (tmp_path / "written").read_text() == "by 0, "
+    assert lines == [["True ((0, 1), 10) (0, 2)"], ["False ((0, 1), 10) (1, 2)"]]
+
+
+def test_a_lost_process_is_an_error_of_the_others(tmp_path: Path) -> None:
+    lines = run_together(
+        tmp_path,
+        """
+        def attempt():
+            with failing_together():
+                if rank == 1:
+                    os._exit(0)
+                list(shared(range(4), lambda n: n))
+
+        say(raised(attempt).partition(":")[0] != "nothing")
+        os._exit(0)
+        """,
+    )
+    assert lines == [["True"], []]
+
+
+def test_an_error_of_ours_stays_one() -> None:
+    with pytest.raises(TdkitError, match="no more"), failing_together():
+        raise TdkitError("no more")

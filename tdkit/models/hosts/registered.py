@@ -9,7 +9,7 @@ from torch import nn
 
 from tdkit.errors import RegistryError
 from tdkit.models.hosts.base import FactorizedLayer, Host, transfer
-from tdkit.registry import Registry
+from tdkit.registry import Registry, subclass_fault
 
 hosts: Registry[type[Host]] = Registry(
     "tdkit.hosts",
@@ -19,6 +19,7 @@ hosts: Registry[type[Host]] = Registry(
         "conv1d": "tdkit.models.hosts.linear:Conv1DHost",
         "embedding": "tdkit.models.hosts.embedding:EmbeddingHost",
     },
+    fault=subclass_fault(Host),
 )
 
 
@@ -61,10 +62,5 @@ def _all() -> tuple[Host, ...]:
                 raise
             warnings.warn(f"{error}; the layers that it knows stay dense", stacklevel=2)
             continue
-        if getattr(kind, "name", None) != name:
-            raise RegistryError(
-                f"host '{name}' of package {packages[0]} calls itself {getattr(kind, 'name', None)!r}: `name` and the "
-                "name of the entry point must be the same"
-            )
         found.append(kind())
     return tuple(found)
