@@ -33,8 +33,8 @@ ROOMS = """
 """
 FLOOR = {room: number for number, line in enumerate(ROOMS.strip().splitlines()) for room in line.split()}
 PACKAGE = Path(tdkit.__file__).parent
-# The packages that ``import tdkit`` may load besides the standard library, torch, numpy and what these load. Others, such
-# as scipy, rich, transformers, triton and plugins, are imported by the functions that need them.
+# The packages that ``import tdkit`` may load besides the standard library, torch, numpy and what these load. Others,
+# such as scipy, rich, transformers, triton and plugins, are imported by the functions that need them.
 LEAN = {"tdkit", "safetensors", "yaml", "cython_runtime"}  # the last by yaml
 
 
