@@ -306,8 +306,12 @@ def test_the_model_goes_to_the_device_asked_for(batches: list[Tensor]) -> None:
 
 
 def test_batches_go_to_the_device_of_the_model(batches: list[Tensor]) -> None:
-    runner = Runner(Language().to("meta"), gradients=False)
-    for batch in (batches[0], (batches[0],), {"input_ids": batches[0]}):
+    class Echo(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return input
+
+    runner = Runner(Echo(2, 2, device="meta"), gradients=False)
+    for batch in (batches[0], (batches[0],), {"input": batches[0]}):
         assert runner.forward(batch).is_meta
 
 
