@@ -307,7 +307,7 @@ def test_the_model_goes_to_the_device_asked_for(batches: list[Tensor]) -> None:
 
 def test_batches_go_to_the_device_of_the_model(batches: list[Tensor]) -> None:
     class Echo(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002, its name in torch
             return input
 
     runner = Runner(Echo(2, 2, device="meta"), gradients=False)
