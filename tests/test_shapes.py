@@ -16,12 +16,13 @@ def test_divisors_are_all_of_them_in_order(n: int) -> None:
 
 
 @given(st.integers(1, 20000), st.integers(1, 4))
-def test_modes_span_the_dimension_with_little_padding(n: int, parts: int) -> None:
+def test_modes_are_balanced_and_span_the_dimension_with_little_padding(n: int, parts: int) -> None:
     modes = balanced_modes(n, parts)
     assert len(modes) == parts
     assert list(modes) == sorted(modes, reverse=True)
-    assert n <= math.prod(modes) <= max(2 * n, n + 1)
+    assert n <= math.prod(modes) <= 1.25 * n
     assert min(modes) >= 1
+    assert n < 64 or max(modes) <= 2.5 * min(modes)
 
 
 def test_modes_of_familiar_dimensions() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdkit.errors import CalibrationError
 from tdkit.fitting.linalg import working
 
 # Shares of the mean diagonal. Tuned by hand; `python tests/benchmarks/accuracy.py --run FOLDER` measures a change.
@@ -22,7 +23,8 @@ class Metric:
     Measured moments are singular if there are fewer tokens than features, and a few directions can hold most of
     their trace. Errors are therefore measured with a ridge: a multiple of the identity, `INPUT_RIDGE` times the mean
     diagonal of C and `OUTPUT_RIDGE` times that of S, makes both positive definite. A moment whose trace is zero or
-    negative counts as absent. `squared_error` is the objective of every calibrated fit.
+    negative counts as absent; one that is not finite raises a `CalibrationError` when it is used. `squared_error` is
+    the objective of every calibrated fit.
 
     Attributes:
         input: C = E[x x^T], (in, in), or its diagonal (in,); any float dtype.
@@ -68,12 +70,21 @@ def _reordered(moment: Tensor | None, order: Tensor) -> Tensor | None:
 
 
 def ridged(moment: Tensor | None, share: float) -> Tensor | None:
-    """`moment` plus `share` times its mean diagonal, float64; None if it is absent or its trace is not positive."""
+    """`moment` plus `share` times its mean diagonal, float64; None if it is absent or its trace is not positive.
+
+    Raises:
+        CalibrationError: if the diagonal is not finite.
+    """
     if moment is None:
         return None
     moment = working(moment)
     diagonal = moment if moment.ndim == 1 else moment.diagonal()
     ridge = share * diagonal.mean()
+    if not bool(torch.isfinite(ridge)):
+        raise CalibrationError(
+            f"a second moment of {len(diagonal)} features holds NaN or infinite values: calibrate on batches whose "
+            "activations and gradients are finite"
+        )
     if not bool(ridge > 0):
         return None
     if moment.ndim == 1:

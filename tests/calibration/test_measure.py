@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import tdkit
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.measure import calibrate
+from tdkit.calibration.runner import Runner
 from tdkit.errors import CalibrationError
-from tdkit.models.sites import survey
 
 
 class Attention(nn.Module):
@@ -292,7 +292,28 @@ def test_a_text_by_name(tmp_path: Path) -> None:
     assert [tuple(b.shape) for b in calibration.batches] == [(1, 16)] * 10
 
 
-def test_device_and_exports() -> None:
+def test_the_model_goes_to_the_device_asked_for(batches: list[Tensor]) -> None:
+    class Noting(Language):
+        def to(self, device: Any) -> Any:  # type: ignore[override]
+            places.append(torch.device(device))
+            return super().to(device)
+
+    places: list[torch.device] = []
+    calibrate(Noting(), batches)
+    assert places == []
+    calibrate(Noting(), batches, device="cpu:0")  # the CPU by another name
+    assert places[0] == torch.device("cpu:0")
+
+
+def test_batches_go_to_the_device_of_the_model(batches: list[Tensor]) -> None:
+    class Echo(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002, its name in torch
+            return input
+
+    runner = Runner(Echo(2, 2, device="meta"), gradients=False)
+    for batch in (batches[0], (batches[0],), {"input": batches[0]}):
+        assert runner.forward(batch).is_meta
+
+
+def test_it_is_exported() -> None:
     assert tdkit.calibrate is calibrate
-    model = Language()
-    assert calibrate(model, [torch.zeros(1, 4, dtype=torch.long)], device="cpu").names[0] == survey(model).sites[0].name

@@ -166,9 +166,30 @@ def test_a_deep_copy_is_independent(tied: Any, ids: Tensor) -> None:
     assert tied.embed.matrix.left.any()
 
 
-def test_the_fit_runs_on_the_device_asked_for(tied: Any, ids: Tensor) -> None:
-    expected = tdkit.compress(copy.deepcopy(tied), half)(ids)
-    assert torch.equal(tdkit.compress(tied, half, device="cpu")(ids), expected)
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere(LowRank):
+    """Low rank that notes where it is asked to fit: the `meta` device computes nothing, and stands for a GPU."""
+
+    def fit(self, weight: Tensor, metric: Metric | None = None) -> LowRankMatrix:
+        given = (weight, metric.input, metric.output) if metric else (weight,)
+        places.append({str(tensor.device) for tensor in given if tensor is not None})
+        return super().fit(torch.randn(weight.shape, dtype=weight.dtype))
+
+    def error(self, weight: Tensor, matrix: FactorizedMatrix, metric: Metric | None = None) -> float:
+        return 0.5 if weight.is_meta else super().error(weight, matrix, metric)
+
+
+places: list[set[str]] = []
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_fit_runs_on_the_device_asked_for(tied: Any, ids: Tensor, calibrated: bool) -> None:
+    places.clear()
+    calibration = tdkit.calibrate(tied, [ids]) if calibrated else None
+    policy = Policy([Rule("*", Elsewhere(rank=2))])
+    tdkit.compress(copy.deepcopy(tied), policy, calibration=calibration)
+    tdkit.compress(tied, policy, calibration=calibration, device="meta")
+    assert places == [{"cpu"}] * 3 + [{"meta"}] * 3
     assert {p.device.type for p in tied.parameters()} == {"cpu"}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tdkit import Decomposition, Kronecker, LowRank, Metric, PermutedKronecker, TTMatrix
+from tdkit.errors import CalibrationError
 from tdkit.fitting.kronecker_moments import along_modes, product_moments
 from tdkit.fitting.lbfgs import minimise
 from tdkit.fitting.low_rank import squared_singular_values, truncated_in_metric
@@ -86,6 +87,17 @@ def test_awkward_moments_do_no_harm(kind: Decomposition, metric: Metric) -> None
     assert bool(torch.isfinite(dense).all())
     plain = metric.squared_error(weight - choice.fit(weight).dense().detach())
     assert metric.squared_error(weight - dense) <= plain * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_moments_that_are_not_finite_are_told(kind: Decomposition, side: str, value: float) -> None:
+    broken = moment(12, 1)
+    broken[3, 3] = value
+    message = "a second moment of 12 features holds NaN or infinite values: calibrate on batches whose activations"
+    with pytest.raises(CalibrationError, match=message):
+        kind.candidates((12, 12))[0].fit(random(12, 12), Metric(**{side: broken}))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -14,7 +14,7 @@ from tdkit import Auto, LowRank
 from tdkit.decompositions.base import Decomposition, Point
 from tdkit.errors import BudgetError
 from tdkit.models.sites import Site, survey
-from tdkit.planning.allocation import Choice, OpenSite, by_loss, mixed, uniform
+from tdkit.planning.allocation import Choice, OpenSite, by_loss, lower_hull, mixed, uniform
 
 
 def sites(*shapes: tuple[int, int]) -> list[Site]:
@@ -78,23 +78,39 @@ spectra = st.lists(
 )
 
 
+def curves_of(values: list[list[float]]) -> tuple[list[OpenSite], dict[str, list[Point]], list[list[Point]]]:
+    """Sites, their curves, and for each site all that it can become, the dense weight included."""
+    found = opened(*[(12, 6), (8, 8), (6, 10)][: len(values)])
+    curves = {s.site.name: spectrum_curve(v, s.site.shape) for s, v in zip(found, values, strict=True)}
+    return found, curves, [[*curves[s.site.name], Point(LowRank(), s.site.params, 0.0)] for s in found]
+
+
 @settings(max_examples=60, deadline=None)
 @given(spectra, st.floats(0.4, 0.95))
 def test_by_loss_is_near_the_best_of_all_choices(values: list[list[float]], share: float) -> None:
-    shapes = [(12, 6), (8, 8), (6, 10)][: len(values)]
-    found = opened(*shapes)
-    curves = {s.site.name: spectrum_curve(v, s.site.shape) for s, v in zip(found, values, strict=True)}
+    found, curves, every = curves_of(values)
     available = int(share * sum(s.site.params for s in found))
     choices = by_loss(found, curves, available, "test")
     assert held(found, choices) <= available
 
-    every = [[*((p.params, p.error) for p in curves[s.site.name]), (s.site.params, 0.0)] for s in found]
-    combinations = itertools.product(*every)
-    best = min(sum(e for _, e in c) for c in combinations if sum(p for p, _ in c) <= available)
+    affordable = [c for c in itertools.product(*every) if sum(p.params for p in c) <= available]
+    best = min(sum(p.error for p in c) for c in affordable)
     chosen = sum(c.error or 0.0 for c in choices.values())
-    # the greedy loses at most one step of one hull
-    steepest = max(max(p.error for p in curves[s.site.name]) for s in found)
-    assert best - 1e-9 <= chosen <= best + steepest
+    hulls = [lower_hull(points) for points in every]  # type: ignore[arg-type]
+    step = max(low.error - high.error for hull in hulls for low, high in itertools.pairwise(hull))
+    assert best - 1e-9 <= chosen <= best + step  # the greedy algorithm loses at most one step of one hull
+
+
+@settings(max_examples=60, deadline=None)
+@given(spectra, st.floats(1e-3, 1e2))
+def test_by_loss_is_the_best_of_all_choices_for_a_budget_of_whole_steps(
+    values: list[list[float]], price: float
+) -> None:
+    """What minimises error + price * params has the least error of all that hold as many params (Everett, 1963)."""
+    found, curves, every = curves_of(values)
+    cheapest = [min(points, key=lambda p: p.error + price * p.params) for points in every]
+    choices = by_loss(found, curves, sum(p.params for p in cheapest), "test")
+    assert sum(c.error or 0.0 for c in choices.values()) == pytest.approx(sum(p.error for p in cheapest))
 
 
 def test_by_loss_leaves_nothing_that_could_still_be_spent() -> None:
