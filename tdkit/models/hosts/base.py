@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.models.lazy_weight import lazy_weight
 
 
 class Host(ABC):
@@ -55,7 +56,7 @@ def install(module: nn.Module, layer: FactorizedLayer) -> FactorizedLayer:
 
 
 class FactorizedLayer(nn.Module, ABC):
-    """A layer with a factorised `matrix`; `weight` is read-only and dense, built anew when it is read."""
+    """A layer with a factorised `matrix`; `weight` is read-only and dense, built when its numbers are needed."""
 
     matrix: FactorizedMatrix
 
@@ -70,8 +71,8 @@ class FactorizedLayer(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight in the layout of the layer that was replaced."""
-        return self.matrix.dense()
+        """The dense weight in the layout of the layer that was replaced, computed when its numbers are needed."""
+        return lazy_weight(self.matrix)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # nn.Module would answer a Parameter with "attribute already exists"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedLayer, Host
+from tdkit.models.lazy_weight import lazy_weight
 
 
 class LinearHost(Host):
@@ -63,7 +64,7 @@ class FactorizedLinear(FactorizedLayer):
     @property
     def weight(self) -> Tensor:
         """The dense weight: (out, in), or (in, out) when `transposed`."""
-        return self.matrix.dense().T if self.transposed else self.matrix.dense()
+        return lazy_weight(self.matrix, (self.nx, self.nf), Tensor.t) if self.transposed else lazy_weight(self.matrix)
 
     def forward(
         self,
