@@ -95,17 +95,11 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        matrix: FactorizedMatrix,
-        size: Sequence[int],
-        view: Callable[[Tensor], Tensor],  # noqa: ARG004
-        *factors: Tensor,  # noqa: ARG004
+        ctx: Any, matrix: FactorizedMatrix, size: Sequence[int], view: Callable[[Tensor], Tensor], *factors: Tensor
     ) -> Tensor:
-        return _wrapper(matrix, size)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        ctx.matrix, _, ctx.view, *factors = inputs
+        ctx.matrix, ctx.view = matrix, view
         ctx.save_for_backward(*factors)
+        return _wrapper(matrix, size)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
