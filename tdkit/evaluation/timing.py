@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from tdkit.support.compatibility import storage_id
+from tdkit.support.compatibility import storage_id, tree_leaves
 
 SAMPLE_SECONDS = 5e-3  # a shorter call is repeated within one sample: neither the clock nor cold caches must count
 MAX_REPEATS = 200

@@ -11,8 +11,27 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+__all__ = [
+    "buffers_of",
+    "constant_for_compile",
+    "in_functional_transform",
+    "onednn_enabled",
+    "onednn_has_linear",
+    "onednn_linear",
+    "parameters_of",
+    "reset_accelerate_state",
+    "storage_id",
+    "submodules_of",
+    "tree_leaves",
+    "tree_map_only",
+    "version_of",
+    "wrapper_tensor",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T", bound=Tensor)
 
 version_of: Callable[[Tensor], int] = attrgetter("_version")
 """The version counter of a tensor, which every in-place operation increases; inference tensors have none."""
@@ -68,14 +87,14 @@ def storage_id(tensor: Tensor) -> int:
     return cast(int, tensor.untyped_storage()._cdata)
 
 
-def wrapper_tensor(
-    kind: type[Tensor], size: Sequence[int], *, dtype: torch.dtype, device: torch.device, requires_grad: bool
-) -> Tensor:
+def wrapper_tensor(kind: type[T], size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> T:
     """A tensor of a subclass with ``__torch_dispatch__`` that has metadata and no storage."""
-    tensor: Tensor = torch.Tensor._make_wrapper_subclass(
-        kind, size, dtype=dtype, device=device, requires_grad=requires_grad
-    )
-    return tensor
+    return torch.Tensor._make_wrapper_subclass(kind, size, dtype=dtype, device=device)
+
+
+def in_functional_transform() -> bool:
+    """Whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def reset_accelerate_state(*, processes: bool = False) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from tdkit.support.compatibility import (
     buffers_of,
     constant_for_compile,
+    in_functional_transform,
     onednn_enabled,
     onednn_has_linear,
     onednn_linear,
@@ -17,6 +18,8 @@ from tdkit.support.compatibility import (
     reset_accelerate_state,
     storage_id,
     submodules_of,
+    tree_leaves,
+    tree_map_only,
     version_of,
     wrapper_tensor,
 )
@@ -119,17 +122,35 @@ class Wrapper(Tensor):
         raise AssertionError(f"{func} was called")
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_a_wrapper_has_metadata_and_computes_nothing_itself(requires_grad: bool) -> None:
-    device = torch.device("cpu")
-    wrapper = wrapper_tensor(Wrapper, (3, 4), dtype=torch.float16, device=device, requires_grad=requires_grad)
+def test_a_wrapper_has_metadata_and_computes_nothing_itself() -> None:
+    wrapper = wrapper_tensor(Wrapper, (3, 4), dtype=torch.float16, device=torch.device("cpu"))
     assert type(wrapper) is Wrapper
-    assert (wrapper.shape, wrapper.dtype, wrapper.device) == ((3, 4), torch.float16, device)
-    assert wrapper.requires_grad is requires_grad
+    assert (wrapper.shape, wrapper.dtype, wrapper.device) == ((3, 4), torch.float16, torch.device("cpu"))
+    assert not wrapper.requires_grad
     with pytest.raises(RuntimeError, match="invalid python storage"):
         wrapper.untyped_storage().data_ptr()
     with pytest.raises(AssertionError, match=r"aten\.add\.Tensor was called"):
         wrapper + 1
+
+
+def test_transforms_of_functions_are_seen() -> None:
+    seen = []
+
+    def run(x: Tensor) -> Tensor:
+        seen.append(in_functional_transform())
+        return x.sum()
+
+    run(torch.ones(3))
+    for transform in (torch.func.grad, torch.func.vmap, torch.func.jacrev):
+        transform(run)(torch.ones(3))
+    run(torch.ones(3))
+    assert seen == [False, True, True, True, False]
+
+
+def test_trees_are_taken_apart_and_mapped() -> None:
+    tree = {"a": [1, (2.0, "x")], "b": None}
+    assert tree_leaves(tree) == [1, 2.0, "x", None]
+    assert tree_map_only(int, lambda n: n + 1, tree) == {"a": [2, (2.0, "x")], "b": None}
 
 
 def test_accelerates_state_is_forgotten() -> None:

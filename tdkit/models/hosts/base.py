@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.models.lazy_weight import lazy_weight
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of the weights that can be fitted
 
@@ -20,7 +21,7 @@ Observer = Callable[[Tensor, Tensor], Tensor]
 
 
 class FactorizedLayer(nn.Module, ABC):
-    """A layer with a factorised `matrix`; `weight` is read-only and dense, built anew when it is read.
+    """A layer with a factorised `matrix`; `weight` is read-only and dense, built when its numbers are needed.
 
     A layer with several factorised weights overrides `matrices`.
     """
@@ -48,8 +49,8 @@ class FactorizedLayer(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight in the layout of the layer that was replaced."""
-        return self.matrix.dense()
+        """The dense weight in the layout of the layer that was replaced, computed when its numbers are needed."""
+        return lazy_weight(self.matrix)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # nn.Module would answer a Parameter with "attribute already exists"

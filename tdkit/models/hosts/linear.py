@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedLayer, Host
+from tdkit.models.lazy_weight import lazy_weight
 
 
 class LinearHost(Host):
@@ -118,7 +119,7 @@ class FactorizedConv1D(FactorizedLinear):
     @property
     def weight(self) -> Tensor:
         """The dense weight, (in, out)."""
-        return self.matrix.dense().T
+        return lazy_weight(self.matrix, (self.nx, self.nf), Tensor.t)
 
     def forward(
         self,

@@ -1,0 +1,142 @@
+"""The weight of a factorised layer as a tensor that is computed only when its numbers are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.errors import TdkitError
+from tdkit.products.autograd import autocast_dtype
+from tdkit.support.compatibility import in_functional_transform, tree_map_only, wrapper_tensor
+
+METADATA = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in (
+            *("dtype", "device", "shape", "ndim", "layout", "requires_grad", "itemsize", "nbytes"),
+            *("is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized"),
+        )
+    ),
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.__len__),
+    *(Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel),
+}
+"""What is answered without the numbers."""
+
+PRODUCTS = {
+    *(F.linear, F.embedding, torch.addmm, torch.mm, torch.matmul),
+    *(Tensor.mm, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__),
+}
+"""What only reads the numbers and returns none of their memory, so that a cached weight can be lent to it."""
+
+
+def lazy_weight(
+    matrix: FactorizedMatrix,
+    size: Sequence[int] | None = None,
+    view: Callable[[Tensor], Tensor] = lambda dense: dense,
+) -> Tensor:
+    """``view(matrix.dense())`` as a tensor of `size`; to read its dtype, device or shape costs nothing.
+
+    It is computed once, at the first operation on it, with gradients to the factors if they were enabled when
+    `lazy_weight` was called, and in the factors' dtype, also under autocast. Products use a cached weight where there
+    is one (`tdkit.prepare`). What is written into it is lost: it is a copy.
+
+    Args:
+        matrix: (out, in).
+        size: of the result; (out, in) when None.
+        view: from (out, in) to `size`, without copying.
+    """
+    if torch.compiler.is_compiling() or in_functional_transform():  # they trace, and would lose a tensor subclass
+        return view(matrix.dense())
+    size = matrix.shape if size is None else size
+    trained = [tensor for tensor in matrix.tensors() if tensor.requires_grad] if torch.is_grad_enabled() else []
+    read = cast("Callable[..., LazyWeight]", _Read.apply if trained else _wrapper)
+    weight = read(matrix, size, view, *trained)
+    weight._matrix, weight._view, weight._built = matrix, view, None
+    weight._modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    return weight
+
+
+class LazyWeight(Tensor):
+    """See `lazy_weight`."""
+
+    _matrix: FactorizedMatrix
+    _view: Callable[[Tensor], Tensor]
+    _modes: tuple[bool, bool]  # inference mode, gradients
+    _built: Tensor | None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in METADATA:
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        numbers = _lent if func in PRODUCTS else _numbers
+        args, kwargs = tree_map_only(LazyWeight, numbers, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # declared as no class method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """For callers that go past ``__torch_function__``: autograd has seen them and asks `_Read` for gradients."""
+        args, kwargs = tree_map_only(LazyWeight, lambda weight: _numbers(weight).detach(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class _Read(torch.autograd.Function):
+    """A lazy weight whose gradient, where one is asked of itself and not of its numbers, goes on to the factors.
+
+    Autograd functions (a fused loss that takes the head's weight) and TorchScript ask so.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, matrix: FactorizedMatrix, size: Sequence[int], view: Callable[[Tensor], Tensor], *factors: Tensor
+    ) -> Tensor:
+        ctx.matrix, ctx.view = matrix, view
+        ctx.save_for_backward(*factors)
+        return _wrapper(matrix, size)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        factors, matrix = ctx.saved_tensors, ctx.matrix
+        if not {id(factor) for factor in factors} <= {id(tensor) for tensor in matrix.tensors()}:
+            raise TdkitError(
+                "the factors of a weight were replaced between the forward and the backward pass: use "
+                "layer.matrix.dense() in place of layer.weight there"
+            )
+        with torch.enable_grad():
+            weight = ctx.view(matrix.dense())
+        found = torch.autograd.grad(weight, factors, gradients, create_graph=torch.is_grad_enabled())
+        return None, None, None, *found
+
+
+def _wrapper(matrix: FactorizedMatrix, size: Sequence[int], *_: object) -> LazyWeight:
+    of = matrix.tensors()[0]
+    return wrapper_tensor(LazyWeight, size, dtype=of.dtype, device=of.device)
+
+
+def _numbers(weight: LazyWeight) -> Tensor:
+    if weight._built is None:
+        inference, gradients = weight._modes
+        matrix = weight._matrix
+        device = matrix.tensors()[0].device.type
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients), _without_autocast(device):
+            weight._built = weight._view(matrix.dense())
+    return weight._built
+
+
+def _lent(weight: LazyWeight) -> Tensor:
+    if weight._built is not None:
+        return weight._built
+    matrix = weight._matrix
+    cached = matrix.dispatcher.cached_weight(matrix, matrix.tensors()[0].dtype)
+    return _numbers(weight) if cached is None else weight._view(cached)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
