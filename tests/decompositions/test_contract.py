@@ -7,10 +7,11 @@ import pytest
 from tdkit.decompositions.registered import decompositions
 from tdkit.testing import Check, checks
 
+BUILT_IN = ("low_rank", "kronecker", "permuted_kronecker", "tt_matrix", "auto")
 EVERY = [
     pytest.param(check, id=f"{name}-{check}")
     for name in decompositions.names()
-    for check in checks(decompositions.get(name))
+    for check in checks(decompositions.get(name), metric="used" if name in BUILT_IN else None)
 ]
 
 

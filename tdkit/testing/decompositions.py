@@ -1,4 +1,4 @@
-"""The contract that every decomposition must pass, for the authors of plugins too.
+"""The contract of a decomposition, for the authors of plugins too.
 
     import pytest
     from tdkit.testing import checks
@@ -22,18 +22,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
-from tdkit.decompositions.base import Decomposition, FactorizedMatrix
+from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Preference
 from tdkit.decompositions.registered import decomposition, spec_of
 from tdkit.errors import OptionError, TdkitError
 from tdkit.fitting.metric import Metric
+from tdkit.models.preparation import prepare
 from tdkit.shapes import Shape
 
 SHAPES: tuple[Shape, ...] = ((12, 18), (18, 12), (16, 16), (15, 9), (7, 11), (1, 10), (10, 1), (1, 1))
@@ -41,6 +43,8 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HUGE: Shape = (1 << 16, 1 << 16)  # dense, this is 32 GiB in float64
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 BATCHES = ((), (1,), (5,), (2, 3), (0,), (2, 0))
+MANY_TOKENS = 300  # enough for the paths that only large batches take
+USED = 0.95  # of the plain fit's error that a fit in the metric may have; the shipped ones have 0.88 and less
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ def checks(
     shapes: Sequence[Shape] = SHAPES,
     dtypes: Sequence[torch.dtype] = DTYPES,
     exact: bool = True,
+    metric: Literal["used", "ignored"] | None = None,
 ) -> list[Check]:
     """Every check of the contract for `kind`.
 
@@ -73,14 +78,20 @@ def checks(
         dtypes: of the matrices that are tried; gradients are always checked in float64.
         exact: whether the richest candidate can write any matrix; false for a family that cannot, such as
             circulant matrices.
+        metric: 'used' where a fit in calibrated second moments must have less error in them than a plain fit,
+            for those of the inputs and of the output gradients; 'ignored' where it must be the plain fit. Either is
+            allowed, and not checked when None: only that the metric does no harm is always checked.
     """
     open_kind = kind if isinstance(kind, Decomposition) else kind()
     listed = []
     for clause in (
         candidates_are_sorted,
+        alternatives_have_choices,
         complete_keeps_to_the_budget,
         claimed_params_are_real,
         matmul_is_dense,
+        linear_is_dense,
+        every_path_is_dense,
         rows_are_dense,
         gradients_are_right,
         curve_is_monotone,
@@ -88,7 +99,8 @@ def checks(
         fit_leaves_no_trace,
         fit_takes_any_layout,
         fit_survives_degenerate_weights,
-        metric_is_used_or_ignored,
+        metric_does_no_harm,
+        *([] if metric is None else [metric_is_used if metric == "used" else metric_is_ignored]),
         copies_are_equal,
         options_round_trip,
     ):
@@ -135,6 +147,20 @@ def candidates_are_sorted(kind: Decomposition, shape: Shape) -> None:
         last = params
 
 
+def alternatives_have_choices(kind: Decomposition, shape: Shape) -> None:
+    """Each of `alternatives` has candidates for the shape, and `best_within` one of them within a number of params."""
+    alternatives = kind.alternatives(shape)
+    _require(bool(alternatives), f"{kind} stands for nothing at {shape}")
+    for alternative in alternatives:
+        alternative.check(shape)
+        _require(bool(alternative.candidates(shape)), f"{alternative}, for which {kind} stands, has no candidates")
+    budget = _choices(kind, shape)[-1].num_params(shape)
+    best = kind.best_within(_weight(shape), None, budget)
+    _require(best is not None and best.is_complete(), f"{kind} of {shape}: {best} is the best within {budget} params")
+    assert best is not None
+    _require(best.num_params(shape) <= budget, f"{best} of {shape} was chosen for {budget} params")
+
+
 def complete_keeps_to_the_budget(kind: Decomposition, shape: Shape) -> None:
     """`complete` never exceeds its budget, and finds something whenever the smallest candidate fits."""
     candidates = kind.candidates(shape)
@@ -178,6 +204,64 @@ def matmul_is_dense(kind: Decomposition, shape: Shape) -> None:
         _close(matrix.matmul(strided), strided @ matrix.dense().T, f"{choice} of {shape}: matmul of a strided x")
 
 
+def linear_is_dense(kind: Decomposition, shape: Shape) -> None:
+    """``linear(x, bias) == x @ dense().T + bias``, what layers call: in training, in eval mode, with a cached weight.
+
+    The second call of its kind may find what the first one has cached; after the factors have changed in place it
+    must not.
+    """
+    for choice in _choices(kind, shape):
+        matrix, biases = choice.fit(_weight(shape)), (None, _random(shape[0], seed=12))
+        _linear_is_dense(matrix.train(), biases, f"{choice} of {shape} in training")
+        for prefer in get_args(Preference):
+            prepare(matrix, prefer=prefer)
+            _linear_is_dense(matrix, biases, f"{choice} of {shape}, prefer={prefer}, with gradients")
+            for context in (torch.no_grad, torch.inference_mode):
+                with context():
+                    place = f"{choice} of {shape}, prefer={prefer}, under {context.__name__}"
+                    _linear_is_dense(matrix, biases, place)
+                    _linear_is_dense(matrix, biases, f"{place}, again")
+                    for factor in matrix.parameters():
+                        factor.mul_(1.5)
+                        _linear_is_dense(matrix, biases, f"{place}, after a factor was changed in place")
+                    for factor in matrix.parameters():
+                        factor.div_(1.5)
+
+
+def _linear_is_dense(matrix: FactorizedMatrix, biases: Sequence[Tensor | None], place: str) -> None:
+    dense = matrix.dense()
+    for batch in (*BATCHES, (MANY_TOKENS,)):
+        x = _random(*batch, matrix.shape[1], seed=1)
+        for bias in biases:
+            what = f"{place}: linear of a batch {batch} {'without' if bias is None else 'with'} bias"
+            _close(matrix.linear(x, bias), F.linear(x, dense, bias), what)
+
+
+def every_path_is_dense(kind: Decomposition, shape: Shape) -> None:
+    """Each of `paths` gives ``x @ dense().T + bias``, its gradients included; `path` names one of them."""
+    for choice in _choices(kind, shape):
+        matrix, bias = choice.fit(_weight(shape)), _random(shape[0], seed=12)
+        for tokens in (1, 3, MANY_TOKENS):
+            x = _random(tokens, shape[1], seed=1)
+            paths = matrix.paths(tokens)
+            names = [path.name for path in paths]
+            _require(len(set(names)) == len(names), f"{choice} of {shape}: two paths of one name among {names}")
+            _require(
+                matrix.path(tokens, prefer="memory").name in names,
+                f"{choice} of {shape}: the path taken for {tokens} tokens is not among {names}",
+            )
+            expected = F.linear(x, matrix.dense(), bias)
+            slopes = torch.autograd.grad(expected.square().sum(), list(matrix.parameters()))
+            for path in paths:
+                what = f"{choice} of {shape}: path '{path.name}' of {tokens} tokens"
+                y = matrix.multiply(x, bias, path)
+                _close(y, expected, what)
+                _close(matrix.multiply(x, None, path), expected - bias, f"{what}, without bias")
+                found = torch.autograd.grad(y.square().sum(), list(matrix.parameters()))
+                for one, other in zip(found, slopes, strict=True):
+                    _close(one, other, f"{what}: a gradient")
+
+
 def rows_are_dense(kind: Decomposition, shape: Shape) -> None:
     """``rows(ids) == dense()[ids]`` for every shape of ids, empty ones and none included."""
     for choice in _choices(kind, shape):
@@ -190,12 +274,14 @@ def rows_are_dense(kind: Decomposition, shape: Shape) -> None:
 
 
 def gradients_are_right(kind: Decomposition, shape: Shape) -> None:
-    """The float64 gradients of `matmul`, `rows` and `dense` agree with finite differences, for every factor."""
+    """Float64 gradients of `matmul`, `linear`, `rows` and `dense` agree with finite differences, for every factor."""
+    bias = _random(shape[0], seed=12).requires_grad_()
     x = _random(3, shape[1], seed=4).requires_grad_()
     ids = torch.tensor([0, shape[0] - 1, shape[0] // 2])
     for choice in _choices(kind, shape)[:2]:
         matrix = choice.fit(_weight(shape))
         _check_gradients(matrix, "matmul", x)
+        _check_gradients(matrix, "linear", x, bias)
         _check_gradients(matrix, "rows", ids)
         _check_gradients(matrix, "dense")
 
@@ -273,25 +359,44 @@ def fit_survives_degenerate_weights(kind: Decomposition, shape: Shape) -> None:
             _require(gap <= size * (1 + 1e-4), f"{choice} of a {label} {shape} matrix is worse than nothing ({gap})")
 
 
-def metric_is_used_or_ignored(kind: Decomposition, shape: Shape) -> None:
-    """In the metric, a calibrated fit is never worse than the plain one; rank-deficient moments do no harm."""
+def metric_does_no_harm(kind: Decomposition, shape: Shape) -> None:
+    """In the metric, a fit in it is never worse than the plain one; rank-deficient moments do no harm."""
     weight = _weight(shape)
-    inputs, gradients = _random(40, shape[1], seed=7), _random(max(1, shape[0] // 2), shape[0], seed=8)
-    inputs[:, 0] *= 30  # one direction dominates, as in real activations
-    for label, metric in (
-        ("C", Metric(input=inputs.T @ inputs / len(inputs))),
-        ("S of half rank", Metric(output=gradients.T @ gradients)),
-        ("C and S", Metric(input=inputs.T @ inputs / len(inputs), output=gradients.T @ gradients)),
-        ("diagonal C and S", Metric(input=inputs.square().mean(0), output=gradients.square().mean(0))),
-    ):
+    for label, metric in _metrics(shape).items():
         for choice in _choices(kind, shape)[:2]:
-            plain = metric.squared_error(weight - choice.fit(weight).dense())
-            calibrated = metric.squared_error(weight - choice.fit(weight, metric).dense())
+            plain, calibrated = _errors_in(metric, choice, weight)
             slack = 1e-4 * metric.squared_error(weight)  # floors under small eigenvalues cost a little
             _require(
                 calibrated <= plain + slack,
                 f"{choice} of {shape} with {label}: {calibrated:.6g} calibrated, {plain:.6g} plain",
             )
+
+
+def metric_is_used(kind: Decomposition, shape: Shape) -> None:
+    """In the metric, a fit in it has clearly less error than the plain one, unless that is exact.
+
+    Both sides count: the inputs' moments where there are several columns, the gradients' where there are several rows.
+    """
+    weight, metrics = _weight(shape), _metrics(shape)
+    sides = {"C": shape[1] > 1, "S of half rank": shape[0] > 1, "C and S": min(shape) > 1}
+    for label in (label for label, told in sides.items() if told):
+        metric = metrics[label]
+        for choice in _choices(kind, shape)[:2]:
+            plain, calibrated = _errors_in(metric, choice, weight)
+            if plain > 1e-9 * metric.squared_error(weight):
+                _require(
+                    calibrated <= USED * plain,
+                    f"{choice} of {shape} makes no use of {label}: {calibrated:.6g} calibrated, {plain:.6g} plain",
+                )
+
+
+def metric_is_ignored(kind: Decomposition, shape: Shape) -> None:
+    """A fit in the metric is the plain one, bit for bit."""
+    weight = _weight(shape)
+    for label, metric in _metrics(shape).items():
+        for choice in _choices(kind, shape)[:2]:
+            plain, calibrated = choice.fit(weight).dense(), choice.fit(weight, metric).dense()
+            _require(torch.equal(plain, calibrated), f"{choice} of {shape} makes use of {label}")
 
 
 def copies_are_equal(kind: Decomposition, shape: Shape) -> None:
@@ -400,20 +505,23 @@ def foreign_shapes_are_told(kind: Decomposition, shapes: Sequence[Shape]) -> Non
 
 
 def compiles_whole(kind: Decomposition, shape: Shape) -> None:
-    """``torch.compile(fullgraph=True)`` traces `matmul` and `rows` without a graph break, for several batches."""
+    """``torch.compile(fullgraph=True)`` traces `linear`, `matmul` and `rows` without a graph break."""
     for choice in _choices(kind, shape)[:2]:
         matrix = choice.fit(_weight(shape))
-        inputs = {
-            "matmul": [_random(n, shape[1], seed=11) for n in (2, 7)],
-            "rows": [torch.arange(n) % shape[0] for n in (2, 7)],
+        bias = _random(shape[0], seed=12)
+        inputs: dict[str, list[tuple[Tensor, ...]]] = {
+            "linear": [(_random(n, shape[1], seed=11), bias) for n in (2, 7)],
+            "matmul": [(_random(n, shape[1], seed=11),) for n in (2, 7)],
+            "rows": [(torch.arange(n) % shape[0],) for n in (2, 7)],
         }
         for method, batches in inputs.items():
-            torch._dynamo.reset()
+            torch.compiler.reset()
             call = _Call(matrix, method)
             compiled = torch.compile(call, fullgraph=True, backend="eager")
             for batch in batches:
-                _close(compiled(batch), call(batch), f"{choice} of {shape}: compiled {method} of {tuple(batch.shape)}")
-    torch._dynamo.reset()
+                what = f"{choice} of {shape}: compiled {method} of {tuple(batch[0].shape)}"
+                _close(compiled(*batch), call(*batch), what)
+    torch.compiler.reset()
 
 
 class _Call(nn.Module):
@@ -446,6 +554,24 @@ def _choices(kind: Decomposition, shape: Shape) -> list[Decomposition]:
     candidates = kind.candidates(shape)
     places = dict.fromkeys((0, len(candidates) // 2, len(candidates) - 1))
     return [candidates[place] for place in places]
+
+
+def _metrics(shape: Shape) -> dict[str, Metric]:
+    """Second moments of inputs (C) and of output gradients (S): one direction dominates, as in real activations."""
+    inputs, gradients = _random(40, shape[1], seed=7), _random(max(1, shape[0] // 2), shape[0], seed=8)
+    inputs[:, 0] *= 30
+    return {
+        "C": Metric(input=inputs.T @ inputs / len(inputs)),
+        "S of half rank": Metric(output=gradients.T @ gradients),
+        "C and S": Metric(input=inputs.T @ inputs / len(inputs), output=gradients.T @ gradients),
+        "diagonal C and S": Metric(input=inputs.square().mean(0), output=gradients.square().mean(0)),
+    }
+
+
+def _errors_in(metric: Metric, choice: Decomposition, weight: Tensor) -> tuple[float, float]:
+    """Squared error of the plain fit and of the one in the metric."""
+    plain, calibrated = (metric.squared_error(weight - choice.fit(weight, given).dense()) for given in (None, metric))
+    return plain, calibrated
 
 
 def _random(*size: int, seed: int) -> Tensor:
