@@ -10,5 +10,17 @@ from tdkit.testing.decompositions import (
     check_decomposition,
     checks,
 )
+from tdkit.testing.hosts import check_host, host_checks
 
-__all__ = ["BATCHES", "DTYPES", "HUGE", "SHAPES", "TOLERANCE", "Check", "check_decomposition", "checks"]
+__all__ = [
+    "BATCHES",
+    "DTYPES",
+    "HUGE",
+    "SHAPES",
+    "TOLERANCE",
+    "Check",
+    "check_decomposition",
+    "check_host",
+    "checks",
+    "host_checks",
+]

@@ -1,0 +1,269 @@
+"""The contract of a host: what tdkit relies on when it measures, rewrites, saves and undoes a layer."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.decompositions.low_rank import LowRank
+from tdkit.errors import RegistryError
+from tdkit.models.hosts.base import FactorizedLayer, Host, Observer, install
+from tdkit.models.hosts.registered import host_of, hosts
+from tdkit.testing.decompositions import Check
+
+MakeLayer = Callable[[], nn.Module]
+MakeInputs = Callable[[], Sequence[Any]]
+
+
+def host_checks(make: MakeLayer, inputs: MakeInputs) -> list[Check]:
+    """Every check of a host's contract, for the layers that `make` builds.
+
+    Args:
+        make: builds a layer of the host's type; the checks bring it to float64. Layers of other sizes and options
+            are worth checks of their own.
+        inputs: the arguments of its forward, such as ``lambda: [torch.randn(3, 5, 8)]``; floating-point tensors are
+            brought to float64.
+    """
+    clauses = (
+        it_is_found_by_its_name,
+        weights_are_matrices_and_back,
+        full_rank_layers_compute_the_same,
+        other_parameters_stay_the_same_objects,
+        undo_is_the_reverse_of_build,
+        observers_see_every_product,
+        observers_see_the_products_of_the_factorised_layer,
+        what_observers_return_is_used_until_they_are_removed,
+        options_are_json,
+    )
+    return [Check(clause.__name__, partial(clause, _Case(make, inputs))) for clause in clauses]
+
+
+def check_host(make: MakeLayer, inputs: MakeInputs) -> None:
+    """Run every check of `host_checks` and report all failures together.
+
+    Raises:
+        AssertionError: with one line per failed check.
+    """
+    failures = []
+    for check in host_checks(make, inputs):
+        try:
+            check()
+        except Exception as error:
+            failures.append(f"{check}: {type(error).__name__}: {error}")
+    if failures:
+        raise AssertionError(f"{len(failures)} checks failed:\n" + "\n".join(failures))
+
+
+class _Case:
+    """Layers and inputs of one host, always the same numbers."""
+
+    def __init__(self, make: MakeLayer, inputs: MakeInputs) -> None:
+        self._make = make
+        self._inputs = inputs
+
+    def layer(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self._make().double()
+
+    def inputs(self) -> list[Any]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            given = self._inputs()
+        floats = [isinstance(each, Tensor) and each.is_floating_point() for each in given]
+        return [each.double() if is_float else each for each, is_float in zip(given, floats, strict=True)]
+
+    def host(self, layer: nn.Module) -> Host:
+        host = host_of(layer)
+        _require(host is not None, f"no registered host accepts {type(layer).__name__}")
+        return cast(Host, host)
+
+    def factorized(self, layer: nn.Module, weights: Sequence[str]) -> FactorizedLayer:
+        """The layer around full-rank factors of some of its weights."""
+        host = self.host(layer)
+        matrices: dict[str, FactorizedMatrix] = {}
+        for weight in weights:
+            matrix = host.matrix(getattr(layer, weight), weight).detach()
+            matrices[weight] = LowRank(rank=min(matrix.shape)).fit(matrix)
+        return install(layer, host.build(layer, matrices, host.options(layer)))
+
+
+def it_is_found_by_its_name(case: _Case) -> None:
+    """A host accepts the layer, is registered under its `name`, and no module but its own type."""
+    layer = case.layer()
+    host = case.host(layer)
+    try:
+        registered = hosts.get(host.name)
+    except RegistryError as error:
+        raise AssertionError(f"the host is not registered as '{host.name}': {error}") from error
+    _require(registered is type(host), f"'{host.name}' is registered for {registered.__name__}")
+    subclass = copy.copy(layer)
+    subclass.__class__ = type("Subclass", (type(layer),), {})
+    _require(not host.accepts(subclass), "it accepts a subclass, whose forward may be another one")
+    _require(not host.accepts(nn.Identity()), "it accepts nn.Identity")
+
+
+def weights_are_matrices_and_back(case: _Case) -> None:
+    """Every name in `weights` is a parameter; `tensor` is the reverse of `matrix`, which is a view."""
+    layer = case.layer()
+    host = case.host(layer)
+    weights = host.weights(layer)
+    _require(len(weights) > 0, "it names no weights")
+    for weight in weights:
+        parameter = dict(layer.named_parameters(recurse=False)).get(weight)
+        _require(parameter is not None, f"the layer has no parameter '{weight}' of its own")
+        assert parameter is not None
+        matrix = host.matrix(parameter, weight)
+        _require(matrix.ndim == 2, f"'{weight}' is read as {tuple(matrix.shape)}, not as a matrix")
+        shared = matrix.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+        _require(shared, f"'{weight}' is read as a copy, not as a view")
+        back = host.tensor(matrix, weight)
+        _require(back.shape == parameter.shape and torch.equal(back, parameter), f"'{weight}' does not come back")
+        times = host.multiplications(layer, weight)
+        _require(isinstance(times, int) and times >= 0, f"multiplications of '{weight}' are {times!r}")
+
+
+def full_rank_layers_compute_the_same(case: _Case) -> None:
+    """With full-rank factors of any one of the weights, and of all, the output is that of the dense layer."""
+    for weights in _selections(case):
+        layer, inputs = case.layer(), case.inputs()
+        expected = layer(*inputs)
+        _close(case.factorized(layer, weights)(*inputs), expected, f"the output with {', '.join(weights)} factorised")
+
+
+def other_parameters_stay_the_same_objects(case: _Case) -> None:
+    """Biases, and weights that are not factorised, are the same parameters in the factorised layer."""
+    for weights in _selections(case):
+        layer = case.layer()
+        before = {name: p for name, p in layer.named_parameters() if name not in weights}
+        built = case.factorized(layer, weights)
+        _require(set(built.matrices) == set(weights), f"`matrices` has {sorted(built.matrices)}, not {sorted(weights)}")
+        held = {id(p) for p in built.parameters()}
+        for name, parameter in before.items():
+            _require(id(parameter) in held, f"'{name}' is not in the layer with {', '.join(weights)} factorised")
+        inside = sum(p.numel() for matrix in built.matrices.values() for p in matrix.parameters())
+        total = sum(p.numel() for p in built.parameters())
+        _require(total == inside + sum(p.numel() for p in before.values()), "it holds parameters of its own")
+
+
+def undo_is_the_reverse_of_build(case: _Case) -> None:
+    """`undo` gives a layer of the dense type with the same output, which shares no memory with the factors."""
+    for weights in _selections(case):
+        layer, inputs = case.layer(), case.inputs()
+        built = case.factorized(layer, weights)
+        dense = case.host(layer).undo(built)
+        _require(type(dense) is type(layer), f"undo gives a {type(dense).__name__}, not a {type(layer).__name__}")
+        _require(built.host == case.host(layer).name, f"the layer names the host '{built.host}'")
+        _require(built.replaces == type(layer).__name__, f"the layer replaces '{built.replaces}'")
+        _close(dense(*inputs), layer(*inputs), "the output after undo")
+        for name, parameter in layer.named_parameters():
+            other = dict(dense.named_parameters())[name]
+            _close(other, parameter, f"'{name}' after undo")
+            _require(other.dtype == parameter.dtype, f"'{name}' after undo is {other.dtype}")
+
+
+def observers_see_every_product(case: _Case) -> None:
+    """The rows of x, and of the gradient of y, give the weight's gradient: all products are seen, row by row."""
+    layer = case.layer()
+    _check_observers(case, layer, layer, {w: cast(Tensor, getattr(layer, w)) for w in case.host(layer).weights(layer)})
+
+
+def observers_see_the_products_of_the_factorised_layer(case: _Case) -> None:
+    """The same for the layer that takes its place, where a second pass of calibration measures."""
+    layer = case.layer()
+    built = case.factorized(layer, case.host(layer).weights(layer))
+    _check_observers(case, layer, built, {})
+
+
+def _check_observers(case: _Case, dense: nn.Module, layer: nn.Module, parameters: dict[str, Tensor]) -> None:
+    host = case.host(dense)
+    expected = layer(*case.inputs()).detach()
+    slopes = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    layer.requires_grad_(True)
+    for weight in host.weights(dense):
+        shape = host.matrix(getattr(dense, weight), weight).shape
+        looks_up = host.multiplications(dense, weight) == 0
+        found = torch.zeros(shape, dtype=torch.float64)
+        calls: list[int] = []
+        handle = host.attach(layer, weight, _adding(found, looks_up, calls))
+        output = layer(*case.inputs())
+        _close(output, expected, f"the output while '{weight}' is observed")
+        layer.zero_grad()
+        output.backward(slopes)
+        handle.remove()
+        _require(len(calls) > 0, f"no product with '{weight}' is seen")
+        if weight in parameters:
+            gradient = parameters[weight].grad
+            _require(gradient is not None, f"'{weight}' has no gradient")
+            wanted = host.matrix(cast(Tensor, gradient), weight)
+            _close(found, wanted, f"the gradient of '{weight}' from the rows that are observed")
+
+
+def _adding(total: Tensor, looks_up: bool, calls: list[int]) -> Observer:
+    """An observer that adds the weight's gradient up, from what enters and the gradient of what leaves."""
+
+    def observe(x: Tensor, y: Tensor) -> Tensor:
+        calls.append(x.numel())
+        rows = x.detach().reshape(-1) if looks_up else x.detach().reshape(-1, x.shape[-1])
+
+        def add(gradient: Tensor) -> None:
+            gradient = gradient.reshape(-1, gradient.shape[-1])
+            if looks_up:
+                total.index_add_(0, rows, gradient)
+            else:
+                total.add_(gradient.T @ rows)
+
+        if not y.requires_grad:
+            y = y.detach().clone().requires_grad_()
+        y.register_hook(add)  # type: ignore[no-untyped-call]
+        return y
+
+    return observe
+
+
+def what_observers_return_is_used_until_they_are_removed(case: _Case) -> None:
+    """The layer goes on with what an observer returns in place of y; after ``remove()`` it is as before."""
+    layer = case.layer()
+    expected = layer(*case.inputs())
+    for weight in case.host(layer).weights(layer):
+        handle = case.host(layer).attach(layer, weight, lambda _, y: y + 1.0)
+        changed = layer(*case.inputs())
+        handle.remove()
+        _require(not torch.allclose(changed, expected), f"what an observer of '{weight}' returns is not used")
+        _close(layer(*case.inputs()), expected, f"the output after the observer of '{weight}' is removed")
+
+
+def options_are_json(case: _Case) -> None:
+    """What `options` says of the dense layer, and the built layer of itself, is the same after JSON."""
+    layer = case.layer()
+    host = case.host(layer)
+    options = host.options(layer)
+    _require(json.loads(json.dumps(options)) == options, f"options {options!r} are not JSON")
+    own = case.factorized(layer, host.weights(layer)).options()
+    _require(own == options, f"the built layer says {own!r} of itself, `options` said {options!r}")
+
+
+def _selections(case: _Case) -> list[tuple[str, ...]]:
+    layer = case.layer()
+    weights = case.host(layer).weights(layer)
+    return list(dict.fromkeys([*((weight,) for weight in weights), tuple(weights)]))
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+def _close(found: Tensor, expected: Tensor, what: str) -> None:
+    _require(found.shape == expected.shape, f"{what} has shape {tuple(found.shape)}, not {tuple(expected.shape)}")
+    found, expected = found.detach(), expected.detach()
+    gap = float((found - expected).abs().max()) if found.numel() else 0.0
+    size = float(expected.abs().max()) if expected.numel() else 0.0
+    _require(gap <= 1e-8 * max(size, 1.0), f"{what} is off by {gap:.3g}")
