@@ -50,6 +50,9 @@ class Calibration:
         loss: Loss | None = None,
         labels: Labels = "data",
     ) -> None:
+        for name, metric in metrics.items():
+            if not isinstance(metric, Metric):
+                raise CalibrationError(f"the metric of '{name}' is a {type(metric).__name__}, not a tdkit.Metric")
         self.batches = batches
         self.gradients = gradients
         self.loss = loss

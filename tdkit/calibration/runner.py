@@ -78,15 +78,14 @@ def as_it_was(model: nn.Module, device: torch.device | str | None, *, freeze: bo
         freeze: whether parameters require no gradient inside.
     """
     modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
-    switches = [(parameter, parameter.requires_grad) for parameter in model.parameters()] if freeze else []
+    frozen = [p for p in model.parameters() if freeze and p.requires_grad and not p.is_inference()]
     homes = {} if device is None else _homes(model)
     on_cuda = {home for home in (*homes.values(), _device_of(model)) if home.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(home.index or 0 for home in on_cuda)):
         try:
             model.eval()
-            for parameter, switch in switches:
-                if switch:
-                    parameter.requires_grad_(False)
+            for parameter in frozen:
+                parameter.requires_grad_(False)
             if device is not None:
                 model.to(device)
             yield
@@ -95,9 +94,8 @@ def as_it_was(model: nn.Module, device: torch.device | str | None, *, freeze: bo
                 _bring_home(model, homes)
             for name, module in model.named_modules(remove_duplicate=False):
                 module.training = _of_nearest(name, modes)
-            for parameter, switch in switches:
-                if switch:
-                    parameter.requires_grad_(True)
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -112,7 +112,8 @@ def _sorted(
     """The sites whose rule says all, and those whose rank a budget chooses."""
     fixed: dict[str, Choice] = {}
     open_sites: dict[int | None, list[OpenSite]] = {}
-    problems = []
+    problems: list[str] = []
+    unbudgeted: dict[str, list[str]] = {}
     for site in found.sites:
         rule = assigned.get(site.name)
         if rule is None or rule.decomposition is None:
@@ -126,11 +127,17 @@ def _sorted(
         if kind.is_complete():
             fixed[site.name] = Choice(kind)
         elif rule.budget is None and policy.budget is None:
-            problems.append(f"{site.name}: {kind.describe()} leaves its rank open and there is no budget to choose it")
+            unbudgeted.setdefault(kind.describe(), []).append(site.name)
         else:
             open_site = OpenSite(site, kind, rule.min_keep, rule.max_keep)
             place = next(number for number, own in enumerate(policy.rules) if own is rule)
             open_sites.setdefault(place if rule.budget is not None else None, []).append(open_site)
+    for what, names in unbudgeted.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        problems.append(
+            f"{', '.join(names[:3])}{more}: {what} leaves its rank open and no budget chooses it: give "
+            "Policy(budget=...), Rule(budget=...) or the option itself (--budget on the command line)"
+        )
     if problems:
         raise OptionError("\n".join(problems))
     return fixed, open_sites

@@ -119,3 +119,30 @@ def test_wrong_labels_are_told_before_any_work() -> None:
         tdkit.calibrate(model, [ids], labels="sample")
     with pytest.raises(CalibrationError, match="loss= has labels of its own: leave out labels='sampled'"):
         tdkit.calibrate(model, [ids], labels="sampled", loss=lambda output, batch: output.sum())
+
+
+def test_masked_labels_count_nothing_in_the_weight_of_a_batch() -> None:
+    """A model's own loss is a mean over its labels, so that it counts for as many of them as there are."""
+    own = torch.tensor(2.0)
+    labels = torch.full((4, 10), -100)
+    labels[:, 3] = 1
+    masked = SimpleNamespace(loss=own)
+    assert data_loss(masked, {"labels": labels}) == 2.0 * 4
+    assert data_loss(masked, {"labels": torch.zeros(5, dtype=torch.long)}) == 2.0 * 5
+    assert data_loss(masked, {"labels": torch.zeros(5, 2)}) == 2.0 * 10
+
+
+def test_batches_with_labels_weigh_as_their_tokens_do() -> None:
+    """The gradients of a causal model's own loss are those of the summed cross-entropy, however much is masked."""
+    from tests.conftest import make_gpt2
+
+    model = make_gpt2()
+    ids = torch.randint(60, (3, 9), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[0, 2:] = -100
+    labels[2, :7] = -100
+    output = model(ids, labels=labels)
+    expected = F.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
+    torch.testing.assert_close(data_loss(output, {"input_ids": ids, "labels": labels}), expected)

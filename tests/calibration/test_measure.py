@@ -317,3 +317,77 @@ def test_batches_go_to_the_device_of_the_model(batches: list[Tensor]) -> None:
 
 def test_it_is_exported() -> None:
     assert tdkit.calibrate is calibrate
+
+
+def test_names_that_no_layer_has_are_told_with_the_nearest() -> None:
+    model = Language()
+    with pytest.raises(CalibrationError, match=r"is called 'hed'; did you mean 'head'\?"):
+        calibrate(model, [torch.zeros(1, 4, dtype=torch.long)], names=["hed", "embed"])
+    with pytest.raises(CalibrationError, match="names='embed' must be a list"):
+        calibrate(model, [torch.zeros(1, 4, dtype=torch.long)], names="embed")
+
+
+def test_a_layer_called_with_its_input_by_keyword_is_calibrated() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(input=x)  # type: ignore[no-any-return]
+
+    model, x = Keyword(), torch.randn(10, 4)
+    metric = calibrate(model, [x], loss=lambda y, _: y.sum()).metric("layer")
+    assert metric is not None
+    assert metric.input is not None
+    torch.testing.assert_close(metric.input, (x.T @ x / 10).double(), rtol=1e-5, atol=1e-6)
+    tdkit.compress(model, tdkit.Policy([tdkit.Rule("layer", tdkit.LowRank(rank=1))]))
+    assert model(x).shape == (10, 3)
+
+
+@pytest.mark.parametrize("where", ["input", "gradient"])
+def test_moments_that_overflow_are_told_with_the_layer(where: str) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(5, 4)
+    if where == "input":
+        x[0, 0] = float("inf")
+        with pytest.raises(CalibrationError, match="0: the second moment of its inputs is NaN or infinite"):
+            calibrate(model, [x], gradients=False)
+        return
+    with pytest.raises(CalibrationError, match="0: the second moment of its output gradients is NaN or infinite"):
+        calibrate(model, [x], loss=lambda y, _: (y * 1e30).sum())
+
+
+def test_a_model_on_meta_is_told_before_it_runs() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 3))
+    with pytest.raises(CalibrationError, match=r"0\.weight is on the meta device and holds no numbers: load the model"):
+        calibrate(model, [torch.randn(2, 4)])
+
+
+def test_a_model_made_in_inference_mode_is_told_or_measured_without_gradients() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 3))
+    with pytest.raises(CalibrationError, match=r"0\.weight was made under torch\.inference_mode\(\)"):
+        calibrate(model, [torch.randn(2, 4)], loss=lambda y, _: y.sum())
+    x = torch.randn(9, 4)
+    metric = calibrate(model, [x], gradients=False).metric("0")
+    assert metric is not None
+    assert metric.input is not None
+    torch.testing.assert_close(metric.input, (x.T @ x / 9).double(), rtol=1e-5, atol=1e-6)
+
+
+def test_calibration_inside_inference_mode_is_that_outside() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(9, 4)
+    outside = calibrate(model, [x], loss=lambda y, _: y.square().sum()).metric("0")
+    with torch.inference_mode():
+        inside = calibrate(model, [x], loss=lambda y, _: y.square().sum()).metric("0")
+    assert outside is not None
+    assert inside is not None
+    assert outside.output is not None
+    assert inside.output is not None
+    assert torch.equal(outside.output, inside.output)
+
+
+def test_a_calibration_holds_metrics_only() -> None:
+    with pytest.raises(CalibrationError, match="the metric of 'a' is a NoneType"):
+        Calibration({"a": None})  # type: ignore[dict-item]

@@ -18,7 +18,7 @@ from tdkit import LowRank, Plan, Policy, Rule
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix
 from tdkit.decompositions.low_rank import LowRankMatrix
 from tdkit.decompositions.registered import decompositions
-from tdkit.errors import PolicyError
+from tdkit.errors import OptionError, PolicyError
 from tdkit.fitting.metric import Metric
 from tdkit.models.hosts.embedding import FactorizedEmbedding
 from tdkit.models.hosts.linear import FactorizedLinear
@@ -368,3 +368,52 @@ def test_a_weight_leaves_the_memory_before_the_next_is_fitted(monkeypatch: pytes
     monkeypatch.setattr("tdkit.models.swap.SPILL_FROM", 0)
     tdkit.compress(model, Policy([Rule("*", Watching(rank=4))]), progress=False)
     assert seen == [depth - fitted for fitted in range(depth)]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (Rule("*", LowRank(rank=2)), r"a Rule is no policy: put it into one: Policy\(\[rule\]"),
+        ({"rules": []}, r"a dict is no policy: read it with Policy\.from_dict"),
+        ("rules: []", r"a str is no policy: read it with Policy\.from_yaml"),
+        ([Rule("*", LowRank(rank=2))], r"a list is no policy: put the rules into one"),
+        (None, r"a NoneType is no policy: build a tdkit\.Policy or a tdkit\.Plan"),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_what_is_no_policy_is_told(given: Any, said: str, tied: Any) -> None:
+    with pytest.raises(PolicyError, match=said):
+        tdkit.compress(tied, given)
+    with pytest.raises(PolicyError, match=said):
+        tdkit.plan(tied, given)
+    with pytest.raises(PolicyError, match=r"the model is a str, not a torch\.nn\.Module"):
+        tdkit.compress("gpt2", half)  # type: ignore[arg-type]
+
+
+def test_a_model_on_meta_is_planned_but_not_compressed() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    assert len(tdkit.plan(model, half).rewritten) == 2
+    before = list(model)
+    with pytest.raises(PolicyError, match="the weights of 0, 1 are on the meta device and hold no numbers: load the"):
+        tdkit.compress(model, half)
+    assert list(model) == before
+
+
+def test_layers_are_called_as_before() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    x, ids = torch.randn(2, 12), torch.tensor([1, 3])
+    model = nn.ModuleDict({"linear": nn.Linear(12, 18), "conv": Conv1D(18, 12), "embed": nn.Embedding(20, 12)})
+    tdkit.compress(model, Policy([Rule("*", LowRank(rank=2))]))
+    assert torch.equal(model["linear"](input=x), model["linear"](x))
+    assert torch.equal(model["conv"](x=x), model["conv"](x))
+    assert torch.equal(model["embed"](input=ids), model["embed"](ids))
+
+
+def test_an_open_rank_without_a_budget_says_where_to_give_one(tied: Any) -> None:
+    with pytest.raises(OptionError) as told:
+        tdkit.plan(tied, Policy([Rule("*", LowRank())]))
+    assert len(str(told.value).splitlines()) == 1
+    assert "embed, up, down: low_rank() leaves its rank open" in str(told.value)
+    assert "give Policy(budget=...), Rule(budget=...) or the option" in str(told.value)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import pytest
 import torch
@@ -314,3 +315,117 @@ def test_batches_are_run_only_for_the_layers_that_a_sound_policy_rewrites(monkey
     assert not seen
     tdkit.compress(model, Policy([Rule("*.mlp.c_fc", LowRank(rank=2))]), calibration=text())
     assert seen == [[name for name, _ in model.named_modules() if name.endswith("mlp.c_fc")]]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_the_factors_learn_and_have_the_mode_of_the_model(sequential: bool, training: bool) -> None:
+    model, batches = make_gpt2(), text()
+    model.train(training)
+    model.transformer.h[1].attn.eval()
+    model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
+    modes = {name: module.training for name, module in model.named_modules()}
+    tdkit.compress(model, blocks_policy(model), calibration=batches, sequential=sequential)
+    rewritten = {step.name for step in tdkit.applied_plan(model).rewritten}
+    assert "transformer.h.0.mlp.c_fc" in rewritten
+    for name in rewritten:
+        layer = model.get_submodule(name)
+        learns = name != "transformer.h.0.mlp.c_fc"
+        assert all(factor.requires_grad is learns for factor in layer.matrix.parameters())
+        assert layer.training is layer.matrix.training is modes[name]
+    assert {name: module.training for name, module in model.named_modules() if name in modes} == modes
+
+
+class Moving(nn.Module):
+    """Blocks in a row, in a model that notes which parameters move with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(60, 16)
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.head = nn.Linear(16, 60)
+        self.moves: list[tuple[str, set[int]]] = []
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+    def to(self, device: Any) -> Any:  # type: ignore[override]
+        self.moves.append((str(device), {id(parameter) for parameter in self.parameters()}))
+        return super().to(device)
+
+
+def test_a_failure_half_way_brings_every_dense_weight_home_with_its_bias() -> None:
+    model, batches = Moving(), text()
+    calibration = tdkit.calibrate(model, batches)
+    with torch.no_grad():
+        model.blocks[2].weight.fill_(float("nan"))
+    parameters = {id(parameter) for parameter in model.parameters()}
+    with pytest.raises(PolicyError, match=r"blocks\.2 holds NaN"):
+        tdkit.compress(
+            model, Policy([Rule("blocks.*", LowRank(rank=2))]), calibration=calibration, sequential=True, device="cpu"
+        )
+    assert [device for device, _ in model.moves] == ["cpu", "cpu"]
+    assert model.moves[1][1] == parameters  # nothing that was replaced stays where the fits ran
+
+
+@pytest.mark.gpu
+def test_a_failure_half_way_leaves_all_on_the_cpu() -> None:
+    model, batches = Moving(), text()
+    calibration = tdkit.calibrate(model, batches)
+    with torch.no_grad():
+        model.blocks[2].weight.fill_(float("nan"))
+    with pytest.raises(PolicyError, match=r"blocks\.2 holds NaN"):
+        tdkit.compress(
+            model, Policy([Rule("blocks.*", LowRank(rank=2))]), calibration=calibration, sequential=True, device="cuda"
+        )
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+@dataclass
+class Output:
+    hidden: Tensor
+
+
+def test_blocks_that_return_something_else_are_told() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(60, 16)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), Wrapping()) for _ in range(2))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            for block in self.blocks:
+                x = block(x).hidden
+            return cast(Tensor, x)
+
+    class Wrapping(nn.Module):
+        def forward(self, x: Tensor) -> Output:
+            return Output(x)
+
+    model = Model()
+    calibration = tdkit.calibrate(model, text(), gradients=False)
+    with pytest.raises(CalibrationError, match="return their hidden states, alone or first in a tuple, not a Output"):
+        tdkit.compress(model, Policy([Rule("blocks.*", LowRank(rank=2))]), calibration=calibration, sequential=True)
+    assert isinstance(model.blocks[0][0], nn.Linear)
+
+
+def test_a_model_is_surveyed_and_a_policy_assigned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = make_gpt2(), []
+
+    def counted(name: str, work: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(name)
+            return work(*args, **options)
+
+        return call
+
+    for place in ("planning.resolution", "calibration.measure", "planning.planner"):
+        monkeypatch.setattr(f"tdkit.{place}.survey", counted("survey", survey))
+    monkeypatch.setattr(Policy, "assign", counted("assign", Policy.assign))
+    tdkit.compress(model, blocks_policy(model), calibration=text(), passes=3)
+    assert calls == ["survey", "assign"]

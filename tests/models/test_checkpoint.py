@@ -7,8 +7,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tdkit.decompositions.registered import decompositions
 from tdkit.errors import CheckpointError
 from tdkit.models.checkpoint import DESCRIPTION, WEIGHTS, read_description
 from tdkit.models.sites import num_params
+from tests.conftest import make_gpt2
 
 every = pytest.mark.parametrize("name", decompositions.names())
 
@@ -429,3 +431,72 @@ print("loaded")
 def test_where_the_model_is_put(saved: Path, tied: Any) -> None:
     loaded = tdkit.load(saved, model=fresh(tied), device="cpu")
     assert {p.device.type for p in loaded.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("damage", ["buffers", "dtype", "generation"])
+def test_a_load_that_fails_leaves_every_value_of_the_caller_s_model(
+    damage: str, gpt2: Any, tied: Any, tmp_path: Path
+) -> None:
+    model = gpt2 if damage == "generation" else tied
+    own = make_gpt2() if damage == "generation" else fresh(tied)
+    folder = tdkit.save(tdkit.compress(model, half()), tmp_path / "saved")
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter.add_(1.0)
+    before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
+    modules = dict(own.named_modules())
+    if damage == "generation":
+        (folder / "generation_config.json").write_text("{", encoding="utf-8")
+    else:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        description["buffers"] = [] if damage == "buffers" else {"x": "no_dtype"}
+        (folder / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        tdkit.load(folder, model=own)
+    assert dict(own.named_modules()) == modules
+    for name, tensor in own.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unregistered(LowRank):
+    name: ClassVar[str] = "unregistered"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Impostor(LowRank):
+    """Calls itself what tdkit's own is called."""
+
+    scale: float = 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Unregistered(rank=2), "up: Unregistered could not be read again .* unknown decomposition 'unregistered'"),
+        (Impostor(rank=2), "up: Impostor would be read again as another decomposition, LowRank"),
+        (Impostor(rank=2, scale=2.0), "up: Impostor could not be read again .* unknown option 'scale'"),
+    ],
+    ids=["unregistered", "other class", "other options"],
+)
+def test_what_could_not_be_loaded_is_not_saved(kind: LowRank, said: str, tied: Any, tmp_path: Path) -> None:
+    tdkit.compress(tied, Policy([Rule("up", kind)]))
+    with pytest.raises(CheckpointError, match=said):
+        tdkit.save(tied, tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_saved_before_tdkit_had_packages_loads() -> None:
+    folder = Path(__file__).parent / "golden" / "format-1"
+    model = tdkit.load(folder)
+    assert {step.decomposition.name for step in tdkit.applied_plan(model).rewritten if step.decomposition} == {
+        "kronecker",
+        "low_rank",
+        "permuted_kronecker",
+        "tt_matrix",
+    }
+    with torch.inference_mode():
+        logits = model(torch.arange(12).reshape(1, 12)).logits
+    expected = torch.tensor(json.loads((folder / "logits.json").read_text(encoding="utf-8")))
+    torch.testing.assert_close(logits[0, :, :8], expected, rtol=1e-4, atol=1e-5)
+    assert model.lm_head.matrix is model.transformer.wte.matrix

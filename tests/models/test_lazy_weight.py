@@ -17,7 +17,7 @@ import tdkit
 from tdkit import LowRank, PermutedKronecker, Policy, Rule, TTMatrix
 from tdkit.errors import TdkitError
 from tdkit.models.hosts.embedding import FactorizedEmbedding
-from tdkit.models.hosts.linear import FactorizedLinear
+from tdkit.models.hosts.linear import FactorizedConv1D, FactorizedLinear
 from tdkit.models.preparation import cached_bytes, prepare
 from tdkit.products.cost import CACHED
 
@@ -58,7 +58,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def layer_of(kind: tdkit.Decomposition = KINDS[0], *, transposed: bool = False) -> FactorizedLinear:
     torch.manual_seed(0)
-    return FactorizedLinear(kind.fit(torch.randn(12, 18)), None, transposed=transposed)
+    return (FactorizedConv1D if transposed else FactorizedLinear)(kind.fit(torch.randn(12, 18)), None)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -296,7 +296,7 @@ def cached_layer() -> tuple[FactorizedLinear, Tensor]:
 
 def test_a_cached_weight_answers_products(built: list[int]) -> None:
     layer, x = cached_layer()
-    transposed = FactorizedLinear(layer.matrix, None, transposed=True)
+    transposed = FactorizedConv1D(layer.matrix, None)
     built.clear()
     with torch.no_grad():
         y = layer(x)

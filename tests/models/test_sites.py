@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import tdkit
 from tdkit import LowRank, Policy, Rule
+from tdkit.errors import PolicyError
 from tdkit.models.sites import factorized_groups, num_bytes, num_params, replace_module, survey
 
 
@@ -108,3 +109,41 @@ def test_a_frozen_or_a_meta_model_can_be_surveyed() -> None:
     assert plan.params_after <= 0.5 * plan.params_before
     weight: Tensor = survey(model).sites[0].weight
     assert weight.device.type == "meta"
+
+
+class Wrapped(Tensor):
+    """A tensor subclass, as quantised and distributed tensors are."""
+
+    @staticmethod
+    def __new__(cls, data: Tensor) -> Wrapped:
+        return torch.Tensor._make_subclass(cls, data)
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (nn.Parameter(torch.randn(4, 6, dtype=torch.complex64)), "its dtype is complex64, and fits are for float16"),
+        (nn.Parameter(torch.ones(4, 6, dtype=torch.int8), requires_grad=False), "its dtype is int8"),
+        (nn.Parameter(torch.ones(4, 6).to(torch.float8_e4m3fn), requires_grad=False), "its dtype is float8_e4m3fn"),
+        (nn.Parameter(Wrapped(torch.randn(4, 6))), "Wrapped, not a plain tensor"),
+    ],
+    ids=["complex", "integer", "float8", "subclass"],
+)
+def test_weights_that_cannot_be_fitted_say_why(weight: nn.Parameter, reason: str) -> None:
+    model = nn.ModuleDict({"odd": nn.Linear(6, 4, bias=False), "plain": nn.Linear(6, 4)})
+    model["odd"].weight = weight
+    plan = tdkit.plan(model, Policy([Rule("*", LowRank(rank=1))]))
+    assert [step.name for step in plan] == ["plain"]
+    assert reason in plan.kept["odd"]
+    with pytest.raises(PolicyError, match=f"'odd' matches only layers that cannot be rewritten: odd .*{reason}"):
+        tdkit.compress(model, Policy([Rule("odd", LowRank(rank=1))]))
+    assert model["odd"].weight is weight
+
+
+def test_a_lazy_layer_is_told_before_anything_is_counted() -> None:
+    model = nn.ModuleDict({"lazy": nn.LazyLinear(4), "plain": nn.Linear(6, 4)})
+    assert [(entry.name, entry.params) for entry in survey(model).untouchable] == [("lazy", 0), ("lazy.bias", 0)]
+    with pytest.raises(PolicyError, match=r"the shapes of lazy.weight, lazy.bias are not known yet: run a batch"):
+        tdkit.plan(model, Policy([Rule("plain", LowRank(rank=1))]))
+    model["lazy"](torch.randn(2, 6))
+    assert len(tdkit.plan(model, Policy([Rule("lazy", LowRank(rank=1))])).rewritten) == 1

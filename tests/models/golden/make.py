@@ -26,7 +26,7 @@ def main(folder: Path) -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2, **TOKENS)).eval()
     policy = Policy(
         [
-            Rule("transformer.wte", PermutedKronecker(terms=4, b=(2, 2))),
+            Rule("transformer.wte", PermutedKronecker(terms=2, b=(2, 2))),
             Rule("*.c_attn", TTMatrix(ranks=4)),
             Rule("*.c_fc", Kronecker(terms=2, b=(4, 2))),
             Rule("*.0.mlp.c_proj", LowRank(rank=4)),
