@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from typer.core import TyperGroup
 
 import tdkit
-from tdkit.cli import bench, models, recipes
+from tdkit.cli import bench, models, recipes, sources
 from tdkit.cli import decompositions as registered
 from tdkit.errors import BudgetError, OptionError, PolicyError, RecipeError, RegistryError, TdkitError
 
 USAGE_ERRORS = (OptionError, PolicyError, BudgetError, RegistryError, RecipeError)
 
+INTERRUPTED = 130  # the exit code of a program that Ctrl-C ends
+
+
+class Commands(TyperGroup):
+    """The commands; Ctrl-C in one of them says what is left of its work."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            text = "nothing half-written is left"
+            if ctx.invoked_subcommand == "run":
+                text += ", and the steps that had finished are kept: the same call with --resume goes on after them"
+            _say("interrupted", text)
+            sys.exit(INTERRUPTED)
+
+
 app = typer.Typer(
     name="tdkit",
+    cls=Commands,
     help="Compress PyTorch models by tensor decompositions: look at a plan, compress, evaluate, run a recipe.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -43,27 +61,27 @@ def _global(
 
 settings = {"debug": False}
 
-for group in (registered, recipes, models, bench):
+for group in (registered, sources, recipes, models, bench):
     for command in group.COMMANDS:
         app.command(command.__name__.rstrip("_"))(command)
 
 
 def main() -> None:
-    """Run the command line; exit with 2 for what the user can mend in the call, 1 for a failed run."""
+    """Run the command line; exit with 2 for what the user can mend in the call, 1 for a failed run, 130 for Ctrl-C."""
     try:
         app()
     except TdkitError as error:
         if settings["debug"]:
             raise
-        _say(str(error))
+        _say("error", str(error))
         sys.exit(2 if isinstance(error, USAGE_ERRORS) else 1)
     except Exception as error:
         if settings["debug"]:
             raise
-        _say(f"{type(error).__name__}: {error}\nRun with --debug before the command for the traceback.")
+        _say("error", f"{type(error).__name__}: {error}\nRun with --debug before the command for the traceback.")
         sys.exit(1)
 
 
-def _say(text: str) -> None:
-    Console(stderr=True).print("[bold red]error:[/bold red] ", end="")
-    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(text)
+def _say(what: str, text: str) -> None:
+    typer.secho(f"{what}: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo(text, err=True)

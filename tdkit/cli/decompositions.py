@@ -14,14 +14,12 @@ def decompositions(as_json: AsJson = False) -> None:
     """List the decompositions, their options and the packages they come from."""
     rows, data = [], []
     for name, owners in registry.origins().items():
+        summary = registry.summary(name)
         try:
-            kind = registry.get(name)
-            summary = (kind.__doc__ or "").strip().splitlines()[0]
-            options = ", ".join(
-                f.name if f.default is None else f"{f.name}={f.default}" for f in dataclasses.fields(kind)
-            )
-        except RegistryError as error:
-            summary, options = f"unavailable: {error}", ""
+            fields = dataclasses.fields(registry.get(name))
+            options = ", ".join(f.name if f.default is None else f"{f.name}={f.default}" for f in fields)
+        except RegistryError:  # the summary says why
+            options = ""
         rows.append([name, options, " and ".join(owners), summary])
         data.append({"name": name, "options": options, "packages": owners, "summary": summary})
     table = table_of("decompositions", ["name", "options", "package", "what it is"], rows)

@@ -23,11 +23,18 @@ from tdkit.planning.planner import applied_plan, calibrated, planned
 from tdkit.planning.policy import Policy, Rule
 from tdkit.planning.resolution import Resolved, resolve
 from tdkit.sources.models import DTYPES, load_model
+from tdkit.sources.positions import check_positions
 from tdkit.sources.source import Source
 from tdkit.sources.texts import encode, load_texts, windows
+from tdkit.support.devices import check_device
 from tdkit.support.tables import table_of
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a folder, or a built-in such as smollm2.")]
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A folder, a registered name such as smollm2 (tdkit sources lists them), or a hub name."
+    ),
+]
 PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A YAML policy; instead of --with and --match.")]
 With = Annotated[
     str, typer.Option("--with", help="A decomposition, also as YAML: '{kronecker: {terms: 4, b: [2, 4]}}'.")
@@ -37,7 +44,7 @@ Budget = Annotated[float | None, typer.Option(help="Params after / params before
 Dtype = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
 CalibrationText = Annotated[
     list[str] | None,
-    typer.Option("--calibration", help="Fit in the metric of this text: built-in (sotu:calibration), file, folder."),
+    typer.Option("--calibration", help="Fit in the metric of this text: a file, a folder, a name (sotu:calibration)."),
 ]
 CalibrationTokens = Annotated[int, typer.Option(help="How many tokens of the calibration text to use.", min=2)]
 CalibrationLabels = Annotated[
@@ -106,6 +113,7 @@ def compress(
     )
     if not dry_run:
         _check_folder(folder, overwrite)
+    check_device(device)
     texts = None if calibration is None else load_texts(calibration)
     source = load_model(model, dtype=dtype_of(dtype))
     resolved = resolve(source.model, chosen)
@@ -122,7 +130,7 @@ def compress(
 
 def eval_(
     model: ModelName,
-    text: Annotated[list[str], typer.Option(help="Built-in (sotu:evaluation), file, folder or dataset.")],
+    text: Annotated[list[str], typer.Option(help="A file, a folder, a name (sotu:evaluation) or a dataset.")],
     tokens: Annotated[int, typer.Option(help="How many tokens of the text to use.", min=2)] = 16384,
     context: Context = 1024,
     dtype: Dtype = "float32",
@@ -131,14 +139,16 @@ def eval_(
     as_json: AsJson = False,
 ) -> None:
     """Measure a language model: perplexity, parameters, bytes, tokens per second."""
-    texts = load_texts(text)
     kind = dtype_of(dtype)
+    check_device(device)
+    texts = load_texts(text)
     if dry_run:
         size = sum(len(t) for t in texts)
         plan_of = {"model": model, "characters": size, "tokens": tokens, "context": context, "protocol": PROTOCOL}
         show(f"would measure {model} on up to {tokens:,} tokens of {size:,} characters", plan_of, as_json)
         return
     source = load_model(model, dtype=kind, device=device)
+    check_positions(source.model, context)
     measured = evaluate(source.model, encode(texts, source.tokenizer, tokens), context=context)
     columns = ["model", "params", "MB", "perplexity", "tokens", "context", "tokens/s"]
     row = [
@@ -202,7 +212,10 @@ def _check_calibration(calibration: list[str] | None, given: Mapping[str, bool])
 def _calibration(
     source: Source, texts: list[str] | None, tokens: int, context: int, labels: Labels, resolved: Resolved
 ) -> Calibration | None:
-    batches = None if texts is None else torch.split(windows(encode(texts, source.tokenizer, tokens), context), 1)
+    batches = None
+    if texts is not None:
+        check_positions(source.model, context)
+        batches = torch.split(windows(encode(texts, source.tokenizer, tokens), context), 1)
     return calibrated(resolved, batches, labels=labels)
 
 
@@ -213,8 +226,15 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise PolicyError(f"{folder} is not empty: give another folder, or --overwrite an earlier save")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise PolicyError(f"{folder} is a file: give a folder")
+    if any(folder.iterdir()):
+        if not (folder / DESCRIPTION).is_file():
+            raise PolicyError(f"{folder} holds other files: give another folder")
+        if not overwrite:
+            raise PolicyError(f"{folder} holds an earlier save: give another folder, or --overwrite it")
 
 
 COMMANDS = (plan, compress, eval_, info)

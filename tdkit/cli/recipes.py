@@ -13,6 +13,7 @@ from tdkit.errors import RecipeError
 from tdkit.recipes.library import load_recipe, recipe_files, recipe_text
 from tdkit.recipes.recipe import Recipe
 from tdkit.recipes.run import run_recipe
+from tdkit.support.devices import check_device
 from tdkit.support.files import write_text
 from tdkit.support.tables import table_of
 
@@ -84,6 +85,7 @@ def run(
 ) -> None:
     """Run a recipe: [bold]tdkit run smollm2-demo[/bold]."""
     recipe = load_recipe(name, overrides or ())
+    check_device(device)
     if dry_run:
         show(_outline(recipe), recipe.to_dict(), as_json)
         return

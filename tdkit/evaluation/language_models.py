@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from tdkit.errors import SourceError
 from tdkit.models.sites import num_bytes, num_params
+from tdkit.sources.positions import check_positions
 from tdkit.sources.texts import windows
 from tdkit.support.progress import progress_bar
 
@@ -61,12 +62,14 @@ def evaluate(
         batch: windows per forward pass.
 
     Raises:
-        SourceError: when the text does not fill one window, or a window holds nothing to predict.
+        SourceError: when the text does not fill one window, a window is longer than the model's table of positions, or
+            it holds nothing to predict.
     """
     device = next(model.parameters()).device
     rows = windows(ids, context)
     if context < 2:
         raise SourceError(f"a context of {context} predicts nothing: give at least 2 tokens")
+    check_positions(model, context)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     loss, seconds = torch.zeros((), dtype=torch.float64), 0.0

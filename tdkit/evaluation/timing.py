@@ -40,6 +40,7 @@ def side_by_side(
     seconds: float = 0.5,
     min_rounds: int = 7,
     device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time calls in turn, round after round, and compare each with the first of the same round.
 
@@ -49,14 +50,15 @@ def side_by_side(
             begins with one that is not counted.
         min_rounds: rounds at least, however long they take.
         device: waited for at the end of each sample.
+        clock: returns the time in seconds.
     """
     kind = torch.device(device)
-    repeats = {name: _repeats(call, kind) for name, call in contenders.items()}
+    repeats = {name: _repeats(call, kind, clock) for name, call in contenders.items()}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    started = time.perf_counter()
-    while len(next(iter(samples.values()))) < min_rounds or time.perf_counter() - started < seconds * len(samples):
+    started = clock()
+    while len(next(iter(samples.values()))) < min_rounds or clock() - started < seconds * len(samples):
         for name, call in contenders.items():
-            samples[name].append(_sample(call, repeats[name], kind))
+            samples[name].append(_sample(call, repeats[name], kind, clock))
     base = next(iter(samples.values()))
     return {
         name: Timing(
@@ -66,23 +68,23 @@ def side_by_side(
     }
 
 
-def _repeats(call: Callable[[], object], device: torch.device) -> int:
-    if _sample(call, 1, device) > 20 * SAMPLE_SECONDS:  # warm-up: allocations, thread pools, held weights
+def _repeats(call: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> int:
+    if _sample(call, 1, device, clock) > 20 * SAMPLE_SECONDS:  # warm-up: allocations, thread pools, held weights
         return 1
-    _sample(call, 2, device)
-    shortest = min(_sample(call, 1, device) for _ in range(3))
+    _sample(call, 2, device, clock)
+    shortest = min(_sample(call, 1, device, clock) for _ in range(3))
     return max(1, min(MAX_REPEATS, round(SAMPLE_SECONDS / shortest)))
 
 
-def _sample(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+def _sample(call: Callable[[], object], repeats: int, device: torch.device, clock: Callable[[], float]) -> float:
     if repeats > 1:
         call()  # the contender before has left its own code and data in the caches
-    started = time.perf_counter()
+    started = clock()
     for _ in range(repeats):
         call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - started) / repeats
+    return (clock() - started) / repeats
 
 
 def keep_freed_memory() -> bool:

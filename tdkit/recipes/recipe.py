@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -20,7 +20,12 @@ from tdkit.errors import RecipeError, TdkitError
 from tdkit.planning.planner import calibrated
 from tdkit.planning.resolution import Resolved
 from tdkit.registry import Registry
+from tdkit.sources.positions import check_positions
 from tdkit.sources.texts import encode, load_texts, windows
+
+STATE = "state.json"  # what a run folder holds beside the model after a step and what the steps write
+
+RECIPE_FILE = "recipe.yaml"
 
 
 class Checked(BaseModel):
@@ -44,6 +49,9 @@ class StepConfig(Checked, ABC):
 
     def check(self, recipe: Recipe) -> None:
         """Raise a TdkitError for what can be known to fail before any work starts."""
+
+    def check_model(self, run: Run) -> None:
+        """Raise a TdkitError for what can be known to fail once the model is loaded, before the first step runs."""
 
     def outline(self) -> str:
         """One line for ``tdkit show`` and ``--dry-run``."""
@@ -70,7 +78,7 @@ class DataConfig(Checked):
     """Which texts a recipe reads.
 
     Attributes:
-        train, calibration, evaluation: built-in names, files, folders or datasets; see `load_texts`.
+        train, calibration, evaluation: files, folders, registered names or datasets; see `load_texts`.
         calibration_tokens, evaluation_tokens: how many tokens of them are used.
         calibration_labels: the text's own next tokens, or ones "sampled" from the model; see `calibrate`.
         context: tokens per window.
@@ -91,8 +99,9 @@ class Recipe(Checked):
     """A whole recipe.
 
     Attributes:
-        name, description, source: what it is, and which paper it follows.
-        model: built-in name, folder or hub name.
+        name: a plain file name, since a run's default folder is called by it.
+        description, source: what it does, and which paper it follows.
+        model: folder, registered name or hub name; see `load_model`.
         dtype: of the weights.
         data: texts.
         seed: of everything random.
@@ -107,6 +116,18 @@ class Recipe(Checked):
     data: DataConfig = DataConfig()
     seed: int = Field(default=0, ge=0)
     steps: tuple[tuple[str, StepConfig], ...]
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_file_name(cls, name: str) -> str:
+        if name in ("", ".", "..") or name != name.strip() or not name.isprintable() or set(name) & set("/\\:"):
+            raise ValueError("must be a plain file name, since a run's folder is called by it")
+        return name
+
+    def sources(self) -> list[str]:
+        """The names of the model and of the texts."""
+        texts = (self.data.train, self.data.calibration, self.data.evaluation)
+        return [self.model, *(name for part in texts if part for name in ([part] if isinstance(part, str) else part))]
 
     @classmethod
     def from_dict(cls, form: Mapping[str, Any], place: str = "recipe") -> Recipe:
@@ -200,6 +221,7 @@ class Run:
     device: str | None = None
     results: list[dict[str, Any]] = field(default_factory=list)
     kept_dense: nn.Module | None = None
+    _tokens: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def dense(self) -> nn.Module:
@@ -228,4 +250,16 @@ class Run:
 
     def tokens(self, part: Literal["calibration", "evaluation"]) -> Tensor:
         """The token ids (n,) of a part of the data, as many as the recipe says."""
-        return encode(self.texts(part), self.tokenizer, getattr(self.recipe.data, f"{part}_tokens"))
+        if part not in self._tokens:
+            self._tokens[part] = encode(self.texts(part), self.tokenizer, getattr(self.recipe.data, f"{part}_tokens"))
+        return self._tokens[part]
+
+    def check_windows(self, part: Literal["calibration", "evaluation"]) -> None:
+        """Check that a part of the data fills windows of ``data.context`` tokens, and that the model takes them.
+
+        Raises:
+            RecipeError: when the recipe names no such text.
+            SourceError: when there is no such text or no tokenizer, or a window is too long for text or model.
+        """
+        check_positions(self.model, self.recipe.data.context)
+        windows(self.tokens(part), self.recipe.data.context)

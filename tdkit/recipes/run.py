@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import distributed, nn
 
-from tdkit.errors import RecipeError
+from tdkit.errors import RecipeError, TdkitError
 from tdkit.models.checkpoint import load, save
 from tdkit.models.huggingface import is_transformers
-from tdkit.recipes.recipe import Recipe, Run
+from tdkit.recipes.recipe import RECIPE_FILE, STATE, Recipe, Run
 from tdkit.sources.models import DTYPES, load_model
 from tdkit.sources.source import Source
-from tdkit.support.files import write_text
-
-STATE = "state.json"
-
-RECIPE_FILE = "recipe.yaml"
+from tdkit.support.devices import check_device
+from tdkit.support.files import whole_folder, write_text
+from tdkit.support.plain import say
+from tdkit.support.processes import failing_together, is_main_process, on_main_process
 
 
 def run_recipe(
@@ -37,6 +38,10 @@ def run_recipe(
 ) -> list[dict[str, Any]]:
     """Carry out a recipe's steps; after each the run folder holds all that is needed to go on from there.
 
+    Nothing is written, and an earlier run is not replaced, before the model is loaded and every step has been checked.
+    Processes that ``torch.distributed`` started together carry out a run together: the main one writes the run folder,
+    which all must be able to read, and prints; an exception in one stops all.
+
     Args:
         recipe: from `load_recipe`.
         folder: of the run; ``runs/NAME`` when None.
@@ -48,31 +53,79 @@ def run_recipe(
         One dictionary per step: its kind, seconds and figures.
 
     Raises:
-        RecipeError: when the folder holds another run; the steps raise their own errors.
+        OptionError: for a device that this machine does not have.
+        RecipeError: when the folder holds another run or other files; the steps raise their own errors.
     """
+    check_device(device)
+    _check_processes()
     folder = Path("runs") / recipe.name if folder is None else Path(folder)
-    console = console or Console(stderr=True)
-    finished, results = _open_folder(folder, recipe, resume, overwrite)
-    source, dense = _open_model(recipe, folder, finished, device)
-    run = Run(recipe, source.model, source.tokenizer, folder, console, device, results, dense)
-    for number, (kind, step) in enumerate(recipe.steps):
-        if number < finished:
-            console.print(f"[dim]step {number + 1}/{len(recipe.steps)} {kind}: done before[/dim]")
-            continue
-        console.print(f"[bold]step {number + 1}/{len(recipe.steps)} {kind}[/bold] {step.outline()}")
-        if step.changes_model and run.kept_dense is None and _needs_dense(recipe, number):
-            run.kept_dense = copy.deepcopy(run.model)
-        torch.manual_seed(recipe.seed)
-        started = time.perf_counter()
-        figures = step.run(run)
-        run.results.append({"step": kind, "seconds": round(time.perf_counter() - started, 1), **figures})
-        if step.changes_model and number + 1 < len(recipe.steps):
-            save(run.model, _after(folder, number + 1), tokenizer=run.tokenizer, overwrite=True)
-        _write_state(folder, recipe, number + 1, run.results)
-        _drop_older(folder, run.results, recipe)
-        if not _needs_dense(recipe, number + 1):
-            run.kept_dense = None
-    return run.results
+    console = (console or Console(stderr=True)) if is_main_process() else Console(quiet=True)
+    with failing_together():
+        earlier = on_main_process(lambda: _earlier(folder, recipe, resume, overwrite))
+        finished, results = earlier or (0, [])
+        if finished == len(recipe.steps):
+            for number, (kind, _) in enumerate(recipe.steps):
+                say(console, f"{_title(recipe, number, kind)}: done before", "dim")
+            return results
+        if resume and earlier is None:
+            say(console, f"{folder} holds no run to resume: starting with the first step")
+        source, dense = _open_model(recipe, folder, finished, device)
+        run = Run(recipe, source.model, source.tokenizer, folder, console, device, results, dense)
+        _check_steps(run, finished)
+        if earlier is None:
+            on_main_process(lambda: _create(folder, recipe))
+        for number, (kind, step) in enumerate(recipe.steps):
+            if number < finished:
+                say(console, f"{_title(recipe, number, kind)}: done before", "dim")
+                continue
+            say(console, f"{_title(recipe, number, kind)} {step.outline()}".rstrip(), "bold")
+            if step.changes_model and run.kept_dense is None and _needs_dense(recipe, number):
+                run.kept_dense = copy.deepcopy(run.model)
+            torch.manual_seed(recipe.seed)
+            started = time.perf_counter()
+            figures = step.run(run)
+            done = {"step": kind, "seconds": round(time.perf_counter() - started, 1), **figures}
+            run.results.append(on_main_process(done.copy))
+            on_main_process(lambda: _keep(run))
+            if not _needs_dense(recipe, number + 1):
+                run.kept_dense = None
+        return run.results
+
+
+def _check_processes() -> None:
+    """Refuse processes that torchrun started and that do not know of each other: all would write one folder."""
+    if distributed.is_available() and distributed.is_torchelastic_launched() and not distributed.is_initialized():
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if count > 1:
+            raise RecipeError(
+                f"torchrun started {count} processes that are not joined: call torch.distributed.init_process_group() "
+                "before run_recipe, or start one process"
+            )
+
+
+def _title(recipe: Recipe, number: int, kind: str) -> str:
+    return f"step {number + 1}/{len(recipe.steps)} {kind}"
+
+
+def _check_steps(run: Run, finished: int) -> None:
+    """Ask the steps that are still to come whether they can work with the model, all before the first of them runs."""
+    problems = []
+    for number, (kind, step) in enumerate(run.recipe.steps[finished:], finished):
+        try:
+            step.check_model(run)
+        except TdkitError as error:
+            problems += [f"steps.{number}.{kind}: {line}" for line in str(error).splitlines()]
+    if problems:
+        raise RecipeError("\n".join(f"recipe '{run.recipe.name}': {problem}" for problem in problems))
+
+
+def _keep(run: Run) -> None:
+    """Write what a resumed run would start from: the model after the steps so far, and their figures."""
+    recipe, finished = run.recipe, len(run.results)
+    if recipe.steps[finished - 1][1].changes_model and finished < len(recipe.steps):
+        save(run.model, _after(run.folder, finished), tokenizer=run.tokenizer, overwrite=True)
+    _write_state(run.folder, recipe, run.results)
+    _drop_older(run.folder, run.results, recipe)
 
 
 def _needs_dense(recipe: Recipe, start: int) -> bool:
@@ -88,35 +141,81 @@ def _last_change(recipe: Recipe, finished: int) -> int:
     return max((n + 1 for n, (_, step) in enumerate(recipe.steps[:finished]) if step.changes_model), default=0)
 
 
-def _open_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> tuple[int, list[dict[str, Any]]]:
+def _earlier(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> tuple[int, list[dict[str, Any]]] | None:
+    """The finished steps and their figures of the run that is to be resumed, or None for a new run.
+
+    Raises:
+        RecipeError: when the folder holds what must not be replaced, or a run that cannot be resumed.
+    """
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise RecipeError(f"{folder} is a file: give a folder")
+    if _is_empty(folder):
+        return None
     state = folder / STATE
-    if state.is_file() and resume:
-        try:
-            form = json.loads(state.read_text(encoding="utf-8"))
-            finished, results, earlier = int(form["finished"]), list(form["results"]), form["recipe"]
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise RecipeError(f"{state} is damaged: {error}; start again with overwrite") from None
-        if earlier != recipe.to_dict():
+    if not state.is_file() or not (folder / RECIPE_FILE).is_file():
+        raise RecipeError(f"{folder} holds other files: give another folder")
+    if resume:
+        form = _read_state(folder)
+        if form["recipe"] != recipe.to_dict():
             raise RecipeError(
                 f"{folder} holds a run of another recipe or other options: resume with the same, or give another folder"
             )
-        return finished, results
-    if folder.exists() and any(folder.iterdir()):
-        if not state.is_file():
-            raise RecipeError(f"{folder} holds other files: give another folder")
-        if not overwrite:
-            raise RecipeError(f"{folder} holds an earlier run: resume it, overwrite it, or give another folder")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / RECIPE_FILE, recipe.to_yaml())
-    _write_state(folder, recipe, 0, [])
-    return 0, []
+        return form["finished"], form["results"]
+    if not overwrite:
+        raise RecipeError(f"{folder} holds an earlier run: resume it, overwrite it, or give another folder")
+    _read_state(folder)
+    place = folder.resolve()
+    if Path.cwd().is_relative_to(place):
+        raise RecipeError(f"{folder} is or holds the current folder and cannot be replaced: give another folder")
+    for name in recipe.sources():
+        if Path(name).resolve().is_relative_to(place):
+            raise RecipeError(f"the recipe reads {name}, which lies in {folder}: it would be lost, give another folder")
+    return None
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """The state of a run, of which every part has been checked.
+
+    Raises:
+        RecipeError: when it is damaged, or was not written by a run.
+    """
+    path = folder / STATE
+    try:
+        form = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} is damaged: {error}: {_REMOVE_IT}") from None
+    kinds = {"recipe": dict, "finished": int, "results": list}
+    if not isinstance(form, dict) or not all(type(form.get(key)) is kind for key, kind in kinds.items()):
+        raise RecipeError(f"{path} is no state of a run, or damaged: {_REMOVE_IT}")
+    steps = form["recipe"].get("steps")
+    if not isinstance(steps, list) or not 0 <= form["finished"] == len(form["results"]) <= len(steps):
+        raise RecipeError(
+            f"{path} is damaged: {form['finished']} finished steps with {len(form['results'])} results: {_REMOVE_IT}"
+        )
+    return form
+
+
+_REMOVE_IT = "give another folder, or remove this one yourself"
+
+
+def _create(folder: Path, recipe: Recipe) -> None:
+    """Make the folder of a new run; an earlier one is only removed once the new one stands in its place."""
+    with nullcontext(folder) if _is_empty(folder) else whole_folder(folder) as target:
+        write_text(target / RECIPE_FILE, recipe.to_yaml())
+        _write_state(target, recipe, [])
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def _open_model(recipe: Recipe, folder: Path, finished: int, device: str | None) -> tuple[Source, nn.Module | None]:
+    """The model as the finished steps left it, and the model before any change where a step to come needs it."""
     changed = _last_change(recipe, finished)
     original = load_model(recipe.model, dtype=DTYPES[recipe.dtype], device=device)
-    if changed == 0 or finished == len(recipe.steps):
+    if changed == 0:
         return original, None
     fresh = None if is_transformers(original.model) else copy.deepcopy(original.model)
     model = load(_after(folder, changed), model=fresh, device=device)
@@ -124,8 +223,8 @@ def _open_model(recipe: Recipe, folder: Path, finished: int, device: str | None)
     return Source(original.name, model, original.tokenizer), dense
 
 
-def _write_state(folder: Path, recipe: Recipe, finished: int, results: list[dict[str, Any]]) -> None:
-    state = {"recipe": recipe.to_dict(), "finished": finished, "results": results}
+def _write_state(folder: Path, recipe: Recipe, results: list[dict[str, Any]]) -> None:
+    state = {"recipe": recipe.to_dict(), "finished": len(results), "results": results}
     write_text(folder / STATE, json.dumps(state, indent=2) + "\n")
 
 

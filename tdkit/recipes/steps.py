@@ -25,8 +25,9 @@ from tdkit.planning.plan import Plan
 from tdkit.planning.planner import plan, planned
 from tdkit.planning.policy import Policy, Rule
 from tdkit.planning.resolution import resolve
-from tdkit.recipes.recipe import Recipe, Run, StepConfig
+from tdkit.recipes.recipe import RECIPE_FILE, STATE, Recipe, Run, StepConfig
 from tdkit.support.plain import say
+from tdkit.support.processes import on_main_process
 from tdkit.support.tables import table_of
 
 FIGURE_COLUMNS = ("model", "params", "ratio", "MB", "perplexity", "tokens/s", "fit seconds")
@@ -69,6 +70,10 @@ class CompressStep(StepConfig):
             raise RecipeError("compress with sequential needs calibrated: true")
         if self.passes > 1 and not self.calibrated:
             raise RecipeError(f"compress with passes: {self.passes} needs calibrated: true")
+
+    def check_model(self, run: Run) -> None:
+        if self.calibrated:
+            run.check_windows("calibration")
 
     def run(self, run: Run) -> dict[str, Any]:
         resolved = resolve(run.model, self.policy)
@@ -117,6 +122,11 @@ class CompareStep(StepConfig):
         if recipe.data.evaluation is None:
             raise RecipeError("compare needs a text to judge by: add data.evaluation")
         check_calibration(self.calibrated, recipe, "compare")
+
+    def check_model(self, run: Run) -> None:
+        run.check_windows("evaluation")
+        if self.calibrated:
+            run.check_windows("calibration")
 
     def run(self, run: Run) -> dict[str, Any]:
         kinds = [decomposition(candidate) for candidate in self.candidates]
@@ -180,6 +190,9 @@ class EvaluateStep(StepConfig):
         if recipe.data.evaluation is None:
             raise RecipeError("evaluate needs a text: add data.evaluation")
 
+    def check_model(self, run: Run) -> None:
+        run.check_windows("evaluation")
+
     def run(self, run: Run) -> dict[str, Any]:
         measured = evaluate(run.model, run.tokens("evaluation"), context=run.recipe.data.context)
         run.console.print(table_of("evaluation", FIGURE_COLUMNS, [_row(run.recipe.name, measured, None, None)]))
@@ -198,9 +211,11 @@ class GenerateStep(StepConfig):
     prompt: str
     tokens: int = Field(default=24, ge=1)
 
-    def run(self, run: Run) -> dict[str, Any]:
+    def check_model(self, run: Run) -> None:
         if run.tokenizer is None or not hasattr(run.model, "generate"):
             raise RecipeError("generate needs a language model with a tokenizer")
+
+    def run(self, run: Run) -> dict[str, Any]:
         texts = {
             "dense": self._continue(run.dense, run.tokenizer),
             "compressed": self._continue(run.model, run.tokenizer),
@@ -227,10 +242,16 @@ class SaveStep(StepConfig):
     folder: str = "model"
 
     def check(self, recipe: Recipe) -> None:
-        if Path(self.folder).is_absolute() or ".." in Path(self.folder).parts:
+        place = Path(self.folder)
+        if place.is_absolute() or ".." in place.parts or not place.parts:
             raise RecipeError(f"save.folder={self.folder!r} must lie inside the run folder")
+        if place.parts[0] in (STATE, RECIPE_FILE) or place.parts[0].startswith("after-step-"):
+            raise RecipeError(f"save.folder={self.folder!r} is a name of the run's own files: give another")
 
     def run(self, run: Run) -> dict[str, Any]:
+        return on_main_process(lambda: self._save(run))
+
+    def _save(self, run: Run) -> dict[str, Any]:
         place = save(run.model, run.folder / self.folder, tokenizer=run.tokenizer, overwrite=True)
         size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
         if not is_transformers(run.model):

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from tdkit.cli.models import policy_of
 from tdkit.decompositions.registered import decompositions
 from tdkit.planning.policy import Policy
 from tests.cli.command import Result, run
+from tests.packages import install_package
 
 Tdkit = Callable[..., Result]
 
@@ -139,7 +145,17 @@ def test_dry_run_writes_nothing(tdkit: Tdkit, gpt2_folder: Path, text_file: Path
         (("info", "GPT2"), 1, "was not saved by tdkit"),
         (("eval", "GPT2", "--text", "sotu:evalation"), 1, "did you mean 'sotu:evaluation'"),
         (("eval", "nobody/nothing", "--text", "TEXT"), 1, "no model 'nobody/nothing'"),
-        (("eval", "GPT2", "--text", "TEXT", "--context", "60000"), 1, "do not fill one window"),
+        (("eval", "GPT2", "--text", "TEXT", "--context", "60000"), 1, "longer than the 64 positions"),
+        (("eval", "GPT2", "--text", "TEXT", "--context", "65"), 1, "give a context of at most 64"),
+        (("plan", "GPT2", "--budget", "0.9", "--calibration", "TEXT"), 1, "longer than the 64 positions"),
+        (("eval", "GPT2", "--text", "TEXT", "--context", "64", "--tokens", "60"), 1, "do not fill one window"),
+        (("eval", "TEXT", "--text", "TEXT"), 1, "speech.txt is a file, and a model is given as a folder"),
+        (("plan", "[/INST]", "--budget", "0.9"), 1, "no model '[/INST]'"),
+        (("plan", "GPT2", "--match", "re:[a-z]+_[x]", "--budget", "0.9"), 2, "re:[a-z]+_[x]"),
+        (("[/b]",), 2, "No such command '[/b]'"),
+        (("show", ":smile: [bold]"), 2, "unknown recipe ':smile: [bold]'"),
+        (("compress", "GPT2", "--budget", "0.9", "--out", "TEXT"), 2, "is a file: give a folder"),
+        (("compress", "GPT2", "--budget", "0.9", "--out", "GPT2", "--overwrite"), 2, "holds other files"),
     ],
 )
 def test_errors_say_what_to_do(
@@ -157,6 +173,115 @@ def test_errors_say_what_to_do(
     assert message in result.err
     assert "Traceback" not in result.err
     assert result.code == code
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("compress", "GPT2", "--budget", "0.9", "--out", "never"),
+        ("eval", "GPT2", "--text", "TEXT"),
+        ("bench", "GPT2", "--budget", "0.9"),
+        ("run", "smollm2-demo"),
+        ("run", "smollm2-demo", "--dry-run"),
+    ],
+)
+def test_a_missing_device_is_told_first(
+    tdkit: Tdkit, gpt2_folder: Path, text_file: Path, call: tuple[str, ...]
+) -> None:
+    places = {"GPT2": str(gpt2_folder), "TEXT": str(text_file)}
+    for device, message in (
+        ("cuda", "is not available here"),
+        ("graphics", "is no device"),
+        ("cuda:x", "is no device"),
+    ):
+        result = tdkit(*(places.get(part, part) for part in call), "--device", device)
+        assert result.code == 2
+        assert f"error: device='{device}' {message}" in result.err
+        assert result.err.count("\n") == 1
+
+
+def test_a_model_that_is_nowhere_is_not_told_in_the_syntax_of_recipes(tdkit: Tdkit, tmp_path: Path) -> None:
+    for call in (("plan",), ("compress", "--out", tmp_path / "x"), ("eval", "--text", "sotu:evaluation"), ("bench",)):
+        result = tdkit(call[0], "nobody/nothing", *call[1:])
+        assert result.code == 1
+        assert "Offline, give the path of a local folder" in result.err
+        assert "model=" not in result.err
+
+
+def test_sources_lists_models_and_texts(tdkit: Tdkit, site: Path) -> None:
+    entries = {"tdkit.models": {"listed": "lists_it:model"}, "tdkit.texts": {"broken": "lists_it:missing"}}
+    code = 'def model(part, *, dtype):\n    """A model [of ours]."""\n'
+    install_package(site, "lists-it", entries, code)
+    listed = {(each["kind"], each["name"]): each for each in json.loads(tdkit("sources", "--json").out)}
+    assert listed["model", "smollm2"]["packages"] == ["tdkit"]
+    assert listed["text", "sotu"]["summary"].startswith("State of the Union speeches")
+    assert listed["model", "listed"] == {
+        "kind": "model",
+        "name": "listed",
+        "packages": ["lists-it"],
+        "summary": "A model [of ours].",
+    }
+    assert listed["text", "broken"]["summary"].startswith("unavailable: text source 'broken' of package lists-it")
+    assert "A model [of ours]." in tdkit("sources").out
+
+
+def test_square_brackets_are_shown(tdkit: Tdkit, gpt2_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    rules = "[{match: 're:[a-z]+.*', with: low_rank}]"
+    recipe.write_text(
+        f"name: '[b] mine'\nmodel: '{gpt2_folder}'\nsteps:\n- compress: {{budget: 0.9, rules: {rules}}}\n"
+        "- generate: {prompt: '[INST] Hi [/INST] :smile:'}\n"
+    )
+    for call in (("run", recipe, "--dry-run"), ("show", recipe, "seed=1"), ("run", recipe, "--out", tmp_path / "[/x]")):
+        done = tdkit(*call)
+        assert done.code == 0, done.err
+        for part in ("[INST] Hi [/INST] :smile:", "re:[a-z]+.*"):
+            assert part in done.out
+    assert yaml.safe_load(tdkit("show", recipe, "seed=1").out)["name"] == "[b] mine"
+
+
+WAITS = """
+import time
+from typing import Any
+from tdkit.recipes import Run, StepConfig
+
+class Wait(StepConfig):
+    def run(self, run: Run) -> dict[str, Any]:
+        (run.folder / "waits").touch()
+        time.sleep(300)
+        return {}
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_says_what_is_left(gpt2_folder: Path, site: Path, tmp_path: Path) -> None:
+    install_package(site, "waits-here", {"tdkit.steps": {"wait": "waits_here:Wait"}}, WAITS)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"name: mine\nmodel: '{gpt2_folder}'\nsteps: [wait]\n")
+    paths = [str(site), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    code = "from tdkit.cli.app import main; main()"
+    started = subprocess.Popen(
+        [sys.executable, "-c", code, "run", recipe, "--out", tmp_path / "run"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=environment,
+    )
+    try:
+        while not (tmp_path / "run" / "waits").exists():
+            assert started.poll() is None, started.stderr.read()
+            time.sleep(0.05)
+        started.send_signal(signal.SIGINT)
+        _, errors = started.communicate(timeout=200)
+    finally:
+        started.kill()
+        started.wait()
+    assert started.returncode == 130, errors
+    assert "interrupted: nothing half-written is left" in errors
+    assert "--resume goes on after them" in errors
+    assert "Traceback" not in errors
 
 
 def test_debug_shows_the_traceback(tdkit: Tdkit) -> None:

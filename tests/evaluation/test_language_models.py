@@ -14,6 +14,7 @@ import tdkit
 from tdkit import LowRank, Policy, Rule
 from tdkit.errors import SourceError
 from tdkit.evaluation.language_models import PROTOCOL, evaluate, perplexity
+from tdkit.sources.positions import check_positions
 
 
 class Bigram(nn.Module):
@@ -108,3 +109,42 @@ def test_too_little_text_is_told() -> None:
     for context in (1, 0, -3):
         with pytest.raises(SourceError, match=rf"a context of {context} (predicts nothing|tokens is no window)"):
             evaluate(model, torch.zeros(9, dtype=torch.long), context=context)
+
+
+def model_of(kind: str, **config: Any) -> Any:
+    import transformers
+
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    options = {**sizes, "intermediate_size": 16, "max_position_embeddings": 24, **tokens, **config}
+    made = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**options))
+    return made.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "limit"),
+    [
+        ("GPTNeo", {"attention_types": [[["global"], 1]], "num_layers": 1, "num_heads": 2}, 24),
+        ("Bert", {"is_decoder": True}, 24),
+        ("Roberta", {"is_decoder": True}, 22),  # positions begin behind the padding's
+        ("OPT", {"ffn_dim": 16, "word_embed_proj_dim": 16}, 24),  # its table has 26 rows
+    ],
+)
+def test_a_window_longer_than_the_positions_is_told(kind: str, config: dict[str, Any], limit: int) -> None:
+    model, ids = model_of(kind, **config), torch.randint(2, 60, (100,))
+    assert math.isfinite(perplexity(model, ids, context=limit))
+    with pytest.raises(SourceError, match=rf"{limit + 1} tokens is longer than the {limit} positions of {kind}"):
+        evaluate(model, ids, context=limit + 1)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(ids[None, : limit + 3])
+
+
+def test_a_compressed_table_of_positions_is_a_limit_too(gpt2: Any) -> None:
+    tdkit.compress(gpt2, Policy([Rule("*.wpe", LowRank(rank=2)), Rule("*", keep=True)]), progress=False)
+    with pytest.raises(SourceError, match=r"longer than the 32 positions of GPT2LMHeadModel \(transformer.wpe\)"):
+        evaluate(gpt2, torch.randint(60, (100,)), context=33)
+
+
+def test_positions_that_are_computed_are_no_limit(llama: Any) -> None:
+    assert math.isfinite(perplexity(llama, torch.randint(60, (100,)), context=50))
+    check_positions(Bigram(torch.zeros(2, 2)), 10**6)

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -87,12 +87,47 @@ def test_a_plan_is_tried_without_a_fit() -> None:
     assert torch.isfinite(call(model, 5)).all()
 
 
-def test_a_longer_call_takes_longer_by_the_ratio() -> None:
-    calls = {"short": lambda: time.sleep(0.004), "long": lambda: time.sleep(0.08)}  # far apart: a busy machine adds
-    timings = side_by_side(calls, seconds=0.05)
-    assert timings["short"].ratio == 1.0
-    assert 2 < timings["long"].ratio < 25
-    assert timings["long"].seconds >= 0.08
+class Clock:
+    """Goes on only when a call takes its time, and is twice as slow in every second round, as a busy machine is."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls = 0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def taking(self, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            self.now += seconds * (1 + self.calls // 2 % 2)
+            self.calls += 1
+
+        return call
+
+
+def test_calls_are_compared_within_the_same_round() -> None:
+    clock = Clock()
+    calls = {"first": clock.taking(0.25), "second": clock.taking(0.75)}
+    timings = side_by_side(calls, seconds=0.01, min_rounds=5, clock=clock)
+    assert timings["first"].ratio == 1.0
+    assert timings["second"].ratio == 3.0
+    assert timings["second"].seconds == pytest.approx(3 * timings["first"].seconds)
+    assert clock.calls == 2 * (1 + 5), "a warm-up and the rounds asked for"
+
+
+def test_short_calls_are_repeated_within_a_sample_and_rounds_go_on_for_the_time_given() -> None:
+    clock = Clock()
+    clock.calls = -(10**9)  # never slow
+    times: list[float] = []
+
+    def short() -> None:
+        clock.now += 1e-3
+        times.append(clock.now)
+
+    assert side_by_side({"short": short}, seconds=1.0, clock=clock)["short"].seconds == pytest.approx(1e-3)
+    warm_up, per_sample = 1 + 3 + 3, 1 + 5
+    assert (len(times) - warm_up) % per_sample == 0
+    assert clock.now >= 1.0
 
 
 def test_bytes_saved_and_at_the_peak() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,12 @@ import torch
 import yaml
 from rich.console import Console
 
-from tdkit.errors import RecipeError, RegistryError
+from tdkit.errors import OptionError, RecipeError, RegistryError, SourceError
 from tdkit.models.checkpoint import load
 from tdkit.recipes.library import load_recipe, recipe_files, recipe_text
 from tdkit.recipes.recipe import Recipe, steps
 from tdkit.recipes.run import run_recipe
+from tests.together import run_together
 
 QUIET = Console(quiet=True)
 FORM: dict[str, Any] = {
@@ -80,6 +84,9 @@ def test_every_fault_is_reported_together() -> None:
         ({"name": "a", "model": "b"}, "give a list of steps"),
         ({"name": "a", "model": "b", "steps": [{"save": {}, "evaluate": {}}]}, "one 'kind: {options}' pair"),
         ({"name": "a", "model": "b", "steps": [{"save": {"folder": "../x"}}]}, "must lie inside the run folder"),
+        ({"name": "a", "model": "b", "steps": [{"save": {"folder": "."}}]}, "must lie inside the run folder"),
+        ({"name": "a", "model": "b", "steps": [{"save": {"folder": "state.json/x"}}]}, "a name of the run's own files"),
+        ({"name": "a", "model": "b", "steps": [{"save": {"folder": "after-step-1"}}]}, "a name of the run's own files"),
         ({"name": "a", "model": "b", "steps": ["evaluate"]}, "add data.evaluation"),
         (
             {
@@ -127,6 +134,49 @@ def test_run_leaves_results_and_a_model(recipe: Recipe, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["model", "recipe.yaml", "state.json"]
 
 
+@pytest.mark.parametrize("name", ["../../x", "..", ".", "", "a/b", "a\\b", "/etc", "C:x", " ", "a\nb"])
+def test_a_name_that_would_leave_the_runs_folder_is_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"name: .*must be a plain file name, since a run's folder is called by it"):
+        Recipe.from_dict({**FORM, "name": name})
+
+
+def test_what_will_fail_is_told_before_the_first_step(recipe: Recipe, tmp_path: Path) -> None:
+    """Nothing is written either; every step is asked."""
+
+    def with_data(**data: Any) -> Recipe:
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
+
+    for faulty, message in (
+        (
+            with_data(context=65),
+            "'mine': steps.1.evaluate: a window of 65 tokens is longer than the 64 positions",
+        ),
+        (with_data(evaluation="nowhere.txt"), "steps.1.evaluate: no text 'nowhere.txt'"),
+        (with_data(evaluation_tokens=20), "steps.1.evaluate: 20 tokens do not fill one window of 32"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            run_recipe(faulty, tmp_path / "run", console=QUIET)
+    with pytest.raises(SourceError, match="no model 'nowhere'"):
+        run_recipe(recipe.model_copy(update={"model": "nowhere"}), tmp_path / "run", console=QUIET)
+    if not torch.cuda.is_available():
+        with pytest.raises(OptionError, match="device='cuda' is not available here"):
+            run_recipe(recipe, tmp_path / "run", device="cuda", console=QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_square_brackets_in_a_recipe_are_no_markup(recipe: Recipe, tmp_path: Path) -> None:
+    prompt = "[INST] Hi [/INST] :smile: [bold]"
+    rules = [{"match": r"re:.*c_[f]c", "with": "low_rank"}]
+    form = recipe.to_dict() | {
+        "steps": [{"compress": {"budget": 0.9, "rules": rules}}, {"generate": {"prompt": prompt}}]
+    }
+    console = Console(file=io.StringIO(), width=400)
+    run_recipe(Recipe.from_dict(form), tmp_path / "[/run]", console=console)
+    shown = console.file.getvalue()
+    assert f"step 2/2 generate prompt={prompt}\n" in shown
+    assert r"re:.*c_[f]c" in shown
+
+
 def test_an_interrupted_run_resumes_to_the_same_model(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +199,118 @@ def test_an_interrupted_run_resumes_to_the_same_model(
     first, second = load(tmp_path / "whole" / "model"), load(tmp_path / "parts" / "model")
     for (name, a), (_, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_finished_run_is_told_without_its_model(recipe: Recipe, gpt2_folder: Path, tmp_path: Path) -> None:
+    there = shutil.copytree(gpt2_folder, tmp_path / "there")
+    recipe = recipe.model_copy(update={"model": str(there)})
+    results = run_recipe(recipe, tmp_path / "run", console=QUIET)
+    shutil.rmtree(there)
+    console = Console(file=io.StringIO())
+    assert run_recipe(recipe, tmp_path / "run", resume=True, console=console) == results
+    assert console.file.getvalue().splitlines() == [
+        f"step {n}/4 {kind}: done before" for n, (kind, _) in enumerate(recipe.steps, 1)
+    ]
+
+
+def test_resuming_what_never_ran_says_so(recipe: Recipe, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=400)
+    assert len(run_recipe(recipe, tmp_path / "run", resume=True, console=console)) == 4
+    assert "run holds no run to resume: starting with the first step" in console.file.getvalue()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_overwrite_replaces_a_run(recipe: Recipe, tmp_path: Path) -> None:
+    run_recipe(recipe, tmp_path / "run", console=QUIET)
+    (tmp_path / "run" / "model" / "note.txt").write_text("of the old run")
+    other = recipe.model_copy(update={"seed": 1})
+    run_recipe(other, tmp_path / "run", overwrite=True, console=QUIET)
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["seed"] == 1
+    assert not (tmp_path / "run" / "model" / "note.txt").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_new_run_that_cannot_start_leaves_the_old_one(recipe: Recipe, tmp_path: Path) -> None:
+    run_recipe(recipe, tmp_path / "run", console=QUIET)
+    before = contents(tmp_path)
+    for change in ({"model": "nowhere"}, {"data": recipe.data.model_copy(update={"context": 65})}):
+        with pytest.raises((SourceError, RecipeError), match=r"no model|longer than the 64 positions"):
+            run_recipe(recipe.model_copy(update=change), tmp_path / "run", overwrite=True, console=QUIET)
+        assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "state",
+    ["{", "[]", "{}", '{"recipe": {}, "finished": 0}', '{"recipe": {"steps": []}, "finished": 3, "results": [1]}'],
+)
+def test_overwrite_leaves_a_folder_that_is_no_run(recipe: Recipe, tmp_path: Path, state: str) -> None:
+    (tmp_path / "state.json").write_text(state)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="holds other files: give another folder"):
+        run_recipe(recipe, tmp_path, overwrite=True, console=QUIET)
+    (tmp_path / "recipe.yaml").write_text("mine too")
+    before = contents(tmp_path)
+    with pytest.raises(RecipeError, match=r"state.json is .*damaged: .*give another folder, or remove this one"):
+        run_recipe(recipe, tmp_path, overwrite=True, console=QUIET)
+    assert contents(tmp_path) == before
+
+
+def test_overwrite_does_not_remove_what_the_recipe_reads_or_where_it_is(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_recipe(recipe, tmp_path / "run", console=QUIET)
+    before = contents(tmp_path)
+    again = recipe.model_copy(update={"model": str(tmp_path / "run" / "model")})
+    with pytest.raises(RecipeError, match=r"the recipe reads .*model, which lies in .*run: it would be lost"):
+        run_recipe(again, tmp_path / "run", overwrite=True, console=QUIET)
+    monkeypatch.chdir(tmp_path / "run" / "model")
+    with pytest.raises(RecipeError, match="is or holds the current folder and cannot be replaced"):
+        run_recipe(recipe, "..", overwrite=True, console=QUIET)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_in_the_current_empty_folder(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_recipe(recipe, ".", console=QUIET)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "recipe.yaml", "state.json"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo over a file")
+def test_processes_carry_out_a_run_together_and_the_main_one_writes(recipe: Recipe, tmp_path: Path) -> None:
+    form = recipe.to_dict()
+    rules = form["steps"][0]["compress"]
+    form["steps"].insert(1, {"generate": {"prompt": "the state", "tokens": 4}})
+    form["steps"][3]["compress"] = {**rules, "rules": [{"match": "nothing.*", "with": "low_rank"}]}
+    (tmp_path / "fails.yaml").write_text(yaml.safe_dump(form))
+    (tmp_path / "works.yaml").write_text(recipe.to_yaml())
+    lines = run_together(
+        tmp_path,
+        """
+        import json
+        import tdkit.support.files as files
+        from tdkit.errors import PolicyError
+        from tdkit.recipes import load_recipe, run_recipe
+
+        events = []
+        sys.addaudithook(lambda event, args: events.append(args) if event in ("os.mkdir", "os.rename") else None)
+        results = run_recipe(load_recipe(str(folder / "works.yaml")), folder / "run")
+        say(json.dumps(results))
+        say(len([each for each in events if str(folder / "run") in str(each)]))
+        say(raised(lambda: run_recipe(load_recipe(str(folder / "works.yaml")), folder / "run")))
+        say(raised(lambda: run_recipe(load_recipe(str(folder / "fails.yaml")), folder / "stopped")).split(":")[0])
+        """,
+    )
+    assert lines[0][0] == lines[1][0]
+    assert [each["step"] for each in json.loads(lines[0][0])] == ["compress", "evaluate", "compress", "save"]
+    assert int(lines[0][1]) > 0
+    assert int(lines[1][1]) == 0
+    assert all("holds an earlier run" in line[2] and line[3] == "PolicyError" for line in lines)
+    alone = run_recipe(recipe, tmp_path / "alone", console=QUIET)
+    assert alone[1]["perplexity"] == pytest.approx(json.loads(lines[0][0])[1]["perplexity"], rel=1e-5)
+    assert sorted(p.name for p in (tmp_path / "stopped").iterdir()) == ["after-step-1", "recipe.yaml", "state.json"]
 
 
 def test_resume_refuses_another_recipe_and_a_damaged_state(recipe: Recipe, tmp_path: Path) -> None:

@@ -2,67 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
 from tdkit.errors import TdkitError
 from tdkit.support.processes import failing_together, is_main_process, on_main_process, processes, shared
+from tests.together import run_together
 
-ROOT = Path(__file__).parents[2]
-LIMIT = 300  # seconds: a process that waits for ever is a failure
 linux = pytest.mark.skipif(sys.platform != "linux", reason="gloo over a file")
-
-START = """
-import os, signal, sys, threading, time
-import torch
-from pathlib import Path
-from torch import distributed
-from tdkit.errors import SourceError, TdkitError
-from tdkit.support.processes import failing_together, is_main_process, on_main_process, processes, shared
-
-rank, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
-
-def raised(call):
-    try:
-        call()
-    except BaseException as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
-
-def say(*values):
-    print(*values, flush=True)
-"""
-
-
-def run_together(folder: Path, program: str, count: int = 2) -> list[list[str]]:
-    """The lines that each of `count` processes prints; all of them are killed when one fails or takes too long."""
-    code = START + textwrap.dedent(program) + "\ndistributed.destroy_process_group()\n"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started: list[subprocess.Popen[str]] = []
-    try:
-        for rank in range(count):
-            with (folder / f"out-{rank}").open("w") as out, (folder / f"err-{rank}").open("w") as err:
-                arguments = [sys.executable, "-c", code, str(rank), str(count), str(folder)]
-                started.append(subprocess.Popen(arguments, stdout=out, stderr=err, cwd=ROOT, env=environment))
-        end = time.monotonic() + LIMIT
-        while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
-            assert time.monotonic() < end, f"still running: {[process.poll() for process in started]}"
-            time.sleep(0.05)
-        for rank, process in enumerate(started):
-            if process.poll():
-                pytest.fail(f"process {rank}: {(folder / f'err-{rank}').read_text()[-2000:]}")
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    return [(folder / f"out-{rank}").read_text().splitlines() for rank in range(count)]
 
 
 def test_alone_everything_is_done_here_in_order() -> None:
@@ -206,16 +155,16 @@ def test_an_interrupt_of_one_stops_all(tmp_path: Path) -> None:
                     time.sleep(0.01)
             return n
 
+        def later(main):
+            while not (folder / "waits").exists():
+                time.sleep(0.01)
+            signal.pthread_kill(main, signal.SIGINT)
+            (folder / "interrupted").touch()
+
         def waiting():
-            if rank == 1:
-                main = threading.main_thread().ident
-                def later():
-                    while not (folder / "waits").exists():
-                        time.sleep(0.01)
-                    signal.pthread_kill(main, signal.SIGINT)
-                    (folder / "interrupted").touch()
-                threading.Thread(target=later).start()
             with failing_together():
+                if rank == 1:
+                    threading.Thread(target=later, args=[threading.main_thread().ident]).start()
                 list(shared([0], while_waiting))
 
         def loop():
@@ -247,12 +196,15 @@ def test_an_interrupt_of_all_at_once_strands_none(tmp_path: Path) -> None:
                     pass
 
         def later():
-            while len(list(folder.glob("at-*"))) < 3:
+            while len(list(folder.glob("at-*"))) < count:
                 time.sleep(0.01)
             time.sleep(0.3)  # by now the others most likely wait for the first; right whether they do or not
-            os.kill(os.getpid(), signal.SIGINT)
+            for place in folder.glob("pid-*"):
+                os.kill(int(place.name[4:]), signal.SIGINT)
 
-        threading.Thread(target=later).start()
+        (folder / f"pid-{os.getpid()}").touch()
+        if rank == 0:
+            threading.Thread(target=later).start()
         say(raised(attempt))
         say(list(shared(range(4), lambda n: n)))
         """,
