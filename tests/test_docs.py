@@ -1,4 +1,4 @@
-"""Every Python block of the documentation runs, and every link of the navigation exists."""
+"""The Python blocks of the documentation run; the names, files and packages that it lists exist."""
 
 from __future__ import annotations
 
