@@ -16,7 +16,7 @@ Factors = Callable[[int, Shape, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Planted:
-    """A shuffled sum of Kronecker products plus noise, and the error of the fit that knows the order."""
+    """A shuffled sum of Kronecker products plus noise, and the error of the fit in the original order."""
 
     matrix: Tensor  # (out, in) float64
     error: float  # relative
@@ -54,10 +54,10 @@ def signs(terms: int, shape: Shape, generator: torch.Generator) -> Tensor:
 def plant(
     a: Shape, b: Shape, *, terms: int = 1, noise: float = 0.0, seed: int = 0, factors: Factors = gaussian
 ) -> Planted:
-    """Rows and columns of ``sum_r A_r kron B_r + noise`` shuffled.
+    """``sum_r A_r kron B_r + noise`` with shuffled rows and columns.
 
     Args:
-        noise: its norm over the norm of the sum.
+        noise: norm of the noise divided by that of the sum.
     """
     generator = torch.Generator().manual_seed(seed)
     upper, lower = factors(terms, a, generator), factors(terms, b, generator)

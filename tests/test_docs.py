@@ -1,7 +1,8 @@
-"""Every Python block of the documentation runs, and every link of the navigation exists."""
+"""The Python blocks of the documentation run; the names, files and packages that it lists exist."""
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,25 @@ def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     assert blocks(ROOT / "README.md")
     run(ROOT / "README.md")
+
+
+def test_contributors_find_every_package_and_module() -> None:
+    rows = re.findall(r"^\| `(\w+)(?:\.py)?` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    found = {
+        path.stem for path in (ROOT / "tdkit").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert sorted(rows) == sorted(found - {"__init__"})
+
+
+NAMED = re.compile(r"`(tdkit(?:\.\w+)+)`|^::: (tdkit(?:\.\w+)+)$", re.MULTILINE)
+GROUPS = ("allocators", "hosts", "losses", "steps", "texts")  # of entry points, besides those named like a package
+NO_OBJECTS = {"tdkit.json", *(f"tdkit.{group}" for group in GROUPS)}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.stem)
+def test_what_a_page_names_exists(page: Path) -> None:
+    for name in {"".join(names) for names in NAMED.findall(page.read_text(encoding="utf-8"))} - NO_OBJECTS:
+        pkgutil.resolve_name(name)
 
 
 def test_every_page_is_in_the_navigation_and_every_entry_exists() -> None:

@@ -14,8 +14,7 @@ import pytest
 
 import tdkit
 
-# The packages and single modules of tdkit from the ground up. Each imports from the lines above its own, never from
-# its own line (but from itself) or those below.
+# The packages and single modules of tdkit, lowest first. Each imports from itself and from lines above its own only.
 ROOMS = """
     errors shapes
     registry
@@ -123,7 +122,7 @@ def in_a_new_process(code: str) -> Any:
 
 
 def test_import_is_lean_and_without_traces() -> None:
-    """What it loads stands for the time that it takes, which depends on the machine."""
+    """The modules that it loads stand for its time, which depends on the machine."""
     seen = in_a_new_process(
         """
 import json, os, random, sys, threading, warnings

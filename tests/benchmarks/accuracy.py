@@ -1,11 +1,11 @@
-"""Perplexity of SmolLM2-135M at several sizes: every decomposition, plain and calibrated, one table.
+"""Perplexity of SmolLM2-135M, compressed by every decomposition, with and without calibration; writes accuracy.md.
 
     python tests/benchmarks/accuracy.py --run FOLDER [--rows 'low_rank/*'] [--budgets 0.8] [--tokens 12288]
 
-Each row is stored in `docs/results/accuracy.json` as soon as it is there; a rerun computes only what is missing.
-The calibration is measured once and kept in the run folder. All rows are evaluated on the same tokens.
+Each row is stored in `docs/results/accuracy.json` when it is finished; a rerun computes only missing rows. The
+calibration is measured once and stored in the run folder. All rows are evaluated on the same tokens.
 
-`low_rank/whitened` is the method of SVD-LLM (Wang et al., 2024): the peer to beat in the same run.
+`low_rank/whitened` is the method of SVD-LLM (Wang et al., 2024), the baseline of the same run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 @dataclass(frozen=True)
 class Scope:
-    """Which layers are rewritten, and how much of their parameters is kept."""
+    """Which layers are compressed, and the ratio of their parameters that is kept."""
 
     layers: str
     keep: float
@@ -81,7 +81,7 @@ METHODS: Mapping[str, dict[str, Any]] = {
 
 
 def rows() -> list[tuple[str, Scope]]:
-    """Every row there is, the peer and the bars first."""
+    """All rows; those of the baseline and of the targets come first."""
     names = [f"{kind}/{method}" for kind in DECOMPOSITIONS for method in METHODS]
     names = [name for name in names if not name.startswith("auto/") or METHODS[name[5:]].get("allocation") == "loss"]
     order = [f"low_rank/{m}" for m in ("whitened", "allocated", "two passes", "sequential", "plain", "two-sided")]
@@ -92,7 +92,7 @@ def rows() -> list[tuple[str, Scope]]:
 def compressed(
     source: Source, name: str, scope: Scope, calibration_with: Callable[[Labels], Calibration]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A copy of the model, compressed as a row says, and what that took."""
+    """A copy of the model compressed by the method of a row, and its plan, sizes and seconds."""
     kind, _, method = name.partition("/")
     options = METHODS[method]
     model = copy.deepcopy(source.model)
@@ -128,7 +128,7 @@ def compressed(
 
 
 def calibrated(source: Source, folder: Path, labels: Labels) -> tuple[Calibration, float]:
-    """The calibration of the run folder, measured when it is not there yet, and the seconds it took then."""
+    """The calibration of the run folder, measured if it is missing, and the seconds that took."""
     name = "calibration" if labels == "data" else f"calibration-{labels}"
     saved, clock = folder / name, folder / f"{name}.seconds"
     if not saved.exists():
@@ -185,7 +185,7 @@ def measured(model: nn.Module, ids: Tensor) -> dict[str, Any]:
 
 
 class Store:
-    """The rows that are there, as JSON and as a table."""
+    """The finished rows, in a JSON file and a Markdown table."""
 
     def __init__(self, folder: Path, ids: Tensor, calibration_seconds: float) -> None:
         self.folder = folder
@@ -200,7 +200,7 @@ class Store:
         self.found: list[dict[str, Any]] = self.read()
 
     def read(self) -> list[dict[str, Any]]:
-        """The rows in the file: this run's, and those of one beside it."""
+        """The rows in the file, including those of another run at the same time."""
         path = self.folder / "accuracy.json"
         if not path.is_file():
             return []
@@ -256,7 +256,7 @@ class Store:
         )
 
     def bars(self) -> list[str]:
-        """What was asked for, beside what was measured."""
+        """The targets and the measured values."""
         lines = []
         for scope, factor in (("80% of MLP", 0.48), ("80% of blocks", 0.35), ("60% of blocks", 0.20)):
             peer, best = self.find("low_rank/whitened", scope), self.best(scope)

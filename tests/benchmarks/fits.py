@@ -1,10 +1,10 @@
-"""What fits cost and how good they are: GPT-2 small's block weights, other libraries' fits, a long L-BFGS.
+"""Time and error of the fits, beside those of other libraries and of a long L-BFGS; writes docs/results/fits.md.
 
     python tests/benchmarks/fits.py [--parts seconds,peers,objective] [--layers 12] [--keep 0.66]
 
-Writes `docs/results/fits.json` and the page beside it; parts that are not measured again are kept. Weights are random
-with a decaying spectrum, moments random and correlated with a few dominant directions, as those of trained models
-are. With fewer than 12 layers the seconds are scaled up. The time to make weights and moments is not counted.
+Parts that are not measured again are kept in `docs/results/fits.json`. The shapes are those of GPT-2 small. Weights
+are random with a decaying spectrum; moments are random and correlated, with a few dominant directions, like those of
+trained models. With fewer than 12 layers the seconds are scaled up. Generating weights and moments is not timed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BLOCK: dict[str, Shape] = {
 }
 BARS = {"plain": 30.0, "calibrated": 120.0}  # seconds for 12 layers on two cores
 KINDS: tuple[Decomposition, ...] = (LowRank(), Kronecker(), TTMatrix(), PermutedKronecker())
-NO_BAR = ("permuted_kronecker",)  # it searches orders besides
+NO_BAR = ("permuted_kronecker",)  # it also searches permutations
 SQUARE, WIDE = (768, 768), (768, 3072)
 OBJECTIVE_SHAPE: Shape = (192, 288)
 LONG = 500  # L-BFGS iterations
@@ -63,7 +63,7 @@ def random_moment(n: int, seed: int) -> Tensor:
 
 
 def time_fits(keep: float, layers: int) -> list[dict[str, Any]]:
-    """For each decomposition the seconds of all plain and all calibrated fits, scaled to 12 layers."""
+    """Seconds of all fits per decomposition, with and without a metric, scaled to 12 layers."""
     metrics = {name: Metric(random_moment(n, 1), random_moment(m, 2)) for name, (m, n) in BLOCK.items()}
     rows = []
     for kind in KINDS:
@@ -96,9 +96,9 @@ def time_fits(keep: float, layers: int) -> list[dict[str, Any]]:
 
 
 def long_lbfgs(start: FactorizedMatrix, weight: Tensor, metric: Metric, iterations: int) -> float:
-    """The objective after many iterations of L-BFGS on all factors of `start` (float64), which stays as it is."""
+    """The objective after `iterations` of torch's L-BFGS on all factors of a copy of `start` (float64)."""
     matrix = copy.deepcopy(start)
-    for parameter in matrix.parameters():  # torch's L-BFGS flattens by views
+    for parameter in matrix.parameters():  # torch's L-BFGS flattens parameters by `view`
         parameter.data = parameter.data.contiguous()
         parameter.register_hook(Tensor.contiguous)
     size = metric.squared_error(weight)
@@ -127,7 +127,7 @@ def long_lbfgs(start: FactorizedMatrix, weight: Tensor, metric: Metric, iteratio
 
 
 def compare_objectives(keep: float) -> list[dict[str, Any]]:
-    """The calibrated fit against long L-BFGS from the plain fit and from the calibrated fit itself."""
+    """The calibrated fit, beside a long L-BFGS from the plain fit and from the calibrated fit."""
     weight = random_weight(OBJECTIVE_SHAPE, 0).double()
     metric = Metric(random_moment(OBJECTIVE_SHAPE[1], 1), random_moment(OBJECTIVE_SHAPE[0], 2))
     size = metric.squared_error(weight)
@@ -164,7 +164,7 @@ def compare_objectives(keep: float) -> list[dict[str, Any]]:
 
 
 def peers() -> list[dict[str, Any]]:
-    """Plain fits beside other ways to the same factors, float32 weights, interleaved in one process."""
+    """Plain fits of float32 weights, beside other implementations, with alternating calls in one process."""
     rows = []
     for shape in (SQUARE, WIDE):
         weight = random_weight(shape, 0)
@@ -187,7 +187,7 @@ def peers() -> list[dict[str, Any]]:
 
 
 def contenders(weight: Tensor) -> dict[str, dict[str, Callable[[], Tensor]]]:
-    """Factors of `weight` by name, and for each the ways to them, ours first; each gives the dense approximation."""
+    """Implementations by name of the factors, tdkit first; each returns the dense approximation of `weight`."""
     import tensorly
     from tensorly.decomposition import tensor_train_matrix
 

@@ -1,9 +1,9 @@
-"""What the permutation search recovers and costs: planted orders under noise, kinds of factors, real weights.
+"""Recovery, errors and seconds of the permutation search, on planted orders and real weights; writes permutations.md.
 
     python -m tests.benchmarks.permutations [--sections 'unbalanced' 'real*'] [--again] [--threads 1]
 
-Each row is stored in `docs/results/permutations.json` as soon as it is there, and the page beside it is written anew
-from all of them; a rerun computes only what is missing. `--again` measures the rows of the chosen sections afresh.
+Each row is stored in `docs/results/permutations.json` when it is finished, and the page beside it is rewritten. A rerun
+computes only missing rows; `--again` recomputes all rows of the chosen sections.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def factor_shapes(weight: Tensor) -> tuple[Shape, Shape]:
 
 
 def dense(found: Ordering, a: Shape, b: Shape) -> Tensor:
-    """The approximation in the order of the matrix."""
+    """The dense approximation, in the order of the original matrix."""
     reordered = restore((found.a.flatten(1).T @ found.b.flatten(1)).double(), a, b)
     return reordered[found.rows.argsort()][:, found.columns.argsort()]
 
@@ -111,7 +111,7 @@ def timed(act: Callable[[], Ordering]) -> tuple[float, Ordering]:
 
 
 def planted_row(a: Shape, b: Shape, terms: int, noise: float, seed: int, factors: str = "") -> Row:
-    """One search for a planted order: both errors and the seconds."""
+    """One search for a planted order: planted error, error found, seconds."""
     planted = plant(a, b, terms=terms, noise=noise, seed=seed, factors=KINDS.get(factors, gaussian))
     seconds, found = timed(lambda: search(planted.matrix, a, b, terms))
     error = relative_error(planted.matrix, dense(found, a, b))
@@ -131,7 +131,7 @@ def planted_row(a: Shape, b: Shape, terms: int, noise: float, seed: int, factors
 
 
 def real_row(model: str, layer: str, terms: int) -> Row:
-    """One real matrix with factors as square as they come; no terms: about 80% of the parameters."""
+    """One real matrix, with factors as square as possible; `terms` 0 keeps about 80% of the parameters."""
     weight = weights(model)[layer]
     a, b = factor_shapes(weight)
     terms = terms or int(0.8 * weight.numel() / (math.prod(a) + math.prod(b)))
@@ -150,7 +150,7 @@ def real_row(model: str, layer: str, terms: int) -> Row:
 
 
 def refined_row(model: str, layer: str, terms: int) -> Row:
-    """The two alternations one after the other from the order by norm, each until it finds nothing more."""
+    """`Climb.improved`, then `Climb.refined`, each until it converges, from the order by norm."""
     weight = weights(model)[layer]
     a, b = factor_shapes(weight)
     climb = Climb(weight, a, b, terms, rows=True, columns=True, effort=100)
@@ -249,7 +249,7 @@ SECTIONS = {
 
 
 class Store:
-    """The rows that are there, as JSON and as the page."""
+    """The finished rows, in a JSON file and the page."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

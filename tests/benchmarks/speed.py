@@ -3,8 +3,8 @@
     python tests/benchmarks/speed.py [--threads 2] [--seconds 0.5] [--parts eval,decode,train,model,peers]
     python tests/benchmarks/speed.py --device cuda --dtype bfloat16  # the grid under CUDA graphs: speed-cuda.md
 
-Calls alternate in one process and ratios are medians of paired ratios, so that other work on the machine
-slows both sides. The peers (peft, tltorch, pyfastkron) are used where they can be imported and named where not.
+Calls alternate in one process and ratios are medians of paired ratios, so that other load on the machine slows both
+sides. The other libraries (peft, tltorch, pyfastkron) are measured if they are installed; the page names missing ones.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SHAPES = ((3072, 768), (768, 3072), (4096, 4096))  # (out, in)
 SHARES = (0.05, 0.2, 0.4, 0.6, 0.8)
 KINDS = (LowRank(), Kronecker(), PermutedKronecker(), TTMatrix())
-STACK_BYTES = 2**26  # of dense weights in the stack for one token, twice a large last-level cache
+STACK_BYTES = 2**26  # of dense weights in the stack for one token: twice a large last-level cache
 SQUARE_KRONECKER = Kronecker(terms=4, a=(64, 64), b=(64, 64))
 GRID = ["shape", "decomposition", "share", "dense_ms", "multiply_adds", "memory_path", "memory", "speed_path", "speed"]
-DECODING = 3  # times as long is one token timed: its calls are short, and the host's other guests stop one for longer
+DECODING = 3  # times as long as other calls, since those of one token are short and other load disturbs them more
 Row = dict[str, Any]
 
 
@@ -56,7 +56,7 @@ def filled(kind: Decomposition, shape: tuple[int, int]) -> FactorizedMatrix:
 
 
 def inferring(call: Callable[[], object]) -> Callable[[], object]:
-    """The call without gradients."""
+    """The call under `torch.inference_mode()`."""
 
     def run() -> object:
         with torch.inference_mode():
@@ -66,10 +66,10 @@ def inferring(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def evaluation(shapes: Sequence[tuple[int, int]], tokens: int, seconds: float) -> Iterator[Row]:
-    """The grid of shapes, decompositions and shares for a number of tokens, in both preferences.
+    """The grid of shapes, decompositions and shares for a number of tokens, preferring memory and preferring speed.
 
-    At one token each call takes the next layer of a stack, as in a model, whose weights no cache keeps from
-    token to token; at 512 tokens, which the products bound, one layer is called again and again.
+    At one token each call uses the next layer of a stack that exceeds the CPU's cache, as decoding by a whole model
+    does. At 512 tokens, where the products take most of the time, the same layer is called again.
     """
     for shape, kind, share in cases_of(shapes):
         count = max(2, math.ceil(STACK_BYTES / (4 * math.prod(shape)))) if tokens == 1 else 1
@@ -106,19 +106,19 @@ def evaluation(shapes: Sequence[tuple[int, int]], tokens: int, seconds: float) -
 
 
 def bare_products(matrix: FactorizedMatrix, x: Tensor, bias: Tensor) -> Callable[[], object]:
-    """The two products of a low-rank pair and nothing else, the rank padded in advance: what the library allows."""
+    """The two matrix products of a low-rank pair only, with the rank padded in advance: a lower bound of the time."""
     left, right = padded_rank(*(factor.detach() for factor in matrix.parameters()))
     return lambda: F.linear(F.linear(x, right), left, bias)
 
 
 def in_turn(matrices: Sequence[FactorizedMatrix], x: Tensor, bias: Tensor) -> Callable[[], object]:
-    """A call that multiplies by the next matrix, round after round."""
+    """A call that multiplies by the next matrix of a cycle."""
     turns = itertools.cycle(matrices)
     return lambda: next(turns).linear(x, bias)
 
 
 def cases_of(shapes: Sequence[tuple[int, int]]) -> list[tuple[tuple[int, int], Decomposition, float]]:
-    """Shape, complete decomposition and share of the parameters of every case of the grid."""
+    """Shape, decomposition and ratio of parameters of every case of the grid."""
     cases = [
         (shape, kind.complete(shape, int(s * shape[0] * shape[1])), s)
         for shape in shapes
@@ -129,7 +129,7 @@ def cases_of(shapes: Sequence[tuple[int, int]]) -> list[tuple[tuple[int, int], D
 
 
 def training(seconds: float) -> list[Row]:
-    """Forward and backward of one layer at 512 tokens, and what it saves in between."""
+    """Forward and backward of one layer at 512 tokens, and the bytes saved for backward."""
     shape, rows = (3072, 768), []
     x, gradient = torch.randn(512, shape[1], requires_grad=True), torch.randn(512, shape[0])
     dense = nn.Linear(shape[1], shape[0])
@@ -210,7 +210,7 @@ def _step(model: nn.Module, ids: Tensor) -> None:
 
 
 def peers(seconds: float) -> tuple[list[Row], list[str]]:
-    """Other ways to run the same product, 768 -> 3072, 512 tokens."""
+    """Other implementations of the same product, 768 -> 3072, 512 tokens."""
     shape, x, absent, rows = (3072, 768), torch.randn(512, 768), [], []
     weight = torch.randn(shape)
     ours = filled(SQUARE_768, shape)
@@ -320,7 +320,7 @@ def write(results: dict[str, Any]) -> None:
 
 
 def bars(results: dict[str, Any]) -> list[list[str]]:
-    """Each bar with the worst figure of this run."""
+    """Each target with the worst value of this run."""
     listed: list[list[str]] = []
 
     def bar(name: str, limit: float, values: list[float]) -> None:

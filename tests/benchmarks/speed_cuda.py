@@ -1,8 +1,8 @@
 """Speed on a GPU, called by `speed.py --device cuda`: the grid under CUDA graphs; writes docs/results/speed-cuda.md.
 
-Each contender is captured in a graph of many calls, each on weights of its own, so that no weight is still in the
-GPU's cache when its turn comes again. The floor of one token is the time in which the GPU copies as many bytes as
-the factors, x and y have; its bandwidth is measured by a copy, bytes read and written counted.
+Each implementation is captured in a graph of many calls, each with its own weights, so that no weight is in the GPU's
+cache when it is read again. The lower bound for one token is the time in which the GPU copies as many bytes as the
+factors, x and y have; its bandwidth, of bytes read and written, is measured by a copy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tdkit.support.tables import markdown_table
 Row = dict[str, Any]
 TOKENS = (1, 8, 512)
 COPIED_BYTES = 2**30
-CACHES = 4  # times the GPU's cache that the weights of one graph fill
+CACHES = 4  # size of the weights of one graph, in multiples of the GPU's cache
 MOST_CALLS = 256
 SMALL_FACTORS = (  # GPT-2's layers as TQCompressor and KnGPT2 write them
     ((3072, 768), Kronecker(terms=1, a=(768, 384), b=(4, 2))),
@@ -42,11 +42,11 @@ Fill = Callable[[Decomposition, tuple[int, int]], FactorizedMatrix]
 def measure(
     cases: Sequence[tuple[tuple[int, int], Decomposition]], fill: Fill, dtype: torch.dtype, seconds: float, out: Path
 ) -> None:
-    """Run every case and store what is known after each.
+    """Measure every case and store the results after each.
 
     Args:
         cases: shapes (out, in) and complete decompositions.
-        fill: gives a matrix of random factors.
+        fill: makes a matrix with random factors.
         seconds: for each timed graph.
         out: the folder of the JSON and the page.
     """
@@ -72,7 +72,7 @@ def measure(
 
 
 def copy_bandwidth() -> float:
-    """Bytes that the GPU reads and writes in a second while it copies."""
+    """Bytes per second that the GPU reads and writes during a copy."""
     source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda").zero_()
     target = torch.empty_like(source)
     timing = side_by_side({"copy": lambda: target.copy_(source)}, device="cuda")["copy"]
@@ -82,7 +82,7 @@ def copy_bandwidth() -> float:
 def grid(
     shape: tuple[int, int], kind: Decomposition, fill: Fill, dtype: torch.dtype, seconds: float, copied: float
 ) -> Iterator[Row]:
-    """One matrix at every number of tokens: dense, and factors in both preferences where they differ."""
+    """One matrix at every number of tokens: dense, and factors, preferring memory and (if that differs) speed."""
     rows, columns = shape
     bias = torch.randn(rows, device="cuda", dtype=dtype)
     matrix = fill(kind, shape).to("cuda", dtype)
@@ -122,14 +122,14 @@ def grid(
 
 
 def calls(size: int) -> int:
-    """How many weights of `size` bytes no cache holds."""
+    """How many weights of `size` bytes exceed the GPU's cache."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return max(1, min(MOST_CALLS, CACHES * cache // size))
 
 
 @torch.inference_mode()
 def replay(calls: Sequence[Callable[[], Tensor]]) -> Callable[[], None]:
-    """The calls, captured in one CUDA graph after each has run once outside."""
+    """A replay of all calls, captured in one CUDA graph after a warm-up of each."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -144,7 +144,7 @@ def replay(calls: Sequence[Callable[[], Tensor]]) -> Callable[[], None]:
 
 
 def bars(rows: Sequence[Row]) -> list[list[str]]:
-    """What is asked for, with the worst figure of this run."""
+    """The targets, with the worst value of this run."""
     one = [row["memory_by_floor"] for row in rows if row["tokens"] == 1 and row["shape"] == "4096x4096"]
     wanted = [
         ("1 token, 4096x4096, factors, / time of copying their bytes", 2.0, one),

@@ -1,4 +1,4 @@
-"""The permutation search finds what was planted, never loses to the plain order and repeats itself."""
+"""The permutation search recovers planted orders, is never worse than the given order and is deterministic."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_gain_of_one_row_is_that_of_refitting_either_factor(terms: int) -> N
     approximation = restore(left.flatten(1).T @ right.flatten(1), a, b)
 
     def energy(rows: Tensor) -> float:
-        """With the one basis kept, and with the other, less what both count."""
+        """The energy with either basis kept, less the inner product that both count."""
         flat = rearrange(matrix[rows], a, b)
         kept = (bases[0].T @ flat).square().sum() + (flat @ bases[1]).square().sum()
         return float(kept - 2 * (matrix[rows] * approximation).sum())
@@ -131,7 +131,7 @@ sizes = st.integers(1, 6)
 
 @settings(max_examples=40, deadline=None)
 @given(a=st.tuples(sizes, sizes), b=st.tuples(sizes, sizes), terms=st.integers(1, 3), rows=st.booleans(), seed=sizes)
-def test_never_worse_than_the_order_as_it_stands(a: Shape, b: Shape, terms: int, rows: bool, seed: int) -> None:
+def test_never_worse_than_the_given_order(a: Shape, b: Shape, terms: int, rows: bool, seed: int) -> None:
     terms = min(terms, a[0] * a[1], b[0] * b[1])
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(a[0] * b[0], a[1] * b[1], generator=generator, dtype=torch.float64)
@@ -172,7 +172,7 @@ def test_tiny_and_huge_matrices(size: float) -> None:
     ids=["zeros", "ones", "eye"],
 )
 def test_degenerate_matrices(matrix: Tensor, least: float) -> None:
-    """`least`: an error that some order reaches; the identity's is 0.82 as it stands."""
+    """`least` is an error that some order reaches; for the identity the given order has 0.82."""
     found = search(matrix.double(), (2, 3), (3, 2), 1)
     assert error(matrix.double(), found, (2, 3), (3, 2)) <= least + 1e-12
 

@@ -1,4 +1,4 @@
-"""Fits in a calibrated metric: closed forms against brute force, descent, long L-BFGS, and awkward moments."""
+"""Fits in a calibrated metric: closed forms against brute force, L-BFGS runs, and degenerate moments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def random(*size: int, seed: int = 0) -> Tensor:
 
 
 def moment(n: int, seed: int, samples: int | None = None) -> Tensor:
-    """Of samples with unequal, correlated features; of low rank where the samples are fewer."""
+    """The second moment (n, n) of `samples` with unequal, correlated features; singular for samples < n."""
     x = random(samples or 4 * n, n, seed=seed) * torch.arange(1, n + 1, dtype=torch.float64).pow(-1.0)
     x = x @ (torch.eye(n, dtype=torch.float64) + 0.5 * random(n, n, seed=seed + 100))
     return x.T @ x / len(x)
@@ -79,7 +79,7 @@ def test_low_rank_keeps_the_leading_singular_values_of_the_whitened_weight(shape
     ],
     ids=["zero", "rank one", "tiny", "one token", "float32"],
 )
-def test_awkward_moments_do_no_harm(kind: Decomposition, metric: Metric) -> None:
+def test_degenerate_moments_do_no_harm(kind: Decomposition, metric: Metric) -> None:
     weight = random(10, 12)
     choice = kind.complete((10, 12), 80)
     assert choice is not None
@@ -110,7 +110,7 @@ def test_zero_weights_and_any_shape(kind: Decomposition, shape: tuple[int, int])
     weight = random(*shape)
     error, plain = (metric.squared_error(weight - choice.fit(weight, m).dense().detach()) for m in (metric, None))
     assert error <= plain * (1 + 1e-9) + 1e-12 * metric.squared_error(weight)
-    assert error < metric.squared_error(weight)  # that of the fit that is zero
+    assert error < metric.squared_error(weight)  # the error of the zero matrix
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
@@ -178,7 +178,7 @@ def test_balancing_keeps_the_train_and_orders_its_bonds() -> None:
 
 
 def contracted(cores: list[Tensor]) -> Tensor:
-    """(first rank, everything in between, last rank)."""
+    """The contracted cores, (first rank, product of modes, last rank)."""
     train = cores[0].flatten(1, 2)
     for core in cores[1:]:
         train = torch.einsum("amb,bijc->amijc", train, core).flatten(1, 3)
