@@ -20,9 +20,9 @@ AMONG = ("low_rank", "kronecker", "tt_matrix")
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(Decomposition):
-    """A choice that a plan makes: the error curves of several decompositions are merged, layer by layer.
+    """Stands for several decompositions: a plan compares their error curves and picks one for each layer.
 
-    It never fits anything itself: a plan replaces it by the decomposition chosen.
+    It fits nothing itself: the plan replaces it by the decomposition picked.
 
     Args:
         among: decompositions, names, or ``{name: {option: value}}``.
@@ -56,7 +56,7 @@ class Auto(Decomposition):
         return sorted(every, key=lambda choice: choice.num_params(shape))
 
     def complete(self, shape: Shape, max_params: int) -> Any:
-        """The richest choice of the first member that has one: without the weight nothing more is known."""
+        """The richest choice of the first member that has one; `best_within` compares them on a weight."""
         found = (member.complete(shape, max_params) for member in self.alternatives(shape))
         return next((choice for choice in found if choice is not None), None)
 
@@ -110,4 +110,4 @@ class Auto(Decomposition):
     members_of = alternatives
 
     def _open(self) -> OptionError:
-        return OptionError("auto: it is a choice that a plan with a budget makes; fit the decomposition it names")
+        return OptionError("auto: a plan with a budget picks the decomposition: fit the one it names")

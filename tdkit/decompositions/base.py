@@ -33,7 +33,7 @@ __all__ = [
     "positive",
 ]
 
-CURVE_POINTS = 8  # fits that the default error curve takes
+CURVE_POINTS = 8  # fits made for the default error curve
 
 
 class FactorizedMatrix(nn.Module, ABC):
@@ -134,7 +134,7 @@ class FactorizedMatrix(nn.Module, ABC):
         return F.embedding(ids, self.dense())
 
     def lay_out_for_rows(self) -> None:
-        """Let every factor lie in memory as `rows` reads it, its first axis slowest."""
+        """Make every factor contiguous, which is how `rows` reads it."""
         with torch.inference_mode(False):  # as `factor`
             for parameter in self.parameters():
                 parameter.data = parameter.data.contiguous()
@@ -145,12 +145,12 @@ class FactorizedMatrix(nn.Module, ABC):
 
     @property
     def params(self) -> int:
-        """How many numbers the factors hold; integer buffers are counted by `indices`."""
+        """Number of elements of the factors; integer buffers are counted by `indices`."""
         return sum(p.numel() for p in self.parameters())
 
     @property
     def indices(self) -> int:
-        """How many integers the permutations hold."""
+        """Number of elements of the integer buffers, such as permutations."""
         return sum(b.numel() for b in self.buffers() if not b.is_floating_point())
 
     def extra_repr(self) -> str:
@@ -163,7 +163,7 @@ class Point:
 
     Attributes:
         decomposition: complete.
-        params: that its factors hold.
+        params: of its factors.
         error: tr(S E C E^T) of the fit, the squared Frobenius norm of E without a metric; not relative.
     """
 
@@ -246,11 +246,10 @@ class Decomposition(ABC):
         return [self]
 
     def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
-        """What each size costs: choices with strictly more params and strictly less error, one after another.
+        """The error at each size: choices in order of strictly rising params and strictly falling error.
 
-        All choices hold fewer parameters than the dense weight. This default fits a few candidates spread
-        evenly over the logarithm of their size; a subclass that knows its whole curve from one
-        factorisation says so instead.
+        All have fewer parameters than the dense weight. This default fits a few candidates spread evenly over the
+        logarithm of their size; a subclass that gets the whole curve from one factorisation overrides it.
 
         Args:
             weight: (out, in).

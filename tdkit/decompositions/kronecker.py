@@ -83,8 +83,8 @@ class Kronecker(Decomposition):
     Args:
         terms: number of products; left open, the budget chooses it.
         a, b: (rows, columns) of the two factors; one determines the other. Left open, the shapes nearest to
-            a low-rank product are chosen among those that spend the budget (trained weights keep most in
-            them, by far in the calibrated metric), then those with the fewest parameters per term.
+            a low-rank product are chosen among those that use the whole budget (they fit trained weights best,
+            in the calibrated metric by far), then those with the fewest parameters per term.
 
     Sources: Van Loan and Pitsianis (1993); Tahaei et al., KroneckerBERT (2021); Edalati et al., KnGPT2
     (2021).
@@ -221,9 +221,9 @@ class Kronecker(Decomposition):
 
 
 def _shape_cost(a: Shape, b: Shape) -> tuple[float, ...]:
-    """What is least for the preferred shapes: distance from low rank, params per term, multiply-adds.
+    """Least for the preferred shapes: distance from low rank, params per term, multiply-adds.
 
-    Then B is a vector, if one of them is: no axis has to move between the products.
+    Among equal ones B is a vector if one of the factors is, so that no axis is permuted between the products.
     """
     distance = min(a[0] * b[1], a[1] * b[0])  # 1 where A is a column and B a row, or the reverse
     multiply_adds = min(a[1] * b[0] * (b[1] + a[0]), a[0] * b[1] * (a[1] + b[0]))

@@ -1,4 +1,4 @@
-"""A factorised matrix whose structure says how to multiply: every shipped decomposition holds one of these."""
+"""A factorised matrix whose structure says how to multiply; that of every shipped decomposition is one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class StructuredMatrix(FactorizedMatrix):
         x: Tensor,  # (tokens, in)
         bias: Tensor | None,  # (out,)
     ) -> Tensor:  # (tokens, out)
-        """The same by a kernel of our own, for a structure that has such a path."""
+        """The same by a Triton kernel, for a structure that has such a path."""
         raise NotImplementedError
 
     def tensors(self) -> tuple[Tensor, ...]:

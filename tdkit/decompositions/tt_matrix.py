@@ -211,9 +211,9 @@ class TTMatrix(Decomposition):
 def wide_modes(shape: Shape, cores: int) -> tuple[Modes, Modes]:
     """(out_modes, in_modes) of a train that is nearly a low-rank product: a wide core for each side.
 
-    The longer side gives two to the first core, and the last core what that leaves of it; the one before the
-    last holds the other side. Trained weights keep most in such trains, by far in the calibrated metric;
-    balanced modes spend the parameters on bonds that mix rows with columns.
+    The first core has a mode of 2 of the longer side and the last core the rest of it; the core before the last has
+    the whole other side. At equal size such trains fit trained weights best, in the calibrated metric by far;
+    balanced modes spend parameters on bonds that mix rows with columns.
     """
     rows, columns = shape
     split, whole = (rows, columns) if rows >= columns else (columns, rows)

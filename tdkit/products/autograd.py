@@ -1,4 +1,4 @@
-"""y = x W^T + bias through a structure: what is saved for the backward pass is x and the factors, nothing else."""
+"""y = x W^T + bias through a structure; only x and the factors are saved for the backward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tdkit.products.structure import Factors, Structure
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast casts matrix products to on a kind of device; None where it is off."""
+    """The dtype that autocast casts matrix products to on a device type; None where autocast is off."""
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
@@ -52,7 +52,7 @@ def _forward(structure: Structure, path: Path, x: Tensor, bias: Tensor | None, f
 
 
 class FactorizedProduct(torch.autograd.Function):
-    """x W^T + bias. The weight, or what lies between the products, is computed again in the backward pass.
+    """x W^T + bias. The weight, or the intermediate results, are computed again in the backward pass.
 
     The backward pass is made of differentiable operations, so that it can be differentiated itself.
 

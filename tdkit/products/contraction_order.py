@@ -1,4 +1,4 @@
-"""In which order the cores of a train are taken up, which matrix products that makes, and what they cost."""
+"""In which order x is contracted with the cores of a train, which matrix products that makes, and what they cost."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import opt_einsum
 from tdkit.products.cost import Path, Product
 
 Modes = tuple[int, ...]
-Order = tuple[int, ...]  # in which the cores are taken up
+Order = tuple[int, ...]  # in which x is contracted with the cores
 
 EVERY_ORDER = 4  # up to this many cores all orders are compared; of more, opt_einsum's and the two sweeps
-WIDE = 16  # columns below which a batch of small products is slower than moving the axes to make one large one
+WIDE = 16  # columns below which a batch of small products is slower than one large product of permuted axes
+# (measured with ``python tests/benchmarks/speed.py --parts eval``)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One core taken up: a matrix (rows, inner) times a batch (tokens * left, inner, right).
+    """The contraction with one core: a matrix (rows, inner) times a batch (tokens * left, inner, right).
 
     Attributes:
         core: its number.
@@ -42,13 +43,13 @@ class Stage:
 
     @property
     def lying(self) -> Modes:
-        """The order of the axes in memory that one token's product reads fastest: along the longer side."""
+        """The order of the axes in memory that is read fastest by the product of one token: along the longer side."""
         return (*self.contracted, *self.free) if self.rows > self.inner else self.axes
 
 
 @cache
 def stages(cores: tuple[Modes, ...], order: Order) -> tuple[Stage, ...]:
-    """The products that take up the cores in an order."""
+    """The contractions in an order."""
     taken: set[int] = set()
     found = []
     for k in order:

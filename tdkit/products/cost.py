@@ -1,7 +1,8 @@
-"""What a way to multiply costs: its matrix products, its copies, and an estimate of its time on a device.
+"""What a path costs: its matrix products, its copies, and an estimate of its time on a device.
 
-The estimate only ranks the ways to compute one product, so a few rates per device are enough. Those of the CPU
-were measured (float32, one and two threads); those of CUDA are round figures of a data-centre card, not measured.
+The estimate only ranks the paths of one product, so a few rates per device are enough. The rates and constants of
+the CPU were measured with ``python tests/benchmarks/speed.py --parts eval,decode`` (float32, one and two threads);
+those of CUDA are round figures of a data-centre card, not measured.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-DENSE = "dense"  # the name of the path that builds the weight, in every structure
-CACHED = "dense, cached"  # the same with the weight kept from call to call
-FUSED = "fused"  # the name of the path that is a kernel of our own, in every structure that has one
-GRAPH = "cuda graph"  # the kind of device that replays what it was told before: a launch costs it little
-KERNEL_DEVICES = ("cuda", GRAPH)  # the kinds of device that kernels of our own run on
-MARGIN = 0.85  # factors are preferred to a cached weight only when they promise at least this much less time,
-# and a kernel of our own to calls of a library
-FEW = 3  # vectors from two to which a CPU is fastest with the operands in the other order
-VECTORS = 4  # up to which the large operand of a product is taken for a layer's weight
+DENSE = "dense"  # the path that builds the weight, in every structure
+CACHED = "dense, cached"  # the same with the weight cached between calls
+FUSED = "fused"  # a Triton kernel of `tdkit.products.kernels`, in every structure that has one
+GRAPH = "cuda graph"  # stands for the device "cuda" where a graph replays the calls: a launch costs little
+KERNEL_DEVICES = ("cuda", GRAPH)  # on which the Triton kernels run
+MARGIN = 0.85  # of the time of a cached weight, below which factors are preferred to it; the same for Triton kernels
+# and the library's calls
+FEW = 3  # products of 2 to 3 rows are fastest on a CPU with the operands swapped and transposed
+VECTORS = 4  # products of up to 4 rows read their large operand, a layer's weight, from main memory
 FEW_ROWS = 16  # up to this many rows a GPU multiplies while it reads the matrix
-KERNEL_SHARE = 0.5  # of the rate of a large product that a kernel of our own reaches
+KERNEL_SHARE = 0.5  # of the rate of a large product that a Triton kernel reaches
 BOUNDS = tuple(2**k for k in range(17))  # tokens at which the paths are compared
-CHUNK_BYTES = 3 * 2**20  # of what lies between two products; 1 to 4 MiB were equally good with 1 MiB of L2 per core
+CHUNK_BYTES = 3 * 2**20  # of an intermediate result; 1 to 4 MiB were equally fast with 1 MiB of L2 per core
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ class Product:
 
 @dataclass(frozen=True)
 class Path:
-    """One way to multiply a batch by a factorised matrix.
+    """One way to compute the product of a batch and a factorised matrix.
 
     Attributes:
-        name: 'dense' builds the weight, 'fused' is a kernel of our own; other names are the structure's own.
+        name: 'dense' builds the weight, 'fused' is a Triton kernel; other names are the structure's own.
         products: the matrix products, in order.
-        calls: operations on tensors, each of which costs a fixed time however small it is.
-        moved: numbers copied from one layout to another in between.
-        order: in which the factors are taken up, where the path has a choice.
+        calls: operations on tensors, each of which takes a fixed time however small it is.
+        moved: elements copied from one layout to another in between.
+        order: in which the factors are contracted, where the path has a choice.
         backward: what the gradients of x and of the factors cost.
     """
 
@@ -78,7 +79,10 @@ class Path:
         *,
         training: bool = False,
     ) -> float:
-        """The estimated time on a kind of device ('cpu', 'cuda', ...), with that of the backward pass in training."""
+        """The estimated time on a device type ('cpu', 'cuda', ...), with the backward pass in training.
+
+        Infinite for a Triton kernel where it cannot run.
+        """
         if self.name == FUSED and device not in KERNEL_DEVICES:
             return math.inf
         rates = rates_of(device, dtype, threads or torch.get_num_threads())
@@ -99,15 +103,15 @@ class Rates:
     Attributes:
         multiply_adds: of a large product.
         half_size: the smallest dimension at which a product reaches half that rate.
-        floor: the share of the rate that a product with a dimension of 1 reaches.
+        floor: the least share of that rate, reached by a product with a dimension of 1.
         cached_bytes, bytes: read by products whose operands fit in the last-level cache, or do not. A layer's
-            weight comes from memory: the other layers' have been in the cache since.
+            weight comes from main memory: the other layers' have replaced it in the cache.
         cache: size of that cache in bytes.
         copy_bytes: written by a copy that reorders axes.
         call: seconds that an operation takes at least, its code no longer in the caches.
-        launch: the same for a kernel of our own.
-        few_rows: the share of `bytes` at which a library reads the matrix of a product with few rows, while it
-            multiplies; None where it does one after the other.
+        launch: the same for a Triton kernel.
+        few_rows: the share of `bytes` at which a library reads the matrix of a product with few rows while it
+            multiplies; None where it reads first and multiplies then.
     """
 
     multiply_adds: float
@@ -122,12 +126,12 @@ class Rates:
     few_rows: float | None = None
 
     def of_kernels(self) -> Rates:
-        """The rates of kernels of our own on the same device."""
+        """The rates of Triton kernels on the same device."""
         return replace(self, multiply_adds=self.multiply_adds * KERNEL_SHARE, call=self.launch, few_rows=1.0)
 
 
 def rates_of(device: str, dtype: torch.dtype, threads: int) -> Rates:
-    """The rates used for a kind of device; those of the CPU grow with the threads."""
+    """The rates of a device type; those of the CPU grow with the number of threads."""
     if device == "cpu":
         speed = 45e9 * threads * {8: 0.5}.get(dtype.itemsize, 1.0)
         memory = 25e9 * max(1.0, threads / 4)
@@ -141,8 +145,8 @@ def _seconds(product: Product, rates: Rates, itemsize: int) -> float:
     smallest, vectors = min(product.m, product.k, product.n), min(product.m, product.n)
     share = max(smallest / (smallest + rates.half_size), rates.floor)
     size = product.elements * itemsize
-    weighs = vectors <= VECTORS and product.k > FEW_ROWS
-    reading = size / (rates.cached_bytes if size <= rates.cache and not weighs else rates.bytes)
+    is_weight = vectors <= VECTORS and product.k > FEW_ROWS
+    reading = size / (rates.cached_bytes if size <= rates.cache and not is_weight else rates.bytes)
     # a matrix times a vector is bound by reading the matrix
     multiplying = 0.0 if smallest == 1 else product.multiply_adds / (rates.multiply_adds * share)
     if rates.few_rows is not None and smallest <= FEW_ROWS:
@@ -201,7 +205,7 @@ def lookup(table: PathTable, tokens: int) -> Path:
 
 
 def chunk_of(tokens: int, bytes_per_token: int, device: str) -> int:
-    """How many tokens to multiply at once so that what lies between two products stays in the cache of a CPU."""
+    """How many tokens to multiply at once so that intermediate results stay in the cache of a CPU."""
     if device != "cpu" or bytes_per_token == 0:
         return max(tokens, 1)
     return max(1, CHUNK_BYTES // bytes_per_token)

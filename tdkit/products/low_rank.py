@@ -12,11 +12,10 @@ from tdkit.products.cost import FUSED, Path, Product
 from tdkit.products.kernels import FEW_TOKENS
 from tdkit.products.structure import Factors, Gradients, Structure, _on_cpu, product
 
-LANES = 16  # a CPU's library multiplies at a higher rate over an inner dimension that is a multiple of it
-
-MANY = 256  # rows of x from which padding a rank to such a multiple pays
-
-PADDED = 2**19  # numbers in the factors up to which it pays even anew for each call
+# Measured with ``python tests/benchmarks/speed.py --parts eval`` (its column "bare" has the rank padded in advance).
+LANES = 16  # an inner dimension that is a multiple of it is multiplied faster on a CPU
+MANY = 256  # rows of x from which it is faster to pad the rank to such a multiple
+PADDED = 2**19  # elements of the factors up to which it is faster to pad them again in every call
 
 
 def padded_rank(

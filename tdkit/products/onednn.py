@@ -1,8 +1,9 @@
-"""oneDNN's product of a batch and a matrix, where this machine's CPU does it faster than torch's own `linear`.
+"""oneDNN's product of a batch and a matrix, where this machine's CPU computes it faster than torch's own `linear`.
 
-For float32 torch calls the library it was built with, MKL as a rule, which is at its best on its maker's
-processors. oneDNN is in every usual build too, and torch.compile multiplies by it. Which one is faster is
-measured, once in a process. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off.
+For float32 torch calls the library it was built with, MKL as a rule, which is fastest on Intel's processors.
+oneDNN is in every usual build too, and is what torch.compile calls. Which one is faster is measured, once in a
+process. ``torch.backends.mkldnn.flags(enabled=False)`` turns oneDNN off. The constants were measured with
+``python tests/benchmarks/speed.py --parts eval,decode``.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch.nn import functional as F
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import onednn_enabled, onednn_has_linear, onednn_linear
 
-ENTRIES = 2**17  # of a matrix, or
-MULTIPLY_ADDS = 2**22  # of a product, from which oneDNN is used: a call of it costs 10 to 30 us more
-CLEARLY = 0.95  # of the other's time, that it has to stay below in the trial
+ENTRIES = 2**17  # oneDNN is used from this size of a matrix, or
+MULTIPLY_ADDS = 2**22  # from this size of a product: a call takes 10 to 30 us more
+CLEARLY = 0.95  # of torch's time, below which oneDNN wins the trial
 TRIAL = (64, 512, 1024)  # rows of x, columns and rows of the matrix
 ROUNDS = 7
 
@@ -30,7 +31,7 @@ def linear(
     matrix: Tensor,  # (out, in), in memory by rows or by columns
     bias: Tensor | None = None,  # (out,)
 ) -> Tensor:  # (*batch, out)
-    """``x @ matrix.T + bias``, by oneDNN in inference mode: no derivative of its operator is known to torch."""
+    """``x @ matrix.T + bias``, by oneDNN in inference mode only: torch has no derivative of its operator."""
     rows, columns = matrix.shape
     if torch.compiler.is_compiling() or not serves(x, (rows, columns)) or not _accepts(x, matrix, bias):
         return F.linear(x, matrix, bias)
@@ -38,7 +39,7 @@ def linear(
 
 
 def serves(x: Tensor, shape: Shape) -> bool:
-    """Whether x is multiplied by oneDNN if a matrix of `shape` (out, in) lies in memory by rows."""
+    """Whether `linear` uses oneDNN for this x if a matrix of `shape` (out, in) lies in memory by rows."""
     rows, columns = shape
     return (
         (rows * columns >= ENTRIES or x.numel() * rows >= MULTIPLY_ADDS)
@@ -65,7 +66,7 @@ def _accepts(x: Tensor, matrix: Tensor, bias: Tensor | None) -> bool:
 
 @cache
 def faster() -> bool:
-    """Whether oneDNN is there and has won a trial of a few milliseconds, made when this is first asked."""
+    """Whether oneDNN is available and wins a trial of a few milliseconds, made at the first call."""
     if not onednn_has_linear():
         return False
     n, columns, rows = TRIAL

@@ -1,4 +1,4 @@
-"""How each structure multiplies: the products of each path, and the pull-back of a gradient to the factors.
+"""How each structure multiplies: the products of each path, and the pullback of a gradient to the factors.
 
 A structure holds integers only, so that it can be hashed, planned for and compiled; the factors are passed
 to its methods. Every method is made of differentiable operations.
@@ -27,7 +27,7 @@ def product(
     matrix: Tensor,  # (out, in), in memory by rows or by columns
     bias: Tensor | None = None,  # (out,)
 ) -> Tensor:  # (n, out)
-    """``x @ matrix.T + bias``; two or three rows by the transposed product, which a CPU does 1 to 4 times faster."""
+    """``x @ matrix.T + bias``; two or three rows by the transposed product, which is 1 to 4 times faster on a CPU."""
     if not _on_cpu(x) or not 1 < x.shape[0] <= FEW or matrix.stride(1) != 1:
         return onednn.linear(x, matrix, bias)
     y = (matrix @ x.T).T.contiguous()
@@ -35,7 +35,7 @@ def product(
 
 
 def _on_cpu(x: Tensor) -> bool:
-    """Whether what is known of a CPU's library applies; a compiler has its own."""
+    """Whether x is multiplied by the library whose speed on a CPU is known; torch.compile uses another one."""
     return not torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
@@ -51,11 +51,11 @@ class Structure(ABC):
 
     @abstractmethod
     def pullback(self, gradient: Tensor, factors: Factors) -> Gradients:
-        """Gradients of the factors from the gradient (out, in) of the matrix; the factors' products are shared."""
+        """Gradients of the factors from the gradient (out, in) of the matrix."""
 
     @abstractmethod
     def factor_paths(self, tokens: int) -> tuple[Path, ...]:
-        """The ways to multiply without building the matrix."""
+        """The paths that do not build the matrix, by operations of torch."""
 
     def kernel_paths(self, tokens: int) -> tuple[Path, ...]:
         """The path of a kernel of `tdkit.products.kernels`, where one serves this many tokens; forward only."""

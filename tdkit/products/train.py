@@ -24,10 +24,10 @@ from tdkit.shapes import Shape
 class ChainStructure(Structure):
     """Cores (rank, out mode, in mode, next rank); the matrix is padded to the product of its modes.
 
-    With x as (tokens, *in_modes) a core is taken up by contracting its in mode, and the bonds to those of its
-    neighbours that were taken up before, with the same axes of what there is; its out mode and its other
-    bonds take their place. These axes lie side by side, so each step is a matrix, the core, times a batch of
-    matrices, in every order of the cores and without moving an axis.
+    With x as (tokens, *in_modes) the state is contracted with one core after another: over the core's in mode and
+    its bonds to those neighbours that were contracted before. Its out mode and its other bonds take their place.
+    These axes are adjacent, so each step is a matrix, the core, times a batch of matrices, in every order of the
+    cores and without a permutation.
 
     Sources: Oseledets (2011), section 4; Novikov et al. (2015), section 4.
     """
@@ -46,12 +46,12 @@ class ChainStructure(Structure):
         return gradients
 
     def label(self, order: Order) -> str:
-        """The name of the path that takes the cores up in an order."""
+        """The name of the path that contracts with the cores in an order."""
         return f"cores {', '.join(str(core + 1) for core in order)}"
 
     @property
     def layout(self) -> tuple[Modes, ...]:
-        """For each core the order of its axes in memory: as the fastest order for one token needs them."""
+        """For each core the order of its axes in memory: the one that the fastest path for one token reads."""
         return layout_of(self.cores)
 
     def build(self, factors: Factors) -> Tensor:
@@ -105,7 +105,7 @@ class ChainStructure(Structure):
     def factor_backward(
         self, gradient: Tensor, x: Tensor, factors: Factors, path: Path, needs_x: bool, needs_factors: Sequence[bool]
     ) -> tuple[Tensor | None, Gradients]:
-        """Backwards through the chain, in chunks of tokens; what lies between the products is computed again."""
+        """Backward through the chain, in chunks of tokens; intermediate results are computed again."""
         steps, cores = stages(self.cores, path.order), self.to_cores(factors)
         x, gradient = _padded(x, self._columns), _padded(gradient, self._rows)
         matrices = [_matrix(cores[stage.core], stage) for stage in steps]
@@ -134,7 +134,7 @@ class ChainStructure(Structure):
         return math.prod([core[2] for core in self.cores])
 
     def _between(self, steps: tuple[Stage, ...]) -> int:
-        """Numbers per token that lie between two products, at most; 0 for a single product."""
+        """Elements per token of the largest intermediate result; 0 for a single product."""
         return max([stage.left * stage.rows * stage.right for stage in steps[:-1]], default=0)
 
 

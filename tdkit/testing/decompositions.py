@@ -30,6 +30,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Preference
 from tdkit.decompositions.registered import decomposition, spec_of
@@ -37,6 +38,7 @@ from tdkit.errors import OptionError, TdkitError
 from tdkit.fitting.metric import Metric
 from tdkit.models.preparation import prepare
 from tdkit.shapes import Shape
+from tdkit.support.compatibility import tree_leaves
 
 SHAPES: tuple[Shape, ...] = ((12, 18), (18, 12), (16, 16), (15, 9), (7, 11), (1, 10), (10, 1), (1, 1))
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -93,6 +95,7 @@ def checks(
         linear_is_dense,
         every_path_is_dense,
         rows_are_dense,
+        products_stay_on_the_device,
         gradients_are_right,
         curve_is_monotone,
         fit_is_deterministic,
@@ -271,6 +274,34 @@ def rows_are_dense(kind: Decomposition, shape: Shape) -> None:
             _close(matrix.rows(ids), matrix.dense()[ids], f"{choice} of {shape}: rows of ids {batch}")
         ids = torch.arange(shape[0], dtype=torch.int32)
         _close(matrix.rows(ids), matrix.dense(), f"{choice} of {shape}: rows of all ids, int32")
+
+
+def products_stay_on_the_device(kind: Decomposition, shape: Shape) -> None:
+    """With factors and x on another device (``meta``) every product and look-up makes its tensors there."""
+    for choice in _choices(kind, shape):
+        matrix = choice.empty(shape, device="meta", dtype=torch.float64).requires_grad_(False).eval()
+        x, bias = torch.empty(3, shape[1], device="meta", dtype=torch.float64), matrix.dense().new_empty(shape[0])
+        with _Devices() as devices:
+            matrix.dense()
+            matrix.matmul(x)
+            matrix.linear(x, bias)
+            matrix.rows(torch.empty(3, device="meta", dtype=torch.long))
+            for path in matrix.paths(3):
+                matrix.multiply(x, bias, path)
+        _require(devices.seen == {"meta"}, f"{choice} of {shape} on meta makes tensors on {sorted(devices.seen)}")
+
+
+class _Devices(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The kinds of device on which operations make tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.seen |= {leaf.device.type for leaf in tree_leaves(output) if isinstance(leaf, Tensor)}
+        return output
 
 
 def gradients_are_right(kind: Decomposition, shape: Shape) -> None:

@@ -48,6 +48,11 @@ class WrongPath(ScaledMatrix):
         return 2 * y if path.name == "doubled" else y
 
 
+class OnTheCpu(ScaledMatrix):
+    def dense(self) -> Tensor:
+        return self.left @ self.right * torch.ones(())  # a number on the CPU goes with every device
+
+
 class LostGradient(ScaledMatrix):
     def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
         y = x @ self.right.T @ self.left.detach().T + 0 * self.left.sum()
@@ -122,6 +127,7 @@ def test_a_plugin_that_only_writes_dense_passes(clause: str) -> None:
         (WithoutBias, "linear_is_dense", r"in training: linear of a batch \(\) with bias is off"),
         (StaleCache, "linear_is_dense", r"prefer=speed, under no_grad, after a factor was changed in place"),
         (WrongPath, "every_path_is_dense", r"path 'doubled' of 1 tokens is off"),
+        (OnTheCpu, "products_stay_on_the_device", r"on meta makes tensors on \['cpu', 'meta'\]"),
         (LostGradient, "every_path_is_dense", r"path 'dense' of 1 tokens: a gradient is off"),
     ],
 )

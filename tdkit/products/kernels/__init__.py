@@ -1,7 +1,7 @@
-"""Kernels of our own, written in Triton, for products that a library's calls serve badly: few tokens, small factors.
+"""Triton kernels for products that are slow as calls of a library: few tokens, small factors.
 
-They run forward only. Triton is imported when the first of them runs: that takes a second, and not every machine
-has it.
+They have no backward pass. Triton is imported when the first of them runs: that takes a second, and not every
+machine has it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ AMPERE = (8, 0)  # the first GPUs whose tensor cores multiply every one of the d
 
 @cache
 def runnable() -> bool:
-    """Whether this machine has Triton and a GPU that they can run on."""
+    """Whether this machine has Triton and a GPU on which the kernels run."""
     if find_spec("triton") is None or torch.version.hip is not None or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability() >= AMPERE
 
 
 def offered(dtype: torch.dtype, device: str) -> bool:
-    """Whether a kernel may be chosen for a dtype on a kind of device."""
+    """Whether a kernel may be chosen for a dtype on a device type."""
     return device in cost.KERNEL_DEVICES and dtype in DTYPES and runnable()
 
 

@@ -1,7 +1,7 @@
 """y = (sum_r L_r kron S_r) x + bias, or S_r kron L_r, for a small S: one launch, the permutations in its loads.
 
 A program multiplies a few tokens, one row of the matrix product for each column of S, by some rows of every L_r, and
-combines what it finds with S in registers. What lies between the two products never reaches memory, and L is read
+combines the results with S in registers. The intermediate result is never written to memory, and L is read
 once for all the terms together, which is how `tdkit.products.train` lays it out.
 """
 
