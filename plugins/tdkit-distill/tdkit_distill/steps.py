@@ -15,13 +15,15 @@ from tdkit.recipes.recipe import Recipe, Run, StepConfig
 from tdkit.sources.models import load_model
 from torch import Tensor, nn
 
-from tdkit_distill.engine import distill
+from tdkit_distill.data.examples import Examples
+from tdkit_distill.data.labelled import divide, labelled_rows, read_labelled
+from tdkit_distill.data.order import mixed_seed
+from tdkit_distill.data.text import Objective, text_windows
 from tdkit_distill.errors import DataError
-from tdkit_distill.examples import Examples, mixed_seed
-from tdkit_distill.labelled import accuracy, divide, labelled_rows, read_labelled
-from tdkit_distill.stages import Options, Running, Stage, count_of
-from tdkit_distill.teacher_cache import CachedTeacher, build_cache
-from tdkit_distill.text import Objective, text_windows
+from tdkit_distill.loop.engine import distill
+from tdkit_distill.loop.measure import accuracy
+from tdkit_distill.loop.stages import Options, Running, Stage, count_of
+from tdkit_distill.teachers.cache import CachedTeacher, build_cache
 
 
 class Reading(Options):

@@ -22,9 +22,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tdkit_distill import distill
-from tdkit_distill.engine import Result
 from tdkit_distill.errors import InterruptedRun, NotFiniteError
-from tdkit_distill.sharding import is_sharding
+from tdkit_distill.loop.engine import Result
+from tdkit_distill.models.sharding import is_sharding
 
 LOSSES = {"logits": {"temperature": 2.0}, "hidden": 0.5, "attention": 0.5, "cross_entropy": 1}
 ONE = {"name": "one", "losses": LOSSES, "steps": 6, "batch_size": 4, "optimizer": {"lr": 3e-2}}

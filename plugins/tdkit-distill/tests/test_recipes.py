@@ -162,7 +162,7 @@ def test_the_steps_are_found_through_entry_points() -> None:
 def test_resume_goes_on_inside_an_interrupted_step(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step before is not done again, and the interrupted one continues from its own checkpoint."""
     from tdkit_distill.errors import InterruptedRun
-    from tdkit_distill.loop import Loop
+    from tdkit_distill.loop.loop import Loop
 
     recipe = toy("gpt2-tqcompressed", toys)
     quiet = Console(file=io.StringIO())

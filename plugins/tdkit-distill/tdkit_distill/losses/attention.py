@@ -1,0 +1,136 @@
+"""Losses on attention: distributions by KL, scores before the softmax by squared error."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tdkit_distill.errors import StageError
+from tdkit_distill.losses.averages import mean_over, valid_rows, working
+from tdkit_distill.losses.loss import Batch, Loss, Needs, Term, need_teacher
+from tdkit_distill.models.layer_maps import ATTENTION, Layers, Pairs, map_layers
+from tdkit_distill.models.taps import AttentionRecord
+from tdkit_distill.models.view import View
+
+
+class AttentionLoss(Loss):
+    """Distance of paired attention layers.
+
+    Args:
+        layers: attention modules, see `map_layers`; ``all`` looks for the usual names inside each layer.
+        reduce: ``sum`` over the pairs as the papers do, or their ``mean``.
+    """
+
+    layers: Layers = "all"
+    reduce: Literal["sum", "mean"] = "sum"
+
+    def pairs(self, student: nn.Module, teacher: nn.Module | None, place: str) -> Pairs:
+        """The attention modules to compare."""
+        return map_layers(student, need_teacher(teacher, place), self.layers, inside=ATTENTION, place=place)
+
+
+class Attention(AttentionLoss):
+    """KL(teacher || student) of the attention distributions, mean over heads and queries.
+
+    Source: Edalati et al., KnGPT2 (2021).
+    """
+
+    def bind(self, student: nn.Module, teacher: nn.Module | None, place: str) -> Term:
+        return DistributionTerm(self, self.pairs(student, teacher, place), place)
+
+
+class AttentionScores(AttentionLoss):
+    """Mean squared difference of the scaled scores before the softmax, over the keys each query may see.
+
+    Sources: Tahaei et al., KroneckerBERT (2021); Jiao et al., TinyBERT (2020), equation 7.
+    """
+
+    def bind(self, student: nn.Module, teacher: nn.Module | None, place: str) -> Term:
+        return ScoreTerm(self, self.pairs(student, teacher, place), place)
+
+
+class AttentionTerm(Term):
+    """A sum or mean over paired attention layers."""
+
+    def __init__(self, options: AttentionLoss, pairs: Pairs, place: str) -> None:
+        super().__init__()
+        self.options = options
+        self.pairs = pairs
+        self.place = place
+        self.needs = Needs(
+            student_attention=tuple(mine for mine, _ in pairs), teacher_attention=tuple(theirs for _, theirs in pairs)
+        )
+
+    def prepare(self, student: View, teacher: View | None) -> None:
+        assert teacher is not None
+        for mine, theirs in self.pairs:
+            for name, view in ((mine, student), (theirs, teacher)):
+                if name not in view.attention:
+                    raise StageError(
+                        f"{self.place}: '{name}' computes no attention itself: name the module that does, such as its "
+                        "child"
+                    )
+            here, there = student.attention[mine].scores.shape, teacher.attention[theirs].scores.shape
+            if here != there:
+                raise StageError(
+                    f"{self.place}: '{mine}' has {here[1]} heads and '{theirs}' {there[1]}: attention can be compared "
+                    "head by head only; use another loss or other layers"
+                )
+
+    def forward(self, student: View, teacher: View | None, batch: Batch) -> Tensor:
+        assert teacher is not None
+        terms = [
+            self._distance(student.attention[mine], teacher.attention[theirs], valid_rows(batch))
+            for mine, theirs in self.pairs
+        ]
+        stacked = torch.stack(terms)
+        return stacked.sum() if self.options.reduce == "sum" else stacked.mean()
+
+    @abstractmethod
+    def _distance(self, student: AttentionRecord, teacher: AttentionRecord, keep: Tensor | None) -> Tensor:
+        """The distance of one pair of layers, a scalar."""
+
+
+class DistributionTerm(AttentionTerm):
+    """KL of attention distributions."""
+
+    def _distance(self, student: AttentionRecord, teacher: AttentionRecord, keep: Tensor | None) -> Tensor:
+        log_s, log_t = _log_probabilities(student), _log_probabilities(teacher)
+        p = log_t.exp()
+        rows = torch.where(p > 0, p * (log_t - log_s), torch.zeros_like(p)).sum(-1)  # (batch, heads, queries)
+        return mean_over(rows.transpose(1, 2), keep)
+
+
+class ScoreTerm(AttentionTerm):
+    """Squared error of attention scores."""
+
+    def prepare(self, student: View, teacher: View | None) -> None:
+        super().prepare(student, teacher)
+        assert teacher is not None
+        for mine, theirs in self.pairs:
+            for name, record in ((mine, student.attention[mine]), (theirs, teacher.attention[theirs])):
+                if record.are_probabilities:
+                    raise StageError(
+                        f"{self.place}: '{name}' shows its attention after the softmax only: use the attention loss"
+                    )
+
+    def _distance(self, student: AttentionRecord, teacher: AttentionRecord, keep: Tensor | None) -> Tensor:
+        squares = (working(student.scores) - working(teacher.scores)).square()
+        seen = torch.ones_like(squares, dtype=torch.bool)
+        if teacher.allowed is not None:
+            seen = seen & teacher.allowed
+        if keep is not None:
+            seen = seen & keep[:, None, :, None]
+        return squares.masked_fill(~seen, 0.0).sum() / seen.sum().clamp(min=1)
+
+
+def _log_probabilities(record: AttentionRecord) -> Tensor:
+    scores = working(record.scores)
+    if record.are_probabilities:
+        return scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
+    if record.allowed is not None:
+        scores = scores.masked_fill(~record.allowed, torch.finfo(scores.dtype).min)
+    return torch.log_softmax(scores, dim=-1)
