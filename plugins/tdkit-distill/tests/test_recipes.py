@@ -147,6 +147,23 @@ def test_every_recipe_runs_at_toy_size_and_its_result_loads(name: str, toys: Pat
         assert 0 <= trained[0]["teacher_accuracy"] <= 1
 
 
+def test_a_task_stage_starts_from_the_general_stage_and_says_what_it_took(toys: Path, tmp_path: Path) -> None:
+    run_recipe(toy("bert-kronecker-8x", toys), tmp_path / "general", console=Console(file=io.StringIO()))
+    form = toy("bert-kronecker-8x-task", toys).to_dict()
+    form["steps"][1]["distill"] |= {"start": str(tmp_path / "general" / "model"), "optimizer": {"lr": 1e-12}}
+    out = io.StringIO()
+    run_recipe(Recipe.from_dict(form), tmp_path / "task", console=Console(file=out, width=2000))
+    assert f"layers taken from {tmp_path / 'general' / 'model'}" in out.getvalue()
+    assert "left as they are: bert.pooler.dense, classifier" in out.getvalue()
+    general, task = (tdkit.load(tmp_path / name / "model").state_dict() for name in ("general", "task"))
+    factors = [name for name in general if ".matrix." in name]
+    assert factors
+    assert all(torch.allclose(general[name], task[name], atol=1e-7) for name in factors)
+    form["steps"][0]["compress"]["rules"][1]["with"]["kronecker"]["terms"] = 2
+    with pytest.raises(TdkitError, match=r"attention.self.query.matrix.a: .* there, .* here"):
+        run_recipe(Recipe.from_dict(form), tmp_path / "other", console=Console(file=out))
+
+
 def test_the_recipes_that_the_papers_need_are_there() -> None:
     wanted = {"gpt2-tqcompressed", "gpt2-81m", "gpt2-kngpt2", "gpt2-ttm", "gpt2-krony", "smollm2-distill"}
     assert wanted | {"bert-kronecker-8x", "bert-kronecker-21x"} <= set(NAMES)
