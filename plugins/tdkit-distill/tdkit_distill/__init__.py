@@ -12,8 +12,9 @@ from tdkit_distill.errors import DistillError
 from tdkit_distill.loop.engine import Result, distill
 from tdkit_distill.loop.schedule import Schedule
 from tdkit_distill.loop.stages import Optimizer, Running, Stage
-from tdkit_distill.losses.loss import Loss, Term
+from tdkit_distill.losses.loss import Loss, Needs, Term
 from tdkit_distill.models.taps import tapped
+from tdkit_distill.models.view import View
 from tdkit_distill.teachers.cache import CachedTeacher, build_cache
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "Loss",
     "MaskedPairs",
     "MaskedWindows",
+    "Needs",
     "Optimizer",
     "Result",
     "Running",
@@ -32,6 +34,7 @@ __all__ = [
     "Stage",
     "Table",
     "Term",
+    "View",
     "Windows",
     "build_cache",
     "distill",

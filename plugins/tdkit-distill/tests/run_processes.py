@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
-from distill_models import factorized, gpt2, ids, same_weights, text
+from distill_models import factorized, gpt2, ids, same_weights, text, uneven
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -32,6 +32,13 @@ TWO = {"name": "two", "losses": {"hidden": {"layers": ["transformer.h.0"]}}, "st
 THREE = {"name": "three", "losses": {"cross_entropy": 1}, "steps": 3, "batch_size": 8, "accumulation": 2}
 THREE["optimizer"] = TWO["optimizer"] = {"lr": 1e-2}
 STAGES: list[Any] = [ONE, TWO, THREE]
+PADDED: Any = {
+    "losses": {**LOSSES, "attention_scores": 0.5},
+    "steps": 3,
+    "batch_size": 16,
+    "accumulation": 2,
+    "optimizer": {"lr": 3e-2},
+}
 RUNNING = {"checkpoint_every": 4, "evaluate_every": 2, "device": "cpu"}
 
 
@@ -60,6 +67,8 @@ def run(
     at: int = 0,
     act: Callable[[Any], None] | None = None,
     shares: set[float] | None = None,
+    stages: Any = STAGES,
+    data: Any = None,
     **running: Any,
 ) -> Result:
     """One run; `act` is given what the student puts out in its training forward number `at`.
@@ -73,7 +82,7 @@ def run(
         if shares is not None:
             layers: list[Any] = list(model.transformer.h.parameters())
             shares.add(sum(p.to_local().numel() for p in layers) / sum(p.numel() for p in layers))
-        output = model(batch["input_ids"])
+        output = model(batch["input_ids"], attention_mask=batch.get("attention_mask"))
         calls += model.training
         if act is not None and model.training and calls == at:
             act(output)
@@ -82,8 +91,8 @@ def run(
     return distill(
         student,
         gpt2(2, 16),
-        STAGES,
-        text(),
+        stages,
+        text() if data is None else data,
         folder=folder,
         held_out=text(6),
         running={**RUNNING, **running},
@@ -147,7 +156,12 @@ def main(place: str) -> None:
     keep("ddp", student, run(student))
     found["handed over"] = broken(factorized(), InterruptedRun, folder / "handed", at=3, act=stop)
 
+    student = factorized()
+    keep("padded ddp", student, run(student, stages=PADDED, data=uneven()))
+
     engine, shares = sharding_engine(), set[float]()
+    student = factorized()
+    keep("padded fsdp", student, run(student, None, engine, stages=PADDED, data=uneven()))
     student = factorized()
     keep("fsdp", student, run(student, folder / "fsdp", engine, shares=shares))
     found["shares"], found["ordinary"] = sorted(shares), is_ordinary(student, factorized())

@@ -69,20 +69,21 @@ class Loop:
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, "batch", self.number, step))
         whole = self.examples.batch(rows, generator)
         sums = torch.zeros(len(self.bound.labels), device=engine.device)
-        share = stage.batch_size // (stage.accumulation * engine.num_processes)
-        for part in range(stage.accumulation):
-            first = (part * engine.num_processes + engine.process_index) * share
-            batch = to_device({n: v[first : first + share] for n, v in whole.items()}, engine.device)
+        spans = self._spans()
+        parts = [{name: column[span] for name, column in whole.items()} for span in spans]
+        for part, (span, shares) in enumerate(zip(spans, self.bound.shares(parts, whole), strict=True)):
+            batch = to_device(parts[part], engine.device)
             with clock.measure("teacher"):
-                theirs = self.teacher.view(batch, rows[first : first + share]) if self.teacher else None
+                theirs = self.teacher.view(batch, rows[span]) if self.teacher else None
             torch.manual_seed(mixed_seed(self.seed, "draw", self.number, step, part, engine.process_index))
             with clock.measure("student"), self._sync(part == stage.accumulation - 1):
                 with engine.autocast():  # which accelerate adds to a forward that it wraps, and not to a sharded one
-                    terms = self.model(batch, theirs)
-                engine.backward((self.weights * terms).sum() / stage.accumulation)
-            sums += terms.detach().float() / stage.accumulation
+                    terms = self.model(batch, theirs, [share.to(engine.device) for share in shares])
+                # gradients are averaged over the processes, and the shares add up to 1 over all of them
+                engine.backward((self.weights * terms).sum() * engine.num_processes)
+            sums += terms.detach().float()
         flag = torch.tensor([float(stop.is_set())], device=engine.device)
-        values = engine.reduce(torch.cat([sums, flag]), reduction="mean").tolist()
+        values = engine.reduce(torch.cat([sums, flag]), reduction="sum").tolist()
         named = dict(zip(self.bound.labels, values[:-1], strict=True))
         self._check_finite(named, total)
         with clock.measure("optimizer"):
@@ -101,6 +102,12 @@ class Loop:
         if self.running.trackers:
             engine.log({"loss": loss, **{f"loss/{k}": v for k, v in named.items()}, "lr": entry["lr"]}, step=total)
         return named, speed, values[-1] > 0
+
+    def _spans(self) -> list[slice]:
+        """Which of a step's rows this process takes in each accumulated part."""
+        size = self.stage.batch_size // (self.stage.accumulation * self.engine.num_processes)
+        numbers = range(self.engine.process_index, self.stage.batch_size // size, self.engine.num_processes)
+        return [slice(number * size, (number + 1) * size) for number in numbers]
 
     def _sync(self, last: bool) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = nullcontext() if last else self.engine.no_sync(self.model)

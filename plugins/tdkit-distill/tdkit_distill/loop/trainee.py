@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ STUDENT = "student."
 
 
 class Trainee(nn.Module):
-    """Runs the student on a batch and every loss term on what it said; returns the terms, unweighted."""
+    """Runs the student on a batch, and every loss term on what it returned; the terms are not weighted."""
 
     def __init__(self, student: nn.Module, terms: list[Term], record: Record, call: Call) -> None:
         super().__init__()
@@ -46,13 +46,23 @@ class Trainee(nn.Module):
         self,
         batch: Mapping[str, Tensor],
         teacher: View | None,
+        shares: Sequence[Tensor] | None = None,
         held_out: bool = False,
-    ) -> Tensor:  # (terms,), or the mean cross-entropy of the batch when it is held out
+    ) -> Tensor:
+        """What the batch adds to each term of an optimizer step, (terms,).
+
+        Args:
+            shares: for each term, the batch's share of the positions of the step; 1 when None.
+            held_out: return the mean cross-entropy of the batch instead, a scalar.
+        """
         if held_out:
             return self._cross_entropy(batch)
         view = self.view(batch)
         self._record.clear()
-        return torch.stack([term(view, teacher, batch) for term in self.terms])
+        means = [term(view, teacher, batch) for term in self.terms]
+        if shares is not None:
+            means = [_weighted(*pair) for pair in zip(self.terms, means, shares, strict=True)]
+        return torch.stack([mean.sum() for mean in means])
 
     def _cross_entropy(self, batch: Mapping[str, Tensor]) -> Tensor:
         self._record.open = False
@@ -60,6 +70,15 @@ class Trainee(nn.Module):
         if logits is None:
             raise StageError("held-out rows can only be measured on a student that returns logits")
         return cross_entropy(logits.flatten(0, -2), batch["labels"].flatten())
+
+
+def _weighted(term: nn.Module, mean: Tensor, share: Tensor) -> Tensor:
+    if mean.shape != share.shape:
+        raise StageError(
+            f"{type(term).__name__} returns {tuple(mean.shape)} from forward and {tuple(share.shape)} from count: both "
+            "must be a scalar, or a vector with one entry for each mean"
+        )
+    return mean * share
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,20 @@ class BoundTerms:
     def gather(self, entry: str) -> tuple[str, ...]:
         """All modules that the terms need under one heading of `Needs`, each once."""
         return tuple(dict.fromkeys(name for term in self.terms for name in getattr(term.needs, entry)))
+
+    def shares(self, parts: Sequence[Mapping[str, Tensor]], whole: Mapping[str, Tensor]) -> list[list[Tensor]]:
+        """For each part of a step and each term, the part's share of the positions that the term counts in `whole`.
+
+        The shares of all parts of a step add up to 1, or to 0 where a term counts nothing.
+        """
+        totals = [term.count(whole).double() for term in self.terms]
+        return [
+            [
+                torch.where(total > 0, term.count(part).double() / total, 0.0).float()
+                for term, total in zip(self.terms, totals, strict=True)
+            ]
+            for part in parts
+        ]
 
     @property
     def need_teacher(self) -> bool:
@@ -115,13 +148,15 @@ def probe(
         VocabularyError: when the models' logits differ in size.
     """
     rows = torch.tensor([0])
-    batch = to_device(examples.batch(rows, torch.Generator().manual_seed(seed)), device)
+    given = examples.batch(rows, torch.Generator().manual_seed(seed))
+    batch = to_device(given, device)
     mine = student.view(batch, rows)
     theirs = None if teacher is None else teacher.view(batch, rows)
     _check_vocabularies(mine, theirs)
     torch.manual_seed(seed)
     for term in terms:
-        term.prepare(mine, theirs)
+        term.prepare(mine, theirs, batch)
+        term.count(given)  # what it lacks in the batch is told here
 
 
 def _check_vocabularies(mine: View, theirs: View | None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdkit_distill.errors import StageError
-from tdkit_distill.losses.averages import mean_over, valid_rows, working
+from tdkit_distill.losses.averages import has_positions, mean_over_positions, position_count, working
 from tdkit_distill.losses.loss import Batch, Loss, Needs, Term, need_teacher
 from tdkit_distill.models.layer_maps import EMBEDDING, FEED_FORWARD, Layers, Pairs, first_existing, map_layers, matching
 from tdkit_distill.models.view import View
@@ -88,9 +88,11 @@ class FeatureTerm(Term):
             student_outputs=tuple(mine for mine, _ in pairs), teacher_outputs=tuple(theirs for _, theirs in pairs)
         )
         self.projections = nn.ModuleDict()
+        self.masked: tuple[bool, ...] = ()
 
-    def prepare(self, student: View, teacher: View | None) -> None:
+    def prepare(self, student: View, teacher: View | None, batch: Batch) -> None:
         assert teacher is not None
+        self.masked = tuple(has_positions(student.outputs[mine], batch) for mine, _ in self.pairs)
         for number, (mine, theirs) in enumerate(self.pairs):
             wide, narrow = teacher.outputs[theirs], student.outputs[mine]
             if wide.shape[-1] == narrow.shape[-1]:
@@ -101,22 +103,24 @@ class FeatureTerm(Term):
                     "set project: true to learn a map between them"
                 )
             self.projections[str(number)] = nn.Linear(
-                narrow.shape[-1], wide.shape[-1], bias=False, device=narrow.device, dtype=torch.float32
+                narrow.shape[-1], wide.shape[-1], bias=False, device=narrow.device, dtype=working(narrow[:0]).dtype
             )
 
     def forward(self, student: View, teacher: View | None, batch: Batch) -> Tensor:
         assert teacher is not None
-        keep = valid_rows(batch)
         terms = []
         for number, (mine, theirs) in enumerate(self.pairs):
             found, target = working(student.outputs[mine]), working(teacher.outputs[theirs])
             if str(number) in self.projections:
                 found = working(self.projections[str(number)](found))
-            terms.append(self._distance(found, target, keep))
+            terms.append(self._distance(found, target, batch))
         stacked = torch.stack(terms)
-        return stacked.sum() if self.options.reduce == "sum" else stacked.mean()
+        return stacked if self.options.reduce == "sum" else stacked / len(stacked)
 
-    def _distance(self, found: Tensor, target: Tensor, keep: Tensor | None) -> Tensor:
+    def count(self, batch: Batch) -> Tensor:
+        return torch.stack([position_count(batch, masked) for masked in self.masked])
+
+    def _distance(self, found: Tensor, target: Tensor, batch: Batch) -> Tensor:
         if self.options.distance == "mse":
-            return mean_over((found - target).square(), keep)
-        return mean_over((1 - F.cosine_similarity(found, target, dim=-1)).unsqueeze(-1), keep)
+            return mean_over_positions((found - target).square(), batch)
+        return mean_over_positions((1 - F.cosine_similarity(found, target, dim=-1)).unsqueeze(-1), batch)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tdkit_distill.data.examples import IGNORED
 from tdkit_distill.errors import CacheError, StageError
-from tdkit_distill.losses.averages import valid_rows
+from tdkit_distill.losses.averages import position_count, valid_positions
 from tdkit_distill.losses.chunked import Divergence, cross_entropy, divergence
 from tdkit_distill.losses.loss import Batch, Loss, Needs, Term
 from tdkit_distill.models.view import TopLogits, View
@@ -23,16 +23,21 @@ class CrossEntropy(Loss):
     """
 
     def bind(self, student: nn.Module, teacher: nn.Module | None, place: str) -> Term:
-        return _CrossEntropyTerm()
+        return _CrossEntropyTerm(place)
 
 
 class _CrossEntropyTerm(Term):
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.place = place
+
     def forward(self, student: View, teacher: View | None, batch: Batch) -> Tensor:
         if not isinstance(student.logits, Tensor):
-            raise StageError("cross_entropy: the student returns no logits")
-        if "labels" not in batch:
-            raise StageError("cross_entropy: the batches have no labels")
-        return cross_entropy(student.logits.flatten(0, -2), batch["labels"].flatten())
+            raise StageError(f"{self.place}: the student returns no logits")
+        return cross_entropy(student.logits.flatten(0, -2), _labels(batch, self.place))
+
+    def count(self, batch: Batch) -> Tensor:
+        return _labelled(_labels(batch, self.place)).sum().float()
 
 
 class Logits(Loss):
@@ -61,11 +66,21 @@ class _LogitsTerm(Term):
         super().__init__()
         self.options = options
         self.place = place
+        self.masked = False
+
+    def prepare(self, student: View, teacher: View | None, batch: Batch) -> None:
+        logits = self._logits(student)
+        self.masked = self._mask(batch, logits.numel() // logits.shape[-1]) is not None
+
+    def count(self, batch: Batch) -> Tensor:
+        if self.options.where == "labels":
+            return _labelled(_labels(batch, self.place)).sum().float()
+        return position_count(batch, self.masked)
 
     def forward(self, student: View, teacher: View | None, batch: Batch) -> Tensor:
-        if not isinstance(student.logits, Tensor) or teacher is None or teacher.logits is None:
-            raise StageError(f"{self.place}: student and teacher must both return logits")
-        mine = student.logits.flatten(0, -2)
+        mine = self._logits(student).flatten(0, -2)
+        if teacher is None or teacher.logits is None:
+            raise StageError(f"{self.place}: the teacher returns no logits")
         theirs = teacher.logits
         if isinstance(theirs, Tensor):
             theirs = theirs.flatten(0, -2)
@@ -89,8 +104,28 @@ class _LogitsTerm(Term):
                 f"{self.place}: top_k={self.options.top_k}, but the cache holds {cached.indices.shape[-1]} per position"
             )
 
+    def _logits(self, student: View) -> Tensor:
+        if not isinstance(student.logits, Tensor):
+            raise StageError(f"{self.place}: the student returns no logits")
+        return student.logits
+
     def _positions(self, batch: Batch, rows: int) -> Tensor | None:
+        """Which of the rows are compared; None for all."""
         if self.options.where == "labels":
-            return batch["labels"].flatten() != IGNORED
-        mask = valid_rows(batch)
+            return _labelled(_labels(batch, self.place))
+        return self._mask(batch, rows)
+
+    def _mask(self, batch: Batch, rows: int) -> Tensor | None:
+        """The attention mask (rows,) where there is a row of logits for each of its positions."""
+        mask = valid_positions(batch)
         return mask.flatten() if mask is not None and mask.numel() == rows else None
+
+
+def _labels(batch: Batch, place: str) -> Tensor:
+    if "labels" not in batch:
+        raise StageError(f"{place}: the batches have no labels: add a column of that name, or use another loss")
+    return batch["labels"].flatten()
+
+
+def _labelled(labels: Tensor) -> Tensor:
+    return labels != IGNORED

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tdkit.errors import RegistryError
 from tdkit.registry import Registry
@@ -44,16 +45,38 @@ class Needs:
 
 
 class Term(nn.Module, ABC):
-    """One loss bound to two models; its parameters, if any, are learned projections."""
+    """One loss bound to two models; its parameters, if any, are learned beside the student and dropped at the end.
+
+    A subclass implements `forward`, and `count` where its mean is over a number of positions that varies from row
+    to row (labelled tokens, tokens that are not padding).
+    """
 
     needs = Needs()
 
-    def prepare(self, student: View, teacher: View | None) -> None:
-        """See the shapes of one example before training; projections are made here."""
+    def prepare(self, student: View, teacher: View | None, batch: Batch) -> None:
+        """Called once before training with one row, so that parameters can be made for the shapes that it shows."""
 
     @abstractmethod
     def forward(self, student: View, teacher: View | None, batch: Batch) -> Tensor:
-        """The mean loss of the batch, a scalar."""
+        """The mean loss of the batch: a scalar, or a vector of means whose sum is the loss."""
+
+    def count(self, batch: Batch) -> Tensor:
+        """Over how many positions `forward` takes its mean, or each of its means: a tensor of the shape it returns.
+
+        The rows of an optimizer step are divided into accumulated parts and among processes. The mean of a part is
+        weighted by its count over the count of the whole step, so that loss and gradients are those of one part
+        with all rows. The count must therefore be a sum over rows. It is asked for once `prepare` was called, of
+        batches on the CPU.
+
+        Returns:
+            The number of rows, unless overridden: right where all rows have equally many positions.
+        """
+        return torch.tensor(float(row_count(batch)))
+
+
+def row_count(batch: Batch) -> int:
+    """How many rows a batch has."""
+    return len(next(iter(batch.values())))
 
 
 class Loss(BaseModel, ABC):

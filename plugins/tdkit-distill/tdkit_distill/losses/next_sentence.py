@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tdkit_distill.data.examples import IGNORED
 from tdkit_distill.data.masked import NEXT_LABELS
 from tdkit_distill.errors import StageError
 from tdkit_distill.losses.averages import working
 from tdkit_distill.losses.chunked import cross_entropy
-from tdkit_distill.losses.loss import Batch as Given
-from tdkit_distill.losses.loss import Loss, Needs, Term
+from tdkit_distill.losses.loss import Batch, Loss, Needs, Term
 from tdkit_distill.models.layer_maps import blocks, matching
 from tdkit_distill.models.view import View
 
@@ -47,18 +47,27 @@ class _NextSentenceTerm(Term):
         self.needs = Needs(student_outputs=(module,))
         self.head: nn.Module | None = None
 
-    def prepare(self, student: View, teacher: View | None) -> None:
+    def prepare(self, student: View, teacher: View | None, batch: Batch) -> None:
         found = student.outputs[self.module]
         width = found.shape[-1]
         if found.ndim > 2:
-            self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2)).to(found.device)
+            self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2)).to(
+                found.device, working(found[:0]).dtype
+            )
         elif width != 2:
             raise StageError(f"{self.place}: '{self.module}' gives {tuple(found.shape)} instead of two classes per row")
 
-    def forward(self, student: View, teacher: View | None, batch: Given) -> Tensor:
-        if NEXT_LABELS not in batch:
-            raise StageError(f"{self.place}: the batches have no {NEXT_LABELS}: use text: {{objective: masked_pairs}}")
+    def forward(self, student: View, teacher: View | None, batch: Batch) -> Tensor:
+        labels = self._labels(batch)
         found = student.outputs[self.module]
         if self.head is not None:
             found = self.head(working(found[:, 0]))
-        return cross_entropy(found, batch[NEXT_LABELS])
+        return cross_entropy(found, labels)
+
+    def count(self, batch: Batch) -> Tensor:
+        return (self._labels(batch) != IGNORED).sum().float()
+
+    def _labels(self, batch: Batch) -> Tensor:
+        if NEXT_LABELS not in batch:
+            raise StageError(f"{self.place}: the batches have no {NEXT_LABELS}: use text: {{objective: masked_pairs}}")
+        return batch[NEXT_LABELS]

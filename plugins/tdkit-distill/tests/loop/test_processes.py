@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from distill_models import factorized
-from run_processes import figures, run
+from distill_models import factorized, uneven
+from run_processes import PADDED, figures, run
 
 SCRIPT = Path(__file__).parent.with_name("run_processes.py")
 Found = dict[str, Any]
@@ -57,6 +57,16 @@ def assert_equal(found: Found, other: Found, atol: float = 1e-4, weights: float 
     assert found["state"].keys() == other["state"].keys()
     for name, tensor in found["state"].items():
         assert torch.allclose(tensor, other["state"][name], atol=weights, rtol=0), name
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_with_unlike_numbers_of_labels_give_the_losses_of_one(
+    two: tuple[Found, Found], engine: str
+) -> None:
+    student = factorized()
+    result = run(student, stages=PADDED, data=uneven())
+    for found in two:
+        assert_equal(found[f"padded {engine}"], {"state": student.state_dict(), **figures(result)})
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", "loaded"])

@@ -192,6 +192,8 @@ def test_widths_that_differ_get_a_learned_projection_or_an_error() -> None:
         probe(bound.terms, asked, live, Windows(ids(2)), 0, CPU)
     shapes = [tuple(parameter.shape) for term in bound.terms for parameter in term.parameters()]
     assert shapes == [(16, 8), (16, 8)]
+    assert torch.isfinite(value(student.double(), teacher.double(), {"hidden": 1})).all(), "in float64 as well"
+    student, teacher = student.float(), teacher.float()
     with pytest.raises(StageError, match=r"is 8 wide and 'transformer.h.0' 16: set project: true"):
         value(student, teacher, {"hidden": {"project": False}})
 

@@ -85,7 +85,7 @@ def test_a_pretraining_models_own_head_is_read() -> None:
     term = bound(model)
     assert term.needs == Needs(student_outputs=("cls.seq_relationship",))
     view = View(None, {"cls.seq_relationship": logits})
-    term.prepare(view, None)
+    term.prepare(view, None, batch)
     assert torch.allclose(term(view, None, batch), F.cross_entropy(logits, batch["next_labels"]))
     assert not list(term.parameters())
     losses = {"next_sentence": 1.0, "cross_entropy": 1.0}
@@ -119,9 +119,8 @@ def test_a_model_without_such_a_head_learns_one_that_is_dropped() -> None:
 def test_gradients_by_finite_differences(shape: tuple[int, ...]) -> None:
     term = bound(bert(), {"module": "classifier"})
     output = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-    term.prepare(View(None, {"classifier": output}), None)
-    term.double()
     batch = {"next_labels": torch.tensor([0, 1, 1])}
+    term.prepare(View(None, {"classifier": output}), None, batch)
     assert torch.autograd.gradcheck(lambda x: term(View(None, {"classifier": x}), None, batch), output)
 
 
@@ -132,4 +131,4 @@ def test_what_cannot_be_read_is_told() -> None:
         bound(nn.Linear(2, 2))
     term = bound(bert(), {"module": "classifier"})
     with pytest.raises(StageError, match=r"gives \(3, 7\) instead of two classes per row"):
-        term.prepare(View(None, {"classifier": torch.zeros(3, 7)}), None)
+        term.prepare(View(None, {"classifier": torch.zeros(3, 7)}), None, {})
