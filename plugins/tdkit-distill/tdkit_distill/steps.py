@@ -122,8 +122,7 @@ class DistillStep(Stage, StepConfig):
         assert data.train is not None
         length = text.length or data.context
         if text.objective == "labels":
-            source = data.train if isinstance(data.train, str) else data.train[0]
-            texts, labels = read_labelled(source, column=text.column, labels=text.labels)
+            texts, labels = read_labelled(data.train, column=text.column, labels=text.labels)
             table = labelled_rows(texts, labels, run.tokenizer, length=length)
             return divide(table, text.held_out, run.recipe.seed) if text.held_out else (table, None)
         packed = text_windows(

@@ -164,6 +164,20 @@ def test_a_task_stage_starts_from_the_general_stage_and_says_what_it_took(toys: 
         run_recipe(Recipe.from_dict(form), tmp_path / "other", console=Console(file=out))
 
 
+def test_labelled_rows_of_every_file_are_trained_on(toys: Path, tmp_path: Path) -> None:
+    lines = (toys / "rows.jsonl").read_text().splitlines()
+    halves = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    for file, part in zip(halves, (lines[:50], lines[50:]), strict=True):
+        file.write_text("\n".join(part))
+    form = toy("bert-kronecker-8x-task", toys).to_dict()
+    terms = []
+    for train in (str(toys / "rows.jsonl"), list(map(str, halves))):
+        form["data"]["train"] = train
+        quiet = Console(file=io.StringIO())
+        terms.append(run_recipe(Recipe.from_dict(form), tmp_path / str(len(terms)), console=quiet)[1]["terms"])
+    assert terms[0] == terms[1]
+
+
 def test_the_recipes_that_the_papers_need_are_there() -> None:
     wanted = {"gpt2-tqcompressed", "gpt2-81m", "gpt2-kngpt2", "gpt2-ttm", "gpt2-krony", "smollm2-distill"}
     assert wanted | {"bert-kronecker-8x", "bert-kronecker-21x"} <= set(NAMES)

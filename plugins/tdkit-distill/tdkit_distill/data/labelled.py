@@ -14,13 +14,22 @@ from tdkit_distill.data.order import mixed_seed
 from tdkit_distill.errors import DataError
 
 
-def read_labelled(source: str, *, column: str = "text", labels: str = "label") -> tuple[list[str], list[Any]]:
-    """Texts and labels of a ``.jsonl`` or ``.parquet`` file, a folder with one subfolder of ``.txt`` files per
-    class, or a ``datasets`` name ``DATASET[@CONFIG][:SPLIT]``.
+def read_labelled(
+    source: str | Sequence[str], *, column: str = "text", labels: str = "label"
+) -> tuple[list[str], list[Any]]:
+    """Texts and their labels, of one source or of several in order.
+
+    Args:
+        source: a ``.jsonl`` or ``.parquet`` file, a folder with one subfolder of ``.txt`` files per class, a
+            ``datasets`` name ``DATASET[@CONFIG][:SPLIT]``, or a list of these.
+        column, labels: names of the columns that hold text and label; folders have none.
 
     Raises:
         SourceError, DataError: when there is no such source or it lacks a column.
     """
+    if not isinstance(source, str):
+        every = [read_labelled(one, column=column, labels=labels) for one in source]
+        return [text for texts, _ in every for text in texts], [label for _, found in every for label in found]
     path = Path(source)
     if path.is_dir():
         found = [(f.read_text(encoding="utf-8", errors="replace"), f.parent.name) for f in sorted(path.glob("*/*.txt"))]
@@ -50,14 +59,24 @@ def read_labelled(source: str, *, column: str = "text", labels: str = "label") -
 
 
 def labelled_rows(texts: Sequence[str], labels: Sequence[Any], tokenizer: Any, *, length: int) -> Table:
-    """Rows of ``input_ids``, ``attention_mask`` and ``labels``, padded and cut to `length`.
+    """Rows of ``input_ids``, ``attention_mask`` and ``labels``, padded and cut to `length` tokens.
 
-    Labels that are not integers are numbered in sorted order.
+    Integer labels are kept; others are numbered in sorted order over all rows.
+
+    Raises:
+        DataError: without a tokenizer, or when only some of the labels are integers.
     """
     if tokenizer is None:
         raise DataError("this model has no tokenizer: give a folder that holds one, model=PATH")
     names = sorted(set(labels), key=str)
-    numbers = {name: int(name) if isinstance(name, int) else number for number, name in enumerate(names)}
+    integers = [name for name in names if isinstance(name, int)]
+    if integers and len(integers) < len(names):
+        other = next(name for name in names if not isinstance(name, int))
+        raise DataError(
+            f"some labels are integers ({integers[0]!r}) and some are not ({other!r}), so that their numbers could "
+            "coincide: write all of them in one way"
+        )
+    numbers = {name: int(name) if integers else number for number, name in enumerate(names)}
     encoded = tokenizer(
         list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt", verbose=False
     )
