@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -21,8 +22,9 @@ from distill_models import factorized, gpt2, ids, same_weights, text, uneven
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tdkit_distill import distill
-from tdkit_distill.errors import InterruptedRun, NotFiniteError
+from tdkit_distill import Windows, build_cache, distill
+from tdkit_distill.data.order import Order, mixed_seed
+from tdkit_distill.errors import CacheError, InterruptedRun, NotFiniteError, StorageError
 from tdkit_distill.loop.engine import Result
 from tdkit_distill.models.sharding import is_sharding
 
@@ -121,6 +123,23 @@ def is_ordinary(student: Any, like: nn.Module) -> bool:
     )
 
 
+def damaged(folder: Path) -> str:
+    """The error of a run whose cached teacher is damaged in one row, which the second of two processes reads first."""
+    rows = Windows(text())
+    cache = build_cache(gpt2(2, 16), rows, folder, k=4, rows_per_shard=1)
+    row = int(Order(len(rows), 1.0, mixed_seed(0, "rows", 0)).take(0, 4)[2])
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        shard = folder / f"shard-{row:05d}.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1])
+    PartialState().wait_for_everyone()
+    try:
+        distill(factorized(), cache, {"losses": {"logits": 1}, "steps": 2, "batch_size": 4}, rows, running=RUNNING)
+    except CacheError as error:
+        return str(error)
+    return ""
+
+
 class BrokenRun(Exception):  # noqa: N818 - a power cut rather than an error
     """What a run dies of without saving itself."""
 
@@ -158,6 +177,15 @@ def main(place: str) -> None:
 
     student = factorized()
     keep("padded ddp", student, run(student, stages=PADDED, data=uneven()))
+
+    if PartialState().is_main_process:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        size = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, size[1]))
+    found["full disk"] = broken(factorized(), StorageError, folder / "full")
+    if PartialState().is_main_process:
+        resource.setrlimit(resource.RLIMIT_FSIZE, size)
+    found["damaged"] = damaged(folder / "cache")
 
     engine, shares = sharding_engine(), set[float]()
     student = factorized()

@@ -22,12 +22,11 @@ def make_accelerator(running: Running, folder: Path | None, stages: list[Stage])
         StageError: for a device or tracker that this machine does not offer.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs  # slow to import
-    from accelerate.state import AcceleratorState
 
     for name, device in (("device", running.device), ("teacher_device", running.teacher_device)):
         _check_device(name, device)
     _check_trackers(running.trackers, folder)
-    AcceleratorState._reset_state()  # a precision chosen by an earlier run in this process would stay
+    _forget_precision()
     ends = all({label.partition("@")[0] for label in stage.losses} & {"cross_entropy", "logits"} for stage in stages)
     return Accelerator(
         mixed_precision=running.precision,
@@ -36,6 +35,13 @@ def make_accelerator(running: Running, folder: Path | None, stages: list[Stage])
         project_dir=None if folder is None else str(folder),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not ends, broadcast_buffers=False)],
     )
+
+
+def _forget_precision() -> None:
+    """Make accelerate forget the precision that an earlier run in this process chose, which would stay."""
+    from accelerate.state import AcceleratorState  # slow to import
+
+    AcceleratorState._reset_state()
 
 
 def check_accelerator(engine: Any, running: Running) -> None:

@@ -66,7 +66,7 @@ def write_checkpoint(
     optimizer: Mapping[str, Tensor],
     scaler: Mapping[str, Any],
     keep: int,
-) -> Path:
+) -> None:
     """Write a checkpoint below `folder`, then drop all but the last `keep`.
 
     Args:
@@ -101,7 +101,6 @@ def write_checkpoint(
         ) from error
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    return place
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 
 from tdkit_distill.data.examples import Examples, as_examples
 from tdkit_distill.data.order import mixed_seed
-from tdkit_distill.errors import CacheError, InterruptedRun, StageError
+from tdkit_distill.errors import CacheError, InterruptedRun, ResumeError, StageError, StorageError
 from tdkit_distill.loop.acceleration import check_accelerator, make_accelerator, prepared
 from tdkit_distill.loop.checkpoints import (
     Position,
@@ -35,6 +33,8 @@ from tdkit_distill.loop.loop import Loop
 from tdkit_distill.loop.measure import held_out_loss
 from tdkit_distill.loop.progress import LiveView, Log, live_view
 from tdkit_distill.loop.stages import Running, Stage, read_running, read_stages
+from tdkit_distill.loop.stop import Stop, stop_requests
+from tdkit_distill.loop.together import from_all, in_all, on_main
 from tdkit_distill.loop.trainee import STUDENT, BoundTerms, Trainee, bind, probe, training_mode
 from tdkit_distill.models.calls import Call, call_model
 from tdkit_distill.models.sharding import is_sharding, reshard, shard, share_weights, working_copy
@@ -83,7 +83,9 @@ def distill(
 
     With a folder the run saves itself and goes on where it was when it is called again with the same
     models, data and stages: killed at any moment, it ends with the weights of an undisturbed run (bit for
-    bit on a CPU). A SIGTERM saves and raises `InterruptedRun`.
+    bit on a CPU). SIGTERM, and Ctrl-C once, end the step, save it and raise
+    `InterruptedRun`. With several processes, an error in one of them outside of saving and reading ends that process,
+    and its launcher ends the others.
 
     Args:
         student, teacher: any two modules; the teacher is run in eval and inference mode and never changed,
@@ -121,7 +123,7 @@ def distill(
         devices = [engine.device] if engine.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
         view = stack.enter_context(live_view(progress if engine.is_main_process else False))
-        stop = stack.enter_context(_stop_signal())
+        stop = stack.enter_context(stop_requests(view.say))
         return run.go(view, stop)
 
 
@@ -147,20 +149,6 @@ def _check_cache(teacher: CachedTeacher, stages: list[Stage], sets: dict[str, Ex
             )
 
 
-@contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """An event that a SIGTERM sets, while the context is open; only a main thread can listen."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 @dataclass
 class _Run:
     student: nn.Module
@@ -174,21 +162,20 @@ class _Run:
     call: Call
     engine: Any  # accelerate.Accelerator
 
-    def go(self, view: LiveView, stop: threading.Event) -> Result:
+    def go(self, view: LiveView, stop: Stop) -> Result:
         for model in (self.student, self.teacher):
             if isinstance(model, nn.Module):
                 share_weights(model, self.engine)
         self.identity = self._identity() if self.folder else ""
-        saved = read_latest(self.folder, self.identity) if self.folder else None
-        self.engine.wait_for_everyone()
+        saved = in_all(self.engine, self._latest)
         position = saved.position if saved else Position()
-        if self.folder and self.engine.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_position(position)
         result = Result(resumed_at=position.total)
-        main = self.folder if self.engine.is_main_process else None
-        self.log = Log(main, position.total)
+        self.log = Log(None, position.total)
+        on_main(lambda: self._open_log(position.total))
         if self.running.trackers:
-            self.engine.init_trackers("tdkit-distill", {"stages": json.dumps([s.model_dump() for s in self.stages])})
+            config = {"stages": json.dumps([stage.model_dump() for stage in self.stages])}
+            in_all(self.engine, lambda: self.engine.init_trackers("tdkit-distill", config))
         try:
             if saved:
                 view.say(f"going on after {position.total} steps ({saved.folder})")
@@ -206,6 +193,29 @@ class _Run:
         measured = [entry["held_out"] for entry in self.log.entries if "held_out" in entry]
         result.held_out = measured[-1] if measured else None
         return result
+
+    def _latest(self) -> Saved | None:
+        return read_latest(self.folder, self.identity) if self.folder else None
+
+    def _check_position(self, position: Position) -> None:
+        """All processes must have found the same checkpoint."""
+        totals = from_all(self.engine, position.total)
+        if len(set(totals)) > 1:
+            raise ResumeError(
+                f"{self.folder} holds checkpoints after {' and '.join(map(str, sorted(set(totals))))} steps for the "
+                "processes of this run: give a folder on a file system that all of them share"
+            )
+
+    def _open_log(self, total: int) -> None:
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.log = Log(self.folder, total)
+        except OSError as error:
+            raise StorageError(
+                f"the run's folder {self.folder} cannot be written ({error}): give another one"
+            ) from error
 
     def _tokens(self) -> int:
         lengths = [(stage, _examples_of(stage, self.sets).length) for stage in self.stages]
@@ -230,9 +240,7 @@ class _Run:
         }
         return hashlib.sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()
 
-    def _stage(
-        self, number: int, position: Position, saved: Saved | None, view: LiveView, stop: threading.Event
-    ) -> Position:
+    def _stage(self, number: int, position: Position, saved: Saved | None, view: LiveView, stop: Stop) -> Position:
         stage, examples = self.stages[number], _examples_of(self.stages[number], self.sets)
         steps = stage.step_count(examples.length)
         self._check_batch(stage)
@@ -270,12 +278,12 @@ class _Run:
                 if step + 1 < steps and (due or stopping):
                     self._save(position, trainee, optimizer)
                 if stopping and step + 1 < steps:
-                    self._interrupted(position)
+                    self._interrupted(position, stop)
             position = Position(number + 1, 0, position.total)
             self._measure(stage, position, trainee, view)
             self._save(position, trainee, None)
             if stopping and number + 1 < len(self.stages):
-                self._interrupted(position)
+                self._interrupted(position, stop)
         return position
 
     def _check_batch(self, stage: Stage) -> None:
@@ -342,24 +350,25 @@ class _Run:
         main = self.engine.is_main_process
         model = model_tensors(trainee, keep=main)  # all processes gather, one of them keeps and writes
         moments = optimizer_tensors(trainee, optimizer, keep=main) if optimizer else {}
-        if main:
-            scaler = self.engine.scaler.state_dict() if self.engine.scaler is not None else {}
-            write_checkpoint(
-                self.folder,
-                position,
-                run=self.identity,
-                model=model if optimizer else {n: t for n, t in model.items() if n.startswith(STUDENT)},
-                optimizer=moments,
-                scaler=scaler,
-                keep=self.running.keep,
-            )
-        self.engine.wait_for_everyone()
+        write = partial(
+            write_checkpoint,
+            self.folder,
+            position,
+            run=self.identity,
+            model=model if optimizer else {n: t for n, t in model.items() if n.startswith(STUDENT)},
+            optimizer=moments,
+            scaler=self.engine.scaler.state_dict() if self.engine.scaler is not None else {},
+            keep=self.running.keep,
+        )
+        on_main(write)
 
-    def _interrupted(self, position: Position) -> None:
+    def _interrupted(self, position: Position, stop: Stop) -> None:
         where = (
             f"a checkpoint is in {self.folder}; run again to go on" if self.folder else "nothing was kept: no folder"
         )
-        raise InterruptedRun(f"stopped by SIGTERM after {position.total} steps; {where}")
+        raise InterruptedRun(
+            f"stopped by {stop.signal or 'a signal to another process'} after {position.total} steps; {where}"
+        )
 
 
 def _student_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

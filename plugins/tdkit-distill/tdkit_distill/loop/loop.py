@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tdkit_distill.data.examples import Examples
 from tdkit_distill.data.order import Order, mixed_seed
 from tdkit_distill.errors import NotFiniteError
 from tdkit_distill.loop.progress import Log
 from tdkit_distill.loop.stages import Running, Stage
+from tdkit_distill.loop.stop import Stop
+from tdkit_distill.loop.together import in_all
 from tdkit_distill.loop.trainee import BoundTerms
 from tdkit_distill.models.calls import to_device
 from tdkit_distill.models.sharding import gathered
+from tdkit_distill.models.view import View
+from tdkit_distill.teachers.cache import CachedTeacher
 from tdkit_distill.teachers.live import Teacher
 
 
@@ -58,7 +62,7 @@ class Loop:
         self.optimizer = optimizer
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def step(self, step: int, steps: int, total: int, stop: threading.Event) -> tuple[dict[str, float], float, bool]:
+    def step(self, step: int, steps: int, total: int, stop: Stop) -> tuple[dict[str, float], float, bool]:
         """One optimizer step: its mean terms, tokens per second, and whether any process was asked to stop."""
         clock = Clock(self.engine.device, self.running.timings)
         stage, engine = self.stage, self.engine
@@ -74,7 +78,7 @@ class Loop:
         for part, (span, shares) in enumerate(zip(spans, self.bound.shares(parts, whole), strict=True)):
             batch = to_device(parts[part], engine.device)
             with clock.measure("teacher"):
-                theirs = self.teacher.view(batch, rows[span]) if self.teacher else None
+                theirs = self._ask_teacher(batch, rows[span])
             torch.manual_seed(mixed_seed(self.seed, "draw", self.number, step, part, engine.process_index))
             with clock.measure("student"), self._sync(part == stage.accumulation - 1):
                 with engine.autocast():  # which accelerate adds to a forward that it wraps, and not to a sharded one
@@ -82,7 +86,7 @@ class Loop:
                 # gradients are averaged over the processes, and the shares add up to 1 over all of them
                 engine.backward((self.weights * terms).sum() * engine.num_processes)
             sums += terms.detach().float()
-        flag = torch.tensor([float(stop.is_set())], device=engine.device)
+        flag = torch.tensor([float(stop.signal is not None)], device=engine.device)
         values = engine.reduce(torch.cat([sums, flag]), reduction="sum").tolist()
         named = dict(zip(self.bound.labels, values[:-1], strict=True))
         self._check_finite(named, total)
@@ -102,6 +106,13 @@ class Loop:
         if self.running.trackers:
             engine.log({"loss": loss, **{f"loss/{k}": v for k, v in named.items()}, "lr": entry["lr"]}, step=total)
         return named, speed, values[-1] > 0
+
+    def _ask_teacher(self, batch: Mapping[str, Tensor], rows: Tensor) -> View | None:
+        teacher = self.teacher
+        if isinstance(teacher, CachedTeacher) and self.engine.num_processes > 1:
+            # a shard that one process finds damaged is the business of all: the others would wait for its gradients
+            return in_all(self.engine, lambda: teacher.view(batch, rows))
+        return teacher.view(batch, rows) if teacher else None
 
     def _spans(self) -> list[slice]:
         """Which of a step's rows this process takes in each accumulated part."""

@@ -7,18 +7,15 @@ the number, unless MPI does it.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distill_models import factorized, uneven
+from launch import started
 from run_processes import PADDED, figures, run
 
-SCRIPT = Path(__file__).parent.with_name("run_processes.py")
 Found = dict[str, Any]
 
 
@@ -26,11 +23,10 @@ Found = dict[str, Any]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the two processes leave what they found; one launch for all tests, since its imports take longest."""
     folder = tmp_path_factory.mktemp("processes")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(SCRIPT), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    with started("run_processes.py", folder, launcher=launcher) as process:
+        _, message = process.communicate()
+    assert process.returncode == 0, message[-4000:]
     return folder
 
 
@@ -110,6 +106,12 @@ def test_a_sharded_run_goes_on_from_the_checkpoint_of_a_run_with_whole_models(
     for name in ("fsdp", "handed"):
         state = json.loads((place / name / "step-00000011" / "state.json").read_text())
         assert state["position"] == {"stage": 3, "step": 0, "total": 11}
+
+
+def test_what_fails_in_one_process_is_raised_in_both(two: tuple[Found, Found]) -> None:
+    for found in two:
+        assert found["full disk"], "only the first process writes checkpoints"
+        assert "is damaged (its SHA-256 is not the one written down)" in found["damaged"], "only the second reads it"
 
 
 def test_sharded_bf16_is_near_float32(two: tuple[Found, Found]) -> None:

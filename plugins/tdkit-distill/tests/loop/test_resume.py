@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,19 +13,13 @@ from typing import Any
 import pytest
 import torch
 from distill_models import gpt2, ids, same_weights
+from launch import started
 
 from tdkit_distill import distill
 from tdkit_distill.errors import InterruptedRun, ResumeError, StorageError
 from tdkit_distill.loop.checkpoints import checkpoints
 
-SCRIPT = Path(__file__).parent.with_name("run_distillation.py")
 STAGE = {"losses": {"logits": 1}, "steps": 8, "batch_size": 4, "optimizer": {"lr": 1e-2}}
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -39,27 +31,28 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def steps(folder: Path) -> int:
+    """How many lines the log of a run has."""
+    path = folder / "log.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
 def test_killed_again_and_again(tmp_path: Path) -> None:
-    undisturbed = start("-", tmp_path / "undisturbed")
-    undisturbed.communicate()
-    assert undisturbed.returncode == 0
+    with started("run_distillation.py", "-", tmp_path / "undisturbed") as undisturbed:
+        _, message = undisturbed.communicate()
+    assert undisturbed.returncode == 0, message
     chance = random.Random(0)
-    kills = 0
-    while True:
-        run = start(tmp_path / "run", tmp_path / "killed", 12, 0.04)
-        path = tmp_path / "run" / "log.jsonl"
-        goal = chance.randint(1, 6) + (len(path.read_text().splitlines()) if path.exists() else 0)
-        while run.poll() is None and kills < 3:
-            if path.exists() and len(path.read_text().splitlines()) >= goal:
-                time.sleep(chance.random() * 0.1)
-                run.kill()
-                kills += 1
-                break
-            time.sleep(0.02)
-        run.communicate()
-        if run.returncode == 0:
-            break
-    assert kills == 3
+    for _ in range(3):
+        goal = chance.randint(1, 6) + steps(tmp_path / "run")
+        with started("run_distillation.py", tmp_path / "run", tmp_path / "killed", 12, 0.04) as run:
+            while steps(tmp_path / "run") < goal:
+                assert run.poll() is None
+                time.sleep(0.02)
+            time.sleep(chance.random() * 0.1)
+            run.kill()
+    with started("run_distillation.py", tmp_path / "run", tmp_path / "killed", 12) as run:
+        _, message = run.communicate()
+    assert run.returncode == 0, message
     assert equal(weights(tmp_path / "undisturbed"), weights(tmp_path / "killed"))
     assert json.loads((tmp_path / "killed.json").read_text())["resumed_at"] > 0
     whole = json.loads((tmp_path / "undisturbed.json").read_text())["losses"]
@@ -68,18 +61,37 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     assert set(names) == {".safetensors", ".json", ".jsonl"}, "nothing in a checkpoint is pickled"
 
 
-def test_sigterm_saves_and_leaves_with_a_message(tmp_path: Path) -> None:
-    run = start(tmp_path / "run", tmp_path / "x", 200, 0.02)
-    while not (tmp_path / "run" / "log.jsonl").exists() or not (tmp_path / "run" / "log.jsonl").read_text():
-        assert run.poll() is None
-        time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
-    _, message = run.communicate(timeout=60)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_leaves_with_a_message(name: str, tmp_path: Path) -> None:
+    with started("run_distillation.py", tmp_path / "run", tmp_path / "x", 200, 0.02) as run:
+        while not steps(tmp_path / "run"):
+            assert run.poll() is None
+            time.sleep(0.05)
+        run.send_signal(signal.Signals[name])
+        _, message = run.communicate()
     assert run.returncode == 1
-    assert "stopped by SIGTERM after" in message
+    assert f"stopped by {name} after" in message
     assert "run again to go on" in message
-    steps = int(message.split("after ")[1].split()[0])
-    assert checkpoints(tmp_path / "run")[-1].name == f"step-{steps:08d}"
+    done = int(message.split("after ")[1].split()[0])
+    assert checkpoints(tmp_path / "run")[-1].name == f"step-{done:08d}"
+
+
+def test_a_second_ctrl_c_stops_at_once_and_is_told_by_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    calls = 0
+
+    def call(model: Any, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return model(batch["input_ids"])
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(gpt2(1, seed=1), gpt2(), STAGE, ids(), call=call, progress=True)
+    assert calls == 6
+    assert "SIGINT: stopping after this step (Ctrl-C to stop at once and lose it)" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_stop_in_the_process_itself_is_exact(tmp_path: Path) -> None:
