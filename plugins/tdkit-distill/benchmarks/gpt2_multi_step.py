@@ -30,7 +30,7 @@ from tdkit.support.files import write_text
 from tdkit.support.tables import markdown_table
 from torch import Tensor
 
-from tdkit_distill.stages import count_of
+from tdkit_distill.loop.stages import count_of
 
 RECIPE = "gpt2-tqcompressed"
 VOCABULARY, CONTEXT, BATCH, SEED = 4096, 128, 8, 0

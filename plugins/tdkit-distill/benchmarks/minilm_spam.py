@@ -31,7 +31,8 @@ from tdkit.support.files import write_text
 from tdkit.support.tables import markdown_table
 
 from tdkit_distill import Table, distill
-from tdkit_distill.labelled import accuracy, labelled_rows
+from tdkit_distill.data.labelled import labelled_rows
+from tdkit_distill.loop.measure import accuracy
 
 SEED, TRAIN, TEST, BATCH = 0, 600, 400, 16
 FOLDERS = {"easy-ham-1": "ham", "easy-ham-2": "ham", "hard-ham-1": "ham", "spam-1": "spam", "spam-2": "spam"}

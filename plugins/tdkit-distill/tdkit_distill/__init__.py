@@ -5,16 +5,17 @@ from tdkit_distill import distill, Stage
 distill(student, teacher, [Stage(losses={"logits": {"temperature": 2.0}, "hidden": 0.5}, tokens="20M")], windows)
 """
 
-from tdkit_distill.engine import Result, distill
+from tdkit_distill.data.examples import Examples, Table, Windows
+from tdkit_distill.data.masked import MaskedPairs, MaskedWindows
+from tdkit_distill.data.text import text_windows
 from tdkit_distill.errors import DistillError
-from tdkit_distill.examples import Examples, MaskedWindows, Table, Windows
-from tdkit_distill.losses import Loss, Term
-from tdkit_distill.next_sentence import MaskedPairs
-from tdkit_distill.schedule import Schedule
-from tdkit_distill.stages import Optimizer, Running, Stage
-from tdkit_distill.taps import tapped
-from tdkit_distill.teacher_cache import CachedTeacher, build_cache
-from tdkit_distill.text import text_windows
+from tdkit_distill.loop.engine import Result, distill
+from tdkit_distill.loop.schedule import Schedule
+from tdkit_distill.loop.stages import Optimizer, Running, Stage
+from tdkit_distill.losses.loss import Loss, Needs, Term
+from tdkit_distill.models.taps import tapped
+from tdkit_distill.models.view import View
+from tdkit_distill.teachers.cache import CachedTeacher, build_cache
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "Loss",
     "MaskedPairs",
     "MaskedWindows",
+    "Needs",
     "Optimizer",
     "Result",
     "Running",
@@ -32,6 +34,7 @@ __all__ = [
     "Stage",
     "Table",
     "Term",
+    "View",
     "Windows",
     "build_cache",
     "distill",

@@ -15,13 +15,15 @@ from tdkit.recipes.recipe import Recipe, Run, StepConfig
 from tdkit.sources.models import load_model
 from torch import Tensor, nn
 
-from tdkit_distill.engine import distill
-from tdkit_distill.errors import DataError
-from tdkit_distill.examples import Examples, mixed_seed
-from tdkit_distill.labelled import accuracy, divide, labelled_rows, read_labelled
-from tdkit_distill.stages import Options, Running, Stage, count_of
-from tdkit_distill.teacher_cache import CachedTeacher, build_cache
-from tdkit_distill.text import Objective, text_windows
+from tdkit_distill.data.examples import Examples
+from tdkit_distill.data.labelled import divide, labelled_rows, read_labelled
+from tdkit_distill.data.order import mixed_seed
+from tdkit_distill.data.text import Objective, text_windows
+from tdkit_distill.loop.engine import distill
+from tdkit_distill.loop.measure import accuracy
+from tdkit_distill.loop.stages import Options, Running, Stage, count_of
+from tdkit_distill.models.transfer import take_weights
+from tdkit_distill.teachers.cache import CachedTeacher, build_cache
 
 
 class Reading(Options):
@@ -69,7 +71,8 @@ class DistillStep(Stage, StepConfig):
         text: how ``data.train`` becomes rows.
         running: precision, checkpoints, compilation; see `Running`.
         offline: compute the teacher's logits once, before training.
-        start: a saved folder whose student takes the place of this one, such as that of a general stage.
+        start: a saved folder, such as that of a general stage, whose weights the student takes before it is
+            trained. Layers that both have must agree in factors and shapes; heads may differ (`take_weights`).
     """
 
     changes_model: ClassVar[bool] = True
@@ -89,7 +92,8 @@ class DistillStep(Stage, StepConfig):
         seed = mixed_seed(run.recipe.seed, "step", number)
         rows, held_out = self._rows(run)
         if self.start is not None:
-            _take_weights(run.model, Path(self.start))
+            for line in take_weights(run.model, load(self.start), self.start).lines(self.start):
+                run.console.print(f"  {line}", markup=False, highlight=False)
         teacher = self._teacher(run, rows, number)
         running = self.running
         if run.device is not None and running.device is None:
@@ -118,8 +122,7 @@ class DistillStep(Stage, StepConfig):
         assert data.train is not None
         length = text.length or data.context
         if text.objective == "labels":
-            source = data.train if isinstance(data.train, str) else data.train[0]
-            texts, labels = read_labelled(source, column=text.column, labels=text.labels)
+            texts, labels = read_labelled(data.train, column=text.column, labels=text.labels)
             table = labelled_rows(texts, labels, run.tokenizer, length=length)
             return divide(table, text.held_out, run.recipe.seed) if text.held_out else (table, None)
         packed = text_windows(
@@ -191,16 +194,3 @@ def untie(model: nn.Module) -> None:
             if isinstance(getattr(module, attribute, None), dict):
                 setattr(module, attribute, {})
     follow_ties(model)
-
-
-def _take_weights(model: nn.Module, folder: Path) -> None:
-    """Copy the parameters of a saved student into `model` wherever name and shape agree; heads may differ."""
-    saved = dict(load(folder).named_parameters())
-    taken = 0
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in saved and saved[name].shape == parameter.shape:
-                parameter.copy_(saved[name])
-                taken += 1
-    if not taken:
-        raise DataError(f"start: {folder} shares no parameter with this student: it is of another model or policy")

@@ -106,6 +106,17 @@ def text(rows: int = 64, length: int = 12) -> Tensor:
     return (start + 3 * torch.arange(length)) % VOCABULARY
 
 
+def uneven(rows: int = 16, length: int = 8) -> dict[str, Tensor]:
+    """Columns of rows with 2 to 8 tokens each, of which some have a label; the first and last rows have none."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(2, length + 1, (rows, 1), generator=generator)
+    mask = (torch.arange(length) < lengths).long()
+    labelled = torch.rand(rows, length, generator=generator) < torch.linspace(0, 0.9, rows).unsqueeze(1)
+    labelled[-1] = False
+    labels = ids(rows, length, seed=6).masked_fill(~labelled | (mask == 0), -100)
+    return {"input_ids": ids(rows, length), "attention_mask": mask, "labels": labels}
+
+
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
     """Whether two models hold bit-identical parameters and buffers."""
     mine, theirs = one.state_dict(), other.state_dict()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -17,14 +18,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
-from distill_models import factorized, gpt2, ids, same_weights, text
+from distill_models import factorized, gpt2, ids, same_weights, text, uneven
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tdkit_distill import distill
-from tdkit_distill.engine import Result
-from tdkit_distill.errors import InterruptedRun, NotFiniteError
-from tdkit_distill.sharding import is_sharding
+from tdkit_distill import Windows, build_cache, distill
+from tdkit_distill.data.order import Order, mixed_seed
+from tdkit_distill.errors import CacheError, InterruptedRun, NotFiniteError, StorageError
+from tdkit_distill.loop.engine import Result
+from tdkit_distill.models.sharding import is_sharding
 
 LOSSES = {"logits": {"temperature": 2.0}, "hidden": 0.5, "attention": 0.5, "cross_entropy": 1}
 ONE = {"name": "one", "losses": LOSSES, "steps": 6, "batch_size": 4, "optimizer": {"lr": 3e-2}}
@@ -32,6 +34,13 @@ TWO = {"name": "two", "losses": {"hidden": {"layers": ["transformer.h.0"]}}, "st
 THREE = {"name": "three", "losses": {"cross_entropy": 1}, "steps": 3, "batch_size": 8, "accumulation": 2}
 THREE["optimizer"] = TWO["optimizer"] = {"lr": 1e-2}
 STAGES: list[Any] = [ONE, TWO, THREE]
+PADDED: Any = {
+    "losses": {**LOSSES, "attention_scores": 0.5},
+    "steps": 3,
+    "batch_size": 16,
+    "accumulation": 2,
+    "optimizer": {"lr": 3e-2},
+}
 RUNNING = {"checkpoint_every": 4, "evaluate_every": 2, "device": "cpu"}
 
 
@@ -60,6 +69,8 @@ def run(
     at: int = 0,
     act: Callable[[Any], None] | None = None,
     shares: set[float] | None = None,
+    stages: Any = STAGES,
+    data: Any = None,
     **running: Any,
 ) -> Result:
     """One run; `act` is given what the student puts out in its training forward number `at`.
@@ -73,7 +84,7 @@ def run(
         if shares is not None:
             layers: list[Any] = list(model.transformer.h.parameters())
             shares.add(sum(p.to_local().numel() for p in layers) / sum(p.numel() for p in layers))
-        output = model(batch["input_ids"])
+        output = model(batch["input_ids"], attention_mask=batch.get("attention_mask"))
         calls += model.training
         if act is not None and model.training and calls == at:
             act(output)
@@ -82,8 +93,8 @@ def run(
     return distill(
         student,
         gpt2(2, 16),
-        STAGES,
-        text(),
+        stages,
+        text() if data is None else data,
         folder=folder,
         held_out=text(6),
         running={**RUNNING, **running},
@@ -110,6 +121,23 @@ def is_ordinary(student: Any, like: nn.Module) -> bool:
         and {n: t.shape for n, t in student.state_dict().items()} == {n: t.shape for n, t in like.state_dict().items()}
         and student(ids(2)).logits.shape == (2, 8, 48)
     )
+
+
+def damaged(folder: Path) -> str:
+    """The error of a run whose cached teacher is damaged in one row, which the second of two processes reads first."""
+    rows = Windows(text())
+    cache = build_cache(gpt2(2, 16), rows, folder, k=4, rows_per_shard=1)
+    row = int(Order(len(rows), 1.0, mixed_seed(0, "rows", 0)).take(0, 4)[2])
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        shard = folder / f"shard-{row:05d}.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1])
+    PartialState().wait_for_everyone()
+    try:
+        distill(factorized(), cache, {"losses": {"logits": 1}, "steps": 2, "batch_size": 4}, rows, running=RUNNING)
+    except CacheError as error:
+        return str(error)
+    return ""
 
 
 class BrokenRun(Exception):  # noqa: N818 - a power cut rather than an error
@@ -147,7 +175,21 @@ def main(place: str) -> None:
     keep("ddp", student, run(student))
     found["handed over"] = broken(factorized(), InterruptedRun, folder / "handed", at=3, act=stop)
 
+    student = factorized()
+    keep("padded ddp", student, run(student, stages=PADDED, data=uneven()))
+
+    if PartialState().is_main_process:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        size = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, size[1]))
+    found["full disk"] = broken(factorized(), StorageError, folder / "full")
+    if PartialState().is_main_process:
+        resource.setrlimit(resource.RLIMIT_FSIZE, size)
+    found["damaged"] = damaged(folder / "cache")
+
     engine, shares = sharding_engine(), set[float]()
+    student = factorized()
+    keep("padded fsdp", student, run(student, None, engine, stages=PADDED, data=uneven()))
     student = factorized()
     keep("fsdp", student, run(student, folder / "fsdp", engine, shares=shares))
     found["shares"], found["ordinary"] = sorted(shares), is_ordinary(student, factorized())

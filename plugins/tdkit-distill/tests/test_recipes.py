@@ -147,6 +147,37 @@ def test_every_recipe_runs_at_toy_size_and_its_result_loads(name: str, toys: Pat
         assert 0 <= trained[0]["teacher_accuracy"] <= 1
 
 
+def test_a_task_stage_starts_from_the_general_stage_and_says_what_it_took(toys: Path, tmp_path: Path) -> None:
+    run_recipe(toy("bert-kronecker-8x", toys), tmp_path / "general", console=Console(file=io.StringIO()))
+    form = toy("bert-kronecker-8x-task", toys).to_dict()
+    form["steps"][1]["distill"] |= {"start": str(tmp_path / "general" / "model"), "optimizer": {"lr": 1e-12}}
+    out = io.StringIO()
+    run_recipe(Recipe.from_dict(form), tmp_path / "task", console=Console(file=out, width=2000))
+    assert f"layers taken from {tmp_path / 'general' / 'model'}" in out.getvalue()
+    assert "left as they are: bert.pooler.dense, classifier" in out.getvalue()
+    general, task = (tdkit.load(tmp_path / name / "model").state_dict() for name in ("general", "task"))
+    factors = [name for name in general if ".matrix." in name]
+    assert factors
+    assert all(torch.allclose(general[name], task[name], atol=1e-7) for name in factors)
+    form["steps"][0]["compress"]["rules"][1]["with"]["kronecker"]["terms"] = 2
+    with pytest.raises(TdkitError, match=r"attention.self.query.matrix.a: .* there, .* here"):
+        run_recipe(Recipe.from_dict(form), tmp_path / "other", console=Console(file=out))
+
+
+def test_labelled_rows_of_every_file_are_trained_on(toys: Path, tmp_path: Path) -> None:
+    lines = (toys / "rows.jsonl").read_text().splitlines()
+    halves = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    for file, part in zip(halves, (lines[:50], lines[50:]), strict=True):
+        file.write_text("\n".join(part))
+    form = toy("bert-kronecker-8x-task", toys).to_dict()
+    terms = []
+    for train in (str(toys / "rows.jsonl"), list(map(str, halves))):
+        form["data"]["train"] = train
+        quiet = Console(file=io.StringIO())
+        terms.append(run_recipe(Recipe.from_dict(form), tmp_path / str(len(terms)), console=quiet)[1]["terms"])
+    assert terms[0] == terms[1]
+
+
 def test_the_recipes_that_the_papers_need_are_there() -> None:
     wanted = {"gpt2-tqcompressed", "gpt2-81m", "gpt2-kngpt2", "gpt2-ttm", "gpt2-krony", "smollm2-distill"}
     assert wanted | {"bert-kronecker-8x", "bert-kronecker-21x"} <= set(NAMES)
@@ -162,7 +193,7 @@ def test_the_steps_are_found_through_entry_points() -> None:
 def test_resume_goes_on_inside_an_interrupted_step(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step before is not done again, and the interrupted one continues from its own checkpoint."""
     from tdkit_distill.errors import InterruptedRun
-    from tdkit_distill.loop import Loop
+    from tdkit_distill.loop.loop import Loop
 
     recipe = toy("gpt2-tqcompressed", toys)
     quiet = Console(file=io.StringIO())

@@ -1,0 +1,1 @@
+"""The training loop: stages, optimizer steps, checkpoints, and resuming them."""

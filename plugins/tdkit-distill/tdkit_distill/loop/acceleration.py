@@ -1,0 +1,154 @@
+"""The accelerate engine that a run goes through, made for its options, and what such a run cannot do told early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tdkit.errors import did_you_mean
+from torch import nn
+
+from tdkit_distill.errors import StageError
+from tdkit_distill.loop.stages import Running, Stage
+from tdkit_distill.loop.trainee import STUDENT, Trainee
+from tdkit_distill.models.sharding import is_sharding, shard
+
+
+def make_accelerator(running: Running, folder: Path | None, stages: list[Stage]) -> Any:
+    """An ``accelerate.Accelerator`` for a run's options.
+
+    Raises:
+        StageError: for a device or tracker that this machine does not offer.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs  # slow to import
+
+    for name, device in (("device", running.device), ("teacher_device", running.teacher_device)):
+        _check_device(name, device)
+    _check_trackers(running.trackers, folder)
+    _forget_precision()
+    ends = all({label.partition("@")[0] for label in stage.losses} & {"cross_entropy", "logits"} for stage in stages)
+    return Accelerator(
+        mixed_precision=running.precision,
+        cpu=running.device == "cpu",
+        log_with=list(running.trackers) or None,
+        project_dir=None if folder is None else str(folder),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not ends, broadcast_buffers=False)],
+    )
+
+
+def _forget_precision() -> None:
+    """Make accelerate forget the precision that an earlier run in this process chose, which would stay."""
+    from accelerate.state import AcceleratorState  # slow to import
+
+    AcceleratorState._reset_state()
+
+
+def check_accelerator(engine: Any, running: Running) -> None:
+    """Refuse what an engine, one made here or the caller's own, would not do as it says.
+
+    Raises:
+        StageError: for fp16 on a CPU, for FSDP version 1, and for options that do not go with FSDP.
+    """
+    if engine.mixed_precision == "fp16" and engine.device.type == "cpu":
+        raise StageError(
+            "precision: fp16, but this run is on the CPU, where accelerate would train in float32 without a word: fp16 "
+            "gradients need a GPU and its loss scaler. Set precision: bf16, which a CPU can do, or no"
+        )
+    _check_sharding(engine, running)
+
+
+def _check_sharding(engine: Any, running: Running) -> None:
+    """Refuse what a sharded run would not do as it says.
+
+    Raises:
+        StageError: for FSDP1, and for options of FSDP that are not followed here.
+    """
+    if not str(engine.distributed_type).endswith("FSDP"):
+        return
+    if not is_sharding(engine):
+        raise StageError(
+            "FSDP version 1 is not supported: it keeps flat parameters, of which no student can be read while it "
+            "trains. Set fsdp_version: 2 (accelerate launch --use_fsdp --fsdp_version 2, accelerate 1.6 or newer), or "
+            "train with DDP"
+        )
+    plugin = engine.state.fsdp_plugin
+    faults = []
+    if plugin.activation_checkpointing:
+        faults.append("fsdp_activation_checkpointing: use gradient_checkpointing of running instead")
+    if plugin.ignored_modules is not None:
+        faults.append("fsdp_ignored_modules: what FSDP leaves alone would not be averaged over the processes; drop it")
+    if getattr(engine, "parallelism_config", None) is not None:
+        faults.append("a parallelism_config: only plain FSDP over all processes is supported; drop it")
+    if running.compile or engine.state.dynamo_plugin.backend.value != "NO":
+        faults.append("compile, or a dynamo_backend of accelerate: a compiled student is not sharded here; drop it")
+    if faults:
+        raise StageError("with FSDP this run cannot take\n" + "\n".join(faults))
+
+
+def prepared(
+    engine: Any, trainee: Trainee, trainable: set[str], stage: Stage
+) -> tuple[Any, torch.optim.Optimizer, Any]:
+    """What the engine makes of a trainee and its optimizer for the steps of a stage.
+
+    Args:
+        trainable: names of the student's parameters that learn; those of the terms always do.
+
+    Returns:
+        The trainee in the engine's wrapper, the optimizer itself, and that in the engine's wrapper.
+    """
+    if is_sharding(engine):
+        learned = [term for term in trainee.terms if any(True for _ in term.parameters())]
+        shard(trainee, trainee.student, engine, training=True, apart=learned)
+        optimizer = _optimizer(trainee, trainable, stage)
+        return trainee, optimizer, engine.prepare_optimizer(optimizer)
+    optimizer = _optimizer(trainee.to(engine.device), trainable, stage)
+    model, wrapped = engine.prepare(trainee, optimizer)
+    return model, optimizer, wrapped
+
+
+def _optimizer(trainee: Trainee, trainable: set[str], stage: Stage) -> torch.optim.Optimizer:
+    options = stage.optimizer
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in trainee.named_parameters():
+        if name.startswith(STUDENT) and name.removeprefix(STUDENT) not in trainable:
+            continue
+        (decayed if parameter.ndim >= 2 else plain).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+    )
+
+
+def _check_device(name: str, device: str | None) -> None:
+    if device is not None and device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        raise StageError(
+            f"{name}: {device}, but this torch ({torch.__version__}) sees no CUDA device: set {name}: cpu, or install "
+            "a torch build for CUDA and check nvidia-smi"
+        )
+
+
+def _check_trackers(trackers: tuple[str, ...], folder: Path | None) -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = {str(name): kind for name, kind in LOGGER_TYPE_TO_CLASS.items()}
+    installed = {str(name) for name in get_available_trackers()}
+    for tracker in trackers:
+        if tracker == "all":
+            continue
+        if tracker not in known:
+            hint = did_you_mean(tracker, known) or f". accelerate knows {', '.join(sorted(known))}"
+            raise StageError(f"trackers: there is no tracker '{tracker}'{hint}")
+        if tracker not in installed:
+            raise StageError(f"trackers: the package of '{tracker}' is not installed: pip install {_package(tracker)}")
+        if folder is None and known[tracker].requires_logging_directory:
+            raise StageError(f"trackers: '{tracker}' writes into the run's folder, and there is none: pass folder=")
+
+
+def _package(tracker: str) -> str:
+    return {"tensorboard": "tensorboardX"}.get(tracker, tracker.replace("_", "-"))

@@ -1,0 +1,201 @@
+"""A run's state on disk, whole or not at all, in safetensors and JSON: nothing is unpickled when it is read.
+
+A checkpoint holds the student with its learned projections, the optimizer's moments, the loss scaler, and
+where the run stands (stage, step). The order of the data, the learning rate and every random draw are pure
+functions of the seed, the stage and the step, so that these numbers are their state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tdkit.support.files import whole_folder
+from torch import Tensor, nn
+
+from tdkit_distill.errors import ResumeError, StorageError
+from tdkit_distill.models.sharding import gathered, named_tensors, put
+
+FORMAT = 1
+STATE = "state.json"
+TENSORS = ("model", "optimizer")
+SEPARATOR = "|"  # between a parameter's name and its optimizer entry; no module name can hold it in this place
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        stage: its number, from 0.
+        step: optimizer steps that this stage has done.
+        total: steps that all stages have done.
+    """
+
+    stage: int = 0
+    step: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was read and verified."""
+
+    folder: Path
+    position: Position
+    run: str
+    scaler: dict[str, Any]
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def write_checkpoint(
+    folder: Path,
+    position: Position,
+    *,
+    run: str,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    scaler: Mapping[str, Any],
+    keep: int,
+) -> None:
+    """Write a checkpoint below `folder`, then drop all but the last `keep`.
+
+    Args:
+        run: what tells this run from another; a resumed run must have the same.
+
+    Raises:
+        StorageError: when it could not be written; earlier checkpoints are untouched.
+    """
+    place = folder / f"step-{position.total:08d}"
+    tensors = {"model": dict(model), "optimizer": dict(optimizer)}
+    size = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+    try:
+        with whole_folder(place) as target:
+            digests = {}
+            for name, group in tensors.items():
+                save_file(group, target / f"{name}.safetensors")
+                digests[name] = _digest(target / f"{name}.safetensors")
+            state = {
+                "format": FORMAT,
+                "run": run,
+                "position": vars(position),
+                "scaler": dict(scaler),
+                "digests": digests,
+            }
+            (target / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        last = next(iter(reversed(checkpoints(folder))), None)
+        kept = f"the last good one is {last}" if last else "there is no earlier one"
+        raise StorageError(
+            f"checkpoint {place} ({size / 1e6:,.0f} MB) could not be written: {error}. Free some space and run "
+            f"again to go on; {kept}"
+        ) from error
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints below `folder`, oldest first."""
+    return sorted(place for place in folder.glob("step-*") if place.is_dir()) if folder.is_dir() else []
+
+
+def read_latest(folder: Path, run: str) -> Saved | None:
+    """The newest checkpoint that is whole; None when there is none at all.
+
+    Raises:
+        ResumeError: when it is of another run, or every one is damaged.
+    """
+    found = checkpoints(folder)
+    problems = []
+    for place in reversed(found):
+        try:
+            saved = _read(place)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            problems.append(f"{place.name}: {error}")
+            continue
+        if saved.run != run:
+            raise ResumeError(
+                f"{folder} holds a run with other models, data or stages: give another folder, or delete it"
+            )
+        return saved
+    if found:
+        raise ResumeError(f"every checkpoint in {folder} is damaged ({'; '.join(problems)}): delete it to start again")
+    return None
+
+
+def _read(place: Path) -> Saved:
+    state = json.loads((place / STATE).read_text(encoding="utf-8"))
+    if state["format"] != FORMAT:
+        raise ResumeError(f"{place} has format {state['format']}; this tdkit-distill reads {FORMAT}")
+    tensors = {}
+    for name in TENSORS:
+        path = place / f"{name}.safetensors"
+        if _digest(path) != state["digests"][name]:
+            raise ValueError(f"{path.name} is damaged")
+        tensors[name] = load_file(path)
+    return Saved(place, Position(**state["position"]), state["run"], state["scaler"], **tensors)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones once, whole, on the CPU.
+
+    Args:
+        keep: False takes part in gathering the shards of others and returns nothing.
+    """
+    return _kept(named_tensors(model), keep)
+
+
+def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy saved parameters and buffers into a model that has exactly these."""
+    named = named_tensors(model)
+    if set(named) != set(tensors):
+        odd = sorted(set(named) ^ set(tensors))[:3]
+        raise ResumeError(f"the checkpoint and the model differ in {', '.join(odd)}")
+    for name, tensor in named.items():
+        put(tensors[name], tensor)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name; `keep` as for `model_tensors`."""
+    found = {
+        f"{name}{SEPARATOR}{entry}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for name, parameter in model.named_parameters()
+        for entry, value in optimizer.state.get(parameter, {}).items()
+    }
+    return _kept(found, keep)
+
+
+def _kept(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        whole = gathered(tensor)
+        if keep:
+            found[name] = whole.detach().cpu().contiguous().clone()
+    return found
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Give the optimizer the state of `optimizer_tensors`."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, _, entry = key.partition(SEPARATOR)
+        parameter = parameters[name]
+        if entry != "step":
+            moment = torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False)
+            put(value, moment)
+            value = moment
+        optimizer.state[parameter][entry] = value

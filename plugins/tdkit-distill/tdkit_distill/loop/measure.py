@@ -1,0 +1,53 @@
+"""Figures of a student on rows that it was not trained on: cross-entropy, accuracy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from tdkit_distill.data.examples import IGNORED, Examples
+from tdkit_distill.errors import DataError
+from tdkit_distill.loop.trainee import Trainee
+from tdkit_distill.models.calls import call_model, logits_of, to_device
+
+
+@torch.no_grad()
+def held_out_loss(trainee: Trainee, examples: Examples, device: torch.device, *, batch: int, seed: int) -> float:
+    """The mean cross-entropy of the student over all labels of some examples, in eval mode."""
+    modes = {module: module.training for module in trainee.modules()}
+    trainee.eval()
+    total, count = 0.0, 0
+    try:
+        for start in range(0, len(examples), batch):
+            rows = torch.arange(start, min(start + batch, len(examples)))
+            given = to_device(examples.batch(rows, torch.Generator().manual_seed(seed + start)), device)
+            known = int((given["labels"] != IGNORED).sum())
+            total += float(trainee(given, None, held_out=True)) * known
+            count += known
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return total / count if count else math.nan
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, rows: Examples, *, batch: int = 32) -> float:
+    """The share of rows whose largest logit is their label."""
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    right = 0
+    try:
+        for start in range(0, len(rows), batch):
+            numbers = torch.arange(start, min(start + batch, len(rows)))
+            given = to_device(rows.batch(numbers, torch.Generator()), device)
+            logits = logits_of(call_model(model, given))
+            if not isinstance(logits, Tensor):
+                raise DataError("accuracy needs a model that returns logits")
+            right += int((logits.argmax(-1) == given["labels"]).sum())
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return right / len(rows)

@@ -1,0 +1,1 @@
+"""How a model is called, looked into while it runs, and cut into shards."""
