@@ -17,7 +17,7 @@ from tdkit.errors import OptionError
 from tdkit.fitting.linalg import relative_error, working
 from tdkit.fitting.metric import Metric
 from tdkit.products.cost import DENSE, Path, Product
-from tdkit.products.dispatch import Dispatcher, Preference
+from tdkit.products.dispatch import Dispatcher, Preference, check_loaded
 from tdkit.products.structure import Structure
 from tdkit.shapes import Shape
 
@@ -76,6 +76,24 @@ class FactorizedMatrix(nn.Module, ABC):
     ) -> Tensor:  # (*batch, out)
         """``x @ dense().T + bias`` by the cheapest path for this many rows of x."""
         return self.dispatcher.linear(self, x, bias)
+
+    def forward(
+        self,
+        x: Tensor,  # (*batch, in), or (*n,) integers below out
+        bias: Tensor | None = None,  # (out,)
+    ) -> Tensor:  # (*batch, out), or (*n, in)
+        """`linear` for floating-point x, `rows` for integers.
+
+        Layers call the matrix as a module, so that hooks on it run, such as those by which accelerate loads its
+        factors.
+
+        Raises:
+            TdkitError: when the factors are on the meta device and x is not.
+        """
+        if x.is_floating_point():
+            return self.linear(x, bias)
+        check_loaded(self.tensors(), x)
+        return self.rows(x)
 
     def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor:
         """``x @ dense().T + bias`` by one of `paths`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -24,6 +25,28 @@ from tdkit.support.compatibility import parameters_of, submodules_of
 Modes = tuple[int, ...]
 
 
+class Cores(nn.Module):
+    """A tuple of parameters, called ``0``, ``1`` and so on.
+
+    Unlike ``nn.ParameterList`` it is called to get them, so that hooks on it run, such as those by which accelerate
+    loads what is offloaded.
+    """
+
+    def __init__(self, cores: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        for number, core in enumerate(cores):
+            self.register_parameter(str(number), core)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        return tuple(parameters_of(self).values())
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self()[number]  # type: ignore[no-any-return]
+
+    def __len__(self) -> int:
+        return len(parameters_of(self))
+
+
 class TTMatrixMatrix(StructuredMatrix):
     """Cores (rank, out mode, in mode, next rank) of a matrix padded to the product of its modes."""
 
@@ -42,19 +65,20 @@ class TTMatrixMatrix(StructuredMatrix):
         super().__init__(decomposition, structure)
         self.out_modes = out_modes
         self.in_modes = in_modes
-        self.cores = nn.ParameterList(
+        self.cores = Cores(
             factor(*core, axes=axes, device=device, dtype=dtype)
             for core, axes in zip(structure.cores, structure.layout, strict=True)
         )
 
     def factors(self) -> tuple[Tensor, ...]:
-        return tuple(parameters_of(submodules_of(self)["cores"]).values())
+        cores: tuple[Tensor, ...] = submodules_of(self)["cores"]()
+        return cores
 
     def rows(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)
         stride = math.prod(self.out_modes)
         row: Tensor | None = None  # (n, columns so far, rank)
-        for m, core in zip(self.out_modes, self.cores, strict=True):
+        for m, core in zip(self.out_modes, self.factors(), strict=True):
             stride //= m
             picked = core[:, (flat // stride) % m].permute(1, 0, 2, 3)  # (n, rank, in mode, next rank)
             if row is None:
@@ -148,7 +172,7 @@ class TTMatrix(Decomposition):
             cores, _ = bond_balanced(tt_svd(weight, ranks, out_modes, in_modes))
         else:
             cores = fit_train(weight, metric, ranks, out_modes, in_modes)
-        for parameter, core in zip(matrix.cores, cores, strict=True):
+        for parameter, core in zip(matrix.factors(), cores, strict=True):
             assign(parameter, core)
         return matrix
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from tdkit.errors import TdkitError
 from tdkit.products import kernels, onednn
 from tdkit.products.autograd import autocast_dtype
 from tdkit.products.cached_tensor import CachedTensor, can_cache
@@ -68,6 +69,7 @@ class Dispatcher:
             return matrix.multiply(x, bias, _compiled_path(matrix, x))
         may_cache = self.prefer == "speed" and not matrix.training
         tensors = matrix.tensors()
+        check_loaded(tensors, x)
         weight = self._weight.again(x, tensors) if may_cache else None
         if weight is None:
             return self._dispatch(matrix, x, bias, tensors, may_cache)
@@ -145,6 +147,21 @@ class Dispatcher:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_tables": {}}
+
+
+def check_loaded(tensors: Sequence[Tensor], x: Tensor) -> None:
+    """Refuse to compute with tensors that have no numbers.
+
+    Raises:
+        TdkitError: when one of them is on the meta device and x is not.
+    """
+    for tensor in tensors:
+        if tensor.is_meta and not x.is_meta:
+            raise TdkitError(
+                "the factors are on the meta device and hold no numbers: what offloaded them does not load them before "
+                "the matrix is called. Hooks on each module do, as accelerate attaches them; or keep the factorised "
+                "layers in memory"
+            )
 
 
 def _needs_gradients(tensors: Sequence[Tensor]) -> bool:

@@ -86,7 +86,7 @@ class FactorizedEmbedding(FactorizedLayer):
         input: Tensor,  # noqa: A002, the name that nn.Embedding gives it; (*n,) integers
     ) -> Tensor:  # (*n, embedding_dim)
         self._check(input)
-        rows = self.matrix.rows(input)
+        rows = cast(Tensor, self.matrix(input))
         if self.padding_idx is None:
             return rows
         padding = (input == self.padding_idx).unsqueeze(-1)

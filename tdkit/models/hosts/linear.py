@@ -95,7 +95,7 @@ class FactorizedLinear(FactorizedLayer):
         self,
         input: Tensor,  # noqa: A002, the name that nn.Linear gives it; (*batch, in_features)
     ) -> Tensor:  # (*batch, out_features)
-        return self.matrix.linear(input, cast("Tensor | None", self.bias))
+        return cast(Tensor, self.matrix(input, self.bias))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -125,4 +125,4 @@ class FactorizedConv1D(FactorizedLinear):
         self,
         x: Tensor,  # (*batch, nx)
     ) -> Tensor:  # (*batch, nf)
-        return self.matrix.linear(x, cast("Tensor | None", self.bias))
+        return cast(Tensor, self.matrix(x, self.bias))
