@@ -67,7 +67,7 @@ def side_by_side(
 
 
 def _repeats(call: Callable[[], object], device: torch.device) -> int:
-    if _sample(call, 1, device) > 20 * SAMPLE_SECONDS:  # warm-up: allocations, thread pools, held weights
+    if _sample(call, 1, device) > 20 * SAMPLE_SECONDS:  # warm-up: allocations, thread pools, cached weights
         return 1
     _sample(call, 2, device)
     shortest = min(_sample(call, 1, device) for _ in range(3))
