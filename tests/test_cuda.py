@@ -34,7 +34,7 @@ def model_of(kind: Decomposition, dtype: torch.dtype = torch.float32) -> nn.Modu
 
 
 def captured(model: nn.Module, given: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A graph of one call, after the calls outside a graph that hold weights and compile kernels; and its output."""
+    """A graph of one call, after the calls outside a graph that cache weights and compile kernels; and its output."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -60,17 +60,17 @@ def test_a_graph_replays_a_compressed_model(
         twin = copy.deepcopy(model).float().cpu()
     ids = torch.zeros(1, 3, dtype=torch.long, device="cuda")
     graph, output = captured(model, ids)
-    held = cached_bytes(model)
+    cached = cached_bytes(model)
     for _ in range(2):
         ids.random_(40)
         graph.replay()
         torch.testing.assert_close(output, model(ids), **TOLERANCE[dtype])
         torch.testing.assert_close(output.float().cpu(), twin(ids.cpu()), **TOLERANCE[dtype])
-    assert held == 0 or prefer == "speed"
+    assert cached == 0 or prefer == "speed"
 
 
-def held_layer() -> nn.Module:
-    """One layer that is fastest with its weight held at 512 tokens."""
+def cached_layer() -> nn.Module:
+    """One layer that is fastest with its weight cached at 512 tokens."""
     policy = Policy([Rule("*", TTMatrix(ranks=16))], allow_growth=True)
     model = tdkit.compress(nn.Sequential(nn.Linear(64, 64)), policy, progress=False).cuda()
     assert factorized_matrices(model)[0].path(512, prefer="speed").name == CACHED
@@ -78,8 +78,8 @@ def held_layer() -> nn.Module:
 
 
 @torch.no_grad()
-def test_a_graph_reads_a_weight_that_was_held_before() -> None:
-    model, x = prepare(held_layer()), torch.randn(512, 64, device="cuda")
+def test_a_graph_reads_a_weight_that_was_cached_before() -> None:
+    model, x = prepare(cached_layer()), torch.randn(512, 64, device="cuda")
     graph, output = captured(model, x)
     assert cached_bytes(model) == 64 * 64 * 4
     x.normal_()
@@ -88,8 +88,8 @@ def test_a_graph_reads_a_weight_that_was_held_before() -> None:
 
 
 @torch.no_grad()
-def test_no_weight_is_held_that_a_capture_would_build() -> None:
-    model, x = held_layer(), torch.randn(512, 64, device="cuda")
+def test_no_weight_is_cached_that_a_capture_would_build() -> None:
+    model, x = cached_layer(), torch.randn(512, 64, device="cuda")
     captured(prepare(model, prefer="memory"), x)  # the workspaces of cuBLAS are made here
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

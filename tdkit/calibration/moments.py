@@ -15,6 +15,7 @@ from tdkit.errors import CalibrationError
 from tdkit.fitting.metric import Metric
 from tdkit.models.hosts.base import Observer
 from tdkit.models.sites import Site, User
+from tdkit.support.compatibility import version_of
 
 DIAGONAL_ABOVE = 16384  # a longer side (a vocabulary) keeps the diagonal of its moment only
 
@@ -202,10 +203,10 @@ class Recorder:
         leader = self.shared.get(name)
         if leader is None or leader not in self.sums:
             if name in self.shared.values():
-                self._last[name] = (x, x._version)
+                self._last[name] = (x, version_of(x))
             return False
         seen, version = self._last.get(leader, (None, -1))
-        if seen is None or not same_tensor(seen, x) or version != x._version:
+        if seen is None or not same_tensor(seen, x) or version != version_of(x):
             raise SharingBrokeError(name)
         return True
 
@@ -264,7 +265,7 @@ def reaching(sites: Sequence[Site]) -> Iterator[Reach]:
     for site in reach.sites:
         x = calls[site.name][0]
         if len(calls[site.name]) == 1 and site.users[0].multiplications and x.numel():
-            leader = leaders.setdefault((x.data_ptr(), x._version, *x.shape), site.name)
+            leader = leaders.setdefault((x.data_ptr(), version_of(x), *x.shape), site.name)
             if leader != site.name:
                 reach.shared[site.name] = leader
 

@@ -69,7 +69,7 @@ def side_by_side(
 
 
 def _repeats(call: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> int:
-    if _sample(call, 1, device, clock) > 20 * SAMPLE_SECONDS:  # warm-up: allocations, thread pools, held weights
+    if _sample(call, 1, device, clock) > 20 * SAMPLE_SECONDS:  # warm-up: allocations, thread pools, cached weights
         return 1
     _sample(call, 2, device, clock)
     shortest = min(_sample(call, 1, device, clock) for _ in range(3))

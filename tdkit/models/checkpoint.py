@@ -373,7 +373,8 @@ def _retype(model: nn.Module, name: str, dtype: torch.dtype) -> None:
     owner_name, _, attribute = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     tensor = getattr(owner, attribute)
-    tensor.data = tensor.data.to(dtype)
+    with torch.inference_mode(False):  # so that factors are ordinary tensors wherever they are loaded
+        tensor.data = tensor.data.to(dtype)
 
 
 def _digest(path: Path) -> str:

@@ -77,7 +77,7 @@ def evaluation(shapes: Sequence[tuple[int, int]], tokens: int, seconds: float) -
         small = [filled(kind, shape) for _ in range(count)]
         fast = copy.deepcopy(small)
         dense = []
-        for matrix in fast:  # what it holds, and the dense weight beside it: where a weight lies decides up to 10%
+        for matrix in fast:  # what it caches, and the dense weight beside it: where a weight lies decides up to 10%
             matrix.dispatcher.configure("speed")
             inferring(partial(matrix.linear, x, bias))()
             dense.append(torch.randn(shape))
@@ -228,9 +228,9 @@ def peers(seconds: float) -> tuple[list[Row], list[str]]:
             "tdkit, prefer=memory": lambda: train.linear(x),
         },
     }
-    held = copy.deepcopy(train)
-    held.dispatcher.configure("speed")
-    groups["TT-matrix, 3 cores, rank 16"]["tdkit, prefer=speed"] = lambda: held.linear(x)
+    caching = copy.deepcopy(train)
+    caching.dispatcher.configure("speed")
+    groups["TT-matrix, 3 cores, rank 16"]["tdkit, prefer=speed"] = lambda: caching.linear(x)
     try:
         from pyfastkron.fastkrontorch import gemkm
 
