@@ -39,7 +39,7 @@ def say(*values):
 
 def run_together(folder: Path, program: str, count: int = 2) -> list[list[str]]:
     """The lines that each of `count` processes prints; all of them are killed when one fails or takes too long."""
-    code = START + textwrap.dedent(program) + "\ndistributed.destroy_process_group()\n"
+    code = START + textwrap.dedent(program) + "\ndistributed.barrier()\ndistributed.destroy_process_group()\n"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started: list[subprocess.Popen[str]] = []
     try:

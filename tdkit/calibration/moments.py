@@ -203,12 +203,17 @@ class Recorder:
         leader = self.shared.get(name)
         if leader is None or leader not in self.sums:
             if name in self.shared.values():
-                self._last[name] = (x, version_of(x))
+                self._last[name] = (x, _version(x))
             return False
         seen, version = self._last.get(leader, (None, -1))
-        if seen is None or not same_tensor(seen, x) or version != version_of(x):
+        if seen is None or not same_tensor(seen, x) or version != _version(x):
             raise SharingBrokeError(name)
         return True
+
+
+def _version(x: Tensor) -> int:
+    """The version counter of x; inference tensors have none, and are taken to be unchanged while their address is."""
+    return -1 if x.is_inference() else version_of(x)
 
 
 def token_rows(x: Tensor, mask: Tensor | None) -> Row:
@@ -265,7 +270,7 @@ def reaching(sites: Sequence[Site]) -> Iterator[Reach]:
     for site in reach.sites:
         x = calls[site.name][0]
         if len(calls[site.name]) == 1 and site.users[0].multiplications and x.numel():
-            leader = leaders.setdefault((x.data_ptr(), version_of(x), *x.shape), site.name)
+            leader = leaders.setdefault((x.data_ptr(), _version(x), *x.shape), site.name)
             if leader != site.name:
                 reach.shared[site.name] = leader
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tdkit.calibration.calibration import Batch, Calibration, Loss
 from tdkit.calibration.losses import Labels, attention_mask, data_loss, sampled_loss
 from tdkit.errors import CalibrationError
+from tdkit.support.compatibility import buffers_of, move_own_tensors, parameters_of
 
 T = TypeVar("T")
 
@@ -106,7 +107,7 @@ def _homes(model: nn.Module) -> dict[str, torch.device]:
     """The device of every module that holds tensors of its own, by name, and that of the whole model."""
     homes = {"": _device_of(model)}
     for name, module in model.named_modules(remove_duplicate=False):
-        own = next((t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None), None)
+        own = next((t for t in (*parameters_of(module).values(), *buffers_of(module).values()) if t is not None), None)
         if own is not None:
             homes[name] = own.device
     return homes
@@ -118,7 +119,7 @@ def _bring_home(model: nn.Module, homes: Mapping[str, torch.device]) -> None:
         return
     for name, module in model.named_modules(remove_duplicate=False):
         home = _of_nearest(name, homes)
-        module._apply(lambda tensor, home=home: tensor.to(home), recurse=False)
+        move_own_tensors(module, home)
 
 
 def _of_nearest(name: str, known: Mapping[str, T]) -> T:

@@ -67,8 +67,6 @@ class Auto(Decomposition):
         choices = [choice for choice in richest if choice is not None]
         return min(choices, key=lambda c: c.error(weight, c.fit(weight, metric), metric), default=None)
 
-    most_exact = best_within
-
     def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
         """The members' curves merged: each point is less in error than all smaller ones of every member."""
         shape = (weight.shape[0], weight.shape[1])
@@ -106,8 +104,6 @@ class Auto(Decomposition):
         if not possible:
             raise complaints[0]
         return possible
-
-    members_of = alternatives
 
     def _open(self) -> OptionError:
         return OptionError("auto: a plan with a budget picks the decomposition: fit the one it names")

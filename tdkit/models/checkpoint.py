@@ -24,6 +24,7 @@ from tdkit.models.hosts.registered import host_of
 from tdkit.models.sites import FactorizedUser, factorized_groups, replace_module
 from tdkit.models.ties import follow_ties
 from tdkit.shapes import Shape
+from tdkit.support.compatibility import parameters_of
 from tdkit.support.files import whole_folder
 
 FORMAT = "tdkit"
@@ -276,7 +277,7 @@ def _find(model: nn.Module, name: str, before: Mapping[str, nn.Module], folder: 
     for found in ((name, "weight"), (layer, weight)):
         with suppress(AttributeError):
             module = before.get(found[0], model.get_submodule(found[0]))
-            if found[1] == "weight" or found[1] in module._parameters:
+            if found[1] == "weight" or found[1] in parameters_of(module):
                 return *found, module
     raise CheckpointError(f"{folder}: this model has no layer {name}: it is another architecture") from None
 

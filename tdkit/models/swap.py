@@ -22,6 +22,7 @@ from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedLayer, install
 from tdkit.models.sites import Site, User, replace_module
 from tdkit.models.ties import follow_ties
+from tdkit.support.compatibility import own_parameters, parameters_of
 
 Fitted = list[tuple[Site, FactorizedMatrix]]
 
@@ -50,8 +51,8 @@ class _Replaced:
         """Hold the layer no longer, but what is needed to build it again with its weight from elsewhere."""
         if self.dense is self.original():
             self.dense = copy.copy(self.dense)
-            self.dense._parameters = dict(self.dense._parameters)
-        self.dense._parameters[weight] = placeholder
+            own_parameters(self.dense)
+        parameters_of(self.dense)[weight] = placeholder
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Swap:
         for site, matrix in fitted:
             built: dict[int, FactorizedLayer] = {}  # one layer per module, also when it has several names
             records = [self._record(user) for user in site.users]
-            weight = records[0].dense._parameters[site.users[0].weight]
+            weight = parameters_of(records[0].dense)[site.users[0].weight]
             for user, record in zip(site.users, records, strict=True):
                 if id(record) not in built:
                     record.matrices[user.weight] = matrix
@@ -110,9 +111,9 @@ class Swap:
         for name, record in reversed(self._replaced.items()):
             original = record.original()
             dense = record.dense if original is None else original
-            for weight, parameter in dense._parameters.items():
+            for weight, parameter in parameters_of(dense).items():
                 if id(parameter) in restored:
-                    dense._parameters[weight] = restored[id(parameter)]
+                    parameters_of(dense)[weight] = restored[id(parameter)]
             replace_module(self.model, name, dense)
         self._replaced.clear()
         self._spilled.clear()

@@ -277,8 +277,12 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     model.eval()
     output = model(ids.to(next(model.parameters()).device))
     model.train(training)
-    first = output[0]
-    assert isinstance(first, Tensor)
+    first = output if isinstance(output, Tensor) else output[0]
+    if not isinstance(first, Tensor):
+        raise RecipeError(
+            f"save compares the outputs of the saved and the reloaded model, and the first output of "
+            f"{type(model).__name__} is a {type(first).__name__}, not a tensor"
+        )
     return first
 
 

@@ -17,9 +17,11 @@ __all__ = [
     "buffers_of",
     "constant_for_compile",
     "in_functional_transform",
+    "move_own_tensors",
     "onednn_enabled",
     "onednn_has_linear",
     "onednn_linear",
+    "own_parameters",
     "parameters_of",
     "reset_accelerate_state",
     "storage_id",
@@ -40,6 +42,16 @@ version_of: Callable[[Tensor], int] = attrgetter("_version")
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
     """The module's own parameters by name. Reading an attribute of a module instead takes ten times as long."""
     return cast("dict[str, nn.Parameter]", module._parameters)
+
+
+def own_parameters(module: nn.Module) -> None:
+    """Give a shallow copy of a module a dictionary of parameters of its own; until then it is the original's."""
+    module._parameters = dict(module._parameters)
+
+
+def move_own_tensors(module: nn.Module, device: torch.device) -> None:
+    """``module.to(device)`` without its submodules; parameters stay the same objects."""
+    module._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:

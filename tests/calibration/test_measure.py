@@ -388,6 +388,17 @@ def test_calibration_inside_inference_mode_is_that_outside() -> None:
     assert torch.equal(outside.output, inside.output)
 
 
+def test_batches_made_in_inference_mode_are_ordinary_batches() -> None:
+    model = nn.Sequential(Attention(6), Attention(6))
+    with torch.inference_mode():
+        batch = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    found = calibrate(model, [batch], loss=lambda y, _: y.square().sum())
+    expected = calibrate(model, [batch.clone()], loss=lambda y, _: y.square().sum())
+    for name in expected.names:
+        for ours, theirs in zip(*(vars(each.metric(name)).values() for each in (found, expected)), strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_a_calibration_holds_metrics_only() -> None:
     with pytest.raises(CalibrationError, match="the metric of 'a' is a NoneType"):
         Calibration({"a": None})  # type: ignore[dict-item]

@@ -19,7 +19,10 @@ import yaml
 
 from tdkit.cli.models import policy_of
 from tdkit.decompositions.registered import decompositions
+from tdkit.evaluation import perplexity
+from tdkit.models.sites import num_params
 from tdkit.planning.policy import Policy
+from tdkit.sources import encode, load_model, load_texts
 from tests.cli.command import Result, run
 from tests.packages import install_package
 
@@ -89,7 +92,11 @@ def test_compress_eval_info(tdkit: Tdkit, gpt2_folder: Path, text_file: Path, tm
     assert "tt_matrix" in tdkit("info", out).out
     assert len(json.loads(tdkit("info", out, "--json").out)["layers"]) == 4
     measured = tdkit("eval", out, "--text", text_file, "--context", "32", "--tokens", "512", "--json")
-    assert json.loads(measured.out)["perplexity"] > 1
+    source = load_model(str(out))
+    ids = encode(load_texts(text_file), source.tokenizer, 512)
+    expected = perplexity(source.model, ids, context=32)
+    assert json.loads(measured.out)["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert num_params(source.model) == json.loads(measured.out)["params"]
     again = tdkit("compress", gpt2_folder, "--budget", "0.8", "--out", out)
     assert again.code == 2
     assert "--overwrite" in again.err

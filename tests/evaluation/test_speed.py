@@ -15,7 +15,7 @@ import tdkit
 from tdkit import Kronecker, LowRank, Policy, Rule, TTMatrix
 from tdkit.errors import PolicyError
 from tdkit.evaluation.speed import WHOLE_MODEL, benchmark, densified, unfitted
-from tdkit.evaluation.timing import peak_bytes, saved_bytes, side_by_side
+from tdkit.evaluation.timing import Timing, peak_bytes, saved_bytes, side_by_side
 from tdkit.models.hosts.base import FactorizedLayer
 from tdkit.models.preparation import cached_bytes
 from tdkit.models.sites import num_params
@@ -62,8 +62,11 @@ def test_every_kind_of_layer_and_the_model_are_timed(train: bool) -> None:
     result = benchmark(model, tokens=(1, 8), train=train, call=call, seconds=0.01, progress=False)
     assert {row.what.split()[0] for row in result.rows} == {"Embedding", "Linear", "whole"}
     assert [row.tokens for row in result.rows] == [1, 8] * 4
-    assert all(row.seconds > 0 and row.dense_seconds > 0 and row.ratio > 0 for row in result.rows)
-    assert all(row.peak_bytes > 0 for row in result.rows)
+    if not train:
+        whole = [row for row in result.rows if row.what == WHOLE_MODEL]
+        outputs = [row.tokens * 40 * 4 for row in whole]  # bytes of the logits, of which each call makes one tensor
+        assert all(row.peak_bytes > output for row, output in zip(whole, outputs, strict=True))
+        assert whole[1].dense_peak_bytes > whole[0].dense_peak_bytes
     assert json.loads(json.dumps(result.to_dict()))["train"] is train
     shown = render(result.table(), 200)
     assert WHOLE_MODEL in shown
@@ -72,6 +75,21 @@ def test_every_kind_of_layer_and_the_model_are_timed(train: bool) -> None:
     assert cached_bytes(model) == 0
     assert model.middle.matrix.prefer == "memory"
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_row_tells_the_times_of_its_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def timed(contenders: dict[str, Callable[[], object]], **_: object) -> dict[str, Timing]:
+        outputs = [each() for each in contenders.values()]
+        torch.testing.assert_close(outputs[0], outputs[1])
+        seen.append(list(contenders))
+        return {"dense": Timing(2.0, 1.0), "factorised": Timing(3.0, 1.25)}
+
+    monkeypatch.setattr("tdkit.evaluation.speed.side_by_side", timed)
+    result = benchmark(compressed(), tokens=(1, 8), call=call, progress=False)
+    assert seen == [["dense", "factorised"]] * len(result.rows)
+    assert {(row.dense_seconds, row.seconds, row.ratio) for row in result.rows} == {(2.0, 3.0, 1.25)}
 
 
 def test_a_dense_model_is_refused_with_the_remedy() -> None:

@@ -14,7 +14,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from tdkit.errors import OptionError, RecipeError, RegistryError, SourceError
+from tdkit.errors import CheckpointError, OptionError, RecipeError, RegistryError, SourceError
 from tdkit.models.checkpoint import load
 from tdkit.recipes.library import load_recipe, recipe_files, recipe_text
 from tdkit.recipes.recipe import Recipe, steps
@@ -124,6 +124,20 @@ def test_unknown_recipes_and_unreadable_files(tmp_path: Path) -> None:
         recipe_text("smollm2-dmo")
     with pytest.raises(RecipeError, match="cannot be read"):
         recipe_text(str(tmp_path / "none.yaml"))
+
+
+def test_a_model_that_reloads_differently_fails_the_run(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(*arguments: Any, **options: Any) -> Any:
+        model = load(*arguments, **options)
+        model.transformer.ln_f.weight.data[0] += 1e-3
+        return model
+
+    monkeypatch.setattr("tdkit.recipes.steps.load", changed)
+    with pytest.raises(CheckpointError, match="the reloaded model's outputs differ from the saved one's"):
+        run_recipe(recipe, tmp_path / "run", console=QUIET)
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["finished"] == 3
 
 
 def test_run_leaves_results_and_a_model(recipe: Recipe, tmp_path: Path) -> None:

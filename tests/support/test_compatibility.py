@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,11 @@ from tdkit.support.compatibility import (
     buffers_of,
     constant_for_compile,
     in_functional_transform,
+    move_own_tensors,
     onednn_enabled,
     onednn_has_linear,
     onednn_linear,
+    own_parameters,
     parameters_of,
     reset_accelerate_state,
     storage_id,
@@ -23,6 +27,29 @@ from tdkit.support.compatibility import (
     version_of,
     wrapper_tensor,
 )
+
+
+def test_a_shallow_copy_gets_parameters_of_its_own() -> None:
+    layer = nn.Linear(2, 2)
+    bias, weight = layer.bias, layer.weight
+    twin = copy.copy(layer)
+    assert parameters_of(twin) is parameters_of(layer)
+    own_parameters(twin)
+    parameters_of(twin)["weight"] = nn.Parameter(torch.zeros(2, 2))
+    assert layer.weight is weight
+    assert twin.bias is bias
+    assert not twin.weight.any()
+
+
+def test_a_module_s_own_tensors_move_without_its_submodules() -> None:
+    outer = nn.ParameterDict({"own": nn.Parameter(torch.ones(2))})
+    outer.add_module("inner", nn.Linear(2, 2))
+    own = outer["own"]
+    outer.register_buffer("count", torch.zeros(1))
+    move_own_tensors(outer, torch.device("meta"))
+    assert outer["own"] is own or outer["own"].is_meta
+    assert outer.count.is_meta
+    assert not outer.inner.weight.is_meta
 
 
 @pytest.mark.parametrize("inference", [False, True])
