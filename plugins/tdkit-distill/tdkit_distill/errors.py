@@ -1,4 +1,4 @@
-"""What the distillation engine raises: every error names the value, the place and the remedy."""
+"""The errors of tdkit-distill: each names the value, the place and the remedy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tdkit.errors import TdkitError
 
 
 class DistillError(TdkitError):
-    """Base of every error that tdkit-distill raises on purpose."""
+    """Base class of the errors of tdkit-distill."""
 
 
 class StageError(DistillError, ValueError):
@@ -14,7 +14,7 @@ class StageError(DistillError, ValueError):
 
 
 class VocabularyError(DistillError, ValueError):
-    """Teacher and student speak of different tokens."""
+    """Teacher and student have vocabularies of different sizes."""
 
 
 class DataError(DistillError, ValueError):

@@ -113,8 +113,10 @@ class DistillStep(Stage, StepConfig):
             if isinstance(teacher, nn.Module):
                 figures["teacher_accuracy"] = accuracy(teacher, held_out)
         told = {k: v for k, v in figures.items() if isinstance(v, float)}
-        run.console.print(f"  {done.steps} steps, {done.tokens:,} tokens", highlight=False)
-        run.console.print("  " + ", ".join(f"{name} {value:.4g}" for name, value in told.items()), highlight=False)
+        run.console.print(f"  {done.steps} steps, {done.tokens:,} tokens", markup=False, highlight=False)
+        run.console.print(
+            "  " + ", ".join(f"{name} {value:.4g}" for name, value in told.items()), markup=False, highlight=False
+        )
         return figures
 
     def _rows(self, run: Run) -> tuple[Examples, Examples | None]:
@@ -163,7 +165,7 @@ class UntieStep(StepConfig):
 
 
 class ReinitializeStep(StepConfig):
-    """Draw the model's weights anew by the recipe's seed, to train from nothing."""
+    """Draw new random weights for the model by the recipe's seed, to train from scratch."""
 
     changes_model: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""What a stage trains on: rows that can be asked for by number, the same for the same seed."""
+"""Training data as numbered rows that are the same for the same seed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Examples(ABC):
 
     Attributes:
         fingerprint: changes when any row changes.
-        fixed: whether a row is the same each time it is asked for, which caching a teacher needs.
+        fixed: whether a row is the same each time it is read; a teacher cache needs that.
     """
 
     fingerprint: str
@@ -32,12 +32,12 @@ class Examples(ABC):
 
     @abstractmethod
     def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
-        """The rows with these numbers; whatever is random in them comes from `generator` only."""
+        """The rows with these numbers; all random choices are drawn from `generator`."""
 
     @property
     @abstractmethod
     def length(self) -> int:
-        """Tokens per row, by which stages count."""
+        """Tokens per row, the same for all rows; a stage's length in tokens is counted with it."""
 
 
 class Windows(Examples):

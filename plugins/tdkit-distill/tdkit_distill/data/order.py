@@ -1,4 +1,4 @@
-"""In which order rows are visited, and seeds for everything that is drawn: pure functions of a few numbers."""
+"""The order in which rows are visited, and random seeds: pure functions of seed, stage and step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def mixed_seed(*parts: int | str) -> int:
-    """One 63-bit seed from several numbers and names."""
+    """A 63-bit seed derived from several numbers and names."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 class Order:
-    """In which order a stage goes through its rows: a pure function of the seed and of how many were taken.
+    """The order in which a stage goes through its rows, shuffled in each epoch: a pure function of seed and position.
 
     Args:
         rows: how many there are.

@@ -147,7 +147,7 @@ def _token(tokenizer: Any, name: str) -> int:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of what a tokenizer does: its serialised form, or its vocabulary."""
+    """SHA-256 of a tokenizer's serialised form, or of its vocabulary where it has none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The accelerate engine that a run goes through, made for its options, and what such a run cannot do told early."""
+"""The ``accelerate.Accelerator`` of a run, and checks of the options that it does not support."""
 
 from __future__ import annotations
 
@@ -45,21 +45,27 @@ def _forget_precision() -> None:
 
 
 def check_accelerator(engine: Any, running: Running) -> None:
-    """Refuse what an engine, one made here or the caller's own, would not do as it says.
+    """Refuse options that an accelerator, made here or the caller's own, would ignore.
 
     Raises:
-        StageError: for fp16 on a CPU, for FSDP version 1, and for options that do not go with FSDP.
+        StageError: for fp16 on a CPU, for gradient accumulation of its own, for FSDP version 1, and for options that do
+            not go with FSDP.
     """
     if engine.mixed_precision == "fp16" and engine.device.type == "cpu":
         raise StageError(
             "precision: fp16, but this run is on the CPU, where accelerate would train in float32 without a word: fp16 "
             "gradients need a GPU and its loss scaler. Set precision: bf16, which a CPU can do, or no"
         )
+    if engine.gradient_accumulation_steps != 1:
+        raise StageError(
+            f"this accelerator has gradient_accumulation_steps={engine.gradient_accumulation_steps}, by which it would "
+            "divide the loss once more: leave it at 1, and set accumulation in the stage"
+        )
     _check_sharding(engine, running)
 
 
 def _check_sharding(engine: Any, running: Running) -> None:
-    """Refuse what a sharded run would not do as it says.
+    """Refuse options that a sharded run would ignore.
 
     Raises:
         StageError: for FSDP1, and for options of FSDP that are not followed here.
@@ -89,13 +95,13 @@ def _check_sharding(engine: Any, running: Running) -> None:
 def prepared(
     engine: Any, trainee: Trainee, trainable: set[str], stage: Stage
 ) -> tuple[Any, torch.optim.Optimizer, Any]:
-    """What the engine makes of a trainee and its optimizer for the steps of a stage.
+    """Prepare a trainee and its optimizer by the accelerator for one stage.
 
     Args:
-        trainable: names of the student's parameters that learn; those of the terms always do.
+        trainable: names of the student's parameters to train; those of the loss terms always are.
 
     Returns:
-        The trainee in the engine's wrapper, the optimizer itself, and that in the engine's wrapper.
+        The wrapped trainee, the optimizer, and the wrapped optimizer.
     """
     if is_sharding(engine):
         learned = [term for term in trainee.terms if any(True for _ in term.parameters())]

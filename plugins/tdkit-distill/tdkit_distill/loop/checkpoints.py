@@ -1,4 +1,4 @@
-"""A run's state on disk, whole or not at all, in safetensors and JSON: nothing is unpickled when it is read.
+"""Checkpoints of a run, in safetensors and JSON, written whole or not at all; reading one unpickles nothing.
 
 A checkpoint holds the student with its learned projections, the optimizer's moments, the loss scaler, and
 where the run stands (stage, step). The order of the data, the learning rate and every random draw are pure
@@ -32,7 +32,7 @@ SEPARATOR = "|"  # between a parameter's name and its optimizer entry; no module
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands.
+    """How far a run has come.
 
     Attributes:
         stage: its number, from 0.
@@ -70,7 +70,7 @@ def write_checkpoint(
     """Write a checkpoint below `folder`, then drop all but the last `keep`.
 
     Args:
-        run: what tells this run from another; a resumed run must have the same.
+        run: identifies the run by its models, data and stages; only a run with the same value is resumed.
 
     Raises:
         StorageError: when it could not be written; earlier checkpoints are untouched.
@@ -160,7 +160,7 @@ def model_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
 
 
 def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy saved parameters and buffers into a model that has exactly these."""
+    """Copy saved parameters and buffers into a model, which must have the same names."""
     named = named_tensors(model)
     if set(named) != set(tensors):
         odd = sorted(set(named) ^ set(tensors))[:3]
@@ -189,7 +189,7 @@ def _kept(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give the optimizer the state of `optimizer_tensors`."""
+    """Load into the optimizer the state that `optimizer_tensors` returned."""
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         name, _, entry = key.partition(SEPARATOR)

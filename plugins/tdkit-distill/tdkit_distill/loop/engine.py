@@ -1,4 +1,4 @@
-"""distill: train a student by a teacher through stages, to the end or to the next interruption, and resume exactly."""
+"""`distill`: train a student with a teacher in stages, with exact resume after an interruption."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def distill(
     accelerator: Any = None,
     progress: bool | None = None,
 ) -> Result:
-    """Train `student` in place, stage after stage.
+    """Train `student` in place, one stage after the other.
 
     With a folder the run saves itself and goes on where it was when it is called again with the same
     models, data and stages: killed at any moment, it ends with the weights of an undisturbed run (bit for
@@ -118,6 +118,11 @@ def distill(
     engine = accelerator or make_accelerator(chosen, place, read)
     check_accelerator(engine, chosen)
     aside = None if held_out is None else as_examples(held_out)
+    if aside is not None and "labels" not in aside.batch(torch.tensor([0]), torch.Generator()):
+        raise StageError(
+            "held_out: these rows have no labels, by which their loss is measured: add a column of that name, or leave "
+            "held_out out"
+        )
     run = _Run(student, teacher, read, sets, place, aside, seed, chosen, call, engine)
     with ExitStack() as stack:
         devices = [engine.device] if engine.device.type == "cuda" else []
@@ -308,7 +313,7 @@ class _Run:
         dtype: torch.dtype | None = None,
         at: str | None = None,
     ) -> AbstractContextManager[Teacher]:
-        """A model that is only asked: in shards where the engine makes them, unless it has a device of its own."""
+        """A model that is only run forward: sharded where the accelerator shards, unless it has a device of its own."""
         cut = partial(shard, engine=self.engine, training=False) if is_sharding(self.engine) and at is None else None
         device = self.engine.device
         return live_teacher(

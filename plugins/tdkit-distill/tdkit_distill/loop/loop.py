@@ -1,4 +1,4 @@
-"""The optimizer steps of one stage: teacher, student, backward, update, and what is noted of each."""
+"""The optimizer steps of one stage: teacher, student, backward, update, log entry."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class Loop:
 
 
 class Clock:
-    """Wall time of the parts of a step; waits for the device only when asked to."""
+    """Wall time of the parts of a step, in seconds; synchronises with the device only when `wait` is true."""
 
     def __init__(self, device: torch.device, wait: bool) -> None:
         self._device = device

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: stage, loss terms, tokens per second, time left."""
+"""The progress display of a run (stage, loss terms, tokens per second, time left), and its log file."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class LiveView:
-    """One line per stage that follows its steps."""
+    """A progress bar for the steps of a stage."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._task = progress.add_task("", total=1, terms="", speed="")
 
     def stage(self, title: str, steps: int, done: int) -> None:
-        """Begin a stage of `steps`, of which some were done before."""
+        """Begin a stage of `steps`, of which `done` were done before the run was resumed."""
         self._progress.reset(self._task, total=steps, completed=done, description=title, terms="", speed="")
 
     def step(self, terms: Mapping[str, float], tokens_per_second: float) -> None:
@@ -29,7 +29,7 @@ class LiveView:
         self._progress.update(self._task, advance=1, terms=text, speed=f"{tokens_per_second:,.0f} tok/s")
 
     def say(self, text: str) -> None:
-        """A line above the bar that stays."""
+        """Print a line above the bar."""
         self._progress.console.print(text, markup=False, highlight=False)
 
 
@@ -39,13 +39,13 @@ def live_view(show: bool | None = None) -> Iterator[LiveView]:
     console = Console(stderr=True)
     visible = console.is_terminal if show is None else show
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[speed]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[terms]}"),
+        TextColumn("{task.fields[terms]}", markup=False),
     )
     with Progress(*columns, console=console if visible else Console(quiet=True), disable=not visible) as progress:
         yield LiveView(progress)

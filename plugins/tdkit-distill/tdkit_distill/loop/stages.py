@@ -1,4 +1,4 @@
-"""What one stage of distillation is, and how its engine runs: checked options."""
+"""The options of a stage of distillation, and of how stages are run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GROUPS = ("all", "factors", "norms", "biases", "embeddings")
 
 
 class Options(BaseModel):
-    """Base of everything a stage is made of: unknown keys are errors."""
+    """Base class of options; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,7 +37,7 @@ class Optimizer(Options):
 
 
 class Stage(Options):
-    """One stretch of training with its own losses, data, optimizer and trainable part.
+    """A stage of training with its own losses, data, optimizer and trainable parameters.
 
     Attributes:
         losses: ``{name: options}`` or ``{name: weight}``; ``name@label`` for a second one of a kind.
@@ -86,7 +86,7 @@ class Stage(Options):
         return self
 
     def loss_terms(self) -> dict[str, Loss]:
-        """The losses, read."""
+        """The losses as objects, by name."""
         return read_losses(self.losses)
 
     def step_count(self, length: int) -> int:
@@ -138,7 +138,7 @@ def count_of(value: Any) -> Any:
 
 
 def read_stages(stages: Stage | Mapping[str, Any] | list[Stage | Mapping[str, Any]]) -> list[Stage]:
-    """Stages from themselves or from their YAML form.
+    """`Stage` objects from themselves or from their dictionary form.
 
     Raises:
         StageError: for a malformed one.
@@ -159,7 +159,7 @@ def read_stages(stages: Stage | Mapping[str, Any] | list[Stage | Mapping[str, An
 
 
 def read_running(running: Running | Mapping[str, Any] | None) -> Running:
-    """How a run goes, from itself or from its YAML form.
+    """`Running` from itself or from its dictionary form.
 
     Raises:
         StageError: with every fault at once.

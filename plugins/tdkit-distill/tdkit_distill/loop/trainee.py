@@ -35,7 +35,7 @@ class Trainee(nn.Module):
         self._call = call
 
     def view(self, batch: Mapping[str, Tensor]) -> View:
-        """What the student says about a batch."""
+        """What the student returns for a batch."""
         self._record.clear()
         self._record.open = True
         output = self._call(self.student, batch)
@@ -90,7 +90,7 @@ class BoundTerms:
     terms: tuple[Term, ...]
 
     def gather(self, entry: str) -> tuple[str, ...]:
-        """All modules that the terms need under one heading of `Needs`, each once."""
+        """The modules that the terms name in one field of `Needs`, each once."""
         return tuple(dict.fromkeys(name for term in self.terms for name in getattr(term.needs, entry)))
 
     def shares(self, parts: Sequence[Mapping[str, Tensor]], whole: Mapping[str, Tensor]) -> list[list[Tensor]]:
@@ -142,7 +142,7 @@ def probe(
     seed: int,
     device: torch.device,
 ) -> None:
-    """Ask both models about one row, so that terms see the shapes and mistakes are told before any training.
+    """Run both models on one row and call `Term.prepare`, so that mistakes raise before any training.
 
     Raises:
         VocabularyError: when the models' logits differ in size.
@@ -156,7 +156,7 @@ def probe(
     torch.manual_seed(seed)
     for term in terms:
         term.prepare(mine, theirs, batch)
-        term.count(given)  # what it lacks in the batch is told here
+        term.count(given)  # raises for what is missing in the batch
 
 
 def _check_vocabularies(mine: View, theirs: View | None) -> None:
@@ -172,7 +172,7 @@ def _check_vocabularies(mine: View, theirs: View | None) -> None:
 
 @contextmanager
 def training_mode(student: nn.Module, stage: Stage, running: Running) -> Iterator[set[str]]:
-    """Switch on what a stage asks of the student, yield its trainable names, and put everything back after it."""
+    """Set the student up for a stage, yield the names of its trainable parameters, and restore everything after it."""
     chosen = trainable_names(student, stage.trainable, f"stage '{stage.name}'")
     with ExitStack() as stack:
         for module in student.modules():

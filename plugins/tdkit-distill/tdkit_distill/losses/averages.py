@@ -18,7 +18,7 @@ def has_positions(
     values: Tensor,  # (batch, length, ...)
     batch: Batch,
 ) -> bool:
-    """Whether the attention mask is about these values: they have at least three dimensions and its first two."""
+    """Whether the attention mask applies to these values: their first two of three or more dimensions are its own."""
     mask = valid_positions(batch)
     return mask is not None and values.ndim > 2 and values.shape[:2] == mask.shape
 
@@ -30,7 +30,7 @@ def position_count(batch: Batch, masked: bool) -> Tensor:
 
 
 def mean_over_positions(
-    values: Tensor,  # (batch, length, ...), or anything that the mask is not about
+    values: Tensor,  # (batch, length, ...), or anything that the mask does not apply to
     batch: Batch,
 ) -> Tensor:
     """The mean over the positions that are not padding and over all further dimensions; a scalar."""
@@ -43,5 +43,5 @@ def mean_over_positions(
 
 
 def working(x: Tensor) -> Tensor:
-    """At least float32, in which differences are taken."""
+    """`x` in at least float32, the dtype in which differences are taken."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -107,7 +107,7 @@ def _top_rows(student: Tensor, teacher: TopLogits, kind: Divergence, temperature
 
 
 def _log_of_rest(log_kept: Tensor) -> Tensor:
-    """The logarithm of what the kept probabilities leave, (rows, 1)."""
+    """log(1 - sum of the kept probabilities), (rows, 1)."""
     rest = 1 - log_kept.exp().sum(-1, keepdim=True)
     return rest.clamp(min=torch.finfo(log_kept.dtype).eps).log()
 

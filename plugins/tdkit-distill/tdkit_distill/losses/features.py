@@ -1,4 +1,4 @@
-"""Losses on what layers put out: hidden states, embedding output, feed-forward output."""
+"""Losses on module outputs: hidden states, embedding output, feed-forward output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stage minimises: named, weighted terms, each made from a student's and a teacher's forward.
+"""What a stage minimises: a weighted sum of terms, each computed from a student's and a teacher's forward.
 
 A loss is a pydantic class registered under the entry-point group ``tdkit.losses``; `bind` turns its
 options into a term for two given models.
@@ -83,7 +83,7 @@ class Loss(BaseModel, ABC):
     """The options of one kind of loss.
 
     Attributes:
-        weight: what the term counts in the sum.
+        weight: factor of the term in the sum.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -133,7 +133,7 @@ def _message(fault: Any) -> str:
 
 
 def need_teacher(teacher: nn.Module | None, place: str) -> nn.Module:
-    """The teacher, or an error that says which loss needs one."""
+    """The teacher, or a `StageError` that names the loss which needs one."""
     if teacher is None:
         raise StageError(f"{place} compares with a teacher, and there is none: pass teacher=, or use cross_entropy")
     return teacher

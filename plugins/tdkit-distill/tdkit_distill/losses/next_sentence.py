@@ -1,4 +1,4 @@
-"""BERT's second pre-training task: does the second segment follow the first? Its rows and its loss."""
+"""The loss of BERT's second pre-training task: does the second segment follow the first?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NextSentence(Loss):
     learned beside the student and dropped at the end.
 
     Args:
-        module: whose output is read; None finds it as told above.
+        module: whose output is read; None finds it as described above.
 
     Source: Devlin et al., BERT (2019), section 3.1.
     """

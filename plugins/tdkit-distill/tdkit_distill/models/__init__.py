@@ -1,1 +1,1 @@
-"""How a model is called, looked into while it runs, and cut into shards."""
+"""How models are called, observed by hooks, given other weights, and sharded."""

@@ -21,7 +21,8 @@ def call_model(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """The logits in what a model returned: the output itself when it is a tensor, a word's in pre-training models."""
+    """The logits in what a model returned: the output itself when it is a tensor, else
+    its ``logits`` or ``prediction_logits``; None without any."""
     if isinstance(output, Tensor):
         return output
     for name in ("logits", "prediction_logits"):

@@ -52,7 +52,7 @@ def map_layers(
     inside: Sequence[str] = (),
     place: str,
 ) -> Pairs:
-    """The pairs of modules that `layers` stands for.
+    """The pairs of student and teacher modules that `layers` selects.
 
     Args:
         layers: ``all`` for every layer of the student at the same relative depth; a glob, ``re:`` pattern or

@@ -1,4 +1,4 @@
-"""Models cut into shards by FSDP2: copies to work on, whole tensors out of shards and back, what stays refused.
+"""Models sharded by FSDP2: working copies, and tensors gathered from their shards and put back.
 
 torch's ``fully_shard`` rewrites a module for good: another class, hooks, parameters that hold one process's
 rows. So a copy is sharded, never the caller's module, and what the copy learned is gathered into that.
@@ -30,7 +30,7 @@ def is_sharding(engine: Any) -> bool:
 
 
 def replica(model: nn.Module) -> Any:
-    """A copy of a module whose parameters are others but share the storage; buffers are copied.
+    """A copy of a module with parameters of its own that share the storage; buffers are copied.
 
     No dense weight is held for speed in it: sharding rewrites factors without moving their version counters.
     """
@@ -94,7 +94,7 @@ def closed(model: nn.Module, names: list[str]) -> list[nn.Module]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of what a forward without a backward has left gathered, so that parameters are shards again."""
+    """Free the parameters that a forward without a backward has left gathered, so that they are shards again."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -134,7 +134,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which this process may hold a shard; all processes must ask together."""
+    """The full tensor, gathered where this process holds a shard of it; a collective operation for all processes."""
     if not _is_shard(tensor):
         return tensor
     shards: Any = tensor.detach()
@@ -161,7 +161,7 @@ def _is_shard(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def share_weights(model: nn.Module, engine: Any) -> None:
-    """Give all processes the first one's parameters and buffers where only that one has read them.
+    """Broadcast the first process's parameters and buffers where only that one has read them.
 
     This is what ``fsdp_cpu_ram_efficient_loading`` of accelerate makes of transformers' ``from_pretrained``.
     """

@@ -1,4 +1,4 @@
-"""Read what passes inside a model: outputs of modules by name, and attention scores, with hooks that always go away."""
+"""Record outputs of modules and attention scores inside a model, with hooks that are always removed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class AttentionRecord:
 
 @dataclass
 class Record:
-    """What the taps saw in the last forward.
+    """What was recorded in the last forward.
 
     Attributes:
         outputs: by module name; the first tensor when a module returns several.
@@ -171,7 +171,7 @@ def _attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention as transformers' eager implementation, which also tells its scores."""
+    """Softmax attention as transformers' eager implementation, which also records its scores."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -1,4 +1,4 @@
-"""What one model said about a batch."""
+"""What one model returned for a batch."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class TopLogits:
 
 @dataclass
 class View:
-    """What one model said about a batch.
+    """What one model returned for a batch.
 
     Attributes:
         logits: (batch, ..., classes), the largest of them from a cache, or None.
-        outputs, attention: what the taps saw, by module name.
+        outputs, attention: recorded inside the model, by module name.
     """
 
     logits: Tensor | TopLogits | None = None

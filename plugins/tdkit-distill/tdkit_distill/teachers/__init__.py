@@ -1,1 +1,1 @@
-"""What the teacher says about a batch: run live, or read from a cache of its logits."""
+"""The teacher during training: a live model, or a cache of its logits."""

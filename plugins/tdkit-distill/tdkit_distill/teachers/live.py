@@ -1,4 +1,4 @@
-"""The teacher during training: a model run in inference mode, or its logits read from a cache."""
+"""The teacher as a live model, run in inference mode."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tdkit_distill.models.view import View
 
 
 class Teacher(Protocol):
-    """What the engine asks of a teacher."""
+    """The interface of a teacher."""
 
     def view(self, batch: Mapping[str, Tensor], rows: Tensor) -> View:
-        """What it says about a batch, whose rows have these numbers."""
+        """What the teacher returns for a batch, whose rows have these numbers."""
 
 
 class Called(nn.Module):
-    """A model with the way to run it as one forward, so that what shards it sees every call."""
+    """A model together with the function that calls it, as one module, so that FSDP's hooks see every call."""
 
     def __init__(self, model: nn.Module, call: Call) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class LiveTeacher:
         self._device = device
 
     def view(self, batch: Mapping[str, Tensor], rows: Tensor) -> View:
-        """What the teacher says; its logits stay inference tensors, clone them before autograd keeps them."""
+        """What the teacher returns. The logits are inference tensors: clone them before autograd saves them."""
         with self._mode():
             output = self._model({name: value.to(self._at) for name, value in batch.items()})
         logits = logits_of(output)
@@ -66,7 +66,7 @@ class LiveTeacher:
         return view
 
     def _out(self, x: Tensor) -> Tensor:
-        """An ordinary tensor on the student's device: autograd refuses to keep one made in inference mode."""
+        """A copy on the student's device that autograd may save, unlike a tensor made in inference mode."""
         return x.to(self._device, copy=True)
 
 
@@ -82,7 +82,7 @@ def live_teacher(
     call: Call = call_model,
     cut: Callable[[nn.Module, nn.Module], None] | None = None,
 ) -> Iterator[LiveTeacher]:
-    """A teacher ready to be asked; on leaving, the model is as it was.
+    """Make a model a teacher while the context is open; it is restored afterwards.
 
     Args:
         model: copied when another dtype or device is asked for, otherwise used in place.
@@ -90,7 +90,7 @@ def live_teacher(
         dtype, at: of the teacher's own forward.
         device: where the views go; the teacher's own when None.
         call: how to run a model on a batch.
-        cut: ``(root, model)``, shards a copy of the model over the processes that all ask together, at `at`.
+        cut: ``(root, model)``, shards a copy of the model over all processes, at `at`.
     """
     parameter = next(model.parameters())
     here = parameter.device

@@ -30,6 +30,15 @@ def test_the_live_view_shows_stage_terms_speed_and_time(
     assert re.search(r"\d+:\d\d:\d\d +(\d+:\d\d:\d\d|-:--:--)", shown), "time passed and time left"
 
 
+def test_names_with_brackets_are_no_markup(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    stage = {**STAGE, "name": "[/INST] [bold]", "losses": {"logits@[/a]": 1.0}}
+    distill(gpt2(1), gpt2(), stage, ids(), progress=True)
+    shown = capsys.readouterr().err
+    assert "[/INST] [bold] 1/1" in shown
+    assert "logits@[/a] " in shown
+
+
 def test_nothing_is_shown_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     distill(gpt2(1), gpt2(), STAGE, ids())
     shown = capsys.readouterr()

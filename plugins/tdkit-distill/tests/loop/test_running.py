@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from distill_models import factorized, gpt2, ids
 
@@ -18,6 +20,14 @@ from tdkit_distill import distill
 from tdkit_distill.errors import StageError
 from tdkit_distill.loop.acceleration import check_accelerator
 from tdkit_distill.loop.stages import Running
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_as_new() -> Iterator[None]:
+    """What one test makes accelerate remember is gone in the next."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
 
 LOSSES = {"logits": {"temperature": 2.0}, "hidden": 0.5, "cross_entropy": 1.0}
 STAGE = {"losses": LOSSES, "steps": 4, "batch_size": 4, "optimizer": {"lr": 1e-2}}
@@ -41,13 +51,27 @@ def test_bf16_autocast_on_a_cpu_trains_float32_factors() -> None:
     assert [e["loss"] for e in again] == [e["loss"] for e in exact], "a precision does not outlive its run"
 
 
-def test_fp16_on_a_cpu_is_refused() -> None:
+def test_fp16_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StageError, match=r"precision: fp16, but this run is on the CPU.*Set precision: bf16"):
         distill(gpt2(1), gpt2(), STAGE, ids(), running={"device": "cpu", "precision": "fp16"})
     own = Accelerator(cpu=True)
-    own.state._mixed_precision = "fp16"
+    monkeypatch.setitem(own.state._shared_state, "_mixed_precision", "fp16")
     with pytest.raises(StageError, match="precision: fp16"):
         check_accelerator(own, Running())
+
+
+def test_accumulation_of_the_accelerators_own_is_refused() -> None:
+    own = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    with pytest.raises(StageError, match=r"gradient_accumulation_steps=4, .* set accumulation in the stage"):
+        distill(gpt2(1), gpt2(), STAGE, ids(), accelerator=own)
+
+
+def test_held_out_rows_without_labels_are_told_before_any_step() -> None:
+    calls: list[Any] = []
+    held = {"input_ids": ids(4)}
+    with pytest.raises(StageError, match=r"held_out: these rows have no labels"):
+        distill(gpt2(1), gpt2(), STAGE, ids(), held_out=held, call=lambda *given: calls.append(given))
+    assert not calls
 
 
 @pytest.mark.gpu
