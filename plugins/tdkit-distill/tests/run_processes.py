@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
-from accelerate.state import AcceleratorState
 from distill_models import factorized, gpt2, ids, same_weights, text, uneven
+from tdkit.support.compatibility import reset_accelerate_state
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -50,7 +50,7 @@ def sharding_engine(precision: str = "no", **options: Any) -> Accelerator:
     accelerate turns to FSDP on GPUs and their like only, although torch's ``fully_shard`` and gloo do it on a
     CPU too. What `AcceleratorState` sets there is set here, and nothing else.
     """
-    AcceleratorState._reset_state()
+    reset_accelerate_state()
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **options)
     engine = Accelerator(cpu=True, fsdp_plugin=plugin, mixed_precision=precision)
     if precision != "no":

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tdkit.errors import did_you_mean
+from tdkit.support.compatibility import reset_accelerate_state
 from torch import nn
 
 from tdkit_distill.errors import StageError
@@ -26,7 +27,7 @@ def make_accelerator(running: Running, folder: Path | None, stages: list[Stage])
     for name, device in (("device", running.device), ("teacher_device", running.teacher_device)):
         _check_device(name, device)
     _check_trackers(running.trackers, folder)
-    _forget_precision()
+    reset_accelerate_state()  # the precision that an earlier run in this process chose would stay
     ends = all({label.partition("@")[0] for label in stage.losses} & {"cross_entropy", "logits"} for stage in stages)
     return Accelerator(
         mixed_precision=running.precision,
@@ -35,13 +36,6 @@ def make_accelerator(running: Running, folder: Path | None, stages: list[Stage])
         project_dir=None if folder is None else str(folder),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not ends, broadcast_buffers=False)],
     )
-
-
-def _forget_precision() -> None:
-    """Make accelerate forget the precision that an earlier run in this process chose, which would stay."""
-    from accelerate.state import AcceleratorState  # slow to import
-
-    AcceleratorState._reset_state()
 
 
 def check_accelerator(engine: Any, running: Running) -> None:

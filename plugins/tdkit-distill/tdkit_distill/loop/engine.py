@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tdkit.support.processes import on_main_process
 from torch import Tensor, nn
 
 from tdkit_distill.data.examples import Examples, as_examples
@@ -34,7 +35,7 @@ from tdkit_distill.loop.measure import held_out_loss
 from tdkit_distill.loop.progress import LiveView, Log, live_view
 from tdkit_distill.loop.stages import Running, Stage, read_running, read_stages
 from tdkit_distill.loop.stop import Stop, stop_requests
-from tdkit_distill.loop.together import from_all, in_all, on_main
+from tdkit_distill.loop.together import from_all, in_all
 from tdkit_distill.loop.trainee import STUDENT, BoundTerms, Trainee, bind, probe, training_mode
 from tdkit_distill.models.calls import Call, call_model
 from tdkit_distill.models.sharding import is_sharding, reshard, shard, share_weights, working_copy
@@ -177,7 +178,7 @@ class _Run:
         self._check_position(position)
         result = Result(resumed_at=position.total)
         self.log = Log(None, position.total)
-        on_main(lambda: self._open_log(position.total))
+        on_main_process(lambda: self._open_log(position.total))
         if self.running.trackers:
             config = {"stages": json.dumps([stage.model_dump() for stage in self.stages])}
             in_all(self.engine, lambda: self.engine.init_trackers("tdkit-distill", config))
@@ -365,7 +366,7 @@ class _Run:
             scaler=self.engine.scaler.state_dict() if self.engine.scaler is not None else {},
             keep=self.running.keep,
         )
-        on_main(write)
+        on_main_process(write)
 
     def _interrupted(self, position: Position, stop: Stop) -> None:
         where = (

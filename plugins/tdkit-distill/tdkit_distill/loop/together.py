@@ -10,15 +10,6 @@ from tdkit.support.processes import shared
 R = TypeVar("R")
 
 
-def on_main(work: Callable[[], None]) -> None:
-    """Do `work` in the first process, while the others wait; all of them must call this.
-
-    Raises:
-        Exception: what `work` raised, in every process.
-    """
-    list(shared([None], lambda _: work()))
-
-
 def from_all(engine: Any, value: R) -> list[R]:
     """Every process's value, by rank; all of them must call this."""
     return list(shared(range(engine.num_processes), lambda _: value))

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from distill_models import factorized, gpt2, ids
+from tdkit.support.compatibility import reset_accelerate_state
 
 from tdkit_distill import distill
 from tdkit_distill.errors import StageError
@@ -26,7 +26,7 @@ from tdkit_distill.loop.stages import Running
 def _accelerate_as_new() -> Iterator[None]:
     """What one test makes accelerate remember is gone in the next."""
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate_state(processes=True)
 
 
 LOSSES = {"logits": {"temperature": 2.0}, "hidden": 0.5, "cross_entropy": 1.0}

@@ -9,9 +9,9 @@ import pytest
 import tdkit
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState
 from distill_models import Plain, factorized, gpt2, ids
 from tdkit.decompositions import FactorizedMatrix
+from tdkit.support.compatibility import reset_accelerate_state
 
 from tdkit_distill import distill
 from tdkit_distill.errors import StageError
@@ -28,14 +28,14 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
 
     def make(**options: Any) -> Accelerator:
-        AcceleratorState._reset_state(True)
+        reset_accelerate_state(processes=True)
         plugin = FullyShardedDataParallelPlugin(**options)
         made = Accelerator(cpu=True, fsdp_plugin=plugin)
         made.state.fsdp_plugin, made.state.distributed_type = plugin, DistributedType.FSDP
         return made
 
     yield make
-    AcceleratorState._reset_state(True)
+    reset_accelerate_state(processes=True)
 
 
 @pytest.mark.parametrize("folder", [False, True])
