@@ -274,7 +274,7 @@ def put_empty_factors(model: Any, chosen: Any) -> None:
             assert host is not None
             if name == step.names[0]:
                 matrix = step.decomposition.empty(step.shape, device="meta")
-            replace_module(model, name, host.build(module, matrix, {}))
+            replace_module(model, name, host.build(module, {"weight": matrix}, {}))
 
 
 @pytest.mark.parametrize(
