@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import distributed, nn
 
-from tdkit.errors import RecipeError, TdkitError
+from tdkit.errors import RecipeError, SourceError, TdkitError
 from tdkit.models.checkpoint import load, save
 from tdkit.models.huggingface import is_transformers
 from tdkit.recipes.recipe import RECIPE_FILE, STATE, Recipe, Run
@@ -214,7 +214,10 @@ def _is_empty(folder: Path) -> bool:
 def _open_model(recipe: Recipe, folder: Path, finished: int, device: str | None) -> tuple[Source, nn.Module | None]:
     """The model as the finished steps left it, and the model before any change where a step to come needs it."""
     changed = _last_change(recipe, finished)
-    original = load_model(recipe.model, dtype=DTYPES[recipe.dtype], device=device)
+    try:
+        original = load_model(recipe.model, dtype=DTYPES[recipe.dtype], device=device)
+    except SourceError as error:
+        raise SourceError(f"{error} (in a recipe: model=PATH)") from None
     if changed == 0:
         return original, None
     fresh = None if is_transformers(original.model) else copy.deepcopy(original.model)
