@@ -109,9 +109,14 @@ def _logits(output: Any) -> Tensor | None:
 
 def _continued(logits: Tensor | None, batch: Any) -> Tensor | None:
     """The token ids (n, tokens) of the batch where `logits` have a prediction of what follows each of them."""
+    ids = token_ids(batch)
+    return ids if ids is not None and logits is not None and logits.shape[:-1] == ids.shape else None
+
+
+def token_ids(batch: Any) -> Tensor | None:
+    """What may be the token ids (n, tokens) of a batch: its ``input_ids``, its first entry or itself."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch[0] if isinstance(batch, tuple) else batch
-    fits = isinstance(ids, Tensor) and ids.ndim == 2 and logits is not None and logits.shape[:-1] == ids.shape
-    return ids if fits else None
+    return ids if isinstance(ids, Tensor) and ids.ndim == 2 else None
 
 
 def attention_mask(batch: Any) -> Tensor | None:

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tdkit.calibration.calibration import Batch, Calibration, Loss
-from tdkit.calibration.losses import Labels, check_labels
+from tdkit.calibration.losses import Labels, check_labels, token_ids
 from tdkit.calibration.moments import Reach, Recorder, SharingBrokeError, groups_within, reaching
 from tdkit.calibration.runner import Runner, as_it_was
 from tdkit.errors import CalibrationError, did_you_mean
 from tdkit.fitting.metric import Metric
 from tdkit.models.sites import Site, survey
+from tdkit.sources.positions import check_positions
 from tdkit.sources.texts import spread_windows
+from tdkit.support.devices import check_device
 from tdkit.support.progress import Bar, progress_bar
 
 LIMIT_BYTES = 8 * 2**30
@@ -152,7 +154,9 @@ def measured(
         raise CalibrationError("there are no calibration batches: give at least one")
     if not sites:
         raise CalibrationError("the model has no layer that can be rewritten, so there is nothing to calibrate")
+    device = check_device(device)
     _check_weights(runner)
+    _check_positions(runner, chosen)
     with torch.inference_mode(False), as_it_was(runner.model, device):
         with reaching(sites) as reach, torch.no_grad():
             runner.forward(chosen[0])
@@ -162,6 +166,14 @@ def measured(
             return _measure(runner, reach, chosen, limit_bytes, progress)
         except SharingBrokeError:
             return _measure(runner, Reach(reach.sites, reach.others), chosen, limit_bytes, progress)
+
+
+def _check_positions(runner: Runner, batches: Sequence[Batch]) -> None:
+    """Refuse windows of token ids that are longer than the model's table of positions, before anything runs."""
+    for batch in batches:
+        ids = token_ids(batch)
+        if ids is not None and not ids.is_floating_point():
+            check_positions(runner.model, ids.shape[1])
 
 
 def _check_weights(runner: Runner) -> None:

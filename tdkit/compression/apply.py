@@ -20,7 +20,8 @@ from tdkit.planning.plan import Plan, Step
 from tdkit.planning.planner import calibrated, planned
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
-from tdkit.support.processes import processes, shared
+from tdkit.support.devices import check_device
+from tdkit.support.processes import failing_together, processes, shared
 from tdkit.support.progress import progress_bar
 
 
@@ -61,6 +62,7 @@ def compress(
     _check_options(calibration, sequential, passes)
     resolved = resolve(model, policy)
     _check_weights(resolved)
+    check_device(device)
     known = calibrated(resolved, calibration, progress=progress)
     return compress_resolved(resolved, known, sequential=sequential, passes=passes, device=device, progress=progress)
 
@@ -77,10 +79,11 @@ def compress_resolved(
     """`compress` for a model and policy that were resolved already."""
     _check_options(calibration, sequential, passes)
     _check_weights(resolved)
+    device = check_device(device)
     model, known = resolved.model, calibration
     for number in range(passes):
         pairs = resolved.pairs(planned(resolved, known, progress=progress))
-        with swapping(model, [site for _, site in pairs]) as swap:
+        with failing_together(), swapping(model, [site for _, site in pairs]) as swap:
             if sequential:
                 assert known is not None
                 fit_in_order(model, pairs, known, swap, device=device, progress=progress)

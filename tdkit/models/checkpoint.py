@@ -26,6 +26,7 @@ from tdkit.models.ties import follow_ties
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import parameters_of
 from tdkit.support.files import whole_folder
+from tdkit.support.processes import is_main_process
 
 FORMAT = "tdkit"
 FORMAT_VERSION = 1
@@ -40,6 +41,9 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwri
     Everything is written to a temporary folder beside it, which is then renamed: an interrupted save
     leaves nothing, and what stood at `folder` before is only replaced by a complete save.
 
+    Where ``torch.distributed`` runs several processes, the one of rank 0 writes and the others return at once: have
+    them wait, by ``torch.distributed.barrier()``, before they read the folder.
+
     Args:
         model: a model with or without factorised layers.
         folder: must not exist, be empty, or hold an earlier save when `overwrite` is set.
@@ -53,6 +57,8 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwri
         CheckpointError: when the folder holds something else.
     """
     folder = Path(folder)
+    if not is_main_process():
+        return folder
     _check_target(folder, overwrite)
     layers = [_describe(matrix, users) for matrix, users in factorized_groups(model)]
     tensors, ties = _tensors(model)

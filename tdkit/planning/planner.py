@@ -19,6 +19,7 @@ from tdkit.planning.allocators import Request, allocate
 from tdkit.planning.plan import Plan, Step
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
+from tdkit.support.processes import failing_together
 
 
 def plan(
@@ -71,7 +72,8 @@ def planned(resolved: Resolved, calibration: Calibration | None = None, *, progr
         return resolved.plan
     policy = resolved.policy
     assert policy is not None
-    choices = _choose(resolved, policy, calibration, progress)
+    with failing_together():
+        choices = _choose(resolved, policy, calibration, progress)
     steps = []
     for site in resolved.survey.sites:
         rule = resolved.rules.get(site.name)

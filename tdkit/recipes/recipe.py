@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.losses import Labels
-from tdkit.errors import RecipeError, TdkitError
+from tdkit.errors import RecipeError, SourceError, TdkitError
 from tdkit.planning.planner import calibrated
 from tdkit.planning.resolution import Resolved
 from tdkit.registry import Registry
@@ -233,11 +233,15 @@ class Run:
 
         Raises:
             RecipeError: when the recipe names none, with the override that does.
+            SourceError: when there is no such text, with the override that names another.
         """
         name = getattr(self.recipe.data, part)
         if name is None:
             raise RecipeError(f"recipe '{self.recipe.name}' names no {part} text: add data.{part}=PATH")
-        return load_texts(name)
+        try:
+            return load_texts(name)
+        except SourceError as error:
+            raise SourceError(f"{error} (in a recipe: data.{part}=PATH)") from None
 
     def calibration(self, resolved: Resolved) -> Calibration | None:
         """The moments of what a policy rewrites (None: nothing), on the calibration text.

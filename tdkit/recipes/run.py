@@ -217,7 +217,7 @@ def _open_model(recipe: Recipe, folder: Path, finished: int, device: str | None)
     try:
         original = load_model(recipe.model, dtype=DTYPES[recipe.dtype], device=device)
     except SourceError as error:
-        raise SourceError(f"{error}. A recipe takes another model by the override model=PATH") from None
+        raise SourceError(f"{error} (in a recipe: model=PATH)") from None
     if changed == 0:
         return original, None
     fresh = None if is_transformers(original.model) else copy.deepcopy(original.model)

@@ -165,12 +165,12 @@ def test_what_will_fail_is_told_before_the_first_step(recipe: Recipe, tmp_path: 
             with_data(context=65),
             "'mine': steps.1.evaluate: a window of 65 tokens is longer than the 64 positions",
         ),
-        (with_data(evaluation="nowhere.txt"), "steps.1.evaluate: no text 'nowhere.txt'"),
+        (with_data(evaluation="nowhere.txt"), r"steps.1.evaluate: no text 'nowhere.txt'.*data.evaluation=PATH"),
         (with_data(evaluation_tokens=20), "steps.1.evaluate: 20 tokens do not fill one window of 32"),
     ):
         with pytest.raises(RecipeError, match=message):
             run_recipe(faulty, tmp_path / "run", console=QUIET)
-    with pytest.raises(SourceError, match="no model 'nowhere'"):
+    with pytest.raises(SourceError, match=r"no model 'nowhere'.* \(in a recipe: model=PATH\)"):
         run_recipe(recipe.model_copy(update={"model": "nowhere"}), tmp_path / "run", console=QUIET)
     if not torch.cuda.is_available():
         with pytest.raises(OptionError, match="device='cuda' is not available here"):
