@@ -16,10 +16,11 @@ from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import CalibrationError, OptionError, PolicyError
 from tdkit.models.sites import Site
 from tdkit.models.swap import Swap, swapping
-from tdkit.planning.plan import Plan, Step
+from tdkit.planning.plan import Plan
 from tdkit.planning.planner import calibrated, planned
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
+from tdkit.planning.step import Step
 from tdkit.support.devices import check_device
 from tdkit.support.processes import failing_together, processes, shared
 from tdkit.support.progress import progress_bar

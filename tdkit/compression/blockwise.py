@@ -18,7 +18,7 @@ from tdkit.errors import CalibrationError
 from tdkit.fitting.metric import Metric
 from tdkit.models.sites import Site
 from tdkit.models.swap import Fitted, Swap
-from tdkit.planning.plan import Step
+from tdkit.planning.step import Step
 from tdkit.support.progress import progress_bar
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block, without the hidden states

@@ -9,7 +9,7 @@ from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import PolicyError
 from tdkit.fitting.metric import Metric
 from tdkit.models.sites import Site
-from tdkit.planning.plan import Step
+from tdkit.planning.step import Step
 
 
 def fit_step(

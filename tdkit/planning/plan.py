@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tdkit.decompositions.base import Decomposition
-from tdkit.decompositions.registered import decomposition, spec_of
-from tdkit.errors import PolicyError
-from tdkit.shapes import Shape
+from tdkit.errors import PolicyError, TdkitError
+from tdkit.planning.step import Step
 from tdkit.support.tables import render, table_of
 
 if TYPE_CHECKING:
@@ -18,79 +16,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 GROUP_ABOVE = 40  # a longer plan is shown with equal layers of different depth in one row
-
-
-@dataclass(frozen=True)
-class Step:
-    """One weight matrix: what it becomes, or why it stays.
-
-    Attributes:
-        names: the layers that use it.
-        kinds: their types.
-        shape: (out, in).
-        decomposition: complete, or None when the matrix stays dense.
-        reason: why it stays dense.
-        params_before, params_after: numbers held.
-        indices: integers held by permutations, not counted as parameters.
-        multiply_adds_before, multiply_adds_after: per token, summed over the layers that multiply by it.
-        error: relative error of the fit, once fitted; in the calibrated metric where there is one.
-        loss: estimated increase of the loss, nats per token, where a calibration with gradients gave one.
-        runner_up: the best other decomposition of at most the same size, where the plan had a choice, and
-            what it would have cost.
-        paths: how the factors will be multiplied, at 1 token and at 512, in float32 on this machine's CPU unless
-            `tdkit.prepare` says otherwise; None where nothing is multiplied.
-    """
-
-    names: tuple[str, ...]
-    kinds: tuple[str, ...]
-    shape: Shape
-    decomposition: Decomposition | None
-    reason: str
-    params_before: int
-    params_after: int
-    indices: int
-    multiply_adds_before: int
-    multiply_adds_after: int
-    error: float | None = None
-    loss: float | None = None
-    runner_up: str | None = None
-    paths: tuple[str, str] | None = None
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "names": list(self.names),
-            "kinds": list(self.kinds),
-            "shape": list(self.shape),
-            "decomposition": spec_of(self.decomposition) if self.decomposition else None,
-            "reason": self.reason,
-            "params_before": self.params_before,
-            "params_after": self.params_after,
-            "indices": self.indices,
-            "multiply_adds_before": self.multiply_adds_before,
-            "multiply_adds_after": self.multiply_adds_after,
-            "error": self.error,
-            "loss": self.loss,
-            "runner_up": self.runner_up,
-            "paths": None if self.paths is None else list(self.paths),
-        }
-
-    @classmethod
-    def from_dict(cls, form: Mapping[str, Any]) -> Step:
-        spec, paths = form["decomposition"], form.get("paths")
-        return cls(
-            **{
-                **form,
-                "paths": None if paths is None else (paths[0], paths[1]),
-                "names": tuple(form["names"]),
-                "kinds": tuple(form["kinds"]),
-                "shape": (form["shape"][0], form["shape"][1]),
-                "decomposition": decomposition(spec) if spec else None,
-            }
-        )
 
 
 @dataclass(frozen=True)
@@ -148,13 +73,28 @@ class Plan:
 
     @classmethod
     def from_dict(cls, form: Mapping[str, Any]) -> Plan:
-        try:
-            if form["version"] > FORMAT_VERSION:
-                raise PolicyError(f"plan version {form['version']} is newer than {FORMAT_VERSION}: update tdkit")
-            steps = tuple(Step.from_dict(step) for step in form["steps"])
-            return cls(steps, form["params_before"], form["params_after"], dict(form["kept"]), form.get("budget"))
-        except (KeyError, TypeError) as error:
-            raise PolicyError(f"not a tdkit plan: {error}") from None
+        """A plan from its JSON form.
+
+        Raises:
+            PolicyError: with every fault at once.
+        """
+        if not isinstance(form, Mapping):
+            raise PolicyError(f"not a tdkit plan: it is a {type(form).__name__}, not a mapping")
+        wanted = {"version": int, "params_before": int, "params_after": int, "steps": list, "kept": Mapping}
+        for key, kind in wanted.items():
+            if not isinstance(form.get(key), kind):
+                raise PolicyError(f"not a tdkit plan: {key}={form.get(key)!r} must be a {kind.__name__}")
+        if form["version"] > FORMAT_VERSION:
+            raise PolicyError(f"plan version {form['version']} is newer than {FORMAT_VERSION}: update tdkit")
+        steps, faults = [], []
+        for number, step in enumerate(form["steps"]):
+            try:
+                steps.append(Step.from_dict(step, f"step {number}"))
+            except TdkitError as error:
+                faults.append(str(error) if isinstance(error, PolicyError) else f"step {number}: {error}")
+        if faults:
+            raise PolicyError("not a tdkit plan:\n" + "\n".join(faults))
+        return cls(tuple(steps), form["params_before"], form["params_after"], dict(form["kept"]), form.get("budget"))
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

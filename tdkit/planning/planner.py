@@ -16,9 +16,10 @@ from tdkit.errors import BudgetError
 from tdkit.models.sites import Site, factorized_groups, num_params, survey
 from tdkit.planning.allocation import Choice
 from tdkit.planning.allocators import Request, allocate
-from tdkit.planning.plan import Plan, Step
+from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
+from tdkit.planning.step import Step
 from tdkit.support.processes import failing_together
 
 

@@ -10,8 +10,9 @@ from torch import nn
 from tdkit.errors import OptionError, PolicyError
 from tdkit.models.sites import Site, Survey, survey, uninitialized
 from tdkit.planning.allocation import Choice, OpenSite
-from tdkit.planning.plan import Plan, Step
+from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy, Rule
+from tdkit.planning.step import Step
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,7 @@ def check_device(device: torch.device | str | None) -> torch.device | None:
             f"device={str(device)!r} is no device ({_first_line(error)}): give cpu, cuda or cuda:1"
         ) from None
     if found.type == "meta":
-        raise OptionError(
-            f"device={str(device)!r} holds no numbers, so nothing can be computed there: give cpu or cuda"
-        )
+        raise OptionError(f"device={str(device)!r} holds no numbers, so nothing is computed there: give cpu or cuda")
     try:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:

@@ -15,7 +15,8 @@ import tdkit
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.measure import calibrate
 from tdkit.calibration.runner import Runner
-from tdkit.errors import CalibrationError
+from tdkit.errors import CalibrationError, OptionError, SourceError
+from tests.conftest import make_gpt2
 
 
 class Attention(nn.Module):
@@ -397,6 +398,16 @@ def test_batches_made_in_inference_mode_are_ordinary_batches() -> None:
     for name in expected.names:
         for ours, theirs in zip(*(vars(each.metric(name)).values() for each in (found, expected)), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_a_device_that_is_not_there_and_windows_that_are_too_long_are_told_before_the_model_runs() -> None:
+    model = make_gpt2()
+    ids = torch.randint(60, (1, 33))
+    with pytest.raises(OptionError, match="device='meta' holds no numbers"):
+        calibrate(model, [ids[:, :8]], device="meta")
+    with pytest.raises(SourceError, match=r"a window of 33 tokens is longer than the 32 positions of GPT2LMHeadModel"):
+        calibrate(model, [ids[:, :8], ids])
+    assert not any(parameter.is_meta for parameter in model.parameters())
 
 
 def test_a_calibration_holds_metrics_only() -> None:

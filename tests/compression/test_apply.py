@@ -183,7 +183,12 @@ places: list[set[str]] = []
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_the_fit_runs_on_the_device_asked_for(tied: Any, ids: Tensor, calibrated: bool) -> None:
+def test_the_fit_runs_on_the_device_asked_for(
+    tied: Any, ids: Tensor, calibrated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OptionError, match="device='meta' holds no numbers"):
+        tdkit.compress(tied, half, device="meta")
+    monkeypatch.setattr("tdkit.compression.apply.check_device", lambda device: device)  # no other device is here
     places.clear()
     calibration = tdkit.calibrate(tied, [ids]) if calibrated else None
     policy = Policy([Rule("*", Elsewhere(rank=2))])

@@ -81,6 +81,28 @@ def test_a_damaged_plan_is_told(tied: Any, change: dict[str, Any], message: str)
         Plan.from_json(json.dumps(form))
 
 
+@pytest.mark.parametrize(
+    ("entry", "value", "said"),
+    [
+        ("shape", [5], r"step 0: shape=\[5\] must be two sizes"),
+        ("shape", "ab", "step 0: shape='ab' must be two sizes"),
+        ("shape", [8, -1], r"step 0: shape=\[8, -1\] must be two sizes"),
+        ("names", [], r"step 0: names=\[\] must be a list of layer names"),
+        ("paths", ["dense"], r"step 0: paths=\['dense'\] must be two names"),
+        ("params_after", "few", "step 0: params_after='few' must be a count"),
+        ("decomposition", "low_renk", "step 0: unknown decomposition 'low_renk'; did you mean 'low_rank'"),
+        ("nmaes", ["a"], "step 0: has the unknown key 'nmaes'; did you mean 'names'"),
+    ],
+)
+def test_a_damaged_step_is_told_with_its_entry(tied: Any, entry: str, value: object, said: str) -> None:
+    form = a_plan(tied).to_dict()
+    form["steps"][0][entry] = value
+    del form["steps"][1]["kinds"]
+    with pytest.raises(PolicyError, match=said) as told:
+        Plan.from_json(json.dumps(form))
+    assert "step 1: lacks 'kinds'" in str(told.value)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", "{}", "3", "null"])
 def test_foreign_json_is_told(text: str) -> None:
     with pytest.raises(PolicyError, match="not a tdkit plan"):

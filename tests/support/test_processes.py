@@ -253,3 +253,58 @@ def test_a_lost_process_is_an_error_of_the_others(tmp_path: Path) -> None:
 def test_an_error_of_ours_stays_one() -> None:
     with pytest.raises(TdkitError, match="no more"), failing_together():
         raise TdkitError("no more")
+
+
+@linux
+def test_a_failure_while_layers_are_replaced_stops_every_process_and_leaves_their_models(tmp_path: Path) -> None:
+    lines = run_together(
+        tmp_path,
+        """
+        import tdkit
+        from tdkit import LowRank, Policy, Rule
+        from tdkit.models.swap import Swap
+        from tests.conftest import make_gpt2
+
+        model = make_gpt2()
+        before = dict(model.named_modules())
+        put = Swap.put
+
+        def failing(self, fitted):
+            if rank == 1 and "h.2" in fitted[0][0].name:
+                raise KeyboardInterrupt if kind == "interrupt" else ValueError("no room")
+            put(self, fitted)
+
+        Swap.put = failing
+        for kind in ("error", "interrupt"):
+            try:
+                tdkit.compress(model, Policy([Rule("*", LowRank(rank=2))]), progress=False)
+            except (Exception, KeyboardInterrupt) as error:
+                say(type(error).__name__, dict(model.named_modules()) == before)
+        """,
+    )
+    assert lines[0] == ["TdkitError True", "KeyboardInterrupt True"]
+    assert lines[1] == ["ValueError True", "KeyboardInterrupt True"]
+
+
+@linux
+def test_one_process_saves_alone_or_with_the_others(tmp_path: Path) -> None:
+    lines = run_together(
+        tmp_path,
+        """
+        import tdkit
+        from tdkit import LowRank, Policy, Rule
+        from tests.conftest import make_gpt2
+
+        torch.manual_seed(0)
+        model = tdkit.compress(make_gpt2(), Policy([Rule("*", LowRank(rank=2))]), progress=False)
+        say(tdkit.save(model, folder / "together").name)
+        if rank == 0:
+            tdkit.save(model, folder / "alone")
+        torch.distributed.barrier()
+        loaded = tdkit.load(folder / "together")
+        say(all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters())))
+        """,
+    )
+    assert lines == [["together", "True"]] * 2
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} >= {"together", "alone"}
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".together")]

@@ -226,7 +226,8 @@ def test_faults_are_told_together_and_offline_says_which_override(toys: Path, tm
         Recipe.from_dict({"name": "x", "model": "m", "steps": [{"distill": {"losses": {"logits": 1}, "steps": 1}}]})
     with pytest.raises(TdkitError, match=r"model=PATH"):
         run_recipe(load_recipe("gpt2-krony"), tmp_path / "a", console=Console(file=io.StringIO()))
-    recipe = load_recipe("gpt2-krony", [f"model={toys / 'gpt2'}"])
+    own = [f"model={toys / 'gpt2'}", f"data.evaluation={toys / 'text.txt'}", "data.context=32"]
+    recipe = load_recipe("gpt2-krony", own)
     with pytest.raises(TdkitError, match=r"no text 'Skylion007/openwebtext'.*data.train=PATH"):
         run_recipe(recipe, tmp_path / "b", console=Console(file=io.StringIO()))
 

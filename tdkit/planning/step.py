@@ -1,0 +1,144 @@
+"""What becomes of one weight matrix: a line of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tdkit.decompositions.base import Decomposition
+from tdkit.decompositions.registered import decomposition, spec_of
+from tdkit.errors import PolicyError, did_you_mean
+from tdkit.shapes import Shape
+
+
+@dataclass(frozen=True)
+class Step:
+    """One weight matrix: what it becomes, or why it stays.
+
+    Attributes:
+        names: the layers that use it.
+        kinds: their types.
+        shape: (out, in).
+        decomposition: complete, or None when the matrix stays dense.
+        reason: why it stays dense.
+        params_before, params_after: numbers held.
+        indices: integers held by permutations, not counted as parameters.
+        multiply_adds_before, multiply_adds_after: per token, summed over the layers that multiply by it.
+        error: relative error of the fit, once fitted; in the calibrated metric where there is one.
+        loss: estimated increase of the loss, nats per token, where a calibration with gradients gave one.
+        runner_up: the best other decomposition of at most the same size, where the plan had a choice, and
+            what it would have cost.
+        paths: how the factors will be multiplied, at 1 token and at 512, in float32 on this machine's CPU unless
+            `tdkit.prepare` says otherwise; None where nothing is multiplied.
+    """
+
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    shape: Shape
+    decomposition: Decomposition | None
+    reason: str
+    params_before: int
+    params_after: int
+    indices: int
+    multiply_adds_before: int
+    multiply_adds_after: int
+    error: float | None = None
+    loss: float | None = None
+    runner_up: str | None = None
+    paths: tuple[str, str] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "names": list(self.names),
+            "kinds": list(self.kinds),
+            "shape": list(self.shape),
+            "decomposition": spec_of(self.decomposition) if self.decomposition else None,
+            "reason": self.reason,
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "indices": self.indices,
+            "multiply_adds_before": self.multiply_adds_before,
+            "multiply_adds_after": self.multiply_adds_after,
+            "error": self.error,
+            "loss": self.loss,
+            "runner_up": self.runner_up,
+            "paths": None if self.paths is None else list(self.paths),
+        }
+
+    @classmethod
+    def from_dict(cls, form: Mapping[str, Any], place: str = "step") -> Step:
+        """A step from its JSON form.
+
+        Raises:
+            PolicyError: with what is wrong and where; `place` names the step.
+        """
+        _check_step(form, place)
+        spec, paths = form["decomposition"], form.get("paths")
+        return cls(
+            **{
+                **form,
+                "paths": None if paths is None else (paths[0], paths[1]),
+                "names": tuple(form["names"]),
+                "kinds": tuple(form["kinds"]),
+                "shape": (form["shape"][0], form["shape"][1]),
+                "decomposition": decomposition(spec) if spec else None,
+            }
+        )
+
+
+def _check_step(form: Any, place: str) -> None:
+    if not isinstance(form, Mapping):
+        raise PolicyError(f"{place}: {form!r} is no step")
+    faults = [f"lacks '{key}'" for key, (_, _, optional) in ENTRIES.items() if key not in form and not optional]
+    for key, value in form.items():
+        if key not in ENTRIES:
+            faults.append(f"has the unknown key '{key}'{did_you_mean(str(key), ENTRIES)}")
+            continue
+        what, is_right, _ = ENTRIES[key]
+        if not is_right(value):
+            faults.append(f"{key}={value!r} must be {what}")
+    if faults:
+        raise PolicyError("\n".join(f"{place}: {fault}" for fault in faults))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
+
+
+ENTRIES: dict[str, tuple[str, Callable[[Any], bool], bool]] = {  # what each must be, how that is seen, may it lack
+    "names": ("a list of layer names", _are_names, False),
+    "kinds": ("a list of layer types", _are_names, False),
+    "shape": ("two sizes", _is_shape, False),
+    "decomposition": ("a decomposition or null", lambda value: value is None or isinstance(value, str | dict), False),
+    "reason": ("a text", lambda value: isinstance(value, str), False),
+    "params_before": ("a count", _is_count, False),
+    "params_after": ("a count", _is_count, False),
+    "indices": ("a count", _is_count, False),
+    "multiply_adds_before": ("a count", _is_count, False),
+    "multiply_adds_after": ("a count", _is_count, False),
+    "error": ("a number or null", _is_number, True),
+    "loss": ("a number or null", _is_number, True),
+    "runner_up": ("a text or null", _is_text, True),
+    "paths": ("two names or null", lambda value: value is None or (_are_names(value) and len(value) == 2), True),
+}
