@@ -1,4 +1,4 @@
-"""What each weight sees and what the loss asks of it: second moments measured on calibration batches."""
+"""Second moments of each layer's inputs and output gradients, measured on calibration batches."""
 
 from tdkit.calibration.calibration import Batch, Calibration, Loss
 from tdkit.calibration.measure import calibrate

@@ -1,4 +1,4 @@
-"""The second moments of a model's weights: held, looked up by name, saved and loaded."""
+"""The measured second moments of a model's weights: storage in memory and on disk, look-up by name, save and load."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORMAT_VERSION = 1
 
 DESCRIPTION = "calibration.json"
 
-Batch = Any  # whatever the model takes: a tensor, a tuple of arguments, a mapping of keyword arguments
+Batch = Any  # the input of a model: a tensor, a tuple of arguments or a mapping of keyword arguments
 
 Loss = Callable[[Any, Batch], Tensor]
 
@@ -35,10 +35,10 @@ class Calibration:
     """The second moments of a model's sites, by site name.
 
     Attributes:
-        batches: what they were measured on; None when that was not kept.
-        gradients: whether the moments of the output gradients are known too.
-        loss: whose gradients they are; None for the cross-entropy with `labels`. It is not saved.
-        labels: those of the data, or drawn from the model's predictions.
+        batches: the batches the moments were measured on; None when they were not kept.
+        gradients: whether the second moments of the output gradients were measured as well.
+        loss: the loss function that was differentiated; None for the default loss. It is not saved.
+        labels: the labels of the default loss: "data", or "sampled" from the model's predictions.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class Calibration:
         self.loss = loss
         self.labels = labels
         self._metrics = dict(metrics)
-        self._files: dict[str, Path] = {}  # moments that did not fit in memory, or were not read yet: site to file
+        self._files: dict[str, Path] = {}  # site to file, for moments spilled to disk or not loaded yet
         self._curves: dict[tuple[str, str, float, float], list[Point]] = {}
-        self._folder: Path | None = None  # of spilled moments; lives as long as this object
+        self._folder: Path | None = None  # of the spilled moments; deleted together with this object
 
     def add(self, metrics: Mapping[str, Metric], *, spill: bool = False) -> None:
-        """Take the metrics of more sites; spilled, they are written to a temporary file and read when asked for."""
+        """Add the metrics of more sites; with `spill` they go to a temporary file, which each look-up reads."""
         if not spill:
             self._metrics |= metrics
             return
@@ -76,22 +76,22 @@ class Calibration:
 
     @property
     def spilled(self) -> bool:
-        """Whether some metrics are in files rather than in memory."""
+        """Whether some metrics are on disk rather than in memory."""
         return bool(self._files)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The sites that were reached, in the model's order."""
+        """The names of the sites that the batches reached, those in memory before those on disk."""
         return (*self._metrics, *self._files)
 
     def metric(self, name: str) -> Metric | None:
-        """The metric of the site called `name`; None when the batches did not reach it."""
+        """Returns the metric of the site called `name`, or None when no batch reached it."""
         if name in self._files:
             return _read(self._files[name], name)
         return self._metrics.get(name)
 
     def curve(self, site: Site, kind: Decomposition) -> list[Point]:
-        """The error curve of `kind` for a site's weight in its metric; kept, so that the next plan is quick."""
+        """Returns the error curve of `kind` for a site's weight in the site's metric; cached for later plans."""
         weight = site.weight.detach()
         key = (site.name, repr(kind), float(weight.double().sum()), float(weight.double().square().sum()))
         if key not in self._curves:
@@ -99,16 +99,19 @@ class Calibration:
         return self._curves[key]
 
     def inputs_only(self) -> Calibration:
-        """The same without the output gradients: fits weigh the layer's outputs equally."""
+        """Returns a copy without the moments of the output gradients, so that fits weight all outputs equally."""
         known = {name: self.metric(name) for name in self.names}
         metrics = {name: Metric(metric.input) for name, metric in known.items() if metric is not None}
         return Calibration(metrics, batches=self.batches, gradients=False, loss=self.loss, labels=self.labels)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the moments, and the batches when they are tensors, to a new folder: whole or not at all.
+        """Write the moments, and the batches when all are tensors, to a folder: completely or not at all.
+
+        Returns:
+            The folder.
 
         Raises:
-            CalibrationError: when the folder exists and `overwrite` is not set, or holds other files.
+            CalibrationError: when the folder exists, unless `overwrite` is set and it holds a calibration.
         """
         folder = Path(folder)
         if folder.exists() and not (overwrite and (folder / DESCRIPTION).is_file()):
@@ -137,10 +140,10 @@ class Calibration:
 
     @classmethod
     def load(cls, folder: str | Path) -> Calibration:
-        """What `save` wrote; each site's moments are read when they are asked for.
+        """Returns the calibration that `save` wrote; the moments of a site are read from disk at each look-up.
 
         Raises:
-            CalibrationError: when the folder is missing, damaged, foreign or of a newer format.
+            CalibrationError: when the folder is missing or damaged, holds no calibration, or has a newer format.
         """
         folder = Path(folder)
         try:
@@ -172,7 +175,7 @@ def _write(metrics: Mapping[str, Metric], path: Path) -> None:
     for name, metric in metrics.items():
         for side, moment in (("input", metric.input), ("output", metric.output)):
             if moment is not None:
-                tensors[f"{name}/{side}"] = moment.contiguous().clone()  # shared inputs are stored for each site
+                tensors[f"{name}/{side}"] = moment.contiguous().clone()  # sites that share an input each store it
     save_file(tensors, path)
 
 

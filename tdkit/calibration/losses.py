@@ -1,4 +1,4 @@
-"""The losses whose gradients calibrate: the data's own, and one with labels that the model draws itself."""
+"""The default losses of a calibration: with the labels of the data, or with labels drawn from the predictions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tdkit.errors import CalibrationError, did_you_mean
 
 Labels = Literal["data", "sampled"]
 
-IGNORED = -100  # a label that counts nothing, as torch and transformers have it
+IGNORED = -100  # the label that the cross-entropy of torch and transformers ignores
 
 
 def check_labels(labels: str) -> Labels:
-    """`labels`, if it is one of `Labels`.
+    """Returns `labels`, narrowed to the type `Labels`.
 
     Raises:
-        CalibrationError: otherwise.
+        CalibrationError: when it is neither "data" nor "sampled".
     """
     known: tuple[Labels, ...] = get_args(Labels)
     for each in known:
@@ -30,10 +30,10 @@ def check_labels(labels: str) -> Labels:
 
 
 def data_loss(output: Any, batch: Any) -> Tensor:
-    """The model's own loss where the batch holds labels, else the next-token cross-entropy, summed over tokens.
+    """Returns the model's own loss where the output has one, else the next-token cross-entropy; summed over tokens.
 
     Raises:
-        CalibrationError: when the output is neither.
+        CalibrationError: when the output has no loss, and no logits (n, tokens, classes) that match the token ids.
     """
     own = getattr(output, "loss", None)
     if isinstance(own, Tensor):
@@ -49,9 +49,9 @@ def data_loss(output: Any, batch: Any) -> Tensor:
 
 
 def _labelled(output: Any, batch: Any) -> int:
-    """Over how many labels a model's own loss is the mean: those that are not ignored, for transformers' losses.
+    """Returns the number of labels that a model's own mean loss averages over: those that are not ignored.
 
-    A causal model predicts no first token, so that labels of that position count nothing.
+    The label of the first token is not counted for a causal model, which does not predict that token.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor):
@@ -64,16 +64,17 @@ def _labelled(output: Any, batch: Any) -> int:
 
 
 def sampled_loss(output: Any, batch: Any, seed: int) -> Tensor:
-    """The cross-entropy with labels drawn from the model's own predictions, summed over all of them.
+    """Returns the cross-entropy with labels sampled from the model's own predictions, summed over all predictions.
 
-    The second moment of its gradients is the Fisher information: the curvature of the divergence between what the
-    model predicts now and after a small change. That of the data's labels counts what the model gets wrong besides.
-    A causal language model draws each next token in the context of the data's.
+    The second moment of its gradients is the Fisher information: the curvature of the divergence between the
+    predictions of the model and those after a small change. With the labels of the data the second moment also
+    contains the model's errors. For a causal language model each next token is sampled given the tokens of the data.
 
     Args:
-        output: logits (..., classes), or what holds them as ``logits``.
-        batch: its mask, or labels of the logits' own shape that are -100, say which predictions do not count.
-        seed: of the draw.
+        output: logits (..., classes), or an object with such a ``logits`` attribute.
+        batch: predictions are ignored where its ``attention_mask`` is zero, or where its ``labels``, if they
+            have the shape of the predictions, are -100.
+        seed: of the random generator.
 
     Raises:
         CalibrationError: when there are no logits of two or more classes.
@@ -95,11 +96,11 @@ def sampled_loss(output: Any, batch: Any, seed: int) -> Tensor:
 
 
 def _drawn(logits: Tensor, seed: int) -> Tensor:
-    """A class for each row of logits (..., classes), with the probability that they give it; the same on any device."""
+    """Sample one class (...,) per row of logits (..., classes) from their softmax, the same on every device."""
     uniform = torch.rand(logits.shape[:-1], generator=torch.Generator().manual_seed(seed)).to(logits.device)
     reached = logits.float().softmax(-1).cumsum(-1)
     drawn = torch.searchsorted(reached, (uniform * reached[..., -1])[..., None], right=True).squeeze(-1)
-    return drawn.clamp_max(logits.shape[-1] - 1)  # the end of rounding, or of logits that are no numbers
+    return drawn.clamp_max(logits.shape[-1] - 1)  # rounding, or NaN logits, can give an index past the last class
 
 
 def _logits(output: Any) -> Tensor | None:
@@ -108,25 +109,25 @@ def _logits(output: Any) -> Tensor | None:
 
 
 def _continued(logits: Tensor | None, batch: Any) -> Tensor | None:
-    """The token ids (n, tokens) of the batch where `logits` have a prediction of what follows each of them."""
+    """Returns the token ids (n, tokens) of the batch if `logits` are (n, tokens, classes), else None."""
     ids = token_ids(batch)
     return ids if ids is not None and logits is not None and logits.shape[:-1] == ids.shape else None
 
 
 def token_ids(batch: Any) -> Tensor | None:
-    """What may be the token ids (n, tokens) of a batch: its ``input_ids``, its first entry or itself."""
+    """Returns the 2-D tensor that is taken for token ids (n, tokens): ``input_ids``, the first entry or the batch."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch[0] if isinstance(batch, tuple) else batch
     return ids if isinstance(ids, Tensor) and ids.ndim == 2 else None
 
 
 def attention_mask(batch: Any) -> Tensor | None:
-    """The batch's mask (n, tokens), True where a token counts; None where it has none of this form."""
+    """Returns the attention mask (n, tokens), bool, True for real tokens; None when the batch has no 2-D mask."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _unmasked(targets: Tensor, batch: Any) -> Tensor:
-    """`targets` of the positions after the first, ignored where the batch's attention mask hides them."""
+    """Set `targets` (n, tokens - 1), which start at the second token, to IGNORED where the mask is zero."""
     mask = attention_mask(batch)
     return targets if mask is None else targets.masked_fill(~mask[:, 1:], IGNORED)
 

@@ -1,4 +1,4 @@
-"""Calibration: how much each layer's inputs and outputs matter to the model's loss, measured on some batches."""
+"""Calibration: measure the second moments of each layer's inputs and output gradients on batches."""
 
 from __future__ import annotations
 
@@ -42,33 +42,39 @@ def calibrate(
 ) -> Calibration:
     """Measure C = E[x x^T] and S = E[g g^T] of every rewritable weight of `model`, in one pass over `batches`.
 
-    x is what enters a layer and g the gradient of the loss at what leaves it, both per token. For an
-    embedding the row side is the diagonal of token counts; a head tied to it adds its share. Sides
-    longer than 16,384 (vocabularies) keep the diagonal. Where all moments together exceed `limit_bytes`,
-    the sites are measured in groups, one pass each, and the finished ones are spilled to a temporary file.
+    x (in,) is the input of a layer and g (out,) the gradient of the loss with respect to its output, both for one
+    token. For an embedding the moment of the row side is the diagonal of token counts; a head tied to the embedding
+    contributes to the same moments. A side longer than 16,384 (a vocabulary) keeps only the diagonal. The moments are
+    float64 and on the CPU. Where all moments together exceed `limit_bytes`, the sites are measured in groups with one
+    pass each, and the moments of each group are spilled to disk.
 
-    The model comes back as it was: its mode, its gradients and the random state included. It runs in
-    eval mode.
+    The model runs in eval mode. Its training mode, ``requires_grad`` flags, device and the random state are restored.
 
     Args:
-        batches: each is what the model takes: a tensor (of token ids), a tuple of arguments, or a mapping
-            of keyword arguments (padding under ``attention_mask`` is left out). Or the name of a text, as
-            `tdkit.sources.load_texts` knows it, of which windows spread over all of it are used.
-        gradients: measure S too, at the cost of a backward; without it S is None.
-        names: the sites to measure, by the name of any of their layers; all when None.
-        loss: (model output, batch) to a scalar, summed over tokens rather than averaged, so that all
-            batches count alike. None is the next-token cross-entropy of a causal language model, or the
-            model's own ``loss`` where a batch holds ``labels``.
-        labels: of the default loss, "data" or "sampled": drawn from what the model predicts, for which S is the
-            Fisher information. It says better what a small change costs, a tenth of the parameters or less; where
-            two fifths go, the data's labels have been the far better guide.
-        tokenizer, context, tokens: for a text by name: what encodes it, and how much of it in which windows.
-        limit_bytes: of moments held in memory at once.
-        device: where to run; the model is brought back afterwards. Where it is when None.
-        progress: show a progress bar; on a terminal only when None.
+        batches: an iterable of model inputs, each a tensor (of token ids), a tuple of arguments or a mapping of
+            keyword arguments (padding according to ``attention_mask`` is ignored). Or the name of a text, as in
+            `tdkit.sources.load_texts`; windows spread over the whole text are used.
+        gradients: also measure S, which takes a backward pass; otherwise S is None.
+        names: the sites to measure, by the name of any of their layers; all sites when None.
+        loss: a function (model output, batch) -> scalar tensor. It should sum over tokens rather than average, so
+            that each token has the same weight. When None: the model's own ``loss`` where the output has one, else
+            the next-token cross-entropy of a causal language model.
+        labels: the labels of the default loss: "data", or "sampled" from the model's predictions, for which S is the
+            Fisher information. "sampled" estimates the cost of small changes better (up to a tenth of the parameters
+            removed); with two fifths of the parameters removed, "data" gave far better results.
+        tokenizer: the tokenizer for a text given by name.
+        context: tokens per window of a text given by name.
+        tokens: number of tokens to use of a text given by name.
+        limit_bytes: the maximum size in bytes of the moments held in memory at once.
+        device: the device to run on; the model is moved back afterwards. When None, the model is not moved.
+        progress: show a progress bar; when None, only on a terminal.
+
+    Returns:
+        The moments by site name.
 
     Raises:
-        CalibrationError: when there are no batches, no loss can be found, or it is not finite.
+        CalibrationError: when there are no batches, `names` are unknown, no loss can be computed, or a loss or a
+            moment is not finite.
 
     Source of the two-sided moments: Martens and Grosse, K-FAC (2015), section 3; of the labels, see `sampled_loss`.
     """
@@ -85,15 +91,15 @@ def calibrate(
 
 
 def text_batches(name: str | Path, tokenizer: Any, *, context: int = 512, tokens: int = 16384) -> list[Tensor]:
-    """Batches of one window of token ids (1, context) each, spread over all of a text."""
+    """Returns batches of one window of token ids (1, context), int64, spread over the whole text."""
     return [row[None] for row in spread_windows(name, tokenizer, context=context, tokens=tokens)]
 
 
 def _named(sites: Sequence[Site], names: Collection[str]) -> tuple[Site, ...]:
-    """The sites with one of `names`.
+    """Returns the sites that have one of `names`.
 
     Raises:
-        CalibrationError: for names that no site has.
+        CalibrationError: when a name belongs to no site.
     """
     if isinstance(names, str):
         raise CalibrationError(f"calibrate: names={names!r} must be a list of layer names")
@@ -113,11 +119,10 @@ def recalibrate(
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> Calibration:
-    """The mean of the moments of `calibration` and of those that `sites` have now, on the same batches.
+    """Returns the mean of the moments in `calibration` and the moments of `sites` measured now on the same batches.
 
-    Where a layer has been rewritten since, what now stands in its place is measured. The loss between the dense
-    model and a compressed one bends as it does at neither end alone; the mean over both ends gave SmolLM2-135M a
-    lower perplexity than either.
+    `sites` may belong to layers that have been compressed since. The curvature of the loss between the dense and the
+    compressed model is that of neither alone; on SmolLM2-135M the mean of both gave a lower perplexity than either.
 
     Raises:
         CalibrationError: when the calibration has no batches.
@@ -148,7 +153,7 @@ def measured(
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> Calibration:
-    """The moments of `sites` on what `runner` makes of the batches; see `calibrate`."""
+    """Returns the moments of `sites`, measured while `runner` runs the batches; see `calibrate`."""
     chosen = list(batches)
     if not chosen:
         raise CalibrationError("there are no calibration batches: give at least one")
@@ -169,7 +174,7 @@ def measured(
 
 
 def _check_positions(runner: Runner, batches: Sequence[Batch]) -> None:
-    """Refuse windows of token ids that are longer than the model's table of positions, before anything runs."""
+    """Raise if a batch has more tokens than the model's position table has rows, before anything runs."""
     for batch in batches:
         ids = token_ids(batch)
         if ids is not None and not ids.is_floating_point():
@@ -177,10 +182,10 @@ def _check_positions(runner: Runner, batches: Sequence[Batch]) -> None:
 
 
 def _check_weights(runner: Runner) -> None:
-    """Refuse a model that cannot be run, or not backwards.
+    """Check that the parameters allow a forward and, with gradients, a backward pass.
 
     Raises:
-        CalibrationError: naming a parameter, and what to do.
+        CalibrationError: when one does not; the message names the parameter and the remedy.
     """
     for name, parameter in runner.model.named_parameters():
         if is_lazy(parameter) or parameter.is_meta:
@@ -202,7 +207,7 @@ def _measure(
     progress: bool | None,
 ) -> Calibration:
     groups = groups_within(reach.sites, reach.shared, runner.gradients, limit_bytes)
-    groups[0] += reach.others  # a later batch may reach them
+    groups[0] += reach.others  # a later batch may still reach these
     calibration = runner.calibration(batches)
     with progress_bar("calibrate", len(groups) * len(batches), progress) as bar:
         for number, group in enumerate(groups):

@@ -1,4 +1,4 @@
-"""Running second moments of what enters a model's layers and of the loss gradient at what leaves them."""
+"""Running second moments of the inputs of a model's layers and of the gradients of their outputs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tdkit.models.hosts.base import Observer
 from tdkit.models.sites import Site, User
 from tdkit.support.compatibility import version_of
 
-DIAGONAL_ABOVE = 16384  # a longer side (a vocabulary) keeps the diagonal of its moment only
+DIAGONAL_ABOVE = 16384  # a longer side (a vocabulary) keeps only the diagonal of its moment
 
 Row = Tensor  # (tokens, features)
 
 
 class SharingBrokeError(Exception):
-    """Layers that had the same input on the first batch had different ones on a later batch."""
+    """Layers that shared one input tensor on the first batch had different inputs on a later batch."""
 
 
 class SideSum:
-    """A running sum of row^T row, in float64: (n, n), or (n,) its diagonal."""
+    """A running sum of row^T row in float64: a matrix (n, n), or for large n its diagonal (n,)."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -44,10 +44,10 @@ class SideSum:
         self,
         rows: Row,  # (tokens, n)
     ) -> None:
-        """Add one batch's rows: their product in float32 (float64 for float64 rows), the sum in float64.
+        """Add the rows of one batch: the product in float32 (float64 for float64 rows), the sum in float64.
 
-        A batch's rounding stays near 1e-7 of the largest moment, under the floor that `Metric` lifts
-        eigenvalues to.
+        The rounding error is about 1e-7 of the largest moment, less than the lower bound that `Metric` sets
+        for eigenvalues.
         """
         rows = rows if rows.dtype == torch.float64 else rows.float()
         self._add(rows.square().sum(0) if self.diagonal else rows.T @ rows, len(rows))
@@ -56,7 +56,7 @@ class SideSum:
         self,
         ids: Tensor,  # (tokens,) below n
     ) -> None:
-        """Add one-hot rows, whose moment is the diagonal of counts."""
+        """Add one-hot rows given by their indices; their moment is the diagonal matrix of counts."""
         self.diagonal = True
         self._add(torch.bincount(ids, minlength=self.size), len(ids))
 
@@ -66,7 +66,7 @@ class SideSum:
         self.count += count
 
     def mean(self) -> Tensor | None:
-        """The moment per token, on the CPU, once all rows are in; None when there were none. The sum is gone."""
+        """Returns the moment per token, float64 on the CPU, or None without rows; frees the sum, so call it last."""
         if self.sum is not None and self.count:
             self._mean = self.sum.div_(self.count).cpu()
             self.sum = None
@@ -74,7 +74,7 @@ class SideSum:
 
 
 class SiteSums:
-    """The sums of one site: apart for the layers that multiply by its weight and those that look up rows."""
+    """The sums of one site, separate for layers that multiply by its weight and layers that look up its rows."""
 
     def __init__(self, site: Site, inputs: SideSum | None = None) -> None:
         out, width = site.shape
@@ -84,7 +84,7 @@ class SiteSums:
         self.lookup_output = SideSum(width)
 
     def metric(self) -> Metric | None:
-        """The metric of the site, None when its layers were never called."""
+        """Returns the metric of the site, or None when its layers were never called."""
         uses = [
             (self.multiply_input.mean(), self.multiply_output.mean()),
             (self.lookup_output.mean(), self.lookup_rows.mean()),
@@ -94,16 +94,16 @@ class SiteSums:
 
 
 def _joined(first: Metric, second: Metric) -> Metric:
-    """One metric for two uses of a weight: of all (O1 + O2) x (I1 + I2) the one that keeps each use's share.
+    """Returns one metric for the two uses of a tied weight, as a multiplier and as a look-up table.
 
-    A sum of two Kronecker products is none itself. Each side is the mean of the two uses' moments,
-    weighted so that the trace, what the whole weight matters to the loss, is that of the sum.
+    The sum of the Kronecker products O1 x I1 + O2 x I2 is not a Kronecker product, so it is approximated: each side
+    is a weighted sum of the moments of both uses, and the trace equals that of the exact sum.
     """
     width = next(m.input for m in (first, second) if m.input is not None).shape[0]
     inputs = [torch.ones(width, dtype=torch.float64) if m.input is None else m.input for m in (first, second)]
     height = next(m.output for m in (first, second) if m.output is not None).shape[0]
     outputs = [torch.ones(height, dtype=torch.float64) if m.output is None else m.output for m in (first, second)]
-    if any(m.input is None or m.output is None for m in (first, second)):  # no common unit: equal shares
+    if any(m.input is None or m.output is None for m in (first, second)):  # the units differ: equal shares
         inputs = [moment / _trace(moment) for moment in inputs]
         outputs = [moment / _trace(moment) for moment in outputs]
     traces = [_trace(moment) for moment in inputs]
@@ -127,12 +127,12 @@ def _trace(moment: Tensor) -> float:
 
 
 class Recorder:
-    """Forward hooks on the layers of some sites that add up their moments while the model runs.
+    """Forward hooks on the layers of some sites that accumulate the moments while the model runs.
 
     Args:
-        sites: what to record.
-        gradients: also record the gradients of the outputs; the caller runs the backward.
-        shared: site to the site whose input it shares; the moment is computed once.
+        sites: the sites to record.
+        gradients: also record the gradients of the outputs; the caller runs the backward pass.
+        shared: maps a site name to that of the site with the same input tensor, whose moment is computed only once.
     """
 
     def __init__(self, sites: Sequence[Site], *, gradients: bool, shared: Mapping[str, str] | None = None) -> None:
@@ -143,14 +143,14 @@ class Recorder:
         for site in sites:
             leader = self.sums.get(self.shared.get(site.name, ""))
             self.sums[site.name] = SiteSums(site, leader.multiply_input if leader else None)
-        self.mask: Tensor | None = None  # (batch, length), of the batch at hand; false where it is padding
+        self.mask: Tensor | None = None  # (batch, length) of the current batch; False for padding
         self._last: dict[str, tuple[Tensor, int]] = {}
 
     def metrics(self) -> dict[str, Metric]:
-        """The metric of each site that was called.
+        """Returns the metric of each site that was called, by site name.
 
         Raises:
-            CalibrationError: where the model computed NaN or infinite values.
+            CalibrationError: when a moment is NaN or infinite.
         """
         found = {site.name: self.sums[site.name].metric() for site in self.sites}
         known = {name: metric for name, metric in found.items() if metric is not None}
@@ -165,7 +165,7 @@ class Recorder:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks are in place inside this block, and gone after it."""
+        """A context manager inside which the hooks are registered."""
         handles: list[RemovableHandle] = []
         try:
             for site in self.sites:
@@ -199,7 +199,7 @@ class Recorder:
         return observe
 
     def _follows(self, name: str, x: Tensor) -> bool:
-        """Whether the input was counted already, for the site that `name` shares it with."""
+        """Returns whether `x` was already added, for the site that shares its input with `name`."""
         leader = self.shared.get(name)
         if leader is None or leader not in self.sums:
             if name in self.shared.values():
@@ -212,29 +212,29 @@ class Recorder:
 
 
 def _version(x: Tensor) -> int:
-    """The version counter of x; inference tensors have none, and are taken to be unchanged while their address is."""
+    """Returns the version counter of x, or -1 for inference tensors, which have none: only addresses are compared."""
     return -1 if x.is_inference() else version_of(x)
 
 
 def token_rows(x: Tensor, mask: Tensor | None) -> Row:
-    """The vectors of `x` (batch, length, n) as (tokens, n), without those that the mask (batch, length) leaves out."""
+    """Flatten `x` (batch, length, n) to (tokens, n), without the tokens where `mask` (batch, length) is False."""
     mask = mask if mask is not None and x.shape[:2] == mask.shape else None
     return (x if mask is None else x[mask]).reshape(-1, x.shape[-1])
 
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same numbers in the same memory."""
+    """Returns whether two tensors have the same address, shape, strides and dtype."""
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 @dataclass
 class Reach:
-    """What one run of the model showed.
+    """Which sites one run of the model called.
 
     Attributes:
-        sites: those whose layers were called.
-        others: those whose layers were not.
-        shared: which site multiplies the same input as an earlier one, follower to leader.
+        sites: sites whose layers were called.
+        others: sites whose layers were not called.
+        shared: maps the name of a site to that of an earlier site that multiplied the same input tensor.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -244,8 +244,11 @@ class Reach:
 
 @contextmanager
 def reaching(sites: Sequence[Site]) -> Iterator[Reach]:
-    """While the model runs once in this block, find which sites it calls and which of them share an input."""
-    calls: dict[str, list[Tensor]] = {site.name: [] for site in sites}  # held, so that no address is used twice
+    """A context manager that finds which sites are called, and which of them share an input, while the model runs once.
+
+    The `Reach` it yields is filled in when the block ends.
+    """
+    calls: dict[str, list[Tensor]] = {site.name: [] for site in sites}  # kept alive: no address is reused
     handles = []
 
     def observer(name: str) -> Observer:
@@ -276,12 +279,12 @@ def reaching(sites: Sequence[Site]) -> Iterator[Reach]:
 
 
 def distinct_users(site: Site) -> list[User]:
-    """The users of a site, a layer that has several names once."""
+    """Returns the users of a site; a layer with several names appears once."""
     return list({id(user.module): user for user in site.users}.values())
 
 
 def groups_within(sites: Sequence[Site], shared: Mapping[str, str], gradients: bool, limit: int) -> list[list[Site]]:
-    """Sites in order, cut into groups whose moments take at most `limit` bytes each (or a single site more)."""
+    """Split sites, in order, into groups whose moments take at most `limit` bytes, or one site that takes more."""
     groups: list[list[Site]] = []
     held = math.inf
     for site in sites:

@@ -1,4 +1,4 @@
-"""Runs a model on calibration batches, forward and backward, and leaves it as it was."""
+"""Run a model on calibration batches, forward and backward, and restore its state afterwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Runner:
-    """Runs a model on batches of whatever kind, forward and backward."""
+    """Runs a model forward and backward on batches that are tensors, tuples or mappings."""
 
     def __init__(self, model: nn.Module, *, gradients: bool, loss: Loss | None = None, labels: Labels = "data") -> None:
         self.model = model
@@ -27,7 +27,7 @@ class Runner:
         self.gradients = gradients
 
     def calibration(self, batches: list[Batch]) -> Calibration:
-        """One without moments yet, that knows what they are of."""
+        """Returns an empty calibration with the batches, loss and labels of this runner."""
         return Calibration({}, batches=batches, gradients=self.gradients, loss=self.loss, labels=self.labels)
 
     @property
@@ -70,13 +70,13 @@ class Runner:
 
 @contextmanager
 def as_it_was(model: nn.Module, device: torch.device | str | None, *, freeze: bool = True) -> Iterator[None]:
-    """Eval mode inside; modes, `requires_grad`, devices and the random state are restored after.
+    """A context manager that sets eval mode and restores modes, `requires_grad`, devices and random state on exit.
 
-    A layer that was replaced inside gets the mode and the device of the one that had its name.
+    A layer that replaced another inside the block gets the mode and the device of the layer it replaced.
 
     Args:
-        device: where the model is inside; it stays where it is when None.
-        freeze: whether parameters require no gradient inside.
+        device: the device of the model inside the block; when None the model is not moved.
+        freeze: set ``requires_grad=False`` on all parameters inside the block.
     """
     modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
     frozen = [p for p in model.parameters() if freeze and p.requires_grad and not p.is_inference()]
@@ -104,7 +104,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _homes(model: nn.Module) -> dict[str, torch.device]:
-    """The device of every module that holds tensors of its own, by name, and that of the whole model."""
+    """Returns the device of each module that owns tensors, by module name, and under ``""`` that of the model."""
     homes = {"": _device_of(model)}
     for name, module in model.named_modules(remove_duplicate=False):
         own = next((t for t in (*parameters_of(module).values(), *buffers_of(module).values()) if t is not None), None)
@@ -123,7 +123,7 @@ def _bring_home(model: nn.Module, homes: Mapping[str, torch.device]) -> None:
 
 
 def _of_nearest(name: str, known: Mapping[str, T]) -> T:
-    """The entry of a module, or of the nearest one around it; that of the whole model is called ``""``."""
+    """Returns the entry of a module or of its nearest parent in `known`; the root module is called ``""``."""
     while name not in known:
         name = name.rpartition(".")[0]
     return known[name]

@@ -1,4 +1,4 @@
-"""What becomes of each weight: policies, plans, and how a parameter budget is shared."""
+"""Policies, plans, and the allocation of a parameter budget to the layers of a model."""
 
 from tdkit.planning.allocation import Choice, OpenSite
 from tdkit.planning.allocators import Allocator, Request

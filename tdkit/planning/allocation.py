@@ -1,4 +1,4 @@
-"""From a parameter budget to one decomposition with a rank per layer."""
+"""Choose one decomposition with a rank for each layer within a parameter budget."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from tdkit.decompositions.base import Decomposition, Point
 from tdkit.errors import BudgetError
 from tdkit.models.sites import Site
 
-MIXED_GAIN = 0.03  # of the estimated loss; SmolLM2 at 80%: 1.5% less promised, 2.9% more perplexity measured
+MIXED_GAIN = 0.03  # of the estimated loss; SmolLM2 at 80%: estimate 1.5% lower, measured perplexity 2.9% higher
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a site becomes: a complete decomposition, or None with the reason why it stays dense.
+    """The decomposition chosen for a site, or the reason why the site stays dense.
 
     Attributes:
-        error: estimated tr(S E C E^T), where the choice was made from an error curve.
-        runner_up: the best other decomposition of at most the same size, and its error.
+        decomposition: complete, with its rank set; None when the site stays dense.
+        reason: why the site stays dense; empty otherwise.
+        error: estimated tr(S E C E^T) with E the error of the weight (out, in), C (in, in) and S (out, out) the
+            calibrated moments; None when the choice was not made from an error curve.
+        runner_up: the point with the least error among those of other decompositions with at most as many
+            parameters; None when there is none.
     """
 
     decomposition: Decomposition | None
@@ -33,11 +37,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class OpenSite:
-    """A site whose rank the budget chooses.
+    """A site whose rank is chosen from the budget.
 
     Attributes:
-        kind: the decomposition, with its rank open.
-        min_keep, max_keep: bounds on params after / params before.
+        site: the weight.
+        kind: the decomposition, with its rank not set.
+        min_keep: lower bound on params after / params before; no bound when None.
+        max_keep: upper bound on params after / params before; no bound when None.
     """
 
     site: Site
@@ -46,16 +52,16 @@ class OpenSite:
     max_keep: float | None = None
 
     def within(self, params: int) -> bool:
-        """Whether a size keeps to the bounds."""
+        """Returns whether a number of parameters is within the bounds."""
         low, high = self.min_keep or 0, 1 if self.max_keep is None else self.max_keep
         return low * self.site.params <= params <= high * self.site.params
 
     def clipped(self, share: float) -> float:
-        """The share nearest to `share` that keeps to the bounds."""
+        """Returns `share` clamped to the bounds."""
         return min(max(share, self.min_keep or 0), 1 if self.max_keep is None else self.max_keep)
 
     def complete(self, share: float, calibration: Calibration | None) -> Decomposition | None:
-        """The best choice with at most `share` of the dense parameters."""
+        """Returns the best complete decomposition with at most `share` of the dense parameters, or None."""
         most = math.floor(share * self.site.params)
         if not self.is_choice():
             return self.kind.complete(self.site.shape, most)
@@ -63,23 +69,25 @@ class OpenSite:
         return self.kind.best_within(self.site.weight, metric, most)
 
     def is_choice(self) -> bool:
-        """Whether `kind` stands for several decompositions."""
+        """Returns whether `kind` has several alternatives to choose from."""
         return list(self.kind.alternatives(self.site.shape)) != [self.kind]
 
 
 def uniform(
     sites: Sequence[OpenSite], available: int, place: str, calibration: Calibration | None = None
 ) -> dict[str, Choice]:
-    """Give every site the same share of its dense parameters, `available` in all, within its bounds.
+    """Choose for every site the same share of its dense parameters, within its bounds.
 
-    A site that no choice of its decomposition can bring down to the share stays dense, and the others
-    share what is left.
+    A site for which no choice is as small as the share stays dense, and the others share the remaining parameters.
 
     Args:
-        sites: those whose rank is open.
-        available: parameters that these sites may hold together.
-        place: what asked for the budget, for the error.
-        calibration: what decides where a site may take one of several decompositions.
+        sites: sites whose rank is not set.
+        available: the maximum number of parameters of these sites together.
+        place: where the budget was given, for the error message.
+        calibration: used to compare decompositions where a site has several alternatives.
+
+    Returns:
+        The choices by site name.
 
     Raises:
         BudgetError: when not even the smallest choices fit.
@@ -120,22 +128,25 @@ def by_loss(
     *,
     rivals: Mapping[str, Sequence[Point]] | None = None,
 ) -> dict[str, Choice]:
-    """Choose sizes that together hold at most `available` parameters and lose least by the sites' error curves.
+    """Choose the sizes with the least total error, read from the error curves, within `available` parameters.
 
-    Each curve ends with the dense weight at no error. On the lower convex hull of every curve the
-    steps are taken in the order of error removed per parameter, over all sites at once, which is the
-    optimum for every budget that a whole number of steps meets; what is left over is then spent on
-    the points, of the hull or not, that remove most.
+    The dense weight, with zero error, is the last point of each curve. Starting from the smallest choices, steps
+    along the lower convex hull of the curves of all sites are taken in the order of error removed per parameter.
+    This is optimal for every budget that a whole number of steps uses up. The remaining parameters are spent on
+    the points, on the hull or not, that remove most error.
 
     Args:
-        sites: those whose rank is open.
-        curves: by site name: choices of the site's decomposition with their error, in one unit for all.
-        available: parameters that these sites may hold together.
-        place: what asked for the budget, for the error.
-        rivals: the points among which the runner-up is looked for; those of `curves` when None.
+        sites: sites whose rank is not set.
+        curves: by site name, points of the site's decompositions with their error, in the same unit for all sites.
+        available: the maximum number of parameters of these sites together.
+        place: where the budget was given, for the error message.
+        rivals: the points from which the runner-up is taken; those of `curves` when None.
+
+    Returns:
+        The choices by site name.
 
     Raises:
-        BudgetError: when not even the smallest choices fit, or a site has none within its bounds.
+        BudgetError: when not even the smallest choices fit, or no point of a site is within its bounds.
 
     Source: the greedy optimum of separable convex resource allocation, Fox (1966).
     """
@@ -165,10 +176,10 @@ def by_loss(
 def mixed(
     sites: Sequence[OpenSite], curves: Mapping[str, Sequence[Point]], available: int, place: str
 ) -> dict[str, Choice]:
-    """`by_loss`, with several decompositions in one model only where that pays.
+    """Like `by_loss`, but mixes several decompositions in one model only when the estimated gain is large enough.
 
-    A mixture must promise `MIXED_GAIN` less loss than the best single decomposition does: a smaller difference is
-    within the error of the estimate.
+    The estimated loss of a mixture must be lower than that of the best single decomposition by the fraction
+    `MIXED_GAIN`; smaller differences are within the error of the estimate.
     """
     chosen = by_loss(sites, curves, available, place)
     used = {choice.decomposition.name for choice in chosen.values() if choice.decomposition is not None}
@@ -185,7 +196,7 @@ def mixed(
             continue
         try:
             single = by_loss(sites, own, available, place, rivals=curves)
-        except BudgetError:  # some site has no point of this one within its bounds
+        except BudgetError:  # a site has no point of this decomposition within its bounds
             continue
         error = sum(choice.error or 0.0 for choice in single.values())
         if error < limit:
@@ -201,7 +212,7 @@ class _Option:
 
 
 def _options(open_site: OpenSite, curve: Sequence[Point]) -> list[_Option]:
-    """The site's choices within its bounds, the dense weight included, without those that another one beats."""
+    """Returns the Pareto-optimal options of a site within its bounds, the dense weight included, by rising params."""
     dense = open_site.site.params
     every = [_Option(p.params, p.error, p.decomposition) for p in curve if p.params < dense]
     every.append(_Option(dense, 0.0, None))
@@ -218,7 +229,7 @@ def _options(open_site: OpenSite, curve: Sequence[Point]) -> list[_Option]:
 
 
 def lower_hull(points: Sequence[_Option]) -> list[_Option]:
-    """The points that no mixture of two others beats, by rising params. Source: Andrew (1979)."""
+    """Returns the points on the lower convex hull, by rising params. Source: Andrew (1979)."""
     hull: list[_Option] = []
     for point in points:
         while len(hull) > 1 and _above(hull[-2], hull[-1], point):
@@ -228,7 +239,7 @@ def lower_hull(points: Sequence[_Option]) -> list[_Option]:
 
 
 def _above(left: _Option, middle: _Option, right: _Option) -> bool:
-    """Whether `middle` lies on or above the line from `left` to `right`."""
+    """Returns whether `middle` lies on or above the line from `left` to `right`."""
     return (middle.error - left.error) * (right.params - left.params) >= (right.error - left.error) * (
         middle.params - left.params
     )
@@ -239,7 +250,7 @@ def _pairs(hull: list[_Option]) -> list[tuple[_Option, _Option]]:
 
 
 def _spend(held: dict[str, _Option], options: Mapping[str, list[_Option]], left: int) -> dict[str, _Option]:
-    """Spend what is left, each time on the single exchange that removes most error and still fits."""
+    """Spend the remaining parameters greedily: replace the option whose replacement removes most error and fits."""
     sizes = {name: [option.params for option in points] for name, points in options.items()}
     while True:
         best: tuple[float, str, _Option] | None = None

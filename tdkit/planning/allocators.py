@@ -1,4 +1,4 @@
-"""How a parameter budget is shared among the weights that it is for: the registry of allocators, and those shipped."""
+"""Allocators, which share a parameter budget among weights: the registry and the built-in ones."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tdkit.support.progress import progress_bar
 
 @dataclass(frozen=True)
 class Request:
-    """What an allocator is asked for.
+    """The input of an allocator.
 
     Attributes:
-        sites: the weights whose size the budget chooses.
-        available: parameters that they may hold together.
-        place: what asked for the budget, for errors.
-        calibration: of the model, where there is one.
-        progress: show a progress bar; on a terminal only when None.
+        sites: the weights whose size the allocator chooses.
+        available: the maximum number of parameters of these weights together.
+        place: where the budget was given, for error messages.
+        calibration: the calibration of the model; None when there is none.
+        progress: show a progress bar; when None, only on a terminal.
     """
 
     sites: Sequence[OpenSite]
@@ -38,10 +38,10 @@ class Request:
         return self.calibration is not None and self.calibration.gradients
 
     def curves(self, sites: Sequence[OpenSite]) -> dict[str, list[Point]]:
-        """By site name, the error curves of a site's decompositions one after the other, in its calibrated metric.
+        """Returns, by site name, the points of the error curves of all alternatives of the site, concatenated.
 
-        Half an error is the estimated increase of the loss, in nats per token. Without a calibration errors are
-        squared Frobenius norms, which say nothing about one layer beside another.
+        With a calibration with gradients, half of an error is the estimated increase of the loss in nats per token.
+        Without a calibration the errors are squared Frobenius norms, which are not comparable between layers.
         """
 
         def curve(open_site: OpenSite) -> list[Point]:
@@ -61,7 +61,7 @@ class Request:
 
 
 Allocator = Callable[[Request], Mapping[str, Choice]]
-"""From a request to the choice of every site in it, by site name; together within ``request.available``."""
+"""Maps a request to one choice per site, by site name, of at most ``request.available`` parameters together."""
 
 allocators: Registry[Allocator] = Registry(
     "tdkit.allocators",
@@ -75,11 +75,11 @@ allocators: Registry[Allocator] = Registry(
 
 
 def allocate(name: str, request: Request) -> dict[str, Choice]:
-    """The choices of the allocator called `name`, checked.
+    """Returns the checked choices of the allocator registered as `name`, by site name.
 
     Raises:
         RegistryError: when there is no such allocator.
-        BudgetError: when it cannot meet the budget, or does not.
+        BudgetError: when the allocator cannot meet the budget, exceeds it, or does not choose for exactly its sites.
     """
     choices = dict(allocators.get(name)(request))
     wanted = {open_site.site.name for open_site in request.sites}
@@ -101,15 +101,15 @@ def allocate(name: str, request: Request) -> dict[str, Choice]:
 
 
 def by_equal_shares(request: Request) -> dict[str, Choice]:
-    """The same share of its parameters for every layer, within its bounds."""
+    """Choose the same share of parameters for every layer, within its bounds."""
     return uniform(request.sites, request.available, request.place, request.calibration)
 
 
 def by_estimated_loss(request: Request) -> dict[str, Choice]:
-    """The sizes with the least estimated loss; layers that the calibration did not reach get the share of all.
+    """Choose the sizes with the least estimated loss; layers that the calibration did not reach get an equal share.
 
     Raises:
-        PolicyError: without a calibration with gradients.
+        PolicyError: when there is no calibration with gradients.
     """
     if not request.estimates_loss:
         raise PolicyError(
@@ -120,7 +120,7 @@ def by_estimated_loss(request: Request) -> dict[str, Choice]:
 
 
 def by_what_is_known(request: Request) -> dict[str, Choice]:
-    """By the estimated loss where a calibration with gradients gives one, by equal shares otherwise."""
+    """Choose by estimated loss with a calibration with gradients, and by equal shares otherwise."""
     known = set(request.calibration.names) if request.calibration and request.estimates_loss else set()
     reached = [s for s in request.sites if s.site.name in known]
     unreached = [s for s in request.sites if s.site.name not in known]
@@ -128,7 +128,7 @@ def by_what_is_known(request: Request) -> dict[str, Choice]:
         return by_equal_shares(request)
     choices: dict[str, Choice] = {}
     available = request.available
-    if unreached:  # no batch says how much they matter
+    if unreached:  # their effect on the loss was not measured
         share = available / sum(s.site.params for s in request.sites)
         part = int(share * sum(s.site.params for s in unreached))
         place = f"{request.place}, for the layers that the calibration did not reach,"

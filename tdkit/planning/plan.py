@@ -1,4 +1,4 @@
-"""What becomes of every weight matrix: the printable step between a policy and the rewritten model."""
+"""The plan of a compression: what each weight matrix is replaced by, to print, edit or save before it is applied."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORMAT_VERSION = 1
-GROUP_ABOVE = 40  # a longer plan is shown with equal layers of different depth in one row
+GROUP_ABOVE = 40  # longer plans show similar layers of different depth in one row
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every matrix of a model and what becomes of it.
+    """Every weight matrix of a model and the decomposition that replaces it, if any.
 
     Attributes:
-        steps: one per weight matrix, in the model's order; kept ones included.
-        params_before, params_after: of the whole model, tied weights once.
-        kept: layers with weights that tdkit does not rewrite: name to reason.
-        budget: what the policy asked for.
+        steps: one per weight matrix, in the model's order; includes those that stay dense.
+        params_before: parameters of the dense model, tied weights counted once.
+        params_after: parameters of the compressed model, tied weights counted once.
+        kept: maps the name of each layer that tdkit cannot rewrite to the reason.
+        budget: the budget of the policy, params after / params before; None when it has none.
     """
 
     steps: tuple[Step, ...]
@@ -37,12 +38,12 @@ class Plan:
 
     @property
     def ratio(self) -> float:
-        """Params after / params before, whole model."""
+        """Params after / params before of the whole model."""
         return self.params_after / self.params_before if self.params_before else 1.0
 
     @property
     def rewritten(self) -> tuple[Step, ...]:
-        """The steps that change something."""
+        """The steps that replace a weight."""
         return tuple(step for step in self.steps if step.decomposition is not None)
 
     def __iter__(self) -> Iterator[Step]:
@@ -52,7 +53,11 @@ class Plan:
         return len(self.steps)
 
     def __getitem__(self, name: str) -> Step:
-        """The step of the layer called `name`."""
+        """Returns the step of the layer called `name`.
+
+        Raises:
+            KeyError: when no step has such a layer.
+        """
         for step in self.steps:
             if name in step.names:
                 return step
@@ -73,10 +78,10 @@ class Plan:
 
     @classmethod
     def from_dict(cls, form: Mapping[str, Any]) -> Plan:
-        """A plan from its JSON form.
+        """Returns a plan from the form that `to_dict` returns.
 
         Raises:
-            PolicyError: with every fault at once.
+            PolicyError: when the form is invalid; the message lists the faults of all steps.
         """
         if not isinstance(form, Mapping):
             raise PolicyError(f"not a tdkit plan: it is a {type(form).__name__}, not a mapping")
@@ -104,7 +109,7 @@ class Plan:
             raise PolicyError(f"not a tdkit plan: {error}") from None
 
     def summary(self) -> str:
-        """One line: parameters before and after, the ratio, and what was asked for."""
+        """Returns one line with the parameters before and after, the ratio and the budget."""
         asked = f", budget {self.budget:g}" if self.budget is not None else ""
         return (
             f"{self.params_before:,} -> {self.params_after:,} params (ratio {self.ratio:.4f}{asked}), "
@@ -112,11 +117,13 @@ class Plan:
         )
 
     def table(self, *, every: bool = False) -> Table:
-        """Layer, shape, what it becomes, parameters, multiply-adds and, once fitted, relative error.
+        """Returns a table with layer, shape, replacement, parameters, multiply-adds and paths.
+
+        Relative error, estimated loss and runner-up are added where they are known.
 
         Args:
             every: one row per layer even in a long plan; otherwise layers that differ only in their depth
-                and share shape and decomposition are one row, with the range of their ranks.
+                and have the same shape and decomposition share a row, with the range of their ranks.
         """
         columns = ["layer", "shape", "becomes", "params", "of dense", "multiply-adds / token", "path at 1 | 512 tokens"]
         with_error = any(step.error is not None for step in self.steps)
@@ -166,13 +173,13 @@ def _row(group: Sequence[Step]) -> list[str]:
 
 
 def _paths(group: Sequence[Step]) -> str:
-    """The paths at 1 and at 512 tokens, once where they are the same; those of all steps where they differ."""
+    """Format the paths at 1 and at 512 tokens, as one if they are equal; lists all where the steps differ."""
     found = [" or ".join(dict.fromkeys(step.paths[k] for step in group if step.paths)) for k in (0, 1)]
     return found[0] if found[0] == found[1] else " | ".join(found)
 
 
 def _becomes(group: Sequence[Step]) -> str:
-    """The decomposition with its options; where they differ within the group, their range."""
+    """Format the decomposition with its options, or with their ranges where they differ within the group."""
     first = group[0].decomposition
     if first is None:
         return f"kept: {group[0].reason}"

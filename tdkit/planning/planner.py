@@ -1,4 +1,4 @@
-"""From a policy to a plan: which rule applies to each matrix, and which rank the budget gives it."""
+"""Make a plan from a policy: find the rule of each matrix and choose ranks within the budget."""
 
 from __future__ import annotations
 
@@ -30,17 +30,20 @@ def plan(
     calibration: Calibration | Iterable[Batch] | str | Path | None = None,
     progress: bool | None = None,
 ) -> Plan:
-    """What `policy` would do to `model`; nothing is changed.
+    """Returns the plan of `policy` for `model`, without changing the model.
 
     Args:
-        calibration: what `calibrate` returned, or what it takes. With it the budget can go where the loss
-            needs it, which takes the error curve of every layer.
-        progress: show a progress bar; on a terminal only when None.
+        model: any torch module.
+        policy: the rules and the budget.
+        calibration: a result of `calibrate`, or batches or the name of a text to calibrate on. With gradients, the
+            budget is allocated by estimated loss, for which the error curve of every layer is computed.
+        progress: show a progress bar; when None, only on a terminal.
 
     Raises:
         PolicyError: when a rule matches nothing.
-        OptionError: when options cannot be met by the layers they are meant for; all of them together.
+        OptionError: when options do not fit the layers they apply to; lists all such layers.
         BudgetError: when the budget cannot be met.
+        CalibrationError: as `calibrate`.
     """
     resolved = resolve(model, policy)
     return planned(resolved, calibrated(resolved, calibration, progress=progress), progress=progress)
@@ -53,10 +56,12 @@ def calibrated(
     labels: Labels = "data",
     progress: bool | None = None,
 ) -> Calibration | None:
-    """The calibration that was given, or one measured on the batches that were, of the sites to be rewritten.
+    """Returns `given` if it is a calibration, else one of the sites to rewrite, measured on the batches `given`.
+
+    Returns None when nothing is given or no site is to be rewritten.
 
     Args:
-        labels: as for `calibrate`.
+        labels: as in `calibrate`.
     """
     if given is None or isinstance(given, Calibration):
         return given
@@ -68,7 +73,7 @@ def calibrated(
 
 
 def planned(resolved: Resolved, calibration: Calibration | None = None, *, progress: bool | None = None) -> Plan:
-    """The plan of a resolved policy; see `plan`. A resolved plan is returned as it is."""
+    """Returns the plan of a resolved policy; see `plan`. A resolved plan is returned unchanged."""
     if resolved.plan is not None:
         return resolved.plan
     policy = resolved.policy
@@ -91,7 +96,7 @@ def planned(resolved: Resolved, calibration: Calibration | None = None, *, progr
 
 
 def applied_plan(model: nn.Module) -> Plan:
-    """The plan that a model carries in itself: what was rewritten, into what, with which error."""
+    """Returns the plan of a compressed model, read from its layers: decompositions, parameters and errors."""
     steps = []
     for matrix, users in factorized_groups(model):
         size = matrix.shape[0] * matrix.shape[1]
@@ -180,6 +185,6 @@ def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
 
 
 def _paths_of(matrix: FactorizedMatrix) -> tuple[str, str]:
-    """The names of the paths that are cheapest for 1 and for 512 tokens."""
+    """Returns the names of the paths with the least estimated time for 1 and for 512 tokens."""
     few, many = (min(matrix.paths(tokens), key=lambda path: path.seconds()) for tokens in (1, 512))
     return few.name, many.name

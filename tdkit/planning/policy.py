@@ -21,19 +21,25 @@ from tdkit.planning.allocators import allocators
 
 @dataclass(frozen=True)
 class Rule:
-    """Selects layers by name, type, size or a predicate, and says what becomes of them.
+    """Selects layers by name, type, size or a predicate, and sets their decomposition or keeps them dense.
 
     Args:
-        match: a glob over layer names (``*`` also crosses dots), or ``re:`` and a regular expression that
-            must match the whole name. A tied weight is matched by any of its layers' names.
-        decomposition: the decomposition, or its name, or ``{name: {options}}``.
-        keep: leave the matched layers as they are.
-        types: layer types that may match, such as ``("Linear", "Embedding")``; any when empty.
-        min_params, max_params: bounds on the size of the dense weight.
+        match: a glob over layer names (``*`` also matches dots), or ``re:`` followed by a regular expression that
+            must match the whole name. A tied weight is matched by the name of any of its layers.
+        decomposition: a decomposition, its name, or ``{name: {options}}``.
+        keep: keep the selected layers dense.
+        types: layer types to select, such as ``("Linear", "Embedding")``; all types when empty.
+        min_params: minimum number of parameters of the dense weight.
+        max_params: maximum number of parameters of the dense weight.
         where: a predicate on the `Site`; not available in YAML.
-        budget: params after / params before for the layers this rule matches, instead of a share of the
+        budget: params after / params before of the selected layers together, instead of a share of the
             policy's budget.
-        min_keep, max_keep: bounds on params after / params before of each layer whose rank the budget chooses.
+        min_keep: lower bound on params after / params before of each layer whose rank is chosen from a budget.
+        max_keep: upper bound, likewise.
+
+    Raises:
+        PolicyError: when an argument is invalid.
+        OptionError, RegistryError: when the decomposition is invalid or unknown.
     """
 
     match: str
@@ -81,13 +87,13 @@ class Rule:
             raise PolicyError(f"rule '{self.match}': min_keep={self.min_keep} is above max_keep={self.max_keep}")
 
     def names_match(self, name: str) -> bool:
-        """Whether the pattern matches a layer name."""
+        """Returns whether the pattern matches a layer name."""
         if self.match.startswith("re:"):
             return re.fullmatch(self.match[3:], name) is not None
         return fnmatch.fnmatchcase(name, self.match)
 
     def selects(self, site: Site) -> bool:
-        """Whether the rule applies to a site."""
+        """Returns whether the rule applies to a site."""
         return (
             any(self.names_match(name) for name in site.names)
             and (not self.types or any(kind in self.types for kind in site.kinds))
@@ -97,7 +103,11 @@ class Rule:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The YAML form. Raises PolicyError when a predicate stands in the way."""
+        """Returns the YAML form.
+
+        Raises:
+            PolicyError: when the rule has a predicate, which cannot be written as YAML.
+        """
         if self.where is not None:
             raise PolicyError(f"rule '{self.match}' has a predicate (where=), which cannot be written as YAML")
         form: dict[str, Any] = {"match": self.match}
@@ -116,7 +126,11 @@ class Rule:
 
     @classmethod
     def from_dict(cls, form: Mapping[str, Any]) -> Rule:
-        """A rule from its YAML form."""
+        """Returns a rule from its YAML form.
+
+        Raises:
+            PolicyError, OptionError, RegistryError: as the constructor, or for unknown keys.
+        """
         if not isinstance(form, Mapping):
             raise PolicyError(f"a rule is 'match:' with 'with:' or 'keep: true', not {form!r}")
         known = ("match", "with", "keep", "types", "min_params", "max_params", "budget", "min_keep", "max_keep")
@@ -131,17 +145,20 @@ class Rule:
 
 @dataclass(frozen=True)
 class Policy:
-    """Rules in order, and the size the whole model shall have.
+    """An ordered list of rules and the target size of the whole model.
 
     Args:
-        rules: the first one that selects a layer decides; a layer that none selects is kept.
-        budget: params after / params before of the whole model, tied weights once. It is shared among
-            the matched layers whose decomposition leaves its rank open.
-        allow_growth: permit a factorisation with more parameters than the dense weight.
-        allocation: how the budget is shared. ``uniform`` gives each layer the same share of its parameters;
-            ``loss`` chooses the sizes with the least estimated loss, which needs a calibration with
-            gradients; ``auto`` is ``loss`` where there is one and ``uniform`` otherwise; other packages add
-            more through the entry-point group ``tdkit.allocators``.
+        rules: the first rule that selects a layer applies to it; layers that no rule selects stay dense.
+        budget: params after / params before of the whole model, tied weights counted once. It is allocated to
+            the selected layers whose decomposition has no rank set.
+        allow_growth: permit factors with as many parameters as the dense weight or more.
+        allocation: the allocator that shares the budget. ``uniform`` gives each layer the same share of its
+            parameters; ``loss`` chooses the sizes with the least estimated loss, which needs a calibration with
+            gradients; ``auto`` is ``loss`` with such a calibration and ``uniform`` otherwise. Other packages
+            register more in the entry-point group ``tdkit.allocators``.
+
+    Raises:
+        PolicyError: when an argument is invalid.
     """
 
     rules: Sequence[Rule]
@@ -165,10 +182,10 @@ class Policy:
             )
 
     def assign(self, found: Survey) -> dict[str, Rule]:
-        """The rule of each site, by site name; sites that no rule selects are absent.
+        """Returns the rule of each site, by site name, without the sites that no rule selects.
 
         Raises:
-            PolicyError: when a rule selects nothing, with the nearest name that exists.
+            PolicyError: when a rule selects no site; the message suggests a similar name.
         """
         problems = []
         for rule in self.rules:
@@ -184,7 +201,7 @@ class Policy:
         return assigned
 
     def rewritten(self, model: nn.Module) -> list[str]:
-        """The names of the sites of `model` that a rule gives to a decomposition."""
+        """Returns the names of the sites of `model` whose rule has a decomposition."""
         assigned = self.assign(survey(model))
         return [name for name, rule in assigned.items() if not rule.keep]
 
@@ -200,7 +217,11 @@ class Policy:
 
     @classmethod
     def from_dict(cls, form: Mapping[str, Any]) -> Policy:
-        """A policy from its YAML form; every fault of it is reported at once."""
+        """Returns a policy from its YAML form.
+
+        Raises:
+            PolicyError: when the form is invalid; lists the faults of all rules.
+        """
         if not isinstance(form, Mapping):
             raise PolicyError("a policy is 'rules:' and, mostly, 'budget:'")
         problems = []
@@ -232,7 +253,11 @@ class Policy:
 
     @classmethod
     def from_yaml(cls, text: str | Path) -> Policy:
-        """A policy from YAML text, or from a file when given a Path."""
+        """Returns a policy from YAML text, or from a YAML file when given a `Path`.
+
+        Raises:
+            PolicyError: when the text is not YAML, or as `from_dict`.
+        """
         if isinstance(text, Path):
             text = text.read_text(encoding="utf-8")
         try:
@@ -275,7 +300,7 @@ def _unmatched(rule: Rule, found: Survey) -> str:
 
 
 def _suggest(pattern: str, names: Sequence[str]) -> str:
-    """A pattern like `pattern` with each unknown part replaced by the nearest that the model has."""
+    """Returns a hint: `pattern` with unknown parts replaced by similar ones of the model, or a similar layer name."""
     parts = {part for name in names for part in name.split(".")}
     if pattern.startswith("re:"):
         return f". Layers are named like '{names[0]}'" if names else "; the model has no layer that can be rewritten"

@@ -1,4 +1,4 @@
-"""A model and a policy, or a plan, brought together once: what calibration, choice and application share."""
+"""Match a policy or a plan to the weights of a model, once for calibration, planning and compression."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from tdkit.planning.step import Step
 
 @dataclass(frozen=True)
 class Resolved:
-    """A policy, or a plan, with the weights of the model that it is about.
+    """A policy or a plan, matched to the weights of a model.
 
     Attributes:
-        model: that was surveyed.
-        survey: its weights.
-        policy: None for a plan.
-        rules: by site name, the rule of each site that one selects.
-        fixed: by site name, the choices that rules make alone.
-        open: the sites whose rank a budget chooses: by the place of the rule that has its own, or None.
-        plan: the plan that was given; None for a policy.
+        model: the model.
+        survey: the weights of the model.
+        policy: the policy; None when a plan was given.
+        rules: by site name, the rule that applies to the site.
+        fixed: by site name, the choices of rules whose decomposition has its rank set.
+        open: the sites whose rank is chosen from a budget. The key is the index of the rule whose own budget applies,
+            or None for the budget of the policy.
+        plan: the plan to follow; None when there is none yet.
     """
 
     model: nn.Module
@@ -39,22 +40,26 @@ class Resolved:
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
-        """The sites that are given to a decomposition."""
+        """The sites that are to be replaced by a decomposition."""
         if self.plan is not None:
             return tuple(site for _, site in self.pairs(self.plan))
         names = {name for name, rule in self.rules.items() if not rule.keep}
         return tuple(site for site in self.survey.sites if site.name in names)
 
     def following(self, plan: Plan) -> Resolved:
-        """The same with a plan that was made from it, which is then followed instead of making another one."""
+        """Returns a copy that follows `plan`, which was made from this object, instead of making a new plan.
+
+        Raises:
+            PolicyError: when the plan belongs to another model.
+        """
         self.pairs(plan)
         return replace(self, plan=plan)
 
     def pairs(self, plan: Plan) -> list[tuple[Step, Site]]:
-        """The steps of a plan that rewrite something, each with its site.
+        """Returns the steps of a plan that replace a weight, each with its site.
 
         Raises:
-            PolicyError: when the plan is of another model.
+            PolicyError: when the plan belongs to another model.
         """
         by_name = {site.name: site for site in self.survey.sites}
         pairs = []
@@ -73,8 +78,9 @@ def resolve(model: nn.Module, policy: Policy | Plan) -> Resolved:
     """Survey `model` and assign the rules of `policy`, or find the layers of a plan.
 
     Raises:
-        PolicyError: when a rule matches nothing, the plan is of another model, or either argument is something else.
-        OptionError: when options cannot be met by the layers they are meant for; all of them together.
+        PolicyError: when a rule matches nothing, the plan belongs to another model, or an argument has a wrong type.
+        OptionError: when options do not fit the layers they apply to, or a rank is not set and there is no budget;
+            lists all such layers.
     """
     if not isinstance(model, nn.Module):
         raise PolicyError(f"the model is a {type(model).__name__}, not a torch.nn.Module: give the model itself")
@@ -110,7 +116,7 @@ def _no_policy(given: object) -> str:
 def _sorted(
     policy: Policy, found: Survey, assigned: Mapping[str, Rule]
 ) -> tuple[dict[str, Choice], dict[int | None, list[OpenSite]]]:
-    """The sites whose rule says all, and those whose rank a budget chooses."""
+    """Returns the choices of rules whose rank is set, and the sites whose rank is chosen from a budget."""
     fixed: dict[str, Choice] = {}
     open_sites: dict[int | None, list[OpenSite]] = {}
     problems: list[str] = []

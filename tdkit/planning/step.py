@@ -1,4 +1,4 @@
-"""What becomes of one weight matrix: a line of a plan."""
+"""One line of a plan: a weight matrix and its replacement."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from tdkit.shapes import Shape
 
 @dataclass(frozen=True)
 class Step:
-    """One weight matrix: what it becomes, or why it stays.
+    """One weight matrix and the decomposition that replaces it, or the reason why it stays dense.
 
     Attributes:
-        names: the layers that use it.
-        kinds: their types.
+        names: the names of the layers that use the matrix.
+        kinds: the types of these layers.
         shape: (out, in).
-        decomposition: complete, or None when the matrix stays dense.
-        reason: why it stays dense.
-        params_before, params_after: numbers held.
-        indices: integers held by permutations, not counted as parameters.
-        multiply_adds_before, multiply_adds_after: per token, summed over the layers that multiply by it.
-        error: relative error of the fit, once fitted; in the calibrated metric where there is one.
-        loss: estimated increase of the loss, nats per token, where a calibration with gradients gave one.
-        runner_up: the best other decomposition of at most the same size, where the plan had a choice, and
-            what it would have cost.
-        paths: how the factors will be multiplied, at 1 token and at 512, in float32 on this machine's CPU unless
-            `tdkit.prepare` says otherwise; None where nothing is multiplied.
+        decomposition: complete, with its rank set; None when the matrix stays dense.
+        reason: why the matrix stays dense; empty otherwise.
+        params_before: parameters of the dense weight.
+        params_after: parameters after the replacement.
+        indices: number of integers stored for permutations, which are not counted as parameters.
+        multiply_adds_before: multiply-adds per token of the dense weight, summed over the layers that use it.
+        multiply_adds_after: multiply-adds per token after the replacement, likewise.
+        error: relative error of the fit, in the calibrated metric if there is one; None before the fit.
+        loss: estimated increase of the loss in nats per token; None when it was not estimated.
+        runner_up: text that names the best other decomposition of at most the same size and its estimated
+            loss; None when there was no alternative.
+        paths: the names of the fastest paths for 1 and for 512 tokens, estimated for float32 on this machine's CPU
+            without a cached weight (see `tdkit.prepare`); None when nothing is multiplied.
     """
 
     names: tuple[str, ...]
@@ -72,10 +74,14 @@ class Step:
 
     @classmethod
     def from_dict(cls, form: Mapping[str, Any], place: str = "step") -> Step:
-        """A step from its JSON form.
+        """Returns a step from the form that `to_dict` returns.
+
+        Args:
+            place: names the step in error messages.
 
         Raises:
-            PolicyError: with what is wrong and where; `place` names the step.
+            PolicyError: when the form is invalid; lists all faults of the step.
+            OptionError, RegistryError: when its decomposition is invalid or unknown.
         """
         _check_step(form, place)
         spec, paths = form["decomposition"], form.get("paths")
@@ -126,7 +132,7 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
 
 
-ENTRIES: dict[str, tuple[str, Callable[[Any], bool], bool]] = {  # what each must be, how that is seen, may it lack
+ENTRIES: dict[str, tuple[str, Callable[[Any], bool], bool]] = {  # description, check, whether optional
     "names": ("a list of layer names", _are_names, False),
     "kinds": ("a list of layer types", _are_names, False),
     "shape": ("two sizes", _is_shape, False),
