@@ -1,1 +1,1 @@
-"""Carrying out a plan: fit the factors and put them into the model, all of them or none."""
+"""Execution of a plan: fit the factors and replace the layers, all of them or none."""

@@ -1,4 +1,4 @@
-"""Fit the factors a plan asks for and put them in the model: all of them, or none."""
+"""Fit the factors of a plan and replace the layers of the model: all of them, or none."""
 
 from __future__ import annotations
 
@@ -38,27 +38,30 @@ def compress(
 ) -> nn.Module:
     """Replace the weights that `policy` selects by factors, in place, and return the same model.
 
-    All or nothing: an exception, Ctrl-C included, leaves the model exactly as it was. The same model,
-    policy and calibration give the same factors. Layers are fitted and replaced one after the other, and the
-    weights of a large model are spilled to disk meanwhile, so that memory does not grow. Processes that
-    ``torch.distributed`` started together share the fits, a layer each, and all end with the same model.
+    An exception, Ctrl-C included, restores the original model. The same model, policy and calibration give the same
+    factors. Layers are fitted and replaced one by one, and the replaced weights of a large model are spilled to disk
+    until the end, so that memory does not grow. The processes of a ``torch.distributed`` group distribute the layers
+    among them, and all end with the same model.
 
     Args:
         model: any torch module.
         policy: a policy, or a plan made from one.
-        calibration: what `calibrate` returned, or the batches it takes. Layers are then fitted in the
-            metric of their inputs and output gradients instead of the Frobenius norm.
-        sequential: fit block by block with the inputs that the blocks before, already compressed, produce.
-            It needs the calibration's batches and a model whose blocks follow each other in one list.
-        passes: how often to fit. Each pass after the first measures the moments of the compressed model on the
-            calibration's batches and fits the dense weights again in the mean of these and the dense model's,
-            with sizes planned anew unless a plan was given: where much is removed, the dense model's moments
-            alone no longer say what matters.
-        device: where to fit; the weight's own device when None. Factors end on the weight's device.
-        progress: show a progress bar; on a terminal only when None.
+        calibration: a result of `calibrate`, or batches or the name of a text to calibrate on. Layers are then fitted
+            in the metric of their inputs and output gradients instead of the Frobenius norm.
+        sequential: fit block by block, each with the inputs that the already compressed blocks before it produce.
+            Requires the batches of the calibration and a model whose blocks form one chain.
+        passes: the number of fits. Each pass after the first measures the moments of the compressed model on the
+            calibration batches, and refits the dense weights in the mean of these and the dense model's moments. The
+            sizes are planned again, unless a plan was given. This helps when many parameters are removed and the
+            moments of the dense model alone describe the compressed one poorly.
+        device: the device to fit on; the device of each weight when None. The factors are moved to the weight's device.
+        progress: show a progress bar; when None, only on a terminal.
+
+    Returns:
+        `model`, whose selected layers are factorised.
 
     Raises:
-        PolicyError, OptionError, BudgetError, CalibrationError: as `plan` and `calibrate`, before any work.
+        PolicyError, OptionError, BudgetError, CalibrationError: as in `plan` and `calibrate`.
     """
     _check_options(calibration, sequential, passes)
     resolved = resolve(model, policy)
@@ -77,7 +80,7 @@ def compress_resolved(
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
-    """`compress` for a model and policy that were resolved already."""
+    """Like `compress`, for an already resolved model and policy, and a calibration; returns the model."""
     _check_options(calibration, sequential, passes)
     _check_weights(resolved)
     device = check_device(device)
@@ -108,10 +111,10 @@ def _check_options(calibration: object, sequential: bool, passes: int) -> None:
 
 
 def _check_weights(resolved: Resolved) -> None:
-    """Refuse weights that cannot be fitted, before any work.
+    """Check that the weights can be fitted.
 
     Raises:
-        PolicyError: naming the layers.
+        PolicyError: when weights are on the meta device; the message names the layers.
     """
     meta = [site.name for site in resolved.rewritten if site.weight.is_meta]
     if meta:
@@ -128,7 +131,7 @@ def _fit_all(
     device: torch.device | str | None,
     progress: bool | None,
 ) -> None:
-    """Fit one layer after the other, each by one of the processes that run together, and put it in its place."""
+    """Fit the layers, distributed over the processes of the group, and replace each once it is fitted."""
 
     def fit(pair: tuple[Step, Site]) -> FactorizedMatrix:
         step, site = pair

@@ -1,4 +1,4 @@
-"""Fit a model block by block, each with the inputs that the compressed blocks before it produce."""
+"""Fit a model block by block, each with the inputs that the already compressed blocks produce."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block, witho
 
 @dataclass(frozen=True)
 class Chain:
-    """Blocks that follow each other: each takes the hidden states that the one before returned.
+    """A chain of blocks, each of which takes the hidden states that the previous one returned.
 
     Attributes:
-        names: of the blocks, in order.
-        hidden: what enters the first block, per batch.
-        calls: what else each block is called with: by block, per batch.
+        names: the names of the blocks, in order.
+        hidden: for each batch, the input of the first block.
+        calls: for each block and batch, the other arguments of the block.
     """
 
     names: tuple[str, ...]
@@ -48,17 +48,18 @@ def fit_in_order(
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Fit and replace the sites of `pairs`: those outside the blocks first, then block after block.
+    """Fit and replace the sites of `pairs`: first those outside the blocks, then block by block.
 
-    The input moments of a block's sites are measured anew with the hidden states that the compressed
-    prefix produces; the moments of the output gradients and the ranks stay those of the dense model.
-    That takes one pass of each block over the calibration batches more than running them once.
+    The input moments of the sites of a block are measured again with the hidden states that the compressed
+    blocks before it produce; the moments of the output gradients and the ranks are those of the dense model.
+    Each block runs over the calibration batches twice, before and after it is compressed.
 
-    The targets are the dense weights. Aiming at the dense model's outputs instead, by the moment between the
-    two inputs, was tried with a ridge of 1% of the mean moment and made SmolLM2-135M much worse.
+    The fits approximate the dense weights. Approximating the outputs of the dense model instead, through the
+    cross-moment of the dense and the compressed inputs with a ridge of 1% of the mean moment, was much worse on
+    SmolLM2-135M.
 
     Raises:
-        CalibrationError: when the blocks cannot be found or do not follow each other.
+        CalibrationError: when there are no blocks, or they do not form a chain.
 
     Source: the order of fitting is that of Frantar and Alistarh, SparseGPT (2023), section 3.
     """
@@ -68,7 +69,7 @@ def fit_in_order(
     outside = [p for p in pairs if not any(p in found for found in inside.values())]
     with (
         progress_bar("fit in order", len(pairs), progress) as bar,
-        as_it_was(model, device, freeze=False),  # new layers are to require the gradients that the dense ones do
+        as_it_was(model, device, freeze=False),  # new layers copy requires_grad from the dense ones
         _undone_by_errors(swap),  # while the dense layers can still be moved with the model
         torch.no_grad(),
     ):
@@ -111,13 +112,17 @@ def _undone_by_errors(swap: Swap) -> Iterator[None]:
 
 
 def block_names(model: nn.Module, sites: list[Site]) -> tuple[str, ...]:
-    """The children of the list of modules that holds most of the sites' parameters, in order."""
+    """Returns the names of the blocks: the children of the module list with most of the sites' parameters, in order.
+
+    Raises:
+        CalibrationError: when no `nn.ModuleList` or `nn.Sequential` contains a site.
+    """
     best, most = "", 0
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1:
             prefix = f"{name}." if name else ""
             held = sum(site.params for site in sites if site.name.startswith(prefix))
-            if held > most:  # of nested lists, the outermost
+            if held > most:  # the outermost of nested lists
                 best, most = prefix, held
     if not most:
         raise CalibrationError(
@@ -128,14 +133,15 @@ def block_names(model: nn.Module, sites: list[Site]) -> tuple[str, ...]:
 
 
 class _StopError(Exception):
-    """Raised in front of the last block: what follows it is not needed."""
+    """Raised before the last block runs, to skip the rest of the forward pass."""
 
 
 def trace(model: nn.Module, names: tuple[str, ...], batches: list[Any]) -> Chain:
-    """Run the batches once and keep what the first block gets, and the other arguments of every block.
+    """Run the batches once and record the inputs of the first block and the other arguments of every block.
 
     Raises:
-        CalibrationError: when a block does not take what the one before returned as its first argument.
+        CalibrationError: when the first argument of a block is not the output of the previous one, or a block is not
+            called once per batch.
     """
     hidden: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in names]
@@ -200,7 +206,7 @@ def _hidden(output: Any) -> Tensor:
 
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """transformers models hand a growing cache to their blocks unless told not to."""
+    """Disable the key-value cache that transformers models pass to their blocks: every rerun would extend it."""
     config: Any = getattr(model, "config", None)
     cached = getattr(config, "use_cache", None)
     try:

@@ -1,4 +1,4 @@
-"""Fit the factors that one step of a plan asks for."""
+"""Fit the factors for one step of a plan."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tdkit.planning.step import Step
 def fit_step(
     step: Step, site: Site, metric: Metric | None = None, device: torch.device | str | None = None
 ) -> FactorizedMatrix:
-    """The factors that `step` asks for, with their relative error, on the weight's own device.
+    """Returns the fitted factors of `step` on the device of the weight, with their relative `error` set.
 
     Args:
-        metric: calibrated moments; the Frobenius norm when None.
-        device: where to fit; the weight's own when None.
+        metric: the calibrated moments of the site; fits in the Frobenius norm when None.
+        device: the device to fit on; that of the weight when None.
 
     Raises:
-        PolicyError: when the weight is not finite.
+        PolicyError: when the weight has NaN or infinite entries.
     """
     assert step.decomposition is not None
     weight = site.weight.detach()

@@ -1,1 +1,1 @@
-"""How a model holds its weights: hosts, sites, ties, replacement of layers, checkpoints."""
+"""The weights of a model: hosts (layer types), sites (weights), ties, replacement of layers, checkpoints."""

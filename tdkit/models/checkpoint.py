@@ -1,4 +1,4 @@
-"""Save a compressed model as ``tdkit.json`` + ``model.safetensors``, whole or not at all, and load it back."""
+"""Save a compressed model as ``tdkit.json`` + ``model.safetensors``, completely or not at all, and load it."""
 
 from __future__ import annotations
 
@@ -36,25 +36,26 @@ BUILD_IT = "build it on a device that holds weights"
 
 
 def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False) -> Path:
-    """Write `model` to `folder`: its factors, its description and, for transformers models, its config.
+    """Write the tensors of `model`, a description and, for transformers models, the config to `folder`.
 
-    Everything is written to a temporary folder beside it, which is then renamed: an interrupted save
-    leaves nothing, and what stood at `folder` before is only replaced by a complete save.
+    The files are written to a temporary folder next to `folder`, which is then renamed: an interrupted save
+    leaves nothing behind, and only a complete save replaces an earlier one.
 
-    Where ``torch.distributed`` runs several processes, the one of rank 0 writes and the others return at once: have
-    them wait, by ``torch.distributed.barrier()``, before they read the folder.
+    With several ``torch.distributed`` processes only rank 0 writes, and the others return at once: call
+    ``torch.distributed.barrier()`` before they read the folder.
 
     Args:
         model: a model with or without factorised layers.
-        folder: must not exist, be empty, or hold an earlier save when `overwrite` is set.
-        tokenizer: saved along, for transformers models.
+        folder: must not exist or be empty, unless `overwrite` is set and it holds an earlier save.
+        tokenizer: a transformers tokenizer to save in the same folder.
         overwrite: replace an earlier save.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: when the folder holds something else.
+        CheckpointError: when the folder holds other files or, without `overwrite`, an earlier save, or when the
+            model has state that cannot be saved.
     """
     folder = Path(folder)
     if not is_main_process():
@@ -85,23 +86,23 @@ def load(
     device: torch.device | str | None = None,
     verify: bool = True,
 ) -> nn.Module:
-    """Read a model that `save` wrote; its outputs are bit-identical to those of the saved one.
+    """Load a model that `save` wrote; its outputs are bit-identical to those of the saved model.
 
-    Nothing in the folder is executed.
+    No code from the folder is executed.
 
     Args:
-        folder: what was given to `save`.
-        model: a freshly built dense model of the same architecture, needed for models that are not
-            transformers'; it is rewritten in place.
-        device: where to put the model; the CPU, or the given model's device, when None.
-        verify: compare the weights file with its recorded SHA-256.
+        folder: the folder that `save` wrote.
+        model: a newly built dense model of the same architecture, which is modified in place. Required unless the
+            saved model is of a class that transformers ships.
+        device: the device of the loaded model; when None, the CPU or the device of `model`.
+        verify: compare the SHA-256 of the weights file with the recorded one.
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        CheckpointError: when the folder is missing, incomplete, damaged, foreign or of a newer format, or
-            does not fit `model`.
+        CheckpointError: when the folder is missing, incomplete or damaged, holds no saved model, has a newer format,
+            or does not match `model`.
     """
     folder = Path(folder)
     description = read_description(folder)
@@ -130,10 +131,10 @@ def load(
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
-    """The checked content of ``tdkit.json``.
+    """Returns the checked content of ``tdkit.json``.
 
     Raises:
-        CheckpointError: as `load`.
+        CheckpointError: as in `load`.
     """
     folder = Path(folder)
     path = folder / DESCRIPTION
@@ -184,7 +185,7 @@ def _describe(matrix: FactorizedMatrix, users: list[FactorizedUser]) -> dict[str
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state to write, each storage once, and the names that repeat another: repeated to first."""
+    """Returns the tensors to write, tied ones once, and a map from each further name of a tied tensor to its first."""
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
@@ -200,7 +201,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         first[key] = name
         tensors[name] = tensor.detach().to("cpu", copy=False).contiguous()
     shared: dict[int, str] = {}
-    for name, tensor in tensors.items():  # views of one storage are legal in a model, not in the file
+    for name, tensor in tensors.items():  # safetensors cannot store views of one storage
         pointer = tensor.untyped_storage().data_ptr()
         if tensor.numel() and pointer in shared:
             tensors[name] = tensor.clone()
@@ -218,7 +219,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One factorised matrix of a description, checked: the layers that use it and what it is."""
+    """A checked entry of a description: one factorised matrix and the layers that use it."""
 
     names: list[str]
     options: list[dict[str, Any]]
@@ -252,7 +253,7 @@ class _Layer:
 
 
 def _rewrite(model: nn.Module, description: Mapping[str, Any], folder: Path, before: dict[str, nn.Module]) -> None:
-    matrices: dict[int, dict[str, FactorizedMatrix]] = {}  # of each dense layer that is replaced
+    matrices: dict[int, dict[str, FactorizedMatrix]] = {}  # by the id of the dense layer
     for number, entry in enumerate(description["layers"]):
         place = f"{folder / DESCRIPTION}: layer {number}"
         wanted = _Layer.read(entry, place)
@@ -271,14 +272,14 @@ def _rewrite(model: nn.Module, description: Mapping[str, Any], folder: Path, bef
                     layer = host.build(module, own, options)
                 except TypeError:
                     raise CheckpointError(f"{place}: {options!r} are no options of {name}") from None
-                built[id(module)] = built[id(layer)] = install(module, layer)  # a shared block shows it anew
+                built[id(module)] = built[id(layer)] = install(module, layer)  # a shared block yields it again
             before.setdefault(layer_name, module)
             replace_module(model, layer_name, built[id(module)])
     follow_ties(model)
 
 
 def _find(model: nn.Module, name: str, before: Mapping[str, nn.Module], folder: Path) -> tuple[str, str, nn.Module]:
-    """The name of a layer, that of its weight, and the dense layer, for a name that `weight_name` made."""
+    """Split a name made by `weight_name`: returns the layer name, the weight name and the dense layer."""
     layer, _, weight = name.rpartition(".")
     for found in ((name, "weight"), (layer, weight)):
         with suppress(AttributeError):
@@ -289,7 +290,7 @@ def _find(model: nn.Module, name: str, before: Mapping[str, nn.Module], folder: 
 
 
 def _weight(module: nn.Module, name: str, weight: str, shape: Shape, folder: Path) -> tuple[Host, Tensor]:
-    """The host of a dense layer and its weight as (out, in), which must have the shape of the file."""
+    """Returns the host of a dense layer and its weight (out, in), after a check of the shape against the file."""
     host = host_of(module)
     tensor = getattr(module, weight, None)
     if host is None or weight not in host.weights(module) or not isinstance(tensor, Tensor):
@@ -310,7 +311,7 @@ def _weight(module: nn.Module, name: str, weight: str, shape: Shape, folder: Pat
 def _checked_state(
     model: nn.Module, tensors: dict[str, Tensor], ties: Mapping[str, str], folder: Path
 ) -> dict[str, Tensor]:
-    """The tensors for every entry of the model's state, which fit; nothing is filled yet."""
+    """Returns a tensor for every entry of the model's state, after a check of names and shapes; copies nothing."""
     state = dict(tensors)
     for repeated, original in ties.items():
         if not isinstance(original, str) or original not in tensors:
@@ -351,7 +352,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], dtypes: Mapping[str, torch
 
 
 def _rounded_buffers(model: nn.Module) -> dict[str, str]:
-    """The dtypes of buffers that no file holds, which the model builds again, perhaps in another dtype."""
+    """Returns the dtypes of non-persistent buffers, which a new model may create in another dtype."""
     saved = model.state_dict()
     return {
         name: str(buffer.dtype).removeprefix("torch.")
@@ -361,7 +362,7 @@ def _rounded_buffers(model: nn.Module) -> dict[str, str]:
 
 
 def _buffer_dtypes(model: nn.Module, dtypes: Any, folder: Path) -> dict[str, torch.dtype]:
-    """The buffers of `_rounded_buffers` whose dtype in the model is another one."""
+    """Returns the saved dtypes of `_rounded_buffers` that differ from those in the model, by buffer name."""
     own = dict(model.named_buffers())
     if not isinstance(dtypes, dict):
         raise CheckpointError(f"{folder / DESCRIPTION} is damaged: 'buffers' is malformed")
@@ -376,11 +377,11 @@ def _buffer_dtypes(model: nn.Module, dtypes: Any, folder: Path) -> dict[str, tor
 
 
 def _retype(model: nn.Module, name: str, dtype: torch.dtype) -> None:
-    """Give a parameter or buffer the dtype of the file, so that loading rounds nothing."""
+    """Cast a parameter or buffer to `dtype`, so that loading does not round."""
     owner_name, _, attribute = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     tensor = getattr(owner, attribute)
-    with torch.inference_mode(False):  # so that factors are ordinary tensors wherever they are loaded
+    with torch.inference_mode(False):  # factors are never inference tensors, wherever load is called
         tensor.data = tensor.data.to(dtype)
 
 

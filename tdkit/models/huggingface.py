@@ -1,6 +1,6 @@
-"""What tdkit knows of transformers: which class a model is, how to build it empty, what travels with it.
+"""Support for transformers models: class look-up, construction without initialisation, config and tokenizer files.
 
-transformers is imported when one of its models is at hand, never by ``import tdkit``.
+transformers is imported on first use, never by ``import tdkit``.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import nn
 from tdkit.errors import CheckpointError, MissingDependencyError
 
 INSTALL = "pip install 'tdkit[hf]'"
-EXACT_ATTENTION = ("eager", "sdpa")  # the implementations every machine has: the saved choice is restored
+EXACT_ATTENTION = ("eager", "sdpa")  # implementations available on every machine, restored by load
 
 
 def transformers() -> Any:
-    """The transformers package.
+    """Import and return the transformers package.
 
     Raises:
-        MissingDependencyError: with the command that installs it.
+        MissingDependencyError: when it is not installed; the message has the command that installs it.
     """
     try:
         import transformers
@@ -33,7 +33,7 @@ def transformers() -> Any:
 
 
 def is_transformers(model: nn.Module) -> bool:
-    """Whether `model` is of a class that transformers itself ships, so that its name is enough to build it."""
+    """Returns whether the class of `model` is shipped by transformers, so that it can be looked up by name."""
     package = sys.modules.get("transformers")
     return (
         package is not None
@@ -43,7 +43,7 @@ def is_transformers(model: nn.Module) -> bool:
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """How to build the model again: its class and, for transformers, what the config does not keep."""
+    """Returns the class of the model and, for transformers, its attention implementation, which the config omits."""
     kind = type(model)
     if not is_transformers(model):
         return {"kind": "module", "class": f"{kind.__module__}.{kind.__qualname__}"}
@@ -52,10 +52,10 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 
 
 def save_companions(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Write config, generation config and tokenizer of a transformers model into `folder`."""
+    """Write the config and generation config of a transformers model, and the tokenizer if given, to `folder`."""
     if is_transformers(model):
         config: Any = copy.deepcopy(model.config)
-        if hasattr(config, "quantization_config"):  # of the file it was read from: the weights are dense floats now
+        if hasattr(config, "quantization_config"):  # describes the original file; the weights are dense floats now
             del config.quantization_config
         config.architectures = [type(model).__name__]
         config.save_pretrained(folder)
@@ -67,10 +67,10 @@ def save_companions(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 
 def empty_model(description: Mapping[str, Any], folder: Path) -> nn.Module:
-    """The dense model that a saved description names, with uninitialised weights.
+    """Build the dense model of a saved description, with uninitialised weights.
 
     Raises:
-        CheckpointError: when the description needs a model from the caller, or names no class of transformers.
+        CheckpointError: when the model is not of transformers, its class is unknown, or its config cannot be read.
     """
     if description.get("kind") != "transformers":
         raise CheckpointError(
@@ -92,16 +92,16 @@ def empty_model(description: Mapping[str, Any], folder: Path) -> nn.Module:
 
     with no_init_weights():
         model = kind(config)
-    model.tie_weights()  # left out together with the initialisation
+    model.tie_weights()  # no_init_weights skips this too
     built: nn.Module = model
     return built
 
 
 def generation_config(model: nn.Module, folder: Path) -> Any:
-    """The generation config of a saved transformers model; None where there is none.
+    """Returns the generation config of a saved transformers model, or None when there is none.
 
     Raises:
-        CheckpointError: when it cannot be read.
+        CheckpointError: when the file cannot be read.
     """
     path = folder / "generation_config.json"
     if not is_transformers(model) or not path.is_file():

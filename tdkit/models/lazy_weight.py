@@ -1,4 +1,4 @@
-"""The weight of a factorised layer as a tensor that is computed only when its numbers are needed."""
+"""The dense weight of a factorised layer as a tensor whose values are computed on first use."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ METADATA = {
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.__len__),
     *(Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel),
 }
-"""What is answered without the numbers."""
+"""Functions that need only metadata, not the values."""
 
 PRODUCTS = {
     *(F.linear, F.embedding, torch.addmm, torch.mm, torch.matmul),
     *(Tensor.mm, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__),
 }
-"""What only reads the numbers and returns none of their memory, so that a cached weight can be lent to it."""
+"""Functions that only read the weight and return no view of it, so that they can use a cached weight."""
 
 
 def lazy_weight(
@@ -40,18 +40,18 @@ def lazy_weight(
     size: Sequence[int] | None = None,
     view: Callable[[Tensor], Tensor] = lambda dense: dense,
 ) -> Tensor:
-    """``view(matrix.dense())`` as a tensor of `size`; to read its dtype, device or shape costs nothing.
+    """Returns ``view(matrix.dense())`` as a tensor of `size` whose values are computed by the first operation on it.
 
-    It is computed once, at the first operation on it, with gradients to the factors if they were enabled when
-    `lazy_weight` was called, and in the factors' dtype, also under autocast. Products use a cached weight where there
-    is one (`tdkit.prepare`). What is written into it is lost: it is a copy.
+    Reading its dtype, device or shape computes nothing. The values are computed once, in the factors' dtype also under
+    autocast, and with gradients to the factors if these were enabled when `lazy_weight` was called. Products use the
+    cached weight if there is one (see `tdkit.prepare`). It is a copy: writing to it does not change the factors.
 
     Args:
-        matrix: (out, in).
-        size: of the result; (out, in) when None.
-        view: from (out, in) to `size`, without copying.
+        matrix: the factorised matrix (out, in).
+        size: the shape of the result; (out, in) when None.
+        view: a function that returns a view of shape `size` of a tensor (out, in).
     """
-    if torch.compiler.is_compiling() or in_functional_transform():  # they trace, and would lose a tensor subclass
+    if torch.compiler.is_compiling() or in_functional_transform():  # tracing does not keep the subclass
         return view(matrix.dense())
     size = matrix.shape if size is None else size
     trained = [tensor for tensor in matrix.tensors() if tensor.requires_grad] if torch.is_grad_enabled() else []
@@ -82,15 +82,15 @@ class LazyWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # declared as no class method
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """For callers that go past ``__torch_function__``: autograd has seen them and asks `_Read` for gradients."""
+        """Handle calls that bypass ``__torch_function__``; for their gradients autograd calls `_Read`."""
         args, kwargs = tree_map_only(LazyWeight, lambda weight: _numbers(weight).detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 class _Read(torch.autograd.Function):
-    """A lazy weight whose gradient, where one is asked of itself and not of its numbers, goes on to the factors.
+    """Creates a lazy weight and propagates a gradient with respect to the wrapper tensor to the factors.
 
-    Autograd functions (a fused loss that takes the head's weight) and TorchScript ask so.
+    Autograd functions (a fused loss that takes the head's weight) and TorchScript differentiate the wrapper itself.
     """
 
     @staticmethod

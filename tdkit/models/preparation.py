@@ -1,4 +1,4 @@
-"""Make a compressed model ready to run: as fast as it can be, or in as little memory."""
+"""Prepare a compressed model for inference with the best speed or the least memory."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def prepare(model: M, *, prefer: Preference = "speed", graphs: bool = False) -> M:
-    """Put `model` in eval mode and say what its factorised matrices may spend, in place.
+    """Set `model` to eval mode and choose whether its factorised matrices may cache dense weights, in place.
 
-    With ``prefer="speed"`` a matrix whose factors would be slower than the dense weight, for the tokens of a
-    call, caches that weight from its first such call on: no call is slower than in the dense model, at up to
-    the dense model's memory on top of the factors. A low-rank pair whose rank is no multiple of 16 caches its
-    factors padded to one from its first CPU call with 256 tokens or more on. With ``prefer="memory"``, which
-    is how every model starts, nothing is cached: each call uses the factors, or builds the weight and frees it.
+    With ``prefer="speed"``, a matrix caches its dense weight at the first call for whose number of tokens the
+    factors would be slower. No call is then slower than in the dense model, and the cache takes at most the memory
+    of the dense weights in addition to the factors. A low-rank pair whose rank is not a multiple of 16 caches its
+    factors padded to one at its first CPU call with 256 tokens or more. With ``prefer="memory"``, the default of
+    every model, nothing is cached: each call uses the factors, or builds the weight and frees it.
 
-    A cached weight is never part of ``state_dict``, of a copy or of a pickle. It is built again after
-    the factors change (in place, by an optimizer or ``load_state_dict``, or as other tensors) and after
-    ``.to()``; ``.train()`` frees it. It is not used where factors need gradients (run inference
-    under ``torch.inference_mode()``), nor inside ``torch.compile``, which computes from the factors.
-    Writing through ``factor.data`` cannot be seen: call `prepare` again after it. Threads may share the model.
+    A cached weight is not part of ``state_dict``, of a copy or of a pickle. It is recomputed after the factors
+    change (in place, by an optimizer or ``load_state_dict``, or by assignment of other tensors) and after ``.to()``;
+    ``.train()`` frees it. It is not used when the factors require gradients (run inference under
+    ``torch.inference_mode()``), nor inside ``torch.compile``, which computes from the factors.
+    Changes through ``factor.data`` are not detected: call `prepare` again after them. Threads may share the model.
 
-    Changes of inference tensors cannot be seen, so no weight is cached for factors that are such tensors.
-    `prepare` therefore puts ordinary parameters in their place, equal ones. Factors that tdkit makes, and those that
-    ``.to()`` moves, are ordinary ones under ``torch.inference_mode()`` too; those of a ``copy.deepcopy`` made there
-    are not: call `prepare` on the copy. Until then `FactorizedMatrix.path` names the path that its factors take.
+    Changes of inference tensors cannot be detected, so nothing is cached for factors that are inference tensors;
+    `prepare` therefore replaces such factors by equal ordinary parameters. Factors that tdkit creates, or that
+    ``.to()`` moves, are ordinary tensors even under ``torch.inference_mode()``. Those of a ``copy.deepcopy`` made under
+    it are not: call `prepare` on the copy. Until then, `FactorizedMatrix.path` names the path without a cache.
 
     Args:
-        model: any module; without factorised layers nothing but eval mode is set.
+        model: any module; a module without factorised layers is only set to eval mode.
         prefer: 'speed' or 'memory'.
-        graphs: the calls will be replayed from a CUDA graph, where a launch costs little: paths are chosen for
-            that, also in the calls before the capture. At least one must come before it, so that weights are
-            cached and kernels are compiled.
+        graphs: choose paths for calls that are replayed from a CUDA graph, where kernel launches cost little. This
+            also applies to the calls before the capture, of which at least one is needed to cache weights and
+            compile kernels.
 
     Returns:
         The same model.
 
     Raises:
-        OptionError: for any other `prefer`.
+        OptionError: when `prefer` is neither.
     """
     if prefer not in get_args(Preference):
         known = get_args(Preference)
@@ -60,18 +60,18 @@ def prepare(model: M, *, prefer: Preference = "speed", graphs: bool = False) -> 
 
 
 def cached_bytes(model: nn.Module) -> int:
-    """Bytes of what the factorised matrices of `model` cache at the moment, dense weights as a rule."""
+    """Returns the number of bytes that the factorised matrices of `model` cache now, usually as dense weights."""
     return sum(matrix.dispatcher.cached_bytes for matrix in factorized_matrices(model))
 
 
 def factorized_matrices(model: nn.Module) -> list[FactorizedMatrix]:
-    """Every factorised matrix of `model`, shared ones once."""
+    """Returns all factorised matrices of `model`; shared ones appear once."""
     return [module for module in model.modules() if isinstance(module, FactorizedMatrix)]
 
 
 @torch.inference_mode(False)
 def _leave_inference_mode(matrix: FactorizedMatrix, ordinary: dict[Tensor, Tensor]) -> None:
-    """Replace each inference tensor of `matrix` by an ordinary one, the same wherever it is shared."""
+    """Replace the inference tensors of `matrix` by ordinary copies; `ordinary` maps each to its copy and keeps ties."""
     for module in matrix.modules():
         for owned in (parameters_of(module), buffers_of(module)):
             for name, tensor in list(owned.items()):

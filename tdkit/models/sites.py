@@ -1,4 +1,4 @@
-"""Every weight of a model that tdkit can rewrite, with all the layers that use it."""
+"""The weights of a model that tdkit can factorise (sites), each with all the layers that use it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tdkit.shapes import Shape
 
 @dataclass(frozen=True)
 class User:
-    """One layer that uses a weight, by its name in the model: it holds no layer, so that replaced ones can be freed.
+    """One layer that uses a weight, referenced by name, so that a layer can be freed once it is replaced.
 
     Attributes:
-        model: that holds the layer.
+        model: the model that contains the layer.
         layer: the name of the layer in the model.
-        weight: the name under which the layer holds the weight.
-        host: of the layer's type.
-        kind: the layer's type as rules name it: 'Linear', 'Conv1D', 'Embedding'.
-        multiplications: how often a call multiplies one row of its input by the weight; 0 for a look-up of rows.
+        weight: the name of the weight in the layer.
+        host: the host of the layer's type.
+        kind: the layer's type as used in rules: 'Linear', 'Conv1D', 'Embedding'.
+        multiplications: products with the weight per row of the layer's input; 0 for a look-up of rows.
     """
 
     model: nn.Module = field(repr=False)
@@ -37,12 +37,12 @@ class User:
 
     @property
     def name(self) -> str:
-        """The layer's name, followed by the weight's where that is not ``weight``."""
+        """The name of the layer, followed by that of the weight unless it is ``weight``."""
         return weight_name(self.layer, self.weight)
 
     @property
     def module(self) -> nn.Module:
-        """What stands in the layer's place now."""
+        """The module that has the layer's name now."""
         return self.model.get_submodule(self.layer)
 
     @property
@@ -53,10 +53,10 @@ class User:
 
 @dataclass(frozen=True)
 class Site:
-    """One weight matrix and its users; several when it is tied (an embedding and a language-model head).
+    """One weight matrix and the layers that use it, several if it is tied (an embedding and a language-model head).
 
     Attributes:
-        users: in the model's order.
+        users: the layers, in the model's order.
         shape: (out, in).
     """
 
@@ -65,7 +65,7 @@ class Site:
 
     @property
     def name(self) -> str:
-        """The first user's name, which stands for the site."""
+        """The name of the first user, which identifies the site."""
         return self.users[0].name
 
     @property
@@ -83,17 +83,24 @@ class Site:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The layer types of the users, as rules name them."""
+        """The layer types of the users, as used in rules."""
         return tuple(user.kind for user in self.users)
 
     def multiplications(self) -> int:
-        """How often the users together multiply one row of their input by the weight; look-ups count nothing."""
+        """Returns the sum of `User.multiplications` over the users; look-ups count as 0."""
         return sum(user.multiplications for user in self.users)
 
 
 @dataclass(frozen=True)
 class Untouchable:
-    """A layer with a weight of two or more dimensions that tdkit does not rewrite, and why."""
+    """A layer with a weight of two or more dimensions that tdkit cannot factorise.
+
+    Attributes:
+        name: the name of the weight, as in `weight_name`.
+        kind: the type of the layer.
+        params: the number of parameters of the weight; 0 while it is uninitialised.
+        reason: why it cannot be factorised.
+    """
 
     name: str
     kind: str
@@ -103,14 +110,14 @@ class Untouchable:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a model offers: the sites, and the weights that stay as they are."""
+    """The weights of a model: those that can be factorised and those that cannot."""
 
     sites: tuple[Site, ...]
     untouchable: tuple[Untouchable, ...]
 
 
 def survey(model: nn.Module) -> Survey:
-    """Find every rewritable weight of `model` and group the layers that share it."""
+    """Find every weight of `model` that can be factorised, with all the layers that share it."""
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}  # by parameter: module name, module, attribute
     inside = tuple(f"{name}." for name, module in _modules(model) if isinstance(module, FactorizedMatrix))
     for name, module in _modules(model):
@@ -134,7 +141,7 @@ def survey(model: nn.Module) -> Survey:
 
 
 def weight_name(layer: str, weight: str) -> str:
-    """How a weight is called: by its layer, and by its own name where that is not ``weight``."""
+    """Returns the name of a weight: that of its layer, followed by its own unless it is ``weight``."""
     return layer if weight == "weight" else f"{layer}.{weight}".lstrip(".")
 
 
@@ -165,12 +172,12 @@ def _users(model: nn.Module, found: list[tuple[str, nn.Module, str]]) -> tuple[t
 
 
 def uninitialized(model: nn.Module) -> list[str]:
-    """The names of parameters whose shape is not known yet, those of lazy layers."""
+    """Returns the names of the uninitialised parameters, those of lazy layers."""
     return [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
 
 
 def factorized_layers(model: nn.Module) -> Iterator[tuple[str, FactorizedLayer]]:
-    """Every factorised layer under every name it has, in the model's order."""
+    """Iterate over (name, factorised layer) in the model's order; a layer with several names appears with each."""
     for name, module in _modules(model):
         if isinstance(module, FactorizedLayer):
             yield name, module
@@ -178,7 +185,13 @@ def factorized_layers(model: nn.Module) -> Iterator[tuple[str, FactorizedLayer]]
 
 @dataclass(frozen=True)
 class FactorizedUser:
-    """One factorised layer that uses a matrix, under the name of the weight that it stands for."""
+    """One factorised layer that uses a matrix.
+
+    Attributes:
+        layer: the name of the layer in the model.
+        module: the layer.
+        weight: the name of the dense weight that the matrix replaces.
+    """
 
     layer: str
     module: FactorizedLayer
@@ -186,17 +199,17 @@ class FactorizedUser:
 
     @property
     def name(self) -> str:
-        """As `User.name`."""
+        """See `User.name`."""
         return weight_name(self.layer, self.weight)
 
     @property
     def multiplications(self) -> int:
-        """As `User.multiplications`."""
+        """See `User.multiplications`."""
         return hosts.get(self.module.host)().multiplications(self.module, self.weight)
 
 
 def factorized_groups(model: nn.Module) -> list[tuple[FactorizedMatrix, list[FactorizedUser]]]:
-    """Every factorised matrix with the layers that share it."""
+    """Returns every factorised matrix with the layers that share it."""
     groups: dict[int, tuple[FactorizedMatrix, list[FactorizedUser]]] = {}
     for name, layer in factorized_layers(model):
         for weight, matrix in layer.matrices.items():
@@ -205,17 +218,17 @@ def factorized_groups(model: nn.Module) -> list[tuple[FactorizedMatrix, list[Fac
 
 
 def num_params(model: nn.Module) -> int:
-    """Parameters of a model, a tied one counted once."""
+    """Returns the number of parameters of a model; tied ones are counted once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def num_bytes(model: nn.Module) -> int:
-    """Bytes of the tensors that a saved model holds, tied ones counted once."""
+    """Returns the bytes of the tensors in the ``state_dict`` of a model; tied ones are counted once."""
     tensors: dict[int, torch.Tensor] = {t.data_ptr(): t for t in model.state_dict().values()}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place that `name` says."""
+    """Replace the submodule called `name` by `module`."""
     parent_name, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent_name), child, module)

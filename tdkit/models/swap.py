@@ -1,4 +1,4 @@
-"""Put factorised layers into a model so that it can be undone, and spill the weights they replace to disk."""
+"""Replace layers of a model by factorised ones, reversibly, and spill the replaced weights to disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tdkit.support.compatibility import own_parameters, parameters_of
 
 Fitted = list[tuple[Site, FactorizedMatrix]]
 
-SPILL_FROM = 2**26  # bytes of weights to be replaced from which they are spilled to disk, so that memory does not grow
+SPILL_FROM = 2**26  # bytes of replaced weights above which they are spilled to disk
 
 _log = logging.getLogger(__name__)
 
@@ -36,10 +36,10 @@ class _Replaced:
     """A dense layer that was replaced.
 
     Attributes:
-        dense: the layer or, once one of its weights is spilled, a copy of it without that weight.
-        original: the layer, for as long as somebody else holds it.
-        options: what its host needs to know of its weights.
-        matrices: those put in the place of its weights so far.
+        dense: the layer or, once one of its weights is spilled, a shallow copy of it without that weight.
+        original: a weak reference to the layer.
+        options: the options of the layer that its host needs to build the factorised one.
+        matrices: the factorised matrices that replace its weights so far, by weight name.
     """
 
     dense: nn.Module
@@ -48,7 +48,7 @@ class _Replaced:
     matrices: dict[str, FactorizedMatrix] = field(default_factory=dict)
 
     def forget(self, weight: str, placeholder: nn.Parameter) -> None:
-        """Hold the layer no longer, but what is needed to build it again with its weight from elsewhere."""
+        """Drop the reference to the layer and keep a shallow copy of it with a placeholder for the weight."""
         if self.dense is self.original():
             self.dense = copy.copy(self.dense)
             own_parameters(self.dense)
@@ -57,7 +57,15 @@ class _Replaced:
 
 @dataclass(frozen=True)
 class _Spilled:
-    """A weight in a file: its layout, the parameter while somebody else holds it, and its stand-in in the layers."""
+    """A weight spilled to a file.
+
+    Attributes:
+        path: the file.
+        stride: the strides of the weight.
+        device: the device of the weight.
+        original: a weak reference to the parameter, which is reused if it is still alive.
+        placeholder: the parameter on the meta device that replaces it in the layers.
+    """
 
     path: Path
     stride: tuple[int, ...]
@@ -75,13 +83,13 @@ class _Spilled:
 
 
 class Swap:
-    """Layers put in the place of others, in order; each can be undone.
+    """A reversible replacement of layers of a model.
 
     Args:
-        model: whose layers are replaced.
-        spill: write the weights that are replaced to temporary files and hold them no longer, so that the model
-            shrinks while it is rewritten; undoing reads them back. Where somebody else holds a weight or a layer,
-            it stays as it is.
+        model: the model whose layers are replaced.
+        spill: write the replaced weights to temporary files and release them, so that memory shrinks while the
+            model is compressed; `undo` reads them back. A weight or layer with other references stays in memory,
+            and `undo` restores that same object.
     """
 
     def __init__(self, model: nn.Module, *, spill: bool = False) -> None:
@@ -91,7 +99,7 @@ class Swap:
         self._folder = tempfile.TemporaryDirectory(prefix="tdkit-weights-") if spill else None
 
     def put(self, fitted: Fitted) -> None:
-        """Replace every layer of each site by one around its factors."""
+        """Replace every layer of each site by a factorised layer."""
         for site, matrix in fitted:
             built: dict[int, FactorizedLayer] = {}  # one layer per module, also when it has several names
             records = [self._record(user) for user in site.users]
@@ -106,7 +114,7 @@ class Swap:
                 self._spill(weight, site, records, Path(self._folder.name))
 
     def undo(self) -> None:
-        """Put back everything that was replaced."""
+        """Restore all replaced layers."""
         restored = {id(spilled.placeholder): spilled.restored() for spilled in self._spilled}
         for name, record in reversed(self._replaced.items()):
             original = record.original()
@@ -119,14 +127,14 @@ class Swap:
         self._spilled.clear()
 
     def close(self) -> None:
-        """Forget what was replaced: it can no longer be undone."""
+        """Release the replaced layers and delete the files; `undo` is no longer possible."""
         self._replaced.clear()
         self._spilled.clear()
         if self._folder is not None:
             self._folder.cleanup()
 
     def _record(self, user: User) -> _Replaced:
-        """The record of a layer, one for all its names."""
+        """Returns the record of a layer; all names of a layer share one record."""
         if user.layer not in self._replaced:
             module = user.module
             same = (record for record in self._replaced.values() if record.original() is module)
@@ -151,11 +159,11 @@ class Swap:
 
 @contextmanager
 def swapping(model: nn.Module, sites: Iterable[Site] = ()) -> Iterator[Swap]:
-    """A `Swap` that stands when the block ends and is undone when it raises, Ctrl-C included.
+    """A context manager that yields a `Swap`, and undoes it when the block raises, Ctrl-C included.
 
     Args:
-        model: whose layers are replaced.
-        sites: those that will be; where they hold `SPILL_FROM` bytes or more the weights are spilled to disk.
+        model: the model whose layers are replaced.
+        sites: the sites to be replaced; their weights are spilled to disk if they exceed `SPILL_FROM` bytes.
     """
     size = sum(site.params * site.weight.element_size() for site in sites)
     swap = Swap(model, spill=size > SPILL_FROM)

@@ -1,4 +1,4 @@
-"""Keep transformers' own record of tied weights true after the tied layers have been rewritten."""
+"""Update transformers' map of tied weights after the tied layers have been replaced."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tdkit.models.hosts.base import FactorizedLayer
 
 
 def follow_ties(model: nn.Module) -> None:
-    """Make ``tie_weights`` of transformers models tie factors where it tied dense weights.
+    """Make ``tie_weights`` of transformers models tie the factors in place of the dense weights.
 
-    transformers keeps a map of tied parameter names (``lm_head.weight`` to ``embed_tokens.weight``), on
-    the class and expanded on each model, and raises when a name is no parameter any more. The map of each
-    instance is replaced by the one of its factors; the class is left alone. Models of other libraries
-    have no such map and are not touched.
+    transformers keeps a map of tied parameter names (``lm_head.weight`` to ``embed_tokens.weight``) on
+    the class, and an expanded one on each model, and raises when such a parameter no longer exists. The map of each
+    instance is replaced by one of its factors; the class is not changed. Models of other libraries
+    have no such map and are not changed.
     """
     for module in model.modules():
         for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
@@ -41,13 +41,13 @@ def _follow(module: nn.Module, tied: dict[str, str]) -> dict[str, str]:
 
 
 def _place(layer: FactorizedLayer, matrix: FactorizedMatrix) -> str:
-    """The name under which a layer holds one of its matrices."""
+    """Returns the name of a factorised matrix inside its layer."""
     found: str = next(name for name, module in layer.named_modules() if module is matrix)
     return found
 
 
 def _layer(module: nn.Module, parameter: str) -> nn.Module | None:
-    """The layer that holds a weight; None for a regular expression, or where it is no factorised one."""
+    """Returns the factorised layer of a weight, or None if there is none (the name may be a regular expression)."""
     name, _, attribute = parameter.rpartition(".")
     try:
         layer = module.get_submodule(name)

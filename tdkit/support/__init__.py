@@ -1,1 +1,1 @@
-"""What every room uses: whole files, progress bars, tables, work shared by processes."""
+"""Helpers for all packages: atomic file writes, progress bars, tables, devices, distributed processes."""

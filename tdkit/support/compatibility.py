@@ -1,6 +1,6 @@
-"""Every private part of torch and accelerate that tdkit relies on, with the fact that it relies on.
+"""All private parts of torch and accelerate that tdkit uses, each with the behaviour that it relies on.
 
-A release that changes one of them fails a test of its own in ``tests/support/test_compatibility.py``.
+A release that changes one of them fails the test of that part in ``tests/support/test_compatibility.py``.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ version_of: Callable[[Tensor], int] = attrgetter("_version")
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The module's own parameters by name. Reading an attribute of a module instead takes ten times as long."""
+    """The module's own parameters by name. Ten times as fast as attribute access on the module."""
     return cast("dict[str, nn.Parameter]", module._parameters)
 
 
 def own_parameters(module: nn.Module) -> None:
-    """Give a shallow copy of a module a dictionary of parameters of its own; until then it is the original's."""
+    """Copy the parameter dictionary of a module: a shallow copy of a module shares it with the original."""
     module._parameters = dict(module._parameters)
 
 
@@ -65,12 +65,12 @@ def submodules_of(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def onednn_enabled() -> bool:
-    """``torch.backends.mkldnn.enabled``, without the 0.2 us that the public name takes."""
+    """Returns ``torch.backends.mkldnn.enabled``, whose public name takes 0.2 us longer."""
     return torch._C._get_mkldnn_enabled()
 
 
 def onednn_has_linear() -> bool:
-    """Whether this build of torch has oneDNN and its operator for ``x @ weight.T + bias``."""
+    """Returns whether this build of torch has oneDNN and its operator for ``x @ weight.T + bias``."""
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -80,40 +80,40 @@ def onednn_linear(
     weight: Tensor,  # (out, in)
     bias: Tensor | None,  # (out,)
 ) -> Tensor:  # (*batch, out)
-    """``x @ weight.T + bias`` by oneDNN; float32 on a CPU, without a derivative."""
+    """Returns ``x @ weight.T + bias``, computed by oneDNN; float32 on CPU only, not differentiable."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
 
 def constant_for_compile(function: F) -> F:
-    """`function`, whose result torch.compile takes as a constant.
+    """Mark `function` so that torch.compile treats its result as a constant; returns `function`.
 
-    What ``torch.compiler.assume_constant_result`` does, which imports ``torch._dynamo`` for it: two seconds.
+    Like ``torch.compiler.assume_constant_result``, which imports ``torch._dynamo`` and takes two seconds for it.
     """
     vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
 def storage_id(tensor: Tensor) -> int:
-    """A number that two tensors have in common when they share a storage that is alive, an empty one included."""
+    """Returns a number that is equal for tensors that share a storage, also an empty one, while it is alive."""
     return cast(int, tensor.untyped_storage()._cdata)
 
 
 def wrapper_tensor(kind: type[T], size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> T:
-    """A tensor of a subclass with ``__torch_dispatch__`` that has metadata and no storage."""
+    """Returns a tensor without storage, of a subclass with ``__torch_dispatch__``, with the given metadata."""
     return torch.Tensor._make_wrapper_subclass(kind, size, dtype=dtype, device=device)
 
 
 def in_functional_transform() -> bool:
-    """Whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is running."""
+    """Returns whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def reset_accelerate_state(*, processes: bool = False) -> None:
-    """Forget the precision and plugins of the last ``accelerate.Accelerator``, which the next one would inherit.
+    """Reset the precision and plugins of the last ``accelerate.Accelerator``, which the next one would inherit.
 
     Args:
-        processes: forget the device and the process group as well.
+        processes: also reset the device and the process group.
     """
     from accelerate.state import AcceleratorState  # slow to import, and not needed for compression
 

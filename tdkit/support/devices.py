@@ -1,4 +1,4 @@
-"""Devices by name, checked before any work."""
+"""Validation of devices."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from tdkit.errors import OptionError
 
 
 def check_device(device: torch.device | str | None) -> torch.device | None:
-    """The device that is asked for, where this machine has it; None stays None.
+    """Returns the device if it is available on this machine; None for None.
 
     Raises:
-        OptionError: for a name that is no device, or a device that this machine or this build of torch lacks.
+        OptionError: when the name is no device, or this machine or this build of torch lacks the device.
     """
     if device is None:
         return None

@@ -1,6 +1,6 @@
-"""Text for rich as it is: square brackets are not read as markup, nor ``:names:`` as emoji.
+"""Output through rich without interpretation of square brackets as markup or ``:names:`` as emoji.
 
-Every text that holds something of the user's, such as the name of a layer or a prompt, goes through here.
+All text that contains user input, such as layer names or prompts, is printed with this module.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from rich.text import Text
 
 
 def say(console: Console, text: str, style: str = "") -> None:
-    """Print a text in one style."""
+    """Print `text`, without interpretation of markup, in one style."""
     console.print(Text(text, style=style))
 
 
 class PlainTable(Table):
-    """A rich table whose title, headers and cells are shown as they are."""
+    """A rich table that does not interpret markup in its title, headers and cells."""
 
     def __init__(self, *headers: Any, title: Any = None, **options: Any) -> None:
         super().__init__(*headers, **options)

@@ -1,8 +1,8 @@
-"""Processes that ``torch.distributed`` started together: they share work, and what stops one stops all.
+"""Work distributed over a ``torch.distributed`` group, whose processes all stop when one of them fails.
 
-Every message between them goes through `_exchange`, and says either what a process has to give or that it failed.
-A process that fails, Ctrl-C included, takes part in one exchange more, with its failure. The others get it in the
-exchange that they reach next, whatever that one was to be for, and raise it too: none waits for a process that left.
+All messages between the processes go through `_exchange`: each holds the result of a process or its failure.
+A process that fails, Ctrl-C included, takes part in one more exchange to send its failure. The others receive it in
+their next exchange, whatever its purpose, and raise it too, so that none waits for a process that has stopped.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from tdkit.errors import TdkitError
 T = TypeVar("T")
 R = TypeVar("R")
 
-_alone = ContextVar("_alone", default=False)  # within on_main_process: the other processes wait
+_alone = ContextVar("_alone", default=False)  # True inside on_main_process, where the other processes wait
 
 
 def processes() -> tuple[int, int]:
-    """The rank of this process and how many there are; (0, 1) where none were started together."""
+    """Returns the rank of this process and the number of processes; (0, 1) without ``torch.distributed``."""
     if _alone.get() or not distributed.is_available() or not distributed.is_initialized():
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes files and tells people things: that of rank 0."""
+    """Returns whether this process has rank 0, which writes files and prints."""
     return processes()[0] == 0
 
 
 def on_main_process(work: Callable[[], R]) -> R:
-    """``work()``, done by the main process alone; the others wait for it and get what it returned.
+    """Run ``work()`` in the main process only and return its result in every process; the others wait for it.
 
-    Within `work` the main process counts as the only one: what would share work there does all of it, and
-    `on_main_process` within `on_main_process` simply does it. What `work` returns must be picklable: it passes between
-    the processes of one run, never through a file.
+    Inside `work` the main process behaves as the only process: `shared` does all the work itself, and a nested
+    `on_main_process` only calls its argument. The result must be picklable; it is sent between the processes of one
+    run, never through a file.
 
     Raises:
-        TdkitError, KeyboardInterrupt: in every process, as `failing_together`, when `work` raises.
+        TdkitError, KeyboardInterrupt: in every process, as in `failing_together`, when `work` raises.
     """
     rank, count = processes()
     if count == 1:
@@ -57,14 +57,14 @@ def on_main_process(work: Callable[[], R]) -> R:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Run a block in every process, to its end in all of them or in none.
+    """A context manager that propagates an exception of one process to all: a block completes in all or in none.
 
-    An exception in one process is raised there, and in the others when they next exchange anything or reach the end
-    of the block: `KeyboardInterrupt` as itself, an exception of tdkit's own as itself where it can be pickled, any
-    other as a `TdkitError` that names the process. Blocks may be nested. A block of a single process is only run.
+    The other processes raise it at their next exchange or at the end of the block. `KeyboardInterrupt` and picklable
+    exceptions of tdkit are raised with their own type, all others as a `TdkitError` that names the process. Blocks may
+    be nested. With a single process the block simply runs.
 
-    The processes must reach the same blocks in the same order, and must not use ``torch.distributed`` in them by any
-    other way than this module, or a process can be stopped in that other way while the others wait in this one.
+    The processes must enter the same blocks in the same order, and must use ``torch.distributed`` inside them only
+    through this module. Otherwise a process could stop in another collective operation while the others wait here.
     """
     if processes()[1] == 1:
         yield
@@ -79,16 +79,15 @@ def failing_together() -> Iterator[None]:
 
 
 def shared(items: Sequence[T], work: Callable[[T], R]) -> Iterator[R]:
-    """``work(item)`` for every item in order, each done by one process and sent to the others.
+    """Iterate over ``work(item)`` for all items in order, each computed by one process and sent to the others.
 
-    As many items as there are processes are worked on at once, so no more results than that wait. Results
-    must be picklable: they pass between the processes of one run, never through a file.
+    Each round computes one item per process, so that at most that many results are in memory. Results
+    must be picklable; they are sent between the processes of one run, never through a file.
 
-    Iterate over it within `failing_together`, so that an exception in the loop, between two items, stops the other
-    processes too; without, they wait for this process.
+    Iterate inside `failing_together`: otherwise the other processes wait forever when the body of the loop raises.
 
     Raises:
-        TdkitError, KeyboardInterrupt: in every process, when the work of one of them failed.
+        TdkitError, KeyboardInterrupt: in every process, when `work` raises in one of them.
     """
     rank, count = processes()
     if count == 1:
@@ -103,10 +102,12 @@ def shared(items: Sequence[T], work: Callable[[T], R]) -> Iterator[R]:
 
 @dataclass(frozen=True)
 class _Failure:
-    """What a process tells of the exception that stopped it: text, since not every exception can be pickled.
+    """The message about an exception that stopped a process; not every exception can be pickled.
 
     Attributes:
-        error: pickled, where it is one of ours and can be.
+        text: the ``repr`` of the exception.
+        interrupted: whether it is a `KeyboardInterrupt`.
+        error: the pickled exception if it is a picklable `TdkitError`, else None.
     """
 
     text: str
@@ -115,10 +116,10 @@ class _Failure:
 
 
 def _exchange(work: Callable[[], R]) -> list[R]:
-    """Do some work and give its result to every process: the results of all, in the order of the ranks.
+    """Run `work` and gather its results from all processes, in the order of their ranks.
 
     Raises:
-        BaseException: in every process when the work of one raises: here its own, or as `failing_together` says.
+        BaseException: in every process when `work` raises in one: its own exception, or as in `failing_together`.
     """
     rank, count = processes()
     own: BaseException | None = None
@@ -128,10 +129,10 @@ def _exchange(work: Callable[[], R]) -> list[R]:
         own = error
         message = pickle.dumps((None, _failure_of(error)))
     messages: list[Any] = [None] * count
-    with _interrupts_delayed():  # one that came between the exchange and the raise would be told in another exchange
+    with _interrupts_delayed():  # between gather and raise, an interrupt would start another exchange
         try:
             distributed.all_gather_object(messages, message)
-        except BaseException as lost:  # a process was killed, say: there is nobody to tell
+        except BaseException as lost:  # such as a killed process: no further exchange is possible
             raise _marked(lost) from own
         outcomes = [pickle.loads(each) for each in messages]
         failures = {place: failure for place, (_, failure) in enumerate(outcomes) if failure is not None}
@@ -141,7 +142,7 @@ def _exchange(work: Callable[[], R]) -> list[R]:
 
 
 def _to_raise(failures: dict[int, _Failure], rank: int, own: BaseException | None) -> BaseException:
-    """What this process raises: an interrupt of any process before its own error before that of another."""
+    """Returns the exception to raise: an interrupt of any process, else its own error, else that of another."""
     if any(failure.interrupted for failure in failures.values()):
         return own if isinstance(own, KeyboardInterrupt) else KeyboardInterrupt()
     if own is not None and (isinstance(own, TdkitError) or not isinstance(own, Exception)):
@@ -163,16 +164,16 @@ def _failure_of(error: BaseException) -> _Failure:
         try:
             data = pickle.dumps(error)
             pickle.loads(data)
-        except Exception:  # an __init__ of its own, or a value that cannot be pickled: the text is told instead
+        except Exception:  # an __init__ of its own, or an unpicklable value: only the text is sent
             data = None
     return _Failure(repr(error), isinstance(error, KeyboardInterrupt), data)
 
 
 def _tell(error: BaseException) -> None:
-    """Tell the other processes that this one stops.
+    """Send `error` to the other processes.
 
     Raises:
-        KeyboardInterrupt: when one of them is interrupted, which comes before `error`.
+        KeyboardInterrupt: when one of them was interrupted, which takes precedence over `error`.
     """
 
     def fail() -> None:
@@ -187,7 +188,7 @@ def _tell(error: BaseException) -> None:
 
 
 def _marked(error: BaseException) -> BaseException:
-    """`error`, noted as one that needs not be told."""
+    """Mark `error` as already known to all processes; returns it."""
     error._tdkit_known_to_all = True  # type: ignore[attr-defined]
     return error
 
@@ -206,7 +207,7 @@ def _by_itself(work: Callable[[], R]) -> R:
 
 @contextmanager
 def _interrupts_delayed() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the block; the exception of the block, which all processes know, comes first."""
+    """Delay Ctrl-C to the end of the block; an exception of the block, known to all processes, takes precedence."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return

@@ -1,6 +1,6 @@
-"""A progress bar that shows itself only where a person is looking.
+"""A progress bar, by default shown on terminals only.
 
-rich is imported when a bar is made: it takes time, and a draw from Python's global random state.
+rich is imported when a bar is created, because its import is slow and draws from Python's global random state.
 """
 
 from __future__ import annotations
@@ -14,27 +14,29 @@ if TYPE_CHECKING:
 
 
 class Bar:
-    """What a running bar lets its loop say."""
+    """A running progress bar, to be updated by the loop."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
 
     def now(self, label: str) -> None:
-        """Name what is being worked on."""
+        """Set the label of the current item."""
         self._progress.update(self._task, label=label)
 
     def advance(self, amount: float = 1) -> None:
-        """Count `amount` as done."""
+        """Advance the bar by `amount`."""
         self._progress.advance(self._task, amount)
 
 
 @contextmanager
 def progress_bar(title: str, total: float, show: bool | None = None) -> Iterator[Bar]:
-    """A bar on standard error with what is being done, how far it is and the time left.
+    """A context manager that yields a bar on standard error with title, progress, times and current item.
 
     Args:
-        show: None shows it on a terminal only.
+        title: the text before the bar.
+        total: the amount at which the bar is full.
+        show: whether to show the bar; when None, only on a terminal.
     """
     from rich.console import Console
     from rich.progress import (

@@ -1,6 +1,6 @@
-"""Tables for people, as rich tables, plain text or Markdown.
+"""Tables as rich tables, plain text or Markdown.
 
-rich is imported when a table is made: it takes time, and a draw from Python's global random state.
+rich is imported when a table is created, because its import is slow and draws from Python's global random state.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def render(table: Table, width: int = 160) -> str:
-    """A rich table as plain text, without trailing blanks."""
+    """Returns a rich table as plain text, without trailing blanks.
+
+    Args:
+        width: the maximum width in characters.
+    """
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=width, color_system=None)
@@ -25,7 +29,7 @@ def render(table: Table, width: int = 160) -> str:
 
 
 def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
-    """A table with its first column left and the others right aligned; its texts are shown as they are."""
+    """Returns a rich table, the first column left and the others right aligned, without interpreted markup."""
     from tdkit.support.plain import PlainTable
 
     table = PlainTable(title=title, title_justify="left", title_style="bold")
@@ -37,7 +41,7 @@ def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]] =
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The same as Markdown."""
+    """Returns a Markdown table."""
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"

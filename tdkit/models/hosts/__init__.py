@@ -1,4 +1,4 @@
-"""Layer types: how each holds its weights, and the factorised layer that replaces it; one file per type."""
+"""Hosts: the layer types that can be factorised, each with the factorised layer that replaces it."""
 
 from tdkit.models.hosts.base import FactorizedLayer, Host, Observer
 

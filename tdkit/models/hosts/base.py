@@ -1,4 +1,4 @@
-"""What a host must say about its layer type, and what a factorised layer must offer."""
+"""The base classes of hosts, which describe a layer type, and of factorised layers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.utils.hooks import RemovableHandle
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.lazy_weight import lazy_weight
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of the weights that can be fitted
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes of weights that can be fitted
 
 Observer = Callable[[Tensor, Tensor], Tensor]
-"""``(x, y) -> y``: sees what enters and what leaves a product with a weight; what it returns takes the place of y."""
+"""``(x, y) -> y``: called with the input and output of a product with a weight; its result replaces y."""
 
 
 class FactorizedLayer(nn.Module, ABC):
-    """A layer with a factorised `matrix`; `weight` is read-only and dense, built when its numbers are needed.
+    """A layer with a factorised `matrix`; its dense `weight` is read-only and computed on first use.
 
-    A layer with several factorised weights overrides `matrices`.
+    Layers with several factorised weights override `matrices`.
     """
 
     matrix: FactorizedMatrix
@@ -31,29 +31,29 @@ class FactorizedLayer(nn.Module, ABC):
     @property
     @abstractmethod
     def host(self) -> str:
-        """The registered name of the host that built it."""
+        """The registered name of the host that built this layer."""
 
     @property
     @abstractmethod
     def replaces(self) -> str:
-        """The type of the layer whose place this one takes, as rules name it."""
+        """The type of the dense layer that this one replaces, as used in rules."""
 
     @property
     def matrices(self) -> dict[str, FactorizedMatrix]:
-        """The factorised weights by the names that the dense layer holds them under."""
+        """The factorised matrices (out, in), by the names of the weights in the dense layer."""
         return {"weight": self.matrix}
 
     def options(self) -> dict[str, Any]:
-        """What its host needs to build it again, beyond the dense layer's own attributes; JSON-able."""
+        """Returns JSON-serialisable options that the host needs, besides the dense layer, to build this layer again."""
         return {}
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight in the layout of the layer that was replaced, computed when its numbers are needed."""
+        """The dense weight in the layout of the replaced layer; computed on first use."""
         return lazy_weight(self.matrix)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":  # nn.Module would answer a Parameter with "attribute already exists"
+        if name == "weight":  # for a Parameter nn.Module would raise "attribute already exists"
             raise AttributeError(
                 f"the weight of a {type(self).__name__} is read-only, built from its factors: change the factors in "
                 "`matrix`, or put a dense layer in its place"
@@ -62,35 +62,35 @@ class FactorizedLayer(nn.Module, ABC):
 
 
 class Host(ABC):
-    """All that tdkit knows about one layer type.
+    """Describes one layer type: its weights, how they are read as matrices, and the factorised layer.
 
-    A subclass sets `name`, writes `accepts`, `build` and `undo`, and is registered under that name through the
-    entry-point group ``tdkit.hosts``. The defaults are those of a layer that holds one weight (out, in) as
-    ``weight`` and returns ``x @ weight.T``. `tdkit.testing.host_checks` is the contract.
+    A subclass sets `name`, implements `accepts`, `build` and `undo`, and is registered under that name in the
+    entry-point group ``tdkit.hosts``. The other methods default to a layer with one weight (out, in) called
+    ``weight`` that returns ``x @ weight.T``. `tdkit.testing.host_checks` tests a host.
 
-    Accept exact types only: a subclass may have a forward of its own, which the new layer would not run.
+    `accepts` must not accept subclasses: they may override ``forward``, which the factorised layer would not call.
     """
 
     name: ClassVar[str]
 
     @abstractmethod
     def accepts(self, module: nn.Module) -> bool:
-        """Whether `module` is of exactly this layer type."""
+        """Returns whether `module` is of exactly this layer type."""
 
     def weights(self, module: nn.Module) -> tuple[str, ...]:
-        """The names of the parameters of `module` that can be factorised, one by one."""
+        """Returns the names of the parameters of `module` that can be factorised, independently of each other."""
         return ("weight",)
 
     def refusal(self, module: nn.Module, weight: str) -> str | None:
-        """Why a weight of an accepted module cannot be factorised after all; None when it can."""
+        """Returns why a weight of an accepted module cannot be factorised, or None when it can."""
         return None
 
     def matrix(
         self,
-        tensor: Tensor,  # a weight as the layer holds it
+        tensor: Tensor,  # the weight in the layout of the layer
         weight: str,
     ) -> Tensor:  # (out, in)
-        """The weight called `weight` viewed as a matrix."""
+        """Returns the weight called `weight` as a matrix (out, in), which must be a view."""
         return tensor
 
     def tensor(
@@ -98,45 +98,46 @@ class Host(ABC):
         matrix: Tensor,  # (out, in)
         weight: str,
     ) -> Tensor:
-        """The reverse of `matrix`: the weight as the layer holds it."""
+        """Returns a matrix (out, in) in the layout of the layer: the inverse of `matrix`."""
         return matrix
 
     @abstractmethod
     def build(
         self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
     ) -> FactorizedLayer:
-        """The layer that takes the place of `module`.
+        """Returns the factorised layer that replaces `module`.
 
         Args:
-            module: the dense layer; biases and weights that are not factorised stay the same parameters.
-            matrices: the factorised weights, all of `weights` or some of them.
-            options: what `options` said of the dense layer.
+            module: the dense layer; its biases and the weights that are not factorised are reused, not copied.
+            matrices: the factorised matrices (out, in) by weight name, for all of `weights` or some of them.
+            options: what `options` returned for the dense layer.
         """
 
     @abstractmethod
     def undo(self, layer: FactorizedLayer) -> nn.Module:
-        """The dense layer that stands for a factorised one: the reverse of `build`.
+        """Returns the dense layer with the outputs of a factorised one: the inverse of `build`.
 
-        Its biases are the same parameters, its weights new ones, in the layout, dtype and device of the factors.
+        Biases are reused, not copied. Weights are new parameters in the dense layout, with the dtype and device of
+        the factors.
         """
 
     def options(self, module: nn.Module) -> dict[str, Any]:
-        """What `build` must know of the dense weights, which are gone when a saved model is loaded; JSON-able."""
+        """Returns JSON-serialisable facts about the dense weights for `build`; they are stored in a saved model."""
         return {}
 
     def multiplications(self, module: nn.Module, weight: str) -> int:
-        """How often a call multiplies one row of its input by the weight; 0 for a look-up of rows."""
+        """Returns the number of products with the weight per row of the layer's input; 0 for a look-up of rows."""
         return 1
 
     def attach(self, module: nn.Module, weight: str, observe: Observer) -> RemovableHandle:
-        """Call ``observe(x, y)`` whenever `module` multiplies by a weight, and go on with what it returns.
+        """Call ``observe(x, y)`` at each product of `module` with a weight, and replace y by the result.
 
-        x is (\\*batch, in) with one row per product, y (\\*batch, out), so that the gradient of y has the rows that
-        belong to those of x. For a look-up x is (\\*n,) integer ids, and y (\\*n, in). A layer that reads its weight
-        otherwise, such as a convolution, gives both in this form.
+        x is (\\*batch, in) and y (\\*batch, out), with one row per product, so that the rows of the gradient of y
+        correspond to the rows of x. For a look-up x is (\\*n,) integer ids and y is (\\*n, in). A layer that applies
+        its weight in another way, such as a convolution, must reshape x and y to this form.
 
         Returns:
-            A handle whose ``remove()`` ends it.
+            A handle whose ``remove()`` removes the observer.
         """
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ class Host(ABC):
 
 
 def unsupported(tensor: Tensor) -> str | None:
-    """Why a parameter of any layer cannot be factorised, by its tensor type and dtype; None when it can."""
+    """Returns why a parameter of this tensor type and dtype cannot be factorised, or None when it can."""
     if is_lazy(tensor):
         return "its shape is not known before the model has run once"
     if type(tensor) not in (Tensor, nn.Parameter):
@@ -159,9 +160,9 @@ def unsupported(tensor: Tensor) -> str | None:
 
 
 def install(module: nn.Module, layer: FactorizedLayer) -> FactorizedLayer:
-    """Give `layer` what must survive of the `module` it replaces: mode, hooks, `requires_grad`.
+    """Copy mode, hooks and `requires_grad` from `module` to the `layer` that replaces it; returns `layer`.
 
-    The dictionaries of hooks are shared, so that the handles a user holds still remove them.
+    The dictionaries of hooks are shared, so that existing handles still remove their hooks.
     """
     transfer(module, layer)
     for name, matrix in layer.matrices.items():
@@ -171,7 +172,7 @@ def install(module: nn.Module, layer: FactorizedLayer) -> FactorizedLayer:
 
 
 def transfer(module: nn.Module, other: nn.Module) -> None:
-    """Give `other` the mode and the hooks of `module`."""
+    """Copy the training mode of `module` to `other` and share its hooks."""
     other.training = module.training
     for attribute in vars(module):
         if attribute.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_is_full_backward_hook")):

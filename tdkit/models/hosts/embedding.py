@@ -13,7 +13,7 @@ from tdkit.models.hosts.base import FactorizedLayer, Host
 
 
 class EmbeddingHost(Host):
-    """``torch.nn.Embedding``: one row of the matrix per entry."""
+    """Host of ``torch.nn.Embedding``: weight (num_embeddings, embedding_dim), looked up by row."""
 
     name = "embedding"
 
@@ -54,12 +54,12 @@ class EmbeddingHost(Host):
 
 
 class FactorizedEmbedding(FactorizedLayer):
-    """Rows of a factorised matrix, in place of ``nn.Embedding``.
+    """Looks up rows of a factorised matrix; replaces ``nn.Embedding``.
 
     Args:
         matrix: of shape (num_embeddings, embedding_dim).
         padding_idx: the row that gets no gradient.
-        zero_padding: whether that row was zero, and so stays exactly zero.
+        zero_padding: return exact zeros for that row, because it was zero in the dense layer.
     """
 
     def __init__(self, matrix: FactorizedMatrix, padding_idx: int | None = None, *, zero_padding: bool = False) -> None:
@@ -95,7 +95,7 @@ class FactorizedEmbedding(FactorizedLayer):
         return torch.where(padding, rows.detach(), rows)
 
     def _check(self, ids: Tensor) -> None:
-        """Refuse ids that are no row, which a product of digits would wrap around; on CPU, as torch does it."""
+        """Raise IndexError for ids out of range, on CPU as torch does; factors would wrap such ids around silently."""
         if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
             return
         low, high = (int(bound) for bound in ids.aminmax())

@@ -14,7 +14,7 @@ from tdkit.models.lazy_weight import lazy_weight
 
 
 class LinearHost(Host):
-    """``torch.nn.Linear``: weight (out, in)."""
+    """Host of ``torch.nn.Linear``: weight (out, in)."""
 
     name = "linear"
 
@@ -33,7 +33,7 @@ class LinearHost(Host):
 
 
 class Conv1DHost(Host):
-    """transformers' ``Conv1D``: weight (in, out). Recognised by name, so that transformers is not imported."""
+    """Host of transformers' ``Conv1D``: weight (in, out). Compared by name, so that transformers is not imported."""
 
     name = "conv1d"
 
@@ -70,7 +70,7 @@ def _with_tensors(dense: nn.Module, weight: Tensor, bias: nn.Parameter | None) -
 
 
 class FactorizedLinear(FactorizedLayer):
-    """y = x W^T + bias with a factorised W, in place of ``nn.Linear``.
+    """Computes x W^T + bias with a factorised W; replaces ``nn.Linear``.
 
     Args:
         matrix: of shape (out_features, in_features).
@@ -102,7 +102,7 @@ class FactorizedLinear(FactorizedLayer):
 
 
 class FactorizedConv1D(FactorizedLinear):
-    """The same in place of transformers' ``Conv1D``, whose weight is (in, out)."""
+    """Like `FactorizedLinear`; replaces transformers' ``Conv1D``, whose weight is (in, out)."""
 
     def __init__(self, matrix: FactorizedMatrix, bias: nn.Parameter | None) -> None:
         super().__init__(matrix, bias)

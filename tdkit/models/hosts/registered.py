@@ -1,4 +1,4 @@
-"""The hosts by name, and the host of a module."""
+"""The registry of hosts, and look-up of the host of a module."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ hosts: Registry[type[Host]] = Registry(
 
 
 def host_of(module: nn.Module) -> Host | None:
-    """The host that accepts a module, or None.
+    """Returns the host that accepts a module, or None.
 
-    A host of another package that fails to import is left out with a warning.
+    A host of another package that fails to import is skipped with a warning.
 
     Raises:
-        RegistryError: when two hosts accept it, or two packages provide a host of one name.
+        RegistryError: when two hosts accept the module, or two packages provide a host of the same name.
     """
     found = [host for host in _all() if host.accepts(module)]
     if len(found) > 1:
@@ -39,10 +39,10 @@ def host_of(module: nn.Module) -> Host | None:
 
 
 def dense_layer(layer: FactorizedLayer) -> nn.Module:
-    """The dense layer that stands for a factorised one, with its mode, hooks and `requires_grad`.
+    """Returns the dense equivalent of a factorised layer, with the same mode, hooks and `requires_grad`.
 
     Raises:
-        RegistryError: when the host that built it is not installed.
+        RegistryError: when the host that built the layer is not installed.
     """
     dense = hosts.get(layer.host)().undo(layer)
     transfer(layer, dense)
