@@ -1,4 +1,4 @@
-"""What a compressed model is judged by: perplexity, size, speed."""
+"""Evaluation of compressed models: perplexity, size, speed."""
 
 from tdkit.evaluation.language_models import PROTOCOL, Evaluation, evaluate, perplexity
 

@@ -1,4 +1,4 @@
-"""What a compressed model is judged by: perplexity, size, speed, agreement with the original."""
+"""Perplexity, size and speed of causal language models."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ PROTOCOL = "non-overlapping windows, each predicting all its tokens but the firs
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one model on one text.
+    """The results of one model on one text.
 
     Attributes:
-        params: tied ones counted once.
-        bytes: of the tensors on disk once saved, tied ones counted once.
-        perplexity: by `PROTOCOL`.
-        tokens: how many tokens were predicted.
+        params: number of parameters; tied ones are counted once.
+        bytes: size of the tensors of the saved model; tied ones are counted once.
+        perplexity: the perplexity, measured as `PROTOCOL` describes.
+        tokens: number of predicted tokens.
         context: window length in tokens.
-        tokens_per_second: of the forward passes that measured the perplexity.
+        tokens_per_second: throughput of the forward passes that measured the perplexity.
     """
 
     params: int
@@ -56,14 +56,16 @@ def evaluate(
     """Measure a causal language model on a row of token ids.
 
     Args:
-        model: called as ``model(ids)``; its output, or the output's ``logits``, is (batch, context, vocabulary).
-        ids: the text; a last window that is not full is left out.
-        context: tokens per window.
+        model: called as ``model(ids)`` with ids (batch, context), int64; its output, or the ``logits`` of its output,
+            is (batch, context, vocabulary).
+        ids: the token ids of the text; an incomplete last window is dropped.
+        context: tokens per window, at least 2.
         batch: windows per forward pass.
+        progress: show a progress bar; when None, only on a terminal.
 
     Raises:
-        SourceError: when the text does not fill one window, a window is longer than the model's table of positions, or
-            it holds nothing to predict.
+        SourceError: when the text does not fill one window, or the context is shorter than 2 tokens or longer than
+            the position table of the model.
     """
     device = next(model.parameters()).device
     rows = windows(ids, context)
@@ -103,5 +105,5 @@ def evaluate(
 
 
 def perplexity(model: nn.Module, ids: Tensor, *, context: int = 1024, batch: int = 1) -> float:
-    """The perplexity of a causal language model on a row of token ids, as `evaluate` measures it."""
+    """Returns the perplexity of a causal language model on token ids (n,); see `evaluate`."""
     return evaluate(model, ids, context=context, batch=batch).perplexity

@@ -1,4 +1,4 @@
-"""How fast a compressed model is: dense against factorised, per kind of layer and for the whole model."""
+"""Speed of a compressed model against its dense counterpart, per kind of layer and for the whole model."""
 
 from __future__ import annotations
 
@@ -37,12 +37,15 @@ class Row:
     """One kind of layer, or the whole model, on one number of tokens.
 
     Attributes:
-        what: kind and shape of the layer and its decomposition, or 'whole model'.
-        count: how many such layers the model has.
-        path: the product that the factorised layer carries out; empty for the whole model.
-        dense_seconds, seconds: medians of the dense and the factorised call.
-        ratio: median of their paired ratios; below 1 the factorised one is faster.
-        dense_peak_bytes, peak_bytes: allocated at most during a call, parameters and cached weights not counted.
+        what: type and shape of the layer and its decomposition, or 'whole model'.
+        count: number of such layers in the model.
+        tokens: tokens per call.
+        path: the name of the path that the factorised layer takes; empty for the whole model.
+        dense_seconds: median time of the dense call.
+        seconds: median time of the factorised call.
+        ratio: median of factorised time / dense time of paired calls; below 1 the factorised call is faster.
+        dense_peak_bytes: peak memory allocated by a dense call, without parameters.
+        peak_bytes: peak memory allocated by a factorised call, without parameters and cached weights.
     """
 
     what: str
@@ -58,12 +61,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Every row, and the conditions they were measured under.
+    """The result of `benchmark` and its conditions.
 
     Attributes:
-        dense_bytes, bytes: of parameters and buffers of the dense and the compressed model.
-        cached_bytes: of what the compressed model caches to be fast, dense weights as a rule, on top of `bytes`.
-        skipped: factorised layers that are timed only as a part of the whole model, those of other packages' hosts.
+        rows: the measurements.
+        train: whether training steps were timed, rather than inference.
+        prefer: as in `tdkit.prepare`.
+        device: the device of the model.
+        dtype: the dtype of the parameters.
+        threads: the number of threads of torch.
+        dense_bytes: size of parameters and buffers of the dense model.
+        bytes: size of parameters and buffers of the compressed model.
+        cached_bytes: size of what the compressed model caches in addition, usually dense weights.
+        skipped: names of factorised layers that are only timed as part of the whole model, because they cannot be
+            called alone (those of hosts of other packages).
     """
 
     rows: tuple[Row, ...]
@@ -81,7 +92,7 @@ class Benchmark:
         return {**vars(self), "rows": [vars(row) for row in self.rows], "skipped": list(self.skipped)}
 
     def table(self) -> Table:
-        """A row per kind of layer and number of tokens."""
+        """Returns a table with a row per kind of layer and number of tokens."""
         step = "training step" if self.train else f"inference, prefer={self.prefer}"
         cached = f" + {_mib(self.cached_bytes)} cached" if self.cached_bytes else ""
         title = (
@@ -118,19 +129,20 @@ def benchmark(
 ) -> Benchmark:
     """Time every kind of factorised layer of `model` against its dense counterpart, then the whole model.
 
-    Dense and factorised calls alternate in one process, so that whatever else the machine does slows both.
-    A copy of the model with dense weights is made for it; the model itself keeps its mode and preference.
+    Dense and factorised calls alternate in one process, so that other load on the machine slows both alike.
+    They are compared with a copy of the model that has dense weights. The mode and the preference of `model` are
+    restored afterwards.
 
     Args:
-        model: with factorised layers.
-        tokens: rows of x per call.
-        train: a forward and a backward pass instead of inference.
-        prefer: as `tdkit.prepare`; has no effect on training.
-        call: runs a model on a number of tokens and returns its output, a tensor or what has ``logits`` or
-            ``last_hidden_state``; models of transformers that take token ids need none. Without one only
-            layers are timed.
+        model: a model with factorised layers.
+        tokens: the numbers of tokens per call, each timed separately.
+        train: time a forward and a backward pass instead of inference.
+        prefer: as in `tdkit.prepare`; has no effect on training.
+        call: a function (model, number of tokens) that runs the model and returns its output: a tensor, or an object
+            with ``logits`` or ``last_hidden_state``. When None, transformers models are called with token ids, and
+            of other models only the layers are timed.
         seconds: how long to time each call.
-        progress: show a progress bar; on a terminal only when None.
+        progress: show a progress bar; when None, only on a terminal.
 
     Raises:
         PolicyError: when the model has no factorised layer.
@@ -179,7 +191,7 @@ def benchmark(
 
 
 def densified(model: nn.Module) -> nn.Module:
-    """A copy of `model` with dense layers of the same outputs, tied where the factorised ones are."""
+    """Returns a copy of `model` with equivalent dense layers, tied like the factorised ones."""
     twin = copy.deepcopy(model)
     built: dict[int, nn.Module] = {}  # by factorised layer, one for all its names
     weights: dict[int, Tensor] = {}  # by matrix
@@ -197,7 +209,7 @@ def densified(model: nn.Module) -> nn.Module:
 
 
 def unfitted(model: nn.Module, plan: Plan) -> nn.Module:
-    """`model` rewritten in place as `plan` says with random factors: as fast as the real thing, and worth nothing."""
+    """Apply `plan` to `model` in place with random factors, to measure speed without a fit; returns `model`."""
     generator = torch.Generator().manual_seed(0)
     fitted: Fitted = []
     sites = {site.name: site for site in survey(model).sites}
@@ -215,13 +227,13 @@ def unfitted(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def ready(model: nn.Module, train: bool, prefer: Preference) -> None:
-    """Put `model` in the mode that is to be measured."""
+    """Set the preference and the training mode to measure."""
     prepare(model, prefer=prefer)
     model.train(train)
 
 
 def _kinds(model: nn.Module) -> tuple[dict[tuple[str, bool], list[str]], list[str]]:
-    """Names of the factorised layers that do the same work, by what it is, and those that cannot be called alone."""
+    """Group the names of equal factorised layers by description; also returns those that cannot be called alone."""
     kinds: dict[tuple[str, bool], list[str]] = {}
     others = []
     for name, layer in factorized_layers(model):
@@ -313,7 +325,7 @@ def _tensor(output: Any) -> Tensor:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Give every module its mode, every matrix its preference and every parameter its gradient back."""
+    """Restore the modes of modules, the preferences of matrices and the gradients of parameters on exit."""
     modes = [(module, module.training) for module in model.modules()]
     matrices = [matrix for matrix, _ in factorized_groups(model)]
     preferences = [(matrix, matrix.prefer, matrix.dispatcher.graphs) for matrix in matrices]

@@ -1,4 +1,4 @@
-"""Times and memory of calls, measured side by side so that a busy machine slows all of them alike."""
+"""Time and memory of calls, measured alternately so that other load on the machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdkit.support.compatibility import storage_id, tree_leaves
 
-SAMPLE_SECONDS = 5e-3  # a shorter call is repeated within one sample: neither the clock nor cold caches must count
+SAMPLE_SECONDS = 5e-3  # shorter calls are repeated within a sample, to hide clock resolution and cold caches
 MAX_REPEATS = 200
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One contender.
+    """The time of one contender.
 
     Attributes:
-        seconds: median of a call.
-        ratio: median, over the rounds, of its time by that of the first contender in the same round.
+        seconds: median time of a call.
+        ratio: median over the rounds of its time divided by that of the first contender in the same round.
     """
 
     seconds: float
@@ -45,12 +45,15 @@ def side_by_side(
     """Time calls in turn, round after round, and compare each with the first of the same round.
 
     Args:
-        contenders: the first is what the others are compared with.
-        seconds: how long to go on for each contender, after a warm-up. Short calls are repeated within a sample, which
-            begins with one that is not counted.
-        min_rounds: rounds at least, however long they take.
-        device: waited for at the end of each sample.
-        clock: returns the time in seconds.
+        contenders: the calls by name; the others are compared with the first.
+        seconds: how long to time each contender, after a warm-up. Short calls are repeated within a sample, after one
+            call that is not timed.
+        min_rounds: the minimum number of rounds, however long they take.
+        device: synchronized at the end of each sample if it is a CUDA device.
+        clock: a function that returns the time in seconds.
+
+    Returns:
+        The timings by name.
     """
     kind = torch.device(device)
     repeats = {name: _repeats(call, kind, clock) for name, call in contenders.items()}
@@ -78,7 +81,7 @@ def _repeats(call: Callable[[], object], device: torch.device, clock: Callable[[
 
 def _sample(call: Callable[[], object], repeats: int, device: torch.device, clock: Callable[[], float]) -> float:
     if repeats > 1:
-        call()  # the contender before has left its own code and data in the caches
+        call()  # the caches hold code and data of the previous contender
     started = clock()
     for _ in range(repeats):
         call()
@@ -88,13 +91,13 @@ def _sample(call: Callable[[], object], repeats: int, device: torch.device, cloc
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what is freed for the next tensors, for the rest of the process: for a process that times.
+    """Make glibc keep freed memory for later tensors, for the rest of the process, so that timings are reproducible.
 
-    By default it depends on what any other code has freed before whether a tensor of some MiB lies in fresh pages, at
-    a page fault for every 4 KiB: of two equal calls one can take twice the other's time.
+    By default, whether a tensor of some MiB is allocated in new pages, with a page fault for every 4 KiB, depends on
+    what was freed before: of two equal calls one can take twice as long as the other.
 
     Returns:
-        Whether it was done: False where the C library is not glibc.
+        Whether it succeeded; False when the C library is not glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -104,14 +107,14 @@ def keep_freed_memory() -> bool:
 
 
 def saved_bytes(forward: Callable[[], object]) -> int:
-    """Bytes that one forward pass keeps for its backward pass, a storage once; parameters count where they are kept."""
+    """Returns the bytes that a forward pass saves for backward, saved parameters included; storages count once."""
     storages: dict[int, int] = {}
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-        kept.append(tensor)  # no storage may be freed and its address used again while we count
+        kept.append(tensor)  # kept alive, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -121,7 +124,7 @@ def saved_bytes(forward: Callable[[], object]) -> int:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Bytes of tensors that a call allocates at its peak, beyond what was there before it."""
+    """Returns the peak number of bytes of tensors that a call allocates, beyond those allocated before it."""
     kind = torch.device(device)
     if kind.type == "cuda":
         torch.cuda.synchronize(kind)
@@ -136,7 +139,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
 
 
 class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the storages that operations make, from their making to their end."""
+    """Counts the bytes of storages that operations allocate, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Named runs of typed steps; the YAML files beside this one are the recipes that tdkit ships."""
+"""Recipes: YAML files of typed steps; those in this folder are shipped with tdkit."""
 
 from tdkit.recipes.library import load_recipe, recipe_files, recipe_text
 from tdkit.recipes.recipe import DataConfig, Recipe, Run, StepConfig

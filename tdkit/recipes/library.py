@@ -1,4 +1,4 @@
-"""Recipes by registered name or path, with overrides."""
+"""Load recipes by registered name or path, with overrides."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUILT_IN = "tdkit.recipes"
 
 
 def recipe_files() -> dict[str, list[tuple[str, Any]]]:
-    """Every recipe name with the packages that ship it and the file of each.
+    """Returns, for every recipe name, the packages that ship it with the file of each.
 
     Raises:
         RegistryError: when an entry point fails to import.
@@ -38,10 +38,10 @@ def recipe_files() -> dict[str, list[tuple[str, Any]]]:
 
 
 def recipe_text(name: str) -> str:
-    """The YAML of a recipe by registered name or by path.
+    """Returns the YAML text of a recipe, by registered name or by path.
 
     Raises:
-        RegistryError: for an unknown name, or one that two packages ship.
+        RegistryError: when the name is unknown, or two packages ship it.
         RecipeError: when a file cannot be read.
     """
     path = Path(name)
@@ -61,12 +61,13 @@ def recipe_text(name: str) -> str:
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe by registered name or path, with ``key.sub=value`` overrides (values are YAML).
+    """Load a recipe by registered name or path, with ``key.sub=value`` overrides (values are YAML).
 
-    Steps are addressed by their number: ``steps.0.compress.budget=0.5``.
+    Steps are addressed by their index: ``steps.0.compress.budget=0.5``.
 
     Raises:
-        RegistryError, RecipeError: with every fault at once.
+        RegistryError: when the name is unknown, or two packages ship it.
+        RecipeError: when an override or the recipe is invalid; lists all faults of the recipe.
     """
     try:
         form = yaml.safe_load(recipe_text(name))

@@ -1,4 +1,4 @@
-"""A recipe: a model, its data and typed steps in order; how it is read, checked and overridden."""
+"""Recipes: a model, its data and an ordered list of typed steps, parsed from YAML and validated."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ from tdkit.registry import Registry
 from tdkit.sources.positions import check_positions
 from tdkit.sources.texts import encode, load_texts, windows
 
-STATE = "state.json"  # what a run folder holds beside the model after a step and what the steps write
+STATE = "state.json"  # in the run folder: the recipe, the number of finished steps and their results
 
 RECIPE_FILE = "recipe.yaml"
 
 
 class Checked(BaseModel):
-    """Base of everything a recipe is made of: unknown keys are errors."""
+    """Base class of the parts of a recipe; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class StepConfig(Checked, ABC):
-    """One kind of step and its options.
+    """Base class of the steps of a recipe; the fields are the options.
 
-    A kind is registered through the entry-point group ``tdkit.steps``, whose name is the key in YAML.
+    A step is registered in the entry-point group ``tdkit.steps`` under the name that is its key in YAML.
     """
 
-    changes_model: ClassVar[bool] = False  # whether the model must be saved when the step is done
-    needs_dense: ClassVar[bool] = False  # whether the step reads `Run.dense`, the model before any change
+    changes_model: ClassVar[bool] = False  # whether to save the model after the step
+    needs_dense: ClassVar[bool] = False  # whether the step uses `Run.dense`, the original model
 
     @abstractmethod
     def run(self, run: Run) -> dict[str, Any]:
-        """Do it; return JSON-able figures, which are kept in the run folder."""
+        """Run the step; returns JSON-serialisable results, which are written to the run folder."""
 
     def check(self, recipe: Recipe) -> None:
-        """Raise a TdkitError for what can be known to fail before any work starts."""
+        """Raise a `TdkitError` if the step cannot succeed, judged by the recipe alone. Called before any work."""
 
     def check_model(self, run: Run) -> None:
-        """Raise a TdkitError for what can be known to fail once the model is loaded, before the first step runs."""
+        """Raise a `TdkitError` if the step cannot succeed with the loaded model. Called before the first step runs."""
 
     def outline(self) -> str:
-        """One line for ``tdkit show`` and ``--dry-run``."""
+        """Returns one line for ``tdkit show`` and ``--dry-run``."""
         options = self.model_dump(exclude_defaults=True, by_alias=True)
         return ", ".join(f"{key}={value}" for key, value in options.items())
 
@@ -75,14 +75,17 @@ Texts = str | list[str]
 
 
 class DataConfig(Checked):
-    """Which texts a recipe reads.
+    """The texts of a recipe.
 
     Attributes:
-        train, calibration, evaluation: files, folders, registered names or datasets; see `load_texts`.
-        calibration_tokens, evaluation_tokens: how many tokens of them are used.
-        calibration_labels: the text's own next tokens, or ones "sampled" from the model; see `calibrate`.
+        train: the training text: files, folders, registered names or datasets, see `load_texts`.
+        calibration: the calibration text, likewise.
+        evaluation: the evaluation text, likewise.
+        calibration_tokens: number of tokens used for calibration.
+        evaluation_tokens: number of tokens used for evaluation.
+        calibration_labels: "data" for the next tokens of the text, or "sampled" from the model; see `calibrate`.
         context: tokens per window.
-        share: of the training text, chosen by the seed.
+        share: the fraction of the training text to use, selected by the seed.
     """
 
     train: Texts | None = None
@@ -96,16 +99,17 @@ class DataConfig(Checked):
 
 
 class Recipe(Checked):
-    """A whole recipe.
+    """A complete recipe.
 
     Attributes:
-        name: a plain file name, since a run's default folder is called by it.
-        description, source: what it does, and which paper it follows.
-        model: folder, registered name or hub name; see `load_model`.
-        dtype: of the weights.
-        data: texts.
-        seed: of everything random.
-        steps: in order.
+        name: a plain file name, which is also that of the default run folder.
+        description: what the recipe does.
+        source: the paper it follows.
+        model: a folder, registered name or hub name; see `load_model`.
+        dtype: the dtype of the weights.
+        data: the texts.
+        seed: the seed of all random generators.
+        steps: (name, step) pairs in order.
     """
 
     name: str
@@ -125,16 +129,16 @@ class Recipe(Checked):
         return name
 
     def sources(self) -> list[str]:
-        """The names of the model and of the texts."""
+        """Returns the names of the model and of all texts."""
         texts = (self.data.train, self.data.calibration, self.data.evaluation)
         return [self.model, *(name for part in texts if part for name in ([part] if isinstance(part, str) else part))]
 
     @classmethod
     def from_dict(cls, form: Mapping[str, Any], place: str = "recipe") -> Recipe:
-        """A recipe from its YAML form.
+        """Returns a recipe from its YAML form.
 
         Raises:
-            RecipeError: with every fault of it at once.
+            RecipeError: when the form is invalid; lists all faults.
         """
         if not isinstance(form, Mapping):
             raise RecipeError(f"{place}: a recipe is a mapping with 'name', 'model' and 'steps'")
@@ -167,7 +171,7 @@ class Recipe(Checked):
         return recipe
 
     def to_dict(self) -> dict[str, Any]:
-        """The YAML form, without what is left at its default."""
+        """Returns the YAML form, without options that have their default."""
         form = self.model_dump(mode="json", exclude_defaults=True, exclude={"steps"})
         form["steps"] = [
             {kind: step.model_dump(mode="json", exclude_defaults=True, by_alias=True)} for kind, step in self.steps
@@ -202,15 +206,17 @@ def _faults(error: ValidationError, place: str = "") -> list[str]:
 
 @dataclass
 class Run:
-    """What a step works with.
+    """The state of a run, passed to each step.
 
     Attributes:
-        recipe: the whole recipe.
-        model, tokenizer: as the steps so far left them.
-        folder: the run's own; a step may write into it.
-        console: where people are told things.
-        device: where the model is.
-        results: figures of the finished steps, in order.
+        recipe: the recipe.
+        model: the model after the steps so far.
+        tokenizer: its tokenizer, or None.
+        folder: the run folder; steps may write to it.
+        console: for messages.
+        device: the device of the model.
+        results: the results of the finished steps, in order.
+        kept_dense: the original model while the model has changed and a later step needs it; None otherwise.
     """
 
     recipe: Recipe
@@ -225,15 +231,15 @@ class Run:
 
     @property
     def dense(self) -> nn.Module:
-        """The model before any step changed it; kept while a step that needs it is still to come."""
+        """The model before any step changed it; available until the last step that needs it."""
         return self.model if self.kept_dense is None else self.kept_dense
 
     def texts(self, part: Literal["train", "calibration", "evaluation"]) -> list[str]:
-        """The texts of one part of the recipe's data.
+        """Load the documents of one part of the recipe's data.
 
         Raises:
-            RecipeError: when the recipe names none, with the override that does.
-            SourceError: when there is no such text, with the override that names another.
+            RecipeError: when the recipe names no such text; the message has the override that adds one.
+            SourceError: when the text cannot be loaded; the message has the override that selects another.
         """
         name = getattr(self.recipe.data, part)
         if name is None:
@@ -244,26 +250,26 @@ class Run:
             raise SourceError(f"{error} (in a recipe: data.{part}=PATH)") from None
 
     def calibration(self, resolved: Resolved) -> Calibration | None:
-        """The moments of what a policy rewrites (None: nothing), on the calibration text.
+        """Calibrate the weights that a policy replaces on the calibration text; returns None if there are none.
 
         Raises:
-            RecipeError: when the recipe names no such text.
+            RecipeError: when the recipe names no calibration text.
         """
         batches = torch.split(windows(self.tokens("calibration"), self.recipe.data.context), 1)
         return calibrated(resolved, batches, labels=self.recipe.data.calibration_labels)
 
     def tokens(self, part: Literal["calibration", "evaluation"]) -> Tensor:
-        """The token ids (n,) of a part of the data, as many as the recipe says."""
+        """Returns the token ids (n,), int64, of a part of the data, limited as in the recipe; cached."""
         if part not in self._tokens:
             self._tokens[part] = encode(self.texts(part), self.tokenizer, getattr(self.recipe.data, f"{part}_tokens"))
         return self._tokens[part]
 
     def check_windows(self, part: Literal["calibration", "evaluation"]) -> None:
-        """Check that a part of the data fills windows of ``data.context`` tokens, and that the model takes them.
+        """Check that a part of the data fills a window of ``data.context`` tokens, and that the model accepts it.
 
         Raises:
             RecipeError: when the recipe names no such text.
-            SourceError: when there is no such text or no tokenizer, or a window is too long for text or model.
+            SourceError: when the text or tokenizer is missing, or the window is too long for the text or the model.
         """
         check_positions(self.model, self.recipe.data.context)
         windows(self.tokens(part), self.recipe.data.context)

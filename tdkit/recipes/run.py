@@ -1,4 +1,4 @@
-"""Carrying out a recipe step by step, with a run folder from which an interrupted run goes on."""
+"""Run a recipe step by step, with a run folder from which an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -36,25 +36,27 @@ def run_recipe(
     device: str | None = None,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
-    """Carry out a recipe's steps; after each the run folder holds all that is needed to go on from there.
+    """Run the steps of a recipe; after each step the run folder contains everything needed to resume.
 
     Nothing is written, and an earlier run is not replaced, before the model is loaded and every step has been checked.
-    Processes that ``torch.distributed`` started together carry out a run together: the main one writes the run folder,
-    which all must be able to read, and prints; an exception in one stops all.
+    The processes of a ``torch.distributed`` group run a recipe together: rank 0 prints and writes the run folder,
+    which all must be able to read; an exception in one process stops all.
 
     Args:
-        recipe: from `load_recipe`.
-        folder: of the run; ``runs/NAME`` when None.
-        resume: go on after the last finished step of an earlier run of the same recipe in `folder`.
+        recipe: a recipe, such as one from `load_recipe`.
+        folder: the run folder; ``runs/NAME`` when None.
+        resume: continue after the last finished step of an earlier run of the same recipe in `folder`.
         overwrite: discard an earlier run in `folder`.
-        device: where the model runs.
+        device: the device of the model; the CPU when None.
+        console: for messages; standard error when None.
 
     Returns:
-        One dictionary per step: its kind, seconds and figures.
+        One dictionary per step: its name under "step", "seconds", and its results.
 
     Raises:
-        OptionError: for a device that this machine does not have.
-        RecipeError: when the folder holds another run or other files; the steps raise their own errors.
+        OptionError: when the device is not available.
+        RecipeError: when the folder holds another run or other files, or a step cannot run with the model.
+        TdkitError: as raised by the steps.
     """
     check_device(device)
     _check_processes()
@@ -93,7 +95,7 @@ def run_recipe(
 
 
 def _check_processes() -> None:
-    """Refuse processes that torchrun started and that do not know of each other: all would write one folder."""
+    """Raise if torchrun started several processes without a process group: all would write to the same folder."""
     if distributed.is_available() and distributed.is_torchelastic_launched() and not distributed.is_initialized():
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count > 1:
@@ -108,7 +110,7 @@ def _title(recipe: Recipe, number: int, kind: str) -> str:
 
 
 def _check_steps(run: Run, finished: int) -> None:
-    """Ask the steps that are still to come whether they can work with the model, all before the first of them runs."""
+    """Check that all remaining steps can run with the model, before the first of them runs."""
     problems = []
     for number, (kind, step) in enumerate(run.recipe.steps[finished:], finished):
         try:
@@ -120,7 +122,7 @@ def _check_steps(run: Run, finished: int) -> None:
 
 
 def _keep(run: Run) -> None:
-    """Write what a resumed run would start from: the model after the steps so far, and their figures."""
+    """Write what a resumed run needs: the model after the steps so far, and their results."""
     recipe, finished = run.recipe, len(run.results)
     if recipe.steps[finished - 1][1].changes_model and finished < len(recipe.steps):
         save(run.model, _after(run.folder, finished), tokenizer=run.tokenizer, overwrite=True)
@@ -137,15 +139,15 @@ def _after(folder: Path, count: int) -> Path:
 
 
 def _last_change(recipe: Recipe, finished: int) -> int:
-    """How many steps had been done when the model last changed; 0 when it never did."""
+    """Returns the number of finished steps up to the last one that changed the model; 0 if none did."""
     return max((n + 1 for n, (_, step) in enumerate(recipe.steps[:finished]) if step.changes_model), default=0)
 
 
 def _earlier(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> tuple[int, list[dict[str, Any]]] | None:
-    """The finished steps and their figures of the run that is to be resumed, or None for a new run.
+    """Returns the number of finished steps and their results if a run is resumed, or None for a new run.
 
     Raises:
-        RecipeError: when the folder holds what must not be replaced, or a run that cannot be resumed.
+        RecipeError: when the folder holds files that must not be replaced, or a run that cannot be resumed.
     """
     if not folder.exists():
         return None
@@ -176,10 +178,10 @@ def _earlier(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> tup
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    """The state of a run, of which every part has been checked.
+    """Returns the validated state of a run.
 
     Raises:
-        RecipeError: when it is damaged, or was not written by a run.
+        RecipeError: when the file is damaged, or was not written by a run.
     """
     path = folder / STATE
     try:
@@ -201,7 +203,7 @@ _REMOVE_IT = "give another folder, or remove this one yourself"
 
 
 def _create(folder: Path, recipe: Recipe) -> None:
-    """Make the folder of a new run; an earlier one is only removed once the new one stands in its place."""
+    """Create the folder of a new run; it replaces an earlier one only once it is complete."""
     with nullcontext(folder) if _is_empty(folder) else whole_folder(folder) as target:
         write_text(target / RECIPE_FILE, recipe.to_yaml())
         _write_state(target, recipe, [])
@@ -212,7 +214,7 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _open_model(recipe: Recipe, folder: Path, finished: int, device: str | None) -> tuple[Source, nn.Module | None]:
-    """The model as the finished steps left it, and the model before any change where a step to come needs it."""
+    """Load the model after the finished steps, and the original model if a remaining step needs it (else None)."""
     changed = _last_change(recipe, finished)
     try:
         original = load_model(recipe.model, dtype=DTYPES[recipe.dtype], device=device)
@@ -232,7 +234,7 @@ def _write_state(folder: Path, recipe: Recipe, results: list[dict[str, Any]]) ->
 
 
 def _drop_older(folder: Path, results: list[dict[str, Any]], recipe: Recipe) -> None:
-    """Remove the checkpoints that a resumed run would not read."""
+    """Remove checkpoints that a resumed run does not need."""
     keep = _after(folder, _last_change(recipe, len(results)))
     for place in folder.glob("after-step-*"):
         if place != keep or len(results) == len(recipe.steps):

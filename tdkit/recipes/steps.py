@@ -1,4 +1,4 @@
-"""The kinds of recipe steps that tdkit ships: compress, compare, evaluate, generate, save."""
+"""The built-in recipe steps: compress, compare, evaluate, generate, save."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ FIGURE_COLUMNS = ("model", "params", "ratio", "MB", "perplexity", "tokens/s", "f
 
 
 class CompressStep(StepConfig):
-    """Rewrite the model by a policy.
+    """Compress the model with a policy.
 
     Attributes:
-        rules, budget, allow_growth, allocation: the policy's YAML form.
-        calibrated: fit in the metric of the calibration text.
-        sequential: fit block by block on what the compressed prefix produces; needs `calibrated`.
-        passes: fit so often, each time in the moments of what the pass before made; more than one needs `calibrated`.
+        rules: the rules of the policy in their YAML form; see `Policy`.
+        budget: see `Policy`.
+        allow_growth: see `Policy`.
+        allocation: see `Policy`.
+        calibrated: calibrate on the calibration text and fit in that metric.
+        sequential: fit block by block, see `compress`; needs `calibrated`.
+        passes: the number of fits, see `compress`; more than one needs `calibrated`.
     """
 
     changes_model: ClassVar[bool] = True
@@ -60,7 +63,7 @@ class CompressStep(StepConfig):
 
     @property
     def policy(self) -> Policy:
-        """The policy that the options stand for."""
+        """The policy that the options describe."""
         return Policy.from_dict(self.model_dump(include={"rules", "budget", "allow_growth", "allocation"}))
 
     def check(self, recipe: Recipe) -> None:
@@ -92,16 +95,16 @@ class CompressStep(StepConfig):
 
 
 class CompareStep(StepConfig):
-    """Compress the model with each of several decompositions at one budget, tabulate, and keep the best.
+    """Compress the model with each of several decompositions at the same budget and keep the best result.
 
-    The plan of the first decomposition sets the size of every layer, by the estimated loss where the step is
-    calibrated; the others get the same sizes, so that the table compares decompositions and nothing else.
+    The plan of the first decomposition determines the size of every layer, by estimated loss if the step is
+    calibrated. The others use the same sizes, so that the table compares only the decompositions.
 
     Attributes:
-        match: globs of the layers that are rewritten; the others stay.
+        match: globs of the layers to compress; other layers stay dense.
         budget: params after / params before of the whole model.
-        candidates: decompositions, ``with`` in YAML.
-        calibrated: fit in the metric of the calibration text.
+        candidates: the decompositions; ``with`` in YAML.
+        calibrated: calibrate on the calibration text and fit in that metric.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -169,7 +172,7 @@ class CompareStep(StepConfig):
 
 
 def _same_sizes(first: Plan, kind: Decomposition) -> Policy:
-    """The policy that gives every layer as many parameters as `first` does, in another decomposition."""
+    """Returns a policy that gives every layer as many parameters as `first`, with another decomposition."""
     rules = [
         Rule(f"re:{re.escape(step.name)}", kind, budget=min(1.0, (step.params_after + 0.5) / step.params_before))
         for step in first.rewritten
@@ -178,7 +181,7 @@ def _same_sizes(first: Plan, kind: Decomposition) -> Policy:
 
 
 def check_calibration(calibrated: bool, recipe: Recipe, step: str) -> None:
-    """Raise RecipeError when a step wants to calibrate and the recipe names no text for it."""
+    """Raise `RecipeError` when a step is calibrated and the recipe names no calibration text."""
     if calibrated and recipe.data.calibration is None:
         raise RecipeError(f"{step} with calibrated needs a text to calibrate on: add data.calibration")
 
@@ -204,7 +207,7 @@ class GenerateStep(StepConfig):
 
     Attributes:
         prompt: the text to continue.
-        tokens: how many to add.
+        tokens: the number of tokens to generate.
     """
 
     needs_dense: ClassVar[bool] = True
@@ -233,10 +236,10 @@ class GenerateStep(StepConfig):
 
 
 class SaveStep(StepConfig):
-    """Save the model, load it again and check that its logits are bit-identical.
+    """Save the model and, for transformers models, load it and check that its outputs are bit-identical.
 
     Attributes:
-        folder: inside the run folder.
+        folder: a path relative to the run folder.
     """
 
     folder: str = "model"

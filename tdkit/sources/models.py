@@ -1,4 +1,4 @@
-"""Models by name: registered names, folders, hub names."""
+"""Load models by folder, registered name or hub name."""
 
 from __future__ import annotations
 
@@ -24,20 +24,23 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken")
 
 
 def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Source:
-    """A model by folder (tdkit's or transformers'), by registered name, or by hub name; it is in eval mode.
+    """Load a model from a folder (of tdkit or transformers), by registered name or by hub name, in eval mode.
 
-    A folder here that holds a model comes first, then what is registered (entry points ``tdkit.models``), then the
-    hub. No code from a folder or from the hub is executed: the model's class must be one that transformers ships.
+    A local folder takes precedence over a registered name (entry points ``tdkit.models``), and that over the hub.
+    No code from a folder or the hub is executed: the class of the model must be one that transformers ships.
 
     Args:
         name: a path; ``NAME`` or ``NAME:PART`` of a registered model, such as ``smollm2``; or a hub name, such as
             ``openai-community/gpt2``.
-        dtype: of the weights; a folder saved by tdkit keeps its own.
-        device: where to put the model; the CPU when None.
+        dtype: the dtype of the weights; ignored for a folder that tdkit saved, whose dtypes are kept.
+        device: the device of the model; the CPU when None.
+
+    Returns:
+        The model with its tokenizer, which is None when there is none.
 
     Raises:
-        OptionError: for a device that this machine does not have.
-        SourceError: when there is no such model, it cannot be reached, or it needs code of its own.
+        OptionError: when the device is not available.
+        SourceError: when there is no such model, it cannot be downloaded, or it needs code of its own.
         RegistryError: when two packages provide the name, or its source fails to import.
         MissingDependencyError: when a package is needed that is not installed.
     """
@@ -86,16 +89,16 @@ def _pretrained(name: str, dtype: torch.dtype) -> Source:
             f"registered models ({', '.join(names)}), and the hub gave none ({reason}). Offline, give the path of a "
             "local folder"
         ) from None
-    for parameter in model.parameters():  # transformers maps the file at any alignment, which shows in the last bits
+    for parameter in model.parameters():  # memory-mapped at any alignment, which changes the last bits of results
         parameter.data = parameter.data.clone()
     return Source(name, model, _tokenizer(name))
 
 
 def _class_of(config: Any, name: str) -> Any:
-    """The class of transformers that a config names; AutoModel where it names none.
+    """Returns the transformers class that a config names, or AutoModel when it names none.
 
     Raises:
-        SourceError: when it is none of transformers' model classes, or one of another type of model.
+        SourceError: when transformers has no such model class, or the class belongs to another type of model.
     """
     package = huggingface.transformers()
     if not config.architectures:
@@ -124,7 +127,7 @@ def _needs_code(name: str, why: str) -> SourceError:
 
 
 def _tokenizer(name: str | Path) -> Any:
-    """The tokenizer of a folder or hub name; None where there is none: what needs it asks for it."""
+    """Returns the tokenizer of a folder or hub name, or None: functions that need one raise their own error."""
     folder = Path(name)
     if folder.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         return None  # transformers would make up an empty one from the model's type

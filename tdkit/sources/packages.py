@@ -9,11 +9,16 @@ from tdkit.errors import MissingDependencyError, SourceError
 
 
 def package_file(package: str, file: str, install: str) -> Path:
-    """A data file inside an installed package, found without importing the package.
+    """Returns the path of a data file in an installed package, found without importing the package.
+
+    Args:
+        package: the name of the distribution.
+        file: the name of the file, without folders.
+        install: the command that installs the package, for the error message.
 
     Raises:
         MissingDependencyError: when the package is not installed.
-        SourceError: when it holds no such file.
+        SourceError: when the package has no such file.
     """
     try:
         files = importlib.metadata.files(package) or []

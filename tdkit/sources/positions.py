@@ -1,4 +1,4 @@
-"""How many positions a language model can take."""
+"""The maximum number of positions of a language model."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from tdkit.errors import SourceError
 
 
 def check_positions(model: nn.Module, context: int) -> None:
-    """Refuse windows that are longer than a model's table of positions, which would raise an IndexError in its forward.
+    """Check that windows fit into the position table of a model, whose forward would otherwise raise an IndexError.
 
-    Models without such a table, with rotary or relative positions, take windows of any length.
+    Models without such a table, with rotary or relative positions, accept windows of any length.
 
     Args:
         context: tokens per window.
 
     Raises:
-        SourceError: with the longest window that the model takes.
+        SourceError: when they do not fit; the message has the maximum length.
     """
     found = position_table(model)
     if found is not None and context > found[1]:
@@ -28,9 +28,9 @@ def check_positions(model: nn.Module, context: int) -> None:
 
 
 def position_table(model: nn.Module) -> tuple[str, int] | None:
-    """The name of a model's smallest table of absolute positions and the tokens it is enough for, or None.
+    """Returns the name of the smallest table of absolute positions and its maximum number of tokens, or None.
 
-    A table is an embedding, dense or factorised, that is called ``wpe`` or whose name speaks of positions.
+    A table is an embedding, dense or factorised, whose name is ``wpe`` or contains "position" but not "relative".
     """
     tables = {}
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""What a model source and a text source are, and what every source is asked and checked for."""
+"""The interfaces of model sources and text sources, and checks of what they return."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Source:
     """A loaded model with its tokenizer.
 
     Attributes:
-        name: what it was loaded by, for people.
+        name: the name that it was loaded by, for messages.
         model: any torch module.
-        tokenizer: called as ``tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]``; None where
-            there is none.
+        tokenizer: a callable used as ``tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]``, or
+            None.
     """
 
     name: str
@@ -61,19 +61,21 @@ class TextSource(Protocol):
 
 
 def not_callable(_: str, found: object) -> str | None:
-    """What is wrong with an object that is registered as a source; None when it is one."""
+    """Returns why an object cannot be registered as a source, or None when it can."""
     return None if callable(found) else f"{found!r} is not a callable"
 
 
 def call_source(registry: Registry[Any], name: str, load: Callable[[Any, str | None], object], kind: type[T]) -> T:
-    """What the source registered under ``NAME`` returns for ``NAME`` or ``NAME:PART``.
+    """Call the source registered as ``NAME`` for a name ``NAME`` or ``NAME:PART`` and check its result.
 
     Args:
-        load: calls the source with the part.
-        kind: what it must return.
+        registry: the registry of the source.
+        name: ``NAME`` or ``NAME:PART``.
+        load: a function (source, part or None) that calls the source.
+        kind: the required type of the result.
 
     Raises:
-        TdkitError: the source's own; a `SourceError` when it raises anything else or returns another type.
+        TdkitError: as raised by the source; a `SourceError` when it raises anything else or returns another type.
     """
     key, colon, part = name.partition(":")
     source = registry.get(key)

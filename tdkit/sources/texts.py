@@ -1,4 +1,4 @@
-"""Texts by name, and their token ids."""
+"""Load texts by name and encode them as token ids."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ text_sources: Registry[TextSource] = Registry(
     "tdkit.texts", "text source", {"sotu": "tdkit.sources.sotu:load_sotu"}, not_callable
 )
 
-LONGEST_WORD = 100  # characters: text without a space for longer, such as Chinese, is cut anywhere
+LONGEST_WORD = 100  # characters; a longer text without spaces, such as Chinese, is cut anywhere
 
 
 def load_texts(name: str | Path | Sequence[str | Path]) -> list[str]:
-    """Documents by name: a text file, a folder of text files, a registered text, a ``datasets`` name, or several.
+    """Load documents, one string each, from a text file, a folder, a registered text, a dataset, or several of these.
 
-    What exists as a file or folder comes first, then what is registered (entry points ``tdkit.texts``), then the hub.
+    A local path takes precedence over a registered name (entry points ``tdkit.texts``), and that over the hub.
 
     Args:
         name: a UTF-8 text file; a folder, whose ``.txt`` files are read; ``NAME`` or ``NAME:PART`` of a registered
@@ -32,7 +32,7 @@ def load_texts(name: str | Path | Sequence[str | Path]) -> list[str]:
             last six); or ``DATASET[@CONFIG][:SPLIT]``, whose ``text`` column is read.
 
     Raises:
-        SourceError: when there is no such text, or its source fails.
+        SourceError: when there is no such text, it cannot be read, or its source fails.
         RegistryError: when two packages provide the name, or its source fails to import.
     """
     if not isinstance(name, str | Path):
@@ -94,10 +94,10 @@ def _read(path: Path) -> str:
 
 
 def encode(texts: Sequence[str], tokenizer: Any, limit: int | None = None) -> Tensor:
-    """All texts, joined by blank lines, as one row of token ids (n,), at most `limit` of them.
+    """Returns the token ids (n,), int64, of all texts joined by blank lines, at most `limit` of them.
 
     Raises:
-        SourceError: when there is no tokenizer, or no text.
+        SourceError: when there is no tokenizer, or no token.
     """
     pieces = _ids(texts, tokenizer, limit)
     if not pieces:
@@ -118,10 +118,10 @@ def _ids(texts: Sequence[str], tokenizer: Any, limit: int | None) -> list[int]:
 
 
 def windows(ids: Tensor, context: int) -> Tensor:
-    """Whole, non-overlapping windows (count, context) of a row of token ids; the rest is left out.
+    """Split token ids (n,) into non-overlapping windows (count, context); an incomplete last window is dropped.
 
     Raises:
-        SourceError: when there is not even one.
+        SourceError: when the ids do not fill one window.
     """
     _check_context(context)
     count = len(ids) // context
@@ -138,9 +138,9 @@ def _check_context(context: int) -> None:
 def spread_windows(
     name: str | Path | Sequence[str | Path], tokenizer: Any, *, context: int = 512, tokens: int = 16384
 ) -> Tensor:
-    """Windows (count, context) of token ids at even distances over all of a text, about `tokens` in all.
+    """Returns windows (count, context) of token ids, int64, spaced evenly over a text, about `tokens` ids in all.
 
-    Each starts after a space where one is near.
+    Each window starts after a space if there is one nearby.
 
     Raises:
         SourceError: when there is no such text or tokenizer, or the text is shorter than one window.
@@ -149,7 +149,7 @@ def spread_windows(
     text = "\n\n".join(load_texts(name))
     rows = []
     for start in _starts(text, max(tokens // context, 1)):
-        length = 8 * context  # characters: enough for most windows, doubled while it is not
+        length = 8 * context  # characters; enough for most windows, else doubled
         ids = _ids([text[start : start + length]], tokenizer, context)
         while len(ids) < context and start + length < len(text):
             length *= 2
@@ -162,7 +162,7 @@ def spread_windows(
 
 
 def _starts(text: str, count: int) -> list[int]:
-    """At most `count` different positions at even distances, moved behind a space that comes before the next one."""
+    """Returns at most `count` evenly spaced positions, each moved to just after the next nearby space."""
     even = sorted({len(text) * k // count for k in range(count)})
     starts = even[:1]
     for start, following in zip(even[1:], [*even[2:], len(text)], strict=True):

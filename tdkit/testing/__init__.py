@@ -1,4 +1,4 @@
-"""The contracts that plugins must pass, as checks for their own tests."""
+"""Contract tests for decompositions and hosts, to be run in the tests of plugins."""
 
 from tdkit.testing.decompositions import (
     BATCHES,

@@ -1,4 +1,4 @@
-"""The contract of a decomposition, for the authors of plugins too.
+"""The contract of a decomposition, as checks for the tests of plugins.
 
     import pytest
     from tdkit.testing import checks
@@ -7,9 +7,8 @@
     def test_contract(check):
         check()
 
-`checks` lists small checks, each with a name; `check_decomposition` runs them all and reports every failure
-together, for those who use no pytest. A check fails with an AssertionError that names the shape, the choice
-and what was found.
+`checks` returns small named checks; `check_decomposition` runs them all without pytest and reports all failures
+together. A check that fails raises an AssertionError with the shape, the decomposition and the values found.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HUGE: Shape = (1 << 16, 1 << 16)  # dense, this is 32 GiB in float64
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 BATCHES = ((), (1,), (5,), (2, 3), (0,), (2, 0))
-MANY_TOKENS = 300  # enough for the paths that only large batches take
-USED = 0.95  # of the plain fit's error that a fit in the metric may have; the shipped ones have 0.88 and less
+MANY_TOKENS = 300  # enough for paths that only large batches use
+USED = 0.95  # maximum error of a fit in the metric relative to a plain fit; the built-in ones reach 0.88 or less
 
 
 @dataclass(frozen=True)
 class Check:
-    """One clause of the contract for one decomposition; call it to run it."""
+    """One check of the contract for one decomposition; call it to run it."""
 
     name: str
     run: Callable[[], None]
@@ -71,18 +70,17 @@ def checks(
     exact: bool = True,
     metric: Literal["used", "ignored"] | None = None,
 ) -> list[Check]:
-    """Every check of the contract for `kind`.
+    """Returns all checks of the contract for `kind`.
 
     Args:
-        kind: a decomposition class that is registered, or an instance with some options given and the
-            one that sets the size left open.
-        shapes: (out, in) of the matrices that are tried.
-        dtypes: of the matrices that are tried; gradients are always checked in float64.
-        exact: whether the richest candidate can write any matrix; false for a family that cannot, such as
+        kind: a registered decomposition class, or an instance whose rank or other size is not set.
+        shapes: the shapes (out, in) of the matrices to test.
+        dtypes: the dtypes of the matrices to test; gradients are always checked in float64.
+        exact: whether the largest candidate represents every matrix exactly; False for families such as
             circulant matrices.
-        metric: 'used' where a fit in calibrated second moments must have less error in them than a plain fit,
-            for those of the inputs and of the output gradients; 'ignored' where it must be the plain fit. Either is
-            allowed, and not checked when None: only that the metric does no harm is always checked.
+        metric: 'used' checks that a fit with calibrated second moments, of the inputs or of the output gradients, has
+            less error in that metric than a plain fit; 'ignored' checks that it equals the plain fit; None checks
+            neither. That the metric does no harm is always checked.
     """
     open_kind = kind if isinstance(kind, Decomposition) else kind()
     listed = []
@@ -138,7 +136,7 @@ def check_decomposition(kind: type[Decomposition] | Decomposition, **options: An
 
 
 def candidates_are_sorted(kind: Decomposition, shape: Shape) -> None:
-    """There are candidates; each is complete and fits; none is cheaper than the one before it."""
+    """There are candidates; each is complete and fits the shape; none has fewer params than the previous one."""
     candidates = kind.candidates(shape)
     _require(bool(candidates), f"no candidates for {shape}")
     last = 0
@@ -151,7 +149,7 @@ def candidates_are_sorted(kind: Decomposition, shape: Shape) -> None:
 
 
 def alternatives_have_choices(kind: Decomposition, shape: Shape) -> None:
-    """Each of `alternatives` has candidates for the shape, and `best_within` one of them within a number of params."""
+    """Each of `alternatives` has candidates for the shape, and `best_within` returns one within the given params."""
     alternatives = kind.alternatives(shape)
     _require(bool(alternatives), f"{kind} stands for nothing at {shape}")
     for alternative in alternatives:
@@ -181,7 +179,7 @@ def complete_keeps_to_the_budget(kind: Decomposition, shape: Shape) -> None:
 
 
 def claimed_params_are_real(kind: Decomposition, shape: Shape) -> None:
-    """`num_params`, `params` of the empty matrix and the numbers a fitted one holds are the same."""
+    """`num_params`, `params` of the empty matrix and the parameters of a fitted one are equal."""
     for choice in _choices(kind, shape):
         claimed = choice.num_params(shape)
         empty = choice.empty(shape, device="meta")
@@ -197,7 +195,7 @@ def claimed_params_are_real(kind: Decomposition, shape: Shape) -> None:
 
 
 def matmul_is_dense(kind: Decomposition, shape: Shape) -> None:
-    """``matmul(x) == x @ dense().T`` for every number of batch dimensions, empty ones and none included."""
+    """``matmul(x) == x @ dense().T`` for any batch shape, empty and zero-dimensional ones included."""
     for choice in _choices(kind, shape):
         matrix = choice.fit(_weight(shape))
         for batch in BATCHES:
@@ -208,10 +206,9 @@ def matmul_is_dense(kind: Decomposition, shape: Shape) -> None:
 
 
 def linear_is_dense(kind: Decomposition, shape: Shape) -> None:
-    """``linear(x, bias) == x @ dense().T + bias``, what layers call: in training, in eval mode, with a cached weight.
+    """``linear(x, bias) == x @ dense().T + bias``, which layers call: in training, in eval mode, with a cached weight.
 
-    The second call of its kind may find what the first one has cached; after the factors have changed in place it
-    must not.
+    A second call may use the cache of the first, but not after the factors have changed in place.
     """
     for choice in _choices(kind, shape):
         matrix, biases = choice.fit(_weight(shape)), (None, _random(shape[0], seed=12))
@@ -241,7 +238,7 @@ def _linear_is_dense(matrix: FactorizedMatrix, biases: Sequence[Tensor | None], 
 
 
 def every_path_is_dense(kind: Decomposition, shape: Shape) -> None:
-    """Each of `paths` gives ``x @ dense().T + bias``, its gradients included; `path` names one of them."""
+    """Each of `paths` computes ``x @ dense().T + bias`` and its gradients; `path` returns one of them."""
     for choice in _choices(kind, shape):
         matrix, bias = choice.fit(_weight(shape)), _random(shape[0], seed=12)
         for tokens in (1, 3, MANY_TOKENS):
@@ -266,7 +263,7 @@ def every_path_is_dense(kind: Decomposition, shape: Shape) -> None:
 
 
 def rows_are_dense(kind: Decomposition, shape: Shape) -> None:
-    """``rows(ids) == dense()[ids]`` for every shape of ids, empty ones and none included."""
+    """``rows(ids) == dense()[ids]`` for any shape of ids, empty and zero-dimensional ones included."""
     for choice in _choices(kind, shape):
         matrix = choice.fit(_weight(shape))
         for batch in BATCHES:
@@ -277,7 +274,7 @@ def rows_are_dense(kind: Decomposition, shape: Shape) -> None:
 
 
 def products_stay_on_the_device(kind: Decomposition, shape: Shape) -> None:
-    """With factors and x on another device (``meta``) every product and look-up makes its tensors there."""
+    """With factors and x on another device (``meta``) every product and look-up allocates its tensors there."""
     for choice in _choices(kind, shape):
         matrix = choice.empty(shape, device="meta", dtype=torch.float64).requires_grad_(False).eval()
         x, bias = torch.empty(3, shape[1], device="meta", dtype=torch.float64), matrix.dense().new_empty(shape[0])
@@ -292,7 +289,7 @@ def products_stay_on_the_device(kind: Decomposition, shape: Shape) -> None:
 
 
 class _Devices(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The kinds of device on which operations make tensors."""
+    """Records the device types on which operations allocate tensors."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -318,7 +315,7 @@ def gradients_are_right(kind: Decomposition, shape: Shape) -> None:
 
 
 def curve_is_monotone(kind: Decomposition, shape: Shape) -> None:
-    """`curve` has more params and less error at each point, all below dense, with the errors of real fits."""
+    """Along `curve` params increase, stay below dense, and errors decrease; the errors are those of actual fits."""
     weight = _weight(shape)
     points = kind.curve(weight)
     for before, after in itertools.pairwise(points):
@@ -365,7 +362,7 @@ def fit_leaves_no_trace(kind: Decomposition, shape: Shape) -> None:
 
 
 def fit_takes_any_layout(kind: Decomposition, shape: Shape) -> None:
-    """A transposed view (transformers' ``Conv1D``) is fitted as well as the same matrix laid out anew."""
+    """A transposed view (transformers' ``Conv1D``) is fitted as well as a contiguous copy."""
     choice = _choices(kind, shape)[-1]
     weight = _weight(shape)
     view = weight.T.contiguous().T
@@ -391,7 +388,7 @@ def fit_survives_degenerate_weights(kind: Decomposition, shape: Shape) -> None:
 
 
 def metric_does_no_harm(kind: Decomposition, shape: Shape) -> None:
-    """In the metric, a fit in it is never worse than the plain one; rank-deficient moments do no harm."""
+    """Measured in the metric, a fit in it is never worse than the plain fit, also with rank-deficient moments."""
     weight = _weight(shape)
     for label, metric in _metrics(shape).items():
         for choice in _choices(kind, shape)[:2]:
@@ -404,9 +401,9 @@ def metric_does_no_harm(kind: Decomposition, shape: Shape) -> None:
 
 
 def metric_is_used(kind: Decomposition, shape: Shape) -> None:
-    """In the metric, a fit in it has clearly less error than the plain one, unless that is exact.
+    """Measured in the metric, a fit in it has clearly less error than the plain fit, unless that is exact.
 
-    Both sides count: the inputs' moments where there are several columns, the gradients' where there are several rows.
+    Both sides are checked: moments of inputs for more than one column, of output gradients for more than one row.
     """
     weight, metrics = _weight(shape), _metrics(shape)
     sides = {"C": shape[1] > 1, "S of half rank": shape[0] > 1, "C and S": min(shape) > 1}
@@ -422,7 +419,7 @@ def metric_is_used(kind: Decomposition, shape: Shape) -> None:
 
 
 def metric_is_ignored(kind: Decomposition, shape: Shape) -> None:
-    """A fit in the metric is the plain one, bit for bit."""
+    """A fit in the metric is bit-identical to the plain fit."""
     weight = _weight(shape)
     for label, metric in _metrics(shape).items():
         for choice in _choices(kind, shape)[:2]:
@@ -431,7 +428,7 @@ def metric_is_ignored(kind: Decomposition, shape: Shape) -> None:
 
 
 def copies_are_equal(kind: Decomposition, shape: Shape) -> None:
-    """A deep copy, and a matrix moved to another dtype and back, work as the matrix does."""
+    """A deep copy, and a matrix cast to another dtype and back, give the same results as the matrix."""
     x = _random(3, shape[1], seed=9).float()
     for choice in _choices(kind, shape):
         matrix = choice.fit(_weight(shape).float())
@@ -443,7 +440,7 @@ def copies_are_equal(kind: Decomposition, shape: Shape) -> None:
 
 
 def options_round_trip(kind: Decomposition, shape: Shape) -> None:
-    """Options survive JSON; the decomposition that comes back is equal, has the same hash and the same sizes."""
+    """Options survive JSON; the decomposition read back is equal, with the same hash and description."""
     for choice in (kind, *_choices(kind, shape)):
         back = decomposition(json.loads(json.dumps(spec_of(choice))))
         _require(type(back) is type(choice) and back == choice, f"{choice} came back from JSON as {back}")
@@ -489,7 +486,7 @@ def state_round_trips(kind: Decomposition, shape: Shape, dtype: torch.dtype) -> 
 
 
 def exact_at_full_size(kind: Decomposition, shape: Shape, dtype: torch.dtype) -> None:
-    """The richest candidate writes any matrix to rounding error."""
+    """The largest candidate represents any matrix up to rounding error."""
     weight = _weight(shape).to(dtype)
     choice = kind.candidates(shape)[-1]
     gap = float((weight - choice.fit(weight).dense()).detach().double().norm() / weight.double().norm())
@@ -497,7 +494,7 @@ def exact_at_full_size(kind: Decomposition, shape: Shape, dtype: torch.dtype) ->
 
 
 def empty_costs_nothing(kind: Decomposition) -> None:
-    """On the ``meta`` device a huge matrix has sizes and no memory."""
+    """On the ``meta`` device a huge matrix allocates no memory."""
     dense = math.prod(HUGE)
     choice = kind.complete(HUGE, dense // 100)
     if choice is None:
@@ -510,7 +507,7 @@ def empty_costs_nothing(kind: Decomposition) -> None:
 
 
 def bad_options_are_told(kind: Decomposition) -> None:
-    """Options of the wrong kind or name, and a fit with an option left open, raise OptionError."""
+    """Options of a wrong type or name, and a fit with an option not set, raise OptionError."""
     for option in dataclasses.fields(kind):
         _raises(
             lambda name=option.name: decomposition({kind.name: {name: {"not": "an option"}}}),
@@ -522,7 +519,7 @@ def bad_options_are_told(kind: Decomposition) -> None:
 
 
 def foreign_shapes_are_told(kind: Decomposition, shapes: Sequence[Shape]) -> None:
-    """A choice made for one shape either fits another or raises OptionError, before and instead of the fit."""
+    """A choice made for one shape either fits another shape, or `check`, `fit` and `empty` raise OptionError."""
     for made_for in shapes:
         for choice in _choices(kind, made_for):
             for shape in shapes:
@@ -556,7 +553,7 @@ def compiles_whole(kind: Decomposition, shape: Shape) -> None:
 
 
 class _Call(nn.Module):
-    """A matrix as a module whose forward is one of its methods."""
+    """A module whose forward is one of the methods of a matrix."""
 
     def __init__(self, matrix: FactorizedMatrix, method: str) -> None:
         super().__init__()
@@ -581,7 +578,7 @@ def _check_gradients(matrix: FactorizedMatrix, method: str, *inputs: Tensor) -> 
 
 
 def _choices(kind: Decomposition, shape: Shape) -> list[Decomposition]:
-    """The smallest, the middle and the richest candidate."""
+    """Returns the smallest, the middle and the largest candidate."""
     candidates = kind.candidates(shape)
     places = dict.fromkeys((0, len(candidates) // 2, len(candidates) - 1))
     return [candidates[place] for place in places]

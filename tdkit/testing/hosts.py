@@ -1,4 +1,4 @@
-"""The contract of a host: what tdkit relies on when it measures, rewrites, saves and undoes a layer."""
+"""The contract of a host: the behaviour that tdkit relies on to calibrate, replace, save and restore a layer."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ MakeInputs = Callable[[], Sequence[Any]]
 
 
 def host_checks(make: MakeLayer, inputs: MakeInputs) -> list[Check]:
-    """Every check of a host's contract, for the layers that `make` builds.
+    """Returns all checks of a host's contract, for the layers that `make` builds.
 
     Args:
-        make: builds a layer of the host's type; the checks bring it to float64. Layers of other sizes and options
-            are worth checks of their own.
-        inputs: the arguments of its forward, such as ``lambda: [torch.randn(3, 5, 8)]``; floating-point tensors are
-            brought to float64.
+        make: a function that returns a layer of the host's type, which is cast to float64. Test layers of other
+            sizes and options with further calls.
+        inputs: a function that returns the arguments of the layer's forward, such as
+            ``lambda: [torch.randn(3, 5, 8)]``; floating-point tensors are cast to float64.
     """
     clauses = (
         it_is_found_by_its_name,
@@ -62,7 +62,7 @@ def check_host(make: MakeLayer, inputs: MakeInputs) -> None:
 
 
 class _Case:
-    """Layers and inputs of one host, always the same numbers."""
+    """Builds layers and inputs of one host with the same values each time."""
 
     def __init__(self, make: MakeLayer, inputs: MakeInputs) -> None:
         self._make = make
@@ -86,7 +86,7 @@ class _Case:
         return cast(Host, host)
 
     def factorized(self, layer: nn.Module, weights: Sequence[str]) -> FactorizedLayer:
-        """The layer around full-rank factors of some of its weights."""
+        """Returns the layer with full-rank factors for the given weights."""
         host = self.host(layer)
         matrices: dict[str, FactorizedMatrix] = {}
         for weight in weights:
@@ -96,7 +96,7 @@ class _Case:
 
 
 def it_is_found_by_its_name(case: _Case) -> None:
-    """A host accepts the layer, is registered under its `name`, and no module but its own type."""
+    """A host accepts the layer and is registered under its `name`; it accepts no other type, nor a subclass."""
     layer = case.layer()
     host = case.host(layer)
     try:
@@ -111,7 +111,7 @@ def it_is_found_by_its_name(case: _Case) -> None:
 
 
 def weights_are_matrices_and_back(case: _Case) -> None:
-    """Every name in `weights` is a parameter; `tensor` is the reverse of `matrix`, which is a view."""
+    """Every name in `weights` is a parameter; `tensor` is the inverse of `matrix`, which returns a view."""
     layer = case.layer()
     host = case.host(layer)
     weights = host.weights(layer)
@@ -131,7 +131,7 @@ def weights_are_matrices_and_back(case: _Case) -> None:
 
 
 def full_rank_layers_compute_the_same(case: _Case) -> None:
-    """With full-rank factors of any one of the weights, and of all, the output is that of the dense layer."""
+    """With full-rank factors for each weight alone, and for all, the output equals that of the dense layer."""
     for weights in _selections(case):
         layer, inputs = case.layer(), case.inputs()
         expected = layer(*inputs)
@@ -154,7 +154,7 @@ def other_parameters_stay_the_same_objects(case: _Case) -> None:
 
 
 def undo_is_the_reverse_of_build(case: _Case) -> None:
-    """`undo` gives a layer of the dense type with the same output, which shares no memory with the factors."""
+    """`undo` returns a layer of the dense type with the same output, parameters and dtypes."""
     for weights in _selections(case):
         layer, inputs = case.layer(), case.inputs()
         built = case.factorized(layer, weights)
@@ -170,13 +170,13 @@ def undo_is_the_reverse_of_build(case: _Case) -> None:
 
 
 def observers_see_every_product(case: _Case) -> None:
-    """The rows of x, and of the gradient of y, give the weight's gradient: all products are seen, row by row."""
+    """Observers see all products: the weight's gradient can be computed from the rows of x and the gradient of y."""
     layer = case.layer()
     _check_observers(case, layer, layer, {w: cast(Tensor, getattr(layer, w)) for w in case.host(layer).weights(layer)})
 
 
 def observers_see_the_products_of_the_factorised_layer(case: _Case) -> None:
-    """The same for the layer that takes its place, where a second pass of calibration measures."""
+    """Observers work on the factorised layer too, on which a second calibration pass measures."""
     layer = case.layer()
     built = case.factorized(layer, case.host(layer).weights(layer))
     _check_observers(case, layer, built, {})
@@ -207,7 +207,7 @@ def _check_observers(case: _Case, dense: nn.Module, layer: nn.Module, parameters
 
 
 def _adding(total: Tensor, looks_up: bool, calls: list[int]) -> Observer:
-    """An observer that adds the weight's gradient up, from what enters and the gradient of what leaves."""
+    """Returns an observer that accumulates the weight's gradient from the inputs and the output gradients."""
 
     def observe(x: Tensor, y: Tensor) -> Tensor:
         calls.append(x.numel())
@@ -229,7 +229,7 @@ def _adding(total: Tensor, looks_up: bool, calls: list[int]) -> Observer:
 
 
 def what_observers_return_is_used_until_they_are_removed(case: _Case) -> None:
-    """The layer goes on with what an observer returns in place of y; after ``remove()`` it is as before."""
+    """The layer uses the result of an observer in place of y, and no longer calls it after ``remove()``."""
     layer = case.layer()
     expected = layer(*case.inputs())
     for weight in case.host(layer).weights(layer):
@@ -241,7 +241,7 @@ def what_observers_return_is_used_until_they_are_removed(case: _Case) -> None:
 
 
 def options_are_json(case: _Case) -> None:
-    """What `options` says of the dense layer, and the built layer of itself, is the same after JSON."""
+    """The options of the dense layer survive JSON and equal those of the factorised layer."""
     layer = case.layer()
     host = case.host(layer)
     options = host.options(layer)
