@@ -91,7 +91,7 @@ class FactorizedMatrix(nn.Module, ABC):
             TdkitError: when the factors are on the meta device and x is not.
         """
         if x.is_floating_point():
-            return self.linear(x, bias)
+            return self.dispatcher.linear(self, x, bias)
         check_loaded(self.tensors(), x)
         return self.rows(x)
 

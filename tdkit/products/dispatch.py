@@ -69,7 +69,6 @@ class Dispatcher:
             return matrix.multiply(x, bias, _compiled_path(matrix, x))
         may_cache = self.prefer == "speed" and not matrix.training
         tensors = matrix.tensors()
-        check_loaded(tensors, x)
         weight = self._weight.again(x, tensors) if may_cache else None
         if weight is None:
             return self._dispatch(matrix, x, bias, tensors, may_cache)
@@ -78,6 +77,7 @@ class Dispatcher:
     def _dispatch(
         self, matrix: Factorized, x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], may_cache: bool
     ) -> Tensor:
+        check_loaded(tensors, x)
         tokens, device = x.numel() // matrix.shape[1], x.device.type
         training = _needs_gradients(tensors)
         if may_cache and not training:
@@ -155,13 +155,12 @@ def check_loaded(tensors: Sequence[Tensor], x: Tensor) -> None:
     Raises:
         TdkitError: when one of them is on the meta device and x is not.
     """
-    for tensor in tensors:
-        if tensor.is_meta and not x.is_meta:
-            raise TdkitError(
-                "the factors are on the meta device and hold no numbers: what offloaded them does not load them before "
-                "the matrix is called. Hooks on each module do, as accelerate attaches them; or keep the factorised "
-                "layers in memory"
-            )
+    if tensors[0].is_meta and not x.is_meta:
+        raise TdkitError(
+            "the factors are on the meta device and hold no numbers: what offloaded them does not load them before "
+            "the matrix is called. Hooks on each module do, as accelerate attaches them; or keep the factorised "
+            "layers in memory"
+        )
 
 
 def _needs_gradients(tensors: Sequence[Tensor]) -> bool:

@@ -39,9 +39,11 @@ version_of: Callable[[Tensor], int] = attrgetter("_version")
 """The version counter of a tensor, which every in-place operation increases; inference tensors have none."""
 
 
-def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The module's own parameters by name. Ten times as fast as attribute access on the module."""
-    return cast("dict[str, nn.Parameter]", module._parameters)
+parameters_of: Callable[[nn.Module], dict[str, nn.Parameter]] = attrgetter("_parameters")
+"""The module's own parameters by name. Ten times as fast as attribute access on the module."""
+
+submodules_of: Callable[[nn.Module], dict[str, nn.Module]] = attrgetter("_modules")
+"""The module's own submodules by name, as fast."""
 
 
 def own_parameters(module: nn.Module) -> None:
@@ -57,11 +59,6 @@ def move_own_tensors(module: nn.Module, device: torch.device) -> None:
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own buffers by name."""
     return module._buffers
-
-
-def submodules_of(module: nn.Module) -> dict[str, nn.Module]:
-    """The module's own submodules by name."""
-    return cast("dict[str, nn.Module]", module._modules)
 
 
 def onednn_enabled() -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedLayer, Host
 from tdkit.models.lazy_weight import lazy_weight
+from tdkit.support.compatibility import submodules_of
 
 
 class LinearHost(Host):
@@ -95,7 +96,8 @@ class FactorizedLinear(FactorizedLayer):
         self,
         input: Tensor,  # noqa: A002, the name that nn.Linear gives it; (*batch, in_features)
     ) -> Tensor:  # (*batch, out_features)
-        return cast(Tensor, self.matrix(input, self.bias))
+        y: Tensor = submodules_of(self)["matrix"](input, self.bias)
+        return y
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -125,4 +127,5 @@ class FactorizedConv1D(FactorizedLinear):
         self,
         x: Tensor,  # (*batch, nx)
     ) -> Tensor:  # (*batch, nf)
-        return cast(Tensor, self.matrix(x, self.bias))
+        y: Tensor = submodules_of(self)["matrix"](x, self.bias)
+        return y
