@@ -1,12 +1,12 @@
 """Contract tests for decompositions and hosts, to be run in the tests of plugins."""
 
+from tdkit.testing.check import Check
 from tdkit.testing.decompositions import (
     BATCHES,
     DTYPES,
     HUGE,
     SHAPES,
     TOLERANCE,
-    Check,
     check_decomposition,
     checks,
 )

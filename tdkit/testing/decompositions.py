@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -38,6 +37,7 @@ from tdkit.fitting.metric import Metric
 from tdkit.models.preparation import prepare
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import tree_leaves
+from tdkit.testing.check import Check, close, require, run_all
 
 SHAPES: tuple[Shape, ...] = ((12, 18), (18, 12), (16, 16), (15, 9), (7, 11), (1, 10), (10, 1), (1, 1))
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -46,20 +46,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torc
 BATCHES = ((), (1,), (5,), (2, 3), (0,), (2, 0))
 MANY_TOKENS = 300  # enough for paths that only large batches use
 USED = 0.95  # maximum error of a fit in the metric relative to a plain fit; the built-in ones reach 0.88 or less
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check of the contract for one decomposition; call it to run it."""
-
-    name: str
-    run: Callable[[], None]
-
-    def __call__(self) -> None:
-        self.run()
-
-    def __str__(self) -> str:
-        return self.name
 
 
 def checks(
@@ -125,41 +111,34 @@ def check_decomposition(kind: type[Decomposition] | Decomposition, **options: An
     Raises:
         AssertionError: with one line per failed check.
     """
-    failures = []
-    for check in checks(kind, **options):
-        try:
-            check()
-        except Exception as error:
-            failures.append(f"{check}: {type(error).__name__}: {error}")
-    if failures:
-        raise AssertionError(f"{len(failures)} checks failed:\n" + "\n".join(failures))
+    run_all(checks(kind, **options))
 
 
 def candidates_are_sorted(kind: Decomposition, shape: Shape) -> None:
     """There are candidates; each is complete and fits the shape; none has fewer params than the previous one."""
     candidates = kind.candidates(shape)
-    _require(bool(candidates), f"no candidates for {shape}")
+    require(bool(candidates), f"no candidates for {shape}")
     last = 0
     for candidate in candidates:
         candidate.check(shape)
-        _require(candidate.is_complete(), f"candidate {candidate} of {shape} is not complete")
+        require(candidate.is_complete(), f"candidate {candidate} of {shape} is not complete")
         params = candidate.num_params(shape)
-        _require(params >= last, f"candidate {candidate} of {shape} has {params} params, the one before it {last}")
+        require(params >= last, f"candidate {candidate} of {shape} has {params} params, the one before it {last}")
         last = params
 
 
 def alternatives_have_choices(kind: Decomposition, shape: Shape) -> None:
     """Each of `alternatives` has candidates for the shape, and `best_within` returns one within the given params."""
     alternatives = kind.alternatives(shape)
-    _require(bool(alternatives), f"{kind} stands for nothing at {shape}")
+    require(bool(alternatives), f"{kind} stands for nothing at {shape}")
     for alternative in alternatives:
         alternative.check(shape)
-        _require(bool(alternative.candidates(shape)), f"{alternative}, for which {kind} stands, has no candidates")
+        require(bool(alternative.candidates(shape)), f"{alternative}, for which {kind} stands, has no candidates")
     budget = _choices(kind, shape)[-1].num_params(shape)
     best = kind.best_within(_weight(shape), None, budget)
-    _require(best is not None and best.is_complete(), f"{kind} of {shape}: {best} is the best within {budget} params")
+    require(best is not None and best.is_complete(), f"{kind} of {shape}: {best} is the best within {budget} params")
     assert best is not None
-    _require(best.num_params(shape) <= budget, f"{best} of {shape} was chosen for {budget} params")
+    require(best.num_params(shape) <= budget, f"{best} of {shape} was chosen for {budget} params")
 
 
 def complete_keeps_to_the_budget(kind: Decomposition, shape: Shape) -> None:
@@ -169,13 +148,13 @@ def complete_keeps_to_the_budget(kind: Decomposition, shape: Shape) -> None:
     for budget in {0, 1, smallest - 1, smallest, (smallest + largest) // 2, largest, 2 * largest}:
         chosen = kind.complete(shape, budget)
         if budget < smallest:
-            _require(chosen is None, f"{chosen} was chosen for {budget} params; the smallest has {smallest}")
+            require(chosen is None, f"{chosen} was chosen for {budget} params; the smallest has {smallest}")
             continue
-        _require(chosen is not None, f"nothing was chosen for {budget} params; the smallest has {smallest}")
+        require(chosen is not None, f"nothing was chosen for {budget} params; the smallest has {smallest}")
         assert chosen is not None
         params = chosen.num_params(shape)
-        _require(params <= budget, f"{chosen} has {params} params for a budget of {budget}")
-        _require(chosen.is_complete(), f"{chosen}, chosen for {budget} params of {shape}, is not complete")
+        require(params <= budget, f"{chosen} has {params} params for a budget of {budget}")
+        require(chosen.is_complete(), f"{chosen}, chosen for {budget} params of {shape}, is not complete")
 
 
 def claimed_params_are_real(kind: Decomposition, shape: Shape) -> None:
@@ -185,13 +164,13 @@ def claimed_params_are_real(kind: Decomposition, shape: Shape) -> None:
         empty = choice.empty(shape, device="meta")
         fitted = choice.fit(_weight(shape))
         held = sum(p.numel() for p in fitted.parameters())
-        _require(
+        require(
             claimed == empty.params == fitted.params == held,
             f"{choice} of {shape} claims {claimed} params; empty has {empty.params}, fitted holds {held}",
         )
-        _require(empty.indices == fitted.indices, f"{choice} of {shape}: indices {empty.indices}, {fitted.indices}")
-        _require(fitted.shape == shape and empty.shape == shape, f"{choice}: shape {fitted.shape}, not {shape}")
-        _require(fitted.multiply_adds() == empty.multiply_adds() > 0, f"{choice} of {shape}: multiply-adds differ")
+        require(empty.indices == fitted.indices, f"{choice} of {shape}: indices {empty.indices}, {fitted.indices}")
+        require(fitted.shape == shape and empty.shape == shape, f"{choice}: shape {fitted.shape}, not {shape}")
+        require(fitted.multiply_adds() == empty.multiply_adds() > 0, f"{choice} of {shape}: multiply-adds differ")
 
 
 def matmul_is_dense(kind: Decomposition, shape: Shape) -> None:
@@ -200,9 +179,9 @@ def matmul_is_dense(kind: Decomposition, shape: Shape) -> None:
         matrix = choice.fit(_weight(shape))
         for batch in BATCHES:
             x = _random(*batch, shape[1], seed=1)
-            _close(matrix.matmul(x), x @ matrix.dense().T, f"{choice} of {shape}: matmul of a batch {batch}")
+            close(matrix.matmul(x), x @ matrix.dense().T, f"{choice} of {shape}: matmul of a batch {batch}")
         strided = _random(shape[1], 3, seed=2).T
-        _close(matrix.matmul(strided), strided @ matrix.dense().T, f"{choice} of {shape}: matmul of a strided x")
+        close(matrix.matmul(strided), strided @ matrix.dense().T, f"{choice} of {shape}: matmul of a strided x")
 
 
 def linear_is_dense(kind: Decomposition, shape: Shape) -> None:
@@ -234,7 +213,7 @@ def _linear_is_dense(matrix: FactorizedMatrix, biases: Sequence[Tensor | None], 
         x = _random(*batch, matrix.shape[1], seed=1)
         for bias in biases:
             what = f"{place}: linear of a batch {batch} {'without' if bias is None else 'with'} bias"
-            _close(matrix.linear(x, bias), F.linear(x, dense, bias), what)
+            close(matrix.linear(x, bias), F.linear(x, dense, bias), what)
 
 
 def every_path_is_dense(kind: Decomposition, shape: Shape) -> None:
@@ -245,8 +224,8 @@ def every_path_is_dense(kind: Decomposition, shape: Shape) -> None:
             x = _random(tokens, shape[1], seed=1)
             paths = matrix.paths(tokens)
             names = [path.name for path in paths]
-            _require(len(set(names)) == len(names), f"{choice} of {shape}: two paths of one name among {names}")
-            _require(
+            require(len(set(names)) == len(names), f"{choice} of {shape}: two paths of one name among {names}")
+            require(
                 matrix.path(tokens, prefer="memory").name in names,
                 f"{choice} of {shape}: the path taken for {tokens} tokens is not among {names}",
             )
@@ -255,11 +234,11 @@ def every_path_is_dense(kind: Decomposition, shape: Shape) -> None:
             for path in paths:
                 what = f"{choice} of {shape}: path '{path.name}' of {tokens} tokens"
                 y = matrix.multiply(x, bias, path)
-                _close(y, expected, what)
-                _close(matrix.multiply(x, None, path), expected - bias, f"{what}, without bias")
+                close(y, expected, what)
+                close(matrix.multiply(x, None, path), expected - bias, f"{what}, without bias")
                 found = torch.autograd.grad(y.square().sum(), list(matrix.parameters()))
                 for one, other in zip(found, slopes, strict=True):
-                    _close(one, other, f"{what}: a gradient")
+                    close(one, other, f"{what}: a gradient")
 
 
 def rows_are_dense(kind: Decomposition, shape: Shape) -> None:
@@ -268,9 +247,9 @@ def rows_are_dense(kind: Decomposition, shape: Shape) -> None:
         matrix = choice.fit(_weight(shape))
         for batch in BATCHES:
             ids = torch.randint(shape[0], batch, generator=torch.Generator().manual_seed(3))
-            _close(matrix.rows(ids), matrix.dense()[ids], f"{choice} of {shape}: rows of ids {batch}")
+            close(matrix.rows(ids), matrix.dense()[ids], f"{choice} of {shape}: rows of ids {batch}")
         ids = torch.arange(shape[0], dtype=torch.int32)
-        _close(matrix.rows(ids), matrix.dense(), f"{choice} of {shape}: rows of all ids, int32")
+        close(matrix.rows(ids), matrix.dense(), f"{choice} of {shape}: rows of all ids, int32")
 
 
 def products_stay_on_the_device(kind: Decomposition, shape: Shape) -> None:
@@ -285,7 +264,7 @@ def products_stay_on_the_device(kind: Decomposition, shape: Shape) -> None:
             matrix.rows(torch.empty(3, device="meta", dtype=torch.long))
             for path in matrix.paths(3):
                 matrix.multiply(x, bias, path)
-        _require(devices.seen == {"meta"}, f"{choice} of {shape} on meta makes tensors on {sorted(devices.seen)}")
+        require(devices.seen == {"meta"}, f"{choice} of {shape} on meta makes tensors on {sorted(devices.seen)}")
 
 
 class _Devices(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -319,16 +298,16 @@ def curve_is_monotone(kind: Decomposition, shape: Shape) -> None:
     weight = _weight(shape)
     points = kind.curve(weight)
     for before, after in itertools.pairwise(points):
-        _require(before.params < after.params, f"params {before.params} then {after.params} on the curve of {shape}")
-        _require(before.error > after.error, f"error {before.error} then {after.error} on the curve of {shape}")
+        require(before.params < after.params, f"params {before.params} then {after.params} on the curve of {shape}")
+        require(before.error > after.error, f"error {before.error} then {after.error} on the curve of {shape}")
     for point in points[:: max(1, len(points) // 3)]:
         choice = point.decomposition
-        _require(choice.is_complete(), f"{choice} on the curve of {shape} is not complete")
-        _require(point.params == choice.num_params(shape), f"{choice} on the curve claims {point.params} params")
-        _require(point.params < weight.numel(), f"{choice} on the curve of {shape} is not smaller than dense")
+        require(choice.is_complete(), f"{choice} on the curve of {shape} is not complete")
+        require(point.params == choice.num_params(shape), f"{choice} on the curve claims {point.params} params")
+        require(point.params < weight.numel(), f"{choice} on the curve of {shape} is not smaller than dense")
         real = float((weight - choice.fit(weight).dense()).detach().square().sum())
         size = float(weight.square().sum())
-        _require(
+        require(
             abs(real - point.error) <= 1e-6 * size,
             f"{choice} of {shape}: error {point.error} on the curve, {real} when fitted",
         )
@@ -343,7 +322,7 @@ def fit_is_deterministic(kind: Decomposition, shape: Shape) -> None:
         torch.manual_seed(1)
         second = choice.fit(_weight(shape)).state_dict()
     for name, tensor in first.items():
-        _require(torch.equal(tensor, second[name]), f"{choice} of {shape}: {name} differs between two fits")
+        require(torch.equal(tensor, second[name]), f"{choice} of {shape}: {name} differs between two fits")
 
 
 def fit_leaves_no_trace(kind: Decomposition, shape: Shape) -> None:
@@ -352,13 +331,13 @@ def fit_leaves_no_trace(kind: Decomposition, shape: Shape) -> None:
     weight = nn.Parameter(_weight(shape))
     state, default = torch.get_rng_state(), torch.get_default_dtype()
     matrix = choice.fit(weight)
-    _require(torch.equal(state, torch.get_rng_state()), f"{choice} of {shape}: the fit used the global random state")
-    _require(torch.get_default_dtype() == default, f"{choice} of {shape}: the fit changed the default dtype")
-    _require(torch.equal(weight, _weight(shape)), f"{choice} of {shape}: the fit changed the weight")
+    require(torch.equal(state, torch.get_rng_state()), f"{choice} of {shape}: the fit used the global random state")
+    require(torch.get_default_dtype() == default, f"{choice} of {shape}: the fit changed the default dtype")
+    require(torch.equal(weight, _weight(shape)), f"{choice} of {shape}: the fit changed the weight")
     for name, parameter in matrix.named_parameters():
-        _require(parameter.is_leaf and parameter.requires_grad, f"{choice} of {shape}: {name} cannot be trained")
+        require(parameter.is_leaf and parameter.requires_grad, f"{choice} of {shape}: {name} cannot be trained")
         shared = parameter.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
-        _require(not shared, f"{choice} of {shape}: {name} shares memory with the weight")
+        require(not shared, f"{choice} of {shape}: {name} shares memory with the weight")
 
 
 def fit_takes_any_layout(kind: Decomposition, shape: Shape) -> None:
@@ -367,7 +346,7 @@ def fit_takes_any_layout(kind: Decomposition, shape: Shape) -> None:
     weight = _weight(shape)
     view = weight.T.contiguous().T
     gaps = [float((weight - choice.fit(w).dense()).detach().norm()) for w in (weight, view)]
-    _require(abs(gaps[0] - gaps[1]) <= 1e-6 * float(weight.norm()), f"{choice} of {shape}: errors {gaps} by layout")
+    require(abs(gaps[0] - gaps[1]) <= 1e-6 * float(weight.norm()), f"{choice} of {shape}: errors {gaps} by layout")
 
 
 def fit_survives_degenerate_weights(kind: Decomposition, shape: Shape) -> None:
@@ -382,9 +361,9 @@ def fit_survives_degenerate_weights(kind: Decomposition, shape: Shape) -> None:
     ):
         for choice in _choices(kind, shape):
             dense = choice.fit(weight).dense().detach()
-            _require(bool(torch.isfinite(dense).all()), f"{choice} of a {label} {shape} matrix gives NaN or infinity")
+            require(bool(torch.isfinite(dense).all()), f"{choice} of a {label} {shape} matrix gives NaN or infinity")
             size, gap = float(weight.norm()), float((weight - dense).norm())
-            _require(gap <= size * (1 + 1e-4), f"{choice} of a {label} {shape} matrix is worse than nothing ({gap})")
+            require(gap <= size * (1 + 1e-4), f"{choice} of a {label} {shape} matrix is worse than nothing ({gap})")
 
 
 def metric_does_no_harm(kind: Decomposition, shape: Shape) -> None:
@@ -394,7 +373,7 @@ def metric_does_no_harm(kind: Decomposition, shape: Shape) -> None:
         for choice in _choices(kind, shape)[:2]:
             plain, calibrated = _errors_in(metric, choice, weight)
             slack = 1e-4 * metric.squared_error(weight)  # floors under small eigenvalues cost a little
-            _require(
+            require(
                 calibrated <= plain + slack,
                 f"{choice} of {shape} with {label}: {calibrated:.6g} calibrated, {plain:.6g} plain",
             )
@@ -412,7 +391,7 @@ def metric_is_used(kind: Decomposition, shape: Shape) -> None:
         for choice in _choices(kind, shape)[:2]:
             plain, calibrated = _errors_in(metric, choice, weight)
             if plain > 1e-9 * metric.squared_error(weight):
-                _require(
+                require(
                     calibrated <= USED * plain,
                     f"{choice} of {shape} makes no use of {label}: {calibrated:.6g} calibrated, {plain:.6g} plain",
                 )
@@ -424,7 +403,7 @@ def metric_is_ignored(kind: Decomposition, shape: Shape) -> None:
     for label, metric in _metrics(shape).items():
         for choice in _choices(kind, shape)[:2]:
             plain, calibrated = choice.fit(weight).dense(), choice.fit(weight, metric).dense()
-            _require(torch.equal(plain, calibrated), f"{choice} of {shape} makes use of {label}")
+            require(torch.equal(plain, calibrated), f"{choice} of {shape} makes use of {label}")
 
 
 def copies_are_equal(kind: Decomposition, shape: Shape) -> None:
@@ -434,18 +413,18 @@ def copies_are_equal(kind: Decomposition, shape: Shape) -> None:
         matrix = choice.fit(_weight(shape).float())
         expected = matrix.matmul(x)
         twin = copy.deepcopy(matrix)
-        _require(torch.equal(twin.matmul(x), expected), f"{choice} of {shape}: a deep copy gives another result")
+        require(torch.equal(twin.matmul(x), expected), f"{choice} of {shape}: a deep copy gives another result")
         moved = twin.to(torch.float64).to(torch.float32)
-        _require(torch.equal(moved.matmul(x), expected), f"{choice} of {shape}: float64 and back changes the result")
+        require(torch.equal(moved.matmul(x), expected), f"{choice} of {shape}: float64 and back changes the result")
 
 
 def options_round_trip(kind: Decomposition, shape: Shape) -> None:
     """Options survive JSON; the decomposition read back is equal, with the same hash and description."""
     for choice in (kind, *_choices(kind, shape)):
         back = decomposition(json.loads(json.dumps(spec_of(choice))))
-        _require(type(back) is type(choice) and back == choice, f"{choice} came back from JSON as {back}")
-        _require(hash(back) == hash(choice), f"{choice} has another hash after JSON")
-        _require(back.describe() == choice.describe(), f"{choice} is described as {back.describe()} after JSON")
+        require(type(back) is type(choice) and back == choice, f"{choice} came back from JSON as {back}")
+        require(hash(back) == hash(choice), f"{choice} has another hash after JSON")
+        require(back.describe() == choice.describe(), f"{choice} is described as {back.describe()} after JSON")
 
 
 def dtype_is_kept(kind: Decomposition, shape: Shape, dtype: torch.dtype) -> None:
@@ -455,9 +434,9 @@ def dtype_is_kept(kind: Decomposition, shape: Shape, dtype: torch.dtype) -> None
         for matrix in (choice.fit(weight), choice.empty(shape, device="cpu", dtype=dtype)):
             for name, parameter in matrix.named_parameters():
                 found = (parameter.dtype, parameter.device)
-                _require(found == (dtype, weight.device), f"{choice} of {shape} in {dtype}: {name} is {found}")
+                require(found == (dtype, weight.device), f"{choice} of {shape} in {dtype}: {name} is {found}")
             for name, buffer in matrix.named_buffers():
-                _require(not buffer.is_floating_point(), f"{choice} of {shape}: buffer {name} holds floats")
+                require(not buffer.is_floating_point(), f"{choice} of {shape}: buffer {name} holds floats")
         matrix = choice.fit(weight)
         results = (
             matrix.dense(),
@@ -465,7 +444,7 @@ def dtype_is_kept(kind: Decomposition, shape: Shape, dtype: torch.dtype) -> None
             matrix.rows(torch.zeros(2, dtype=torch.long)),
         )
         for result in results:
-            _require(result.dtype == dtype, f"{choice} of {shape} in {dtype}: a result is {result.dtype}")
+            require(result.dtype == dtype, f"{choice} of {shape} in {dtype}: a result is {result.dtype}")
 
 
 def state_round_trips(kind: Decomposition, shape: Shape, dtype: torch.dtype) -> None:
@@ -482,7 +461,7 @@ def state_round_trips(kind: Decomposition, shape: Shape, dtype: torch.dtype) -> 
             ("matmul", fitted.matmul(x), loaded.matmul(x)),
             ("rows", fitted.rows(ids), loaded.rows(ids)),
         ):
-            _require(torch.equal(ours, theirs), f"{choice} of {shape} in {dtype}: {name} differs after a round trip")
+            require(torch.equal(ours, theirs), f"{choice} of {shape} in {dtype}: {name} differs after a round trip")
 
 
 def exact_at_full_size(kind: Decomposition, shape: Shape, dtype: torch.dtype) -> None:
@@ -490,7 +469,7 @@ def exact_at_full_size(kind: Decomposition, shape: Shape, dtype: torch.dtype) ->
     weight = _weight(shape).to(dtype)
     choice = kind.candidates(shape)[-1]
     gap = float((weight - choice.fit(weight).dense()).detach().double().norm() / weight.double().norm())
-    _require(gap <= TOLERANCE[dtype], f"{choice} of {shape} in {dtype}: relative error {gap:.2g} at full size")
+    require(gap <= TOLERANCE[dtype], f"{choice} of {shape} in {dtype}: relative error {gap:.2g} at full size")
 
 
 def empty_costs_nothing(kind: Decomposition) -> None:
@@ -501,9 +480,9 @@ def empty_costs_nothing(kind: Decomposition) -> None:
         return
     matrix = choice.empty(HUGE, device="meta")
     for name, tensor in (*matrix.named_parameters(), *matrix.named_buffers()):
-        _require(tensor.device.type == "meta", f"{choice}: {name} is on {tensor.device}, not on meta")
-    _require(0 < matrix.params <= dense // 100, f"{choice} of {HUGE} has {matrix.params} params")
-    _require(matrix.multiply_adds() > 0, f"{choice} of {HUGE}: no multiply-adds")
+        require(tensor.device.type == "meta", f"{choice}: {name} is on {tensor.device}, not on meta")
+    require(0 < matrix.params <= dense // 100, f"{choice} of {HUGE} has {matrix.params} params")
+    require(matrix.multiply_adds() > 0, f"{choice} of {HUGE}: no multiply-adds")
 
 
 def bad_options_are_told(kind: Decomposition) -> None:
@@ -548,7 +527,7 @@ def compiles_whole(kind: Decomposition, shape: Shape) -> None:
             compiled = torch.compile(call, fullgraph=True, backend="eager")
             for batch in batches:
                 what = f"{choice} of {shape}: compiled {method} of {tuple(batch[0].shape)}"
-                _close(compiled(*batch), call(*batch), what)
+                close(compiled(*batch), call(*batch), what)
     torch.compiler.reset()
 
 
@@ -615,24 +594,11 @@ def _label(clause: Callable[..., None], shape: Shape, dtype: torch.dtype | None 
     return f"{clause.__name__}[{shape[0]}x{shape[1]}{kind}]"
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)
-
-
-def _close(found: Tensor, expected: Tensor, what: str) -> None:
-    _require(found.shape == expected.shape, f"{what} has shape {tuple(found.shape)}, not {tuple(expected.shape)}")
-    found, expected = found.detach(), expected.detach()
-    gap = float((found - expected).abs().max()) if found.numel() else 0.0
-    size = float(expected.abs().max()) if found.numel() else 0.0
-    _require(gap <= 1e-9 * max(size, 1.0), f"{what} is off by {gap:.3g}")
-
-
 def _raises(act: Callable[..., object], what: str) -> None:
     try:
         act()
     except OptionError as error:
-        _require(bool(str(error)), f"{what} raises an OptionError without a message")
+        require(bool(str(error)), f"{what} raises an OptionError without a message")
     except TdkitError as error:
         raise AssertionError(f"{what} raises {type(error).__name__}, not OptionError: {error}") from error
     except Exception as error:

@@ -16,7 +16,7 @@ from tdkit.decompositions.low_rank import LowRank
 from tdkit.errors import RegistryError
 from tdkit.models.hosts.base import FactorizedLayer, Host, Observer, install
 from tdkit.models.hosts.registered import host_of, hosts
-from tdkit.testing.decompositions import Check
+from tdkit.testing.check import Check, close, require, run_all
 
 MakeLayer = Callable[[], nn.Module]
 MakeInputs = Callable[[], Sequence[Any]]
@@ -51,14 +51,7 @@ def check_host(make: MakeLayer, inputs: MakeInputs) -> None:
     Raises:
         AssertionError: with one line per failed check.
     """
-    failures = []
-    for check in host_checks(make, inputs):
-        try:
-            check()
-        except Exception as error:
-            failures.append(f"{check}: {type(error).__name__}: {error}")
-    if failures:
-        raise AssertionError(f"{len(failures)} checks failed:\n" + "\n".join(failures))
+    run_all(host_checks(make, inputs))
 
 
 class _Case:
@@ -82,7 +75,7 @@ class _Case:
 
     def host(self, layer: nn.Module) -> Host:
         host = host_of(layer)
-        _require(host is not None, f"no registered host accepts {type(layer).__name__}")
+        require(host is not None, f"no registered host accepts {type(layer).__name__}")
         return cast(Host, host)
 
     def factorized(self, layer: nn.Module, weights: Sequence[str]) -> FactorizedLayer:
@@ -103,11 +96,11 @@ def it_is_found_by_its_name(case: _Case) -> None:
         registered = hosts.get(host.name)
     except RegistryError as error:
         raise AssertionError(f"the host is not registered as '{host.name}': {error}") from error
-    _require(registered is type(host), f"'{host.name}' is registered for {registered.__name__}")
+    require(registered is type(host), f"'{host.name}' is registered for {registered.__name__}")
     subclass = copy.copy(layer)
     subclass.__class__ = type("Subclass", (type(layer),), {})
-    _require(not host.accepts(subclass), "it accepts a subclass, whose forward may be another one")
-    _require(not host.accepts(nn.Identity()), "it accepts nn.Identity")
+    require(not host.accepts(subclass), "it accepts a subclass, whose forward may be another one")
+    require(not host.accepts(nn.Identity()), "it accepts nn.Identity")
 
 
 def weights_are_matrices_and_back(case: _Case) -> None:
@@ -115,19 +108,19 @@ def weights_are_matrices_and_back(case: _Case) -> None:
     layer = case.layer()
     host = case.host(layer)
     weights = host.weights(layer)
-    _require(len(weights) > 0, "it names no weights")
+    require(len(weights) > 0, "it names no weights")
     for weight in weights:
         parameter = dict(layer.named_parameters(recurse=False)).get(weight)
-        _require(parameter is not None, f"the layer has no parameter '{weight}' of its own")
+        require(parameter is not None, f"the layer has no parameter '{weight}' of its own")
         assert parameter is not None
         matrix = host.matrix(parameter, weight)
-        _require(matrix.ndim == 2, f"'{weight}' is read as {tuple(matrix.shape)}, not as a matrix")
+        require(matrix.ndim == 2, f"'{weight}' is read as {tuple(matrix.shape)}, not as a matrix")
         shared = matrix.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
-        _require(shared, f"'{weight}' is read as a copy, not as a view")
+        require(shared, f"'{weight}' is read as a copy, not as a view")
         back = host.tensor(matrix, weight)
-        _require(back.shape == parameter.shape and torch.equal(back, parameter), f"'{weight}' does not come back")
+        require(back.shape == parameter.shape and torch.equal(back, parameter), f"'{weight}' does not come back")
         times = host.multiplications(layer, weight)
-        _require(isinstance(times, int) and times >= 0, f"multiplications of '{weight}' are {times!r}")
+        require(isinstance(times, int) and times >= 0, f"multiplications of '{weight}' are {times!r}")
 
 
 def full_rank_layers_compute_the_same(case: _Case) -> None:
@@ -135,7 +128,7 @@ def full_rank_layers_compute_the_same(case: _Case) -> None:
     for weights in _selections(case):
         layer, inputs = case.layer(), case.inputs()
         expected = layer(*inputs)
-        _close(case.factorized(layer, weights)(*inputs), expected, f"the output with {', '.join(weights)} factorised")
+        close(case.factorized(layer, weights)(*inputs), expected, f"the output with {', '.join(weights)} factorised")
 
 
 def other_parameters_stay_the_same_objects(case: _Case) -> None:
@@ -144,13 +137,13 @@ def other_parameters_stay_the_same_objects(case: _Case) -> None:
         layer = case.layer()
         before = {name: p for name, p in layer.named_parameters() if name not in weights}
         built = case.factorized(layer, weights)
-        _require(set(built.matrices) == set(weights), f"`matrices` has {sorted(built.matrices)}, not {sorted(weights)}")
+        require(set(built.matrices) == set(weights), f"`matrices` has {sorted(built.matrices)}, not {sorted(weights)}")
         held = {id(p) for p in built.parameters()}
         for name, parameter in before.items():
-            _require(id(parameter) in held, f"'{name}' is not in the layer with {', '.join(weights)} factorised")
+            require(id(parameter) in held, f"'{name}' is not in the layer with {', '.join(weights)} factorised")
         inside = sum(p.numel() for matrix in built.matrices.values() for p in matrix.parameters())
         total = sum(p.numel() for p in built.parameters())
-        _require(total == inside + sum(p.numel() for p in before.values()), "it holds parameters of its own")
+        require(total == inside + sum(p.numel() for p in before.values()), "it holds parameters of its own")
 
 
 def undo_is_the_reverse_of_build(case: _Case) -> None:
@@ -159,14 +152,14 @@ def undo_is_the_reverse_of_build(case: _Case) -> None:
         layer, inputs = case.layer(), case.inputs()
         built = case.factorized(layer, weights)
         dense = case.host(layer).undo(built)
-        _require(type(dense) is type(layer), f"undo gives a {type(dense).__name__}, not a {type(layer).__name__}")
-        _require(built.host == case.host(layer).name, f"the layer names the host '{built.host}'")
-        _require(built.replaces == type(layer).__name__, f"the layer replaces '{built.replaces}'")
-        _close(dense(*inputs), layer(*inputs), "the output after undo")
+        require(type(dense) is type(layer), f"undo gives a {type(dense).__name__}, not a {type(layer).__name__}")
+        require(built.host == case.host(layer).name, f"the layer names the host '{built.host}'")
+        require(built.replaces == type(layer).__name__, f"the layer replaces '{built.replaces}'")
+        close(dense(*inputs), layer(*inputs), "the output after undo")
         for name, parameter in layer.named_parameters():
             other = dict(dense.named_parameters())[name]
-            _close(other, parameter, f"'{name}' after undo")
-            _require(other.dtype == parameter.dtype, f"'{name}' after undo is {other.dtype}")
+            close(other, parameter, f"'{name}' after undo")
+            require(other.dtype == parameter.dtype, f"'{name}' after undo is {other.dtype}")
 
 
 def observers_see_every_product(case: _Case) -> None:
@@ -194,16 +187,16 @@ def _check_observers(case: _Case, dense: nn.Module, layer: nn.Module, parameters
         calls: list[int] = []
         handle = host.attach(layer, weight, _adding(found, looks_up, calls))
         output = layer(*case.inputs())
-        _close(output, expected, f"the output while '{weight}' is observed")
+        close(output, expected, f"the output while '{weight}' is observed")
         layer.zero_grad()
         output.backward(slopes)
         handle.remove()
-        _require(len(calls) > 0, f"no product with '{weight}' is seen")
+        require(len(calls) > 0, f"no product with '{weight}' is seen")
         if weight in parameters:
             gradient = parameters[weight].grad
-            _require(gradient is not None, f"'{weight}' has no gradient")
+            require(gradient is not None, f"'{weight}' has no gradient")
             wanted = host.matrix(cast(Tensor, gradient), weight)
-            _close(found, wanted, f"the gradient of '{weight}' from the rows that are observed")
+            close(found, wanted, f"the gradient of '{weight}' from the rows that are observed")
 
 
 def _adding(total: Tensor, looks_up: bool, calls: list[int]) -> Observer:
@@ -236,8 +229,8 @@ def what_observers_return_is_used_until_they_are_removed(case: _Case) -> None:
         handle = case.host(layer).attach(layer, weight, lambda _, y: y + 1.0)
         changed = layer(*case.inputs())
         handle.remove()
-        _require(not torch.allclose(changed, expected), f"what an observer of '{weight}' returns is not used")
-        _close(layer(*case.inputs()), expected, f"the output after the observer of '{weight}' is removed")
+        require(not torch.allclose(changed, expected), f"what an observer of '{weight}' returns is not used")
+        close(layer(*case.inputs()), expected, f"the output after the observer of '{weight}' is removed")
 
 
 def options_are_json(case: _Case) -> None:
@@ -245,25 +238,12 @@ def options_are_json(case: _Case) -> None:
     layer = case.layer()
     host = case.host(layer)
     options = host.options(layer)
-    _require(json.loads(json.dumps(options)) == options, f"options {options!r} are not JSON")
+    require(json.loads(json.dumps(options)) == options, f"options {options!r} are not JSON")
     own = case.factorized(layer, host.weights(layer)).options()
-    _require(own == options, f"the built layer says {own!r} of itself, `options` said {options!r}")
+    require(own == options, f"the built layer says {own!r} of itself, `options` said {options!r}")
 
 
 def _selections(case: _Case) -> list[tuple[str, ...]]:
     layer = case.layer()
     weights = case.host(layer).weights(layer)
     return list(dict.fromkeys([*((weight,) for weight in weights), tuple(weights)]))
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)
-
-
-def _close(found: Tensor, expected: Tensor, what: str) -> None:
-    _require(found.shape == expected.shape, f"{what} has shape {tuple(found.shape)}, not {tuple(expected.shape)}")
-    found, expected = found.detach(), expected.detach()
-    gap = float((found - expected).abs().max()) if found.numel() else 0.0
-    size = float(expected.abs().max()) if expected.numel() else 0.0
-    _require(gap <= 1e-8 * max(size, 1.0), f"{what} is off by {gap:.3g}")
