@@ -175,10 +175,9 @@ def measured(
 
 def _check_positions(runner: Runner, batches: Sequence[Batch]) -> None:
     """Raise if a batch has more tokens than the model's position table has rows, before anything runs."""
-    for batch in batches:
-        ids = token_ids(batch)
-        if ids is not None and not ids.is_floating_point():
-            check_positions(runner.model, ids.shape[1])
+    rows = [ids for ids in map(token_ids, batches) if ids is not None and not ids.is_floating_point()]
+    if rows:
+        check_positions(runner.model, max(ids.shape[1] for ids in rows))
 
 
 def _check_weights(runner: Runner) -> None:
@@ -187,8 +186,14 @@ def _check_weights(runner: Runner) -> None:
     Raises:
         CalibrationError: when one does not; the message names the parameter and the remedy.
     """
+    loaded_when_called = {  # by hooks of accelerate, which replace the forward of the module on the instance
+        id(parameter)
+        for module in runner.model.modules()
+        if "forward" in vars(module)
+        for parameter in module.parameters(recurse=False)
+    }
     for name, parameter in runner.model.named_parameters():
-        if is_lazy(parameter) or parameter.is_meta:
+        if is_lazy(parameter) or (parameter.is_meta and id(parameter) not in loaded_when_called):
             raise CalibrationError(
                 f"{name} is on the meta device and holds no numbers: load the model, then calibrate it"
             )

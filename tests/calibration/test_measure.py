@@ -365,6 +365,24 @@ def test_a_model_on_meta_is_told_before_it_runs() -> None:
         calibrate(model, [torch.randn(2, 4)])
 
 
+def test_layers_beside_offloaded_ones_are_measured() -> None:
+    from accelerate import cpu_offload
+
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(9, 4)
+    expected = calibrate(model, [x], loss=lambda y, _: y.square().sum()).metric("0")
+    cpu_offload(model[1], execution_device="cpu")
+    assert model[1].weight.is_meta
+    found = calibrate(model, [x], loss=lambda y, _: y.square().sum())
+    metric = found.metric("0")
+    assert found.names == ("0",)
+    assert metric is not None
+    assert expected is not None
+    for ours, theirs in ((metric.input, expected.input), (metric.output, expected.output)):
+        assert ours is not None
+        assert theirs is not None
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_a_model_made_in_inference_mode_is_told_or_measured_without_gradients() -> None:
     with torch.inference_mode():
         model = nn.Sequential(nn.Linear(4, 3))
