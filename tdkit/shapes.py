@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import cache
 
-Shape = tuple[int, int]  # (out, in) of a matrix; (rows, columns) of a factor
+Shape = tuple[int, ...]  # (out, in) of a matrix; (out, in, *kernel) of a tensor
 
 
 @cache
@@ -34,3 +34,8 @@ def balanced_modes(n: int, parts: int) -> tuple[int, ...]:
     first_modes = range(max(1, root // 2), 2 * root + 1)
     splits = ((m, *balanced_modes(-(-n // m), parts - 1)) for m in first_modes)
     return min((tuple(sorted(modes, reverse=True)) for modes in splits), key=cost)
+
+
+def by(shape: Shape) -> str:
+    """Format a shape: ``64x32x3x3``."""
+    return "x".join(map(str, shape))

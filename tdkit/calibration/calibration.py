@@ -92,7 +92,7 @@ class Calibration:
 
     def curve(self, site: Site, kind: Decomposition) -> list[Point]:
         """Returns the error curve of `kind` for a site's weight in the site's metric; cached for later plans."""
-        weight = site.weight.detach()
+        weight = kind.view(site.weight.detach())
         key = (site.name, repr(kind), float(weight.double().sum()), float(weight.double().square().sum()))
         if key not in self._curves:
             self._curves[key] = kind.curve(weight, self.metric(site.name))

@@ -77,7 +77,7 @@ class SiteSums:
     """The sums of one site, separate for layers that multiply by its weight and layers that look up its rows."""
 
     def __init__(self, site: Site, inputs: SideSum | None = None) -> None:
-        out, width = site.shape
+        out, width = site.shape[0], math.prod(site.shape[1:])
         self.multiply_input = inputs or SideSum(width)
         self.multiply_output = SideSum(out)
         self.lookup_rows = SideSum(out)

@@ -25,7 +25,7 @@ def fit_step(
         PolicyError: when the weight has NaN or infinite entries.
     """
     assert step.decomposition is not None
-    weight = site.weight.detach()
+    weight = step.decomposition.view(site.weight.detach())
     if not bool(torch.isfinite(weight).all()):
         raise PolicyError(f"{site.name} holds NaN or infinite weights: repair it, or keep it with a rule")
     at = weight if device is None else weight.to(device)

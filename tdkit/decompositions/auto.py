@@ -29,6 +29,7 @@ class Auto(Decomposition):
     """
 
     name: ClassVar[str] = "auto"
+    orders: ClassVar[frozenset[int]] = frozenset(range(2, 7))
     among: tuple[Decomposition | str | Mapping[str, Any], ...] = AMONG
 
     def __post_init__(self) -> None:
@@ -52,25 +53,25 @@ class Auto(Decomposition):
 
     def candidates(self, shape: Shape) -> list[Any]:
         """Every choice of every member, fewest parameters first."""
-        every = [choice for member in self.alternatives(shape) for choice in member.candidates(shape)]
-        return sorted(every, key=lambda choice: choice.num_params(shape))
+        every = [each for member in self.alternatives(shape) for each in member.candidates(member.shape_of(shape))]
+        return sorted(every, key=lambda choice: choice.num_params(choice.shape_of(shape)))
 
     def complete(self, shape: Shape, max_params: int) -> Any:
         """The richest choice of the first member that has one; `best_within` compares them on a weight."""
-        found = (member.complete(shape, max_params) for member in self.alternatives(shape))
+        found = (member.complete(member.shape_of(shape), max_params) for member in self.alternatives(shape))
         return next((choice for choice in found if choice is not None), None)
 
     def best_within(self, weight: Tensor, metric: Metric | None, max_params: int) -> Decomposition | None:
         """Of each member's richest choice with at most `max_params`, the one with the least error."""
-        shape = (weight.shape[0], weight.shape[1])
-        richest = (member.complete(shape, max_params) for member in self.alternatives(shape))
+        shape = tuple(weight.shape)
+        richest = (member.complete(member.shape_of(shape), max_params) for member in self.alternatives(shape))
         choices = [choice for choice in richest if choice is not None]
-        return min(choices, key=lambda c: c.error(weight, c.fit(weight, metric), metric), default=None)
+        return min(choices, key=lambda c: c.error(weight, c.fit(c.view(weight), metric), metric), default=None)
 
     def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
         """The members' curves merged: each point is less in error than all smaller ones of every member."""
-        shape = (weight.shape[0], weight.shape[1])
-        points = [point for member in self.alternatives(shape) for point in member.curve(weight, metric)]
+        members = self.alternatives(tuple(weight.shape))
+        points = [point for member in members for point in member.curve(member.view(weight), metric)]
         merged: list[Point] = []
         for point in sorted(points, key=lambda point: (point.params, point.error)):
             if not merged or point.error < merged[-1].error:
@@ -97,7 +98,7 @@ class Auto(Decomposition):
         possible, complaints = [], []
         for member in self.members:
             try:
-                member.check(shape)
+                member.check(member.shape_of(shape))
                 possible.append(member)
             except OptionError as error:
                 complaints.append(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from tdkit.fitting.metric import Metric
 from tdkit.products.cost import DENSE, Path, Product
 from tdkit.products.dispatch import Dispatcher, Preference, check_loaded
 from tdkit.products.structure import Structure
-from tdkit.shapes import Shape
+from tdkit.shapes import Shape, by
 
 __all__ = [
     "Decomposition",
@@ -42,8 +43,16 @@ class FactorizedMatrix(nn.Module, ABC):
     Factors are parameters; what is fixed (a permutation) is an integer buffer. Only `dense` must be
     written; `matmul` and `rows` are faster where the structure allows it.
 
+    The factors of a tensor (out, in, *kernel) are those of the matrix (out, in * kernel).
+
+    Args:
+        decomposition: the complete decomposition that makes it.
+        shape: of the weight, (out, in) or (out, in, *kernel).
+
     Attributes:
         decomposition: the complete decomposition that made it.
+        shape: (out, in) or, for a tensor, (out, in * kernel).
+        sizes: the shape of the weight, as given.
         error: relative error of the fit; None where there was none.
         structure: the integers that say how it multiplies, where they can be told; None for a plugin's matrix.
         dispatcher: takes the path of each product and caches the dense weight; `tdkit.prepare` configures it.
@@ -54,7 +63,8 @@ class FactorizedMatrix(nn.Module, ABC):
     def __init__(self, decomposition: Decomposition, shape: Shape) -> None:
         super().__init__()
         self.decomposition = decomposition
-        self.shape = shape
+        self.sizes: Shape = tuple(shape)
+        self.shape: Shape = (shape[0], math.prod(shape[1:]))
         self.error: float | None = None
         self.dispatcher = Dispatcher()
 
@@ -125,13 +135,17 @@ class FactorizedMatrix(nn.Module, ABC):
         kind = "cpu" if kind == "meta" else kind
         return self.dispatcher.path(self, tokens, prefer=prefer, dtype=dtype or of.dtype, device=kind)
 
+    def multiply_adds(self) -> int:
+        """Multiply-adds of `matmul` for one row of x, when the factors are contracted one by one."""
+        return self.shape[0] * self.shape[1]
+
     @property
     def prefer(self) -> Preference:
         """What `tdkit.prepare` said; 'memory' at first."""
         return self.dispatcher.prefer
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every tensor that the matrix is computed from."""
+        """Every tensor that the factorised one is computed from."""
         return (*self.parameters(), *self.buffers())
 
     def train(self, mode: bool = True) -> Self:
@@ -143,6 +157,19 @@ class FactorizedMatrix(nn.Module, ABC):
         self.dispatcher.clear()
         with torch.inference_mode(False):  # as `factor`
             return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+
+    @property
+    def params(self) -> int:
+        """Number of elements of the factors; integer buffers are counted by `indices`."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def indices(self) -> int:
+        """Number of elements of the integer buffers, such as permutations."""
+        return sum(b.numel() for b in self.buffers() if not b.is_floating_point())
+
+    def extra_repr(self) -> str:
+        return f"{by(self.sizes)}, {self.decomposition.describe()}, params={self.params}"
 
     def rows(
         self,
@@ -156,23 +183,6 @@ class FactorizedMatrix(nn.Module, ABC):
         with torch.inference_mode(False):  # as `factor`
             for parameter in self.parameters():
                 parameter.data = parameter.data.contiguous()
-
-    def multiply_adds(self) -> int:
-        """Multiply-adds of `matmul` for one row of x, when the factors are contracted one by one."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def params(self) -> int:
-        """Number of elements of the factors; integer buffers are counted by `indices`."""
-        return sum(p.numel() for p in self.parameters())
-
-    @property
-    def indices(self) -> int:
-        """Number of elements of the integer buffers, such as permutations."""
-        return sum(b.numel() for b in self.buffers() if not b.is_floating_point())
-
-    def extra_repr(self) -> str:
-        return f"{self.shape[0]}x{self.shape[1]}, {self.decomposition.describe()}, params={self.params}"
 
 
 @dataclass(frozen=True)
@@ -192,14 +202,22 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Decomposition(ABC):
-    """A way to write a matrix as factors: a name and JSON-able options.
+    """A way to write a matrix, or a tensor, as factors: a name and JSON-able options.
 
     An option left at None is open: `candidates` lists the ways to close it and `complete` picks one for
     a budget. A subclass sets `name`, writes `candidates`, `empty` and `fit`, and is registered through
     the entry-point group ``tdkit.decompositions``.
+
+    Weights are (out, in, *kernel). A decomposition of matrices takes those of a higher order as the matrix
+    (out, in * kernel); one of tensors sets `orders`. Either is given weights and shapes as `view` and `shape_of`
+    return them.
+
+    Attributes:
+        orders: the numbers of dimensions that it takes.
     """
 
     name: ClassVar[str]
+    orders: ClassVar[frozenset[int]] = frozenset({2})
 
     @abstractmethod
     def candidates(self, shape: Shape) -> list[Self]:
@@ -217,15 +235,33 @@ class Decomposition(ABC):
 
     @abstractmethod
     def fit(self, weight: Tensor, metric: Metric | None = None) -> FactorizedMatrix:
-        """The factors nearest to `weight` (out, in), in its dtype and on its device.
+        """The factors nearest to `weight` (out, in) or (out, in, *kernel), in its dtype and on its device.
 
         Args:
             weight: any float dtype; the computation runs in float64 (or float32) and is cast back.
-            metric: calibrated second moments to measure the error in; the Frobenius norm when None.
+            metric: calibrated second moments of the matrix (out, in * kernel) to measure the error in; the Frobenius
+                norm when None.
 
         Raises:
             OptionError: when the options are open or cannot be met by the weight's shape.
         """
+
+    def shape_of(self, shape: Shape) -> Shape:
+        """Returns the shape in which it takes a weight of `shape` (out, in, *kernel): that one, or that of a matrix.
+
+        Raises:
+            OptionError: when it takes tensors of other orders only.
+        """
+        if len(shape) in self.orders:
+            return shape
+        if 2 in self.orders and len(shape) > 2:
+            return shape[0], math.prod(shape[1:])
+        orders = ", ".join(map(str, sorted(self.orders)))
+        raise OptionError(f"{self.name} takes weights of {orders} dimensions, not a {by(shape)} one")
+
+    def view(self, weight: Tensor) -> Tensor:
+        """Returns `weight` (out, in, *kernel) in the shape that `shape_of` returns."""
+        return weight.reshape(self.shape_of(tuple(weight.shape)))
 
     def is_complete(self) -> bool:
         """Whether every option is given, so that `fit` knows what to do for any shape it accepts."""
@@ -234,7 +270,7 @@ class Decomposition(ABC):
     def check(self, shape: Shape) -> None:
         """Raise OptionError when the options that are given cannot be met by `shape`."""
         if not self.candidates(shape):
-            raise OptionError(f"{self.describe()} has no choice for a {shape[0]}x{shape[1]} matrix")
+            raise OptionError(f"{self.describe()} has no choice for a {by(shape)} weight")
 
     def num_params(self, shape: Shape) -> int:
         """Parameters of the factors for a matrix of `shape`."""
@@ -251,7 +287,7 @@ class Decomposition(ABC):
         This default asks `complete`, which sees the shape only. A decomposition that stands for several
         `alternatives` measures them on the weight, in the metric when there is one.
         """
-        return self.complete((weight.shape[0], weight.shape[1]), max_params)
+        return self.complete(tuple(weight.shape), max_params)
 
     def alternatives(self, shape: Shape) -> Sequence[Decomposition]:
         """The decompositions that this one stands for, of those that have a choice for `shape`: itself as a rule.
@@ -270,17 +306,17 @@ class Decomposition(ABC):
         logarithm of their size; a subclass that gets the whole curve from one factorisation overrides it.
 
         Args:
-            weight: (out, in).
+            weight: (out, in) or (out, in, *kernel).
             metric: as for `fit`.
         """
-        shape = (weight.shape[0], weight.shape[1])
+        shape = tuple(weight.shape)
         smaller = [(c.num_params(shape), c) for c in self.candidates(shape)]
         smaller = [(params, c) for params, c in smaller if params < weight.numel()]
         count = min(len(smaller), CURVE_POINTS)
         picked = sorted({round(len(smaller) ** ((i + 1) / count)) - 1 for i in range(count)}) if count else []
         points: list[Point] = []
         for params, candidate in (smaller[i] for i in picked):
-            gap = working(weight) - working(candidate.fit(weight, metric).dense())
+            gap = working(weight.flatten(1)) - working(candidate.fit(weight, metric).dense())
             error = metric.squared_error(gap) if metric else float(gap.square().sum())
             if not points or (params > points[-1].params and error < points[-1].error):
                 points.append(Point(candidate, params, error))
@@ -288,7 +324,7 @@ class Decomposition(ABC):
 
     def error(self, weight: Tensor, matrix: FactorizedMatrix, metric: Metric | None = None) -> float:
         """Relative error of `matrix` as an approximation of `weight`, in the metric when there is one."""
-        dense = matrix.dense()
+        weight, dense = weight.flatten(1), matrix.dense()
         return metric.relative_error(weight, dense) if metric else relative_error(weight, dense)
 
     def options(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tdkit.models.hosts.base import Host, install
 from tdkit.models.hosts.registered import host_of
 from tdkit.models.sites import FactorizedUser, factorized_groups, replace_module
 from tdkit.models.ties import follow_ties
-from tdkit.shapes import Shape
+from tdkit.shapes import Shape, by
 from tdkit.support.compatibility import parameters_of
 from tdkit.support.files import whole_folder
 from tdkit.support.processes import is_main_process
@@ -177,7 +177,7 @@ def _describe(matrix: FactorizedMatrix, users: list[FactorizedUser]) -> dict[str
         )
     return {
         "names": names,
-        "shape": list(matrix.shape),
+        "shape": list(matrix.sizes),
         "decomposition": spec,
         "options": [user.module.options() for user in users],
         "error": matrix.error,
@@ -240,16 +240,16 @@ class _Layer:
             raise CheckpointError(f"{place}: names={names!r} must be layer names")
         if len(options) != len(names) or not all(isinstance(option, dict) for option in options):
             raise CheckpointError(f"{place}: options={options!r} must be one set for each of {len(names)} names")
-        if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
-            raise CheckpointError(f"{place}: shape={shape!r} must be two sizes")
+        if len(shape) < 2 or not all(type(size) is int and size > 0 for size in shape):
+            raise CheckpointError(f"{place}: shape={shape!r} must be two sizes or more")
         if isinstance(error, bool) or not isinstance(error, int | float | None):
             raise CheckpointError(f"{place}: error={error!r} must be a number")
         try:
             kind = decomposition(entry["decomposition"])
-            kind.empty((shape[0], shape[1]), device="meta")
+            kind.empty(tuple(shape), device="meta")
         except TdkitError as problem:
             raise CheckpointError(f"{place}: {problem}") from None
-        return cls(names, options, (shape[0], shape[1]), kind, error)
+        return cls(names, options, tuple(shape), kind, error)
 
 
 def _rewrite(model: nn.Module, description: Mapping[str, Any], folder: Path, before: dict[str, nn.Module]) -> None:
@@ -262,7 +262,7 @@ def _rewrite(model: nn.Module, description: Mapping[str, Any], folder: Path, bef
         for name, options in zip(wanted.names, wanted.options, strict=True):
             layer_name, attribute, module = _find(model, name, before, folder)
             if id(module) not in built:
-                host, weight = _weight(module, name, attribute, wanted.shape, folder)
+                host, weight = _weight(module, name, attribute, wanted, folder)
                 if matrix is None:
                     matrix = wanted.decomposition.empty(wanted.shape, device=weight.device, dtype=weight.dtype)
                     matrix.error = wanted.error
@@ -289,23 +289,21 @@ def _find(model: nn.Module, name: str, before: Mapping[str, nn.Module], folder: 
     raise CheckpointError(f"{folder}: this model has no layer {name}: it is another architecture") from None
 
 
-def _weight(module: nn.Module, name: str, weight: str, shape: Shape, folder: Path) -> tuple[Host, Tensor]:
-    """Returns the host of a dense layer and its weight (out, in), after a check of the shape against the file."""
+def _weight(module: nn.Module, name: str, weight: str, wanted: _Layer, folder: Path) -> tuple[Host, Tensor]:
+    """Returns the host of a dense layer and its weight, after a check of the shape against the file."""
     host = host_of(module)
     tensor = getattr(module, weight, None)
     if host is None or weight not in host.weights(module) or not isinstance(tensor, Tensor):
         raise CheckpointError(
             f"{folder}: layer {name} is a {type(module).__name__} in this model, not one that tdkit rewrites"
         )
-    matrix = host.matrix(tensor, weight)
-    if matrix.is_meta:
+    canonical = host.canonical(tensor, weight)
+    if canonical.is_meta:
         raise CheckpointError(f"the model given for {folder} is on the meta device: {BUILD_IT}")
-    if tuple(matrix.shape) != shape:
-        raise CheckpointError(
-            f"{folder}: layer {name} is {shape[0]}x{shape[1]} in the file, "
-            f"{matrix.shape[0]}x{matrix.shape[1]} in this model"
-        )
-    return host, matrix
+    shape = wanted.decomposition.shape_of(tuple(canonical.shape))
+    if shape != wanted.shape:
+        raise CheckpointError(f"{folder}: layer {name} is {by(wanted.shape)} in the file, {by(shape)} in this model")
+    return host, canonical
 
 
 def _checked_state(

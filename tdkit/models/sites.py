@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -46,18 +47,18 @@ class User:
         return self.model.get_submodule(self.layer)
 
     @property
-    def matrix(self) -> Tensor:
-        """The weight as an (out, in) view."""
-        return self.host.matrix(getattr(self.module, self.weight), self.weight)
+    def tensor(self) -> Tensor:
+        """The weight as a view (out, in) or (out, in, *kernel)."""
+        return self.host.canonical(getattr(self.module, self.weight), self.weight)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One weight matrix and the layers that use it, several if it is tied (an embedding and a language-model head).
+    """One weight and the layers that use it, several if it is tied (an embedding and a language-model head).
 
     Attributes:
         users: the layers, in the model's order.
-        shape: (out, in).
+        shape: (out, in) or (out, in, *kernel).
     """
 
     users: tuple[User, ...]
@@ -74,12 +75,12 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as an (out, in) view."""
-        return self.users[0].matrix
+        """The weight as a view of `shape`."""
+        return self.users[0].tensor
 
     @property
     def params(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return math.prod(self.shape)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -130,8 +131,7 @@ def survey(model: nn.Module) -> Survey:
     for found in holders.values():
         users, reason = _users(model, found)
         if reason is None:
-            rows, columns = users[0].matrix.shape
-            sites.append(Site(users, (rows, columns)))
+            sites.append(Site(users, tuple(users[0].tensor.shape)))
         else:
             name, module, attribute = found[0]
             parameter = getattr(module, attribute)
@@ -166,7 +166,7 @@ def _users(model: nn.Module, found: list[tuple[str, nn.Module, str]]) -> tuple[t
             return (), refusal
         kind, times = type(module).__name__, host.multiplications(module, attribute)
         users.append(User(model, name, attribute, host, kind, times))
-    if len({tuple(user.matrix.shape) for user in users}) > 1:
+    if len({tuple(user.tensor.shape) for user in users}) > 1:
         return (), f"tied layers {', '.join(u.name for u in users)} hold it in different layouts"
     return tuple(users), None
 

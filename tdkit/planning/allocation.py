@@ -12,6 +12,7 @@ from tdkit.calibration.calibration import Calibration
 from tdkit.decompositions.base import Decomposition, Point
 from tdkit.errors import BudgetError
 from tdkit.models.sites import Site
+from tdkit.shapes import Shape
 
 MIXED_GAIN = 0.03  # of the estimated loss; SmolLM2 at 80%: estimate 1.5% lower, measured perplexity 2.9% higher
 
@@ -51,6 +52,11 @@ class OpenSite:
     min_keep: float | None = None
     max_keep: float | None = None
 
+    @property
+    def shape(self) -> Shape:
+        """The shape in which `kind` takes the weight."""
+        return self.kind.shape_of(self.site.shape)
+
     def within(self, params: int) -> bool:
         """Returns whether a number of parameters is within the bounds."""
         low, high = self.min_keep or 0, 1 if self.max_keep is None else self.max_keep
@@ -64,13 +70,13 @@ class OpenSite:
         """Returns the best complete decomposition with at most `share` of the dense parameters, or None."""
         most = math.floor(share * self.site.params)
         if not self.is_choice():
-            return self.kind.complete(self.site.shape, most)
+            return self.kind.complete(self.shape, most)
         metric = calibration.metric(self.site.name) if calibration else None
-        return self.kind.best_within(self.site.weight, metric, most)
+        return self.kind.best_within(self.kind.view(self.site.weight), metric, most)
 
     def is_choice(self) -> bool:
         """Returns whether `kind` has several alternatives to choose from."""
-        return list(self.kind.alternatives(self.site.shape)) != [self.kind]
+        return list(self.kind.alternatives(self.shape)) != [self.kind]
 
 
 def uniform(
@@ -111,7 +117,7 @@ def uniform(
                 kind,
                 "" if kind else f"no {s.kind.name} has {max(share, 0):.0%} of its {s.site.params:,} params",
             )
-            available -= s.site.params if kind is None else kind.num_params(s.site.shape)
+            available -= s.site.params if kind is None else kind.num_params(kind.shape_of(s.site.shape))
         if not settled:
             return chosen
         shared = [s for s in shared if s not in settled]

@@ -47,9 +47,9 @@ class Request:
         def curve(open_site: OpenSite) -> list[Point]:
             site = open_site.site
             bar.now(site.name)
-            kinds = open_site.kind.alternatives(site.shape)
+            kinds = open_site.kind.alternatives(open_site.shape)
             if self.calibration is None:
-                return [point for kind in kinds for point in kind.curve(site.weight.detach())]
+                return [point for kind in kinds for point in kind.curve(kind.view(site.weight.detach()))]
             return [point for kind in kinds for point in self.calibration.curve(site, kind)]
 
         found = {}
@@ -91,7 +91,7 @@ def allocate(name: str, request: Request) -> dict[str, Choice]:
     held = 0
     for open_site in request.sites:
         kind, site = choices[open_site.site.name].decomposition, open_site.site
-        held += site.params if kind is None else kind.num_params(site.shape)
+        held += site.params if kind is None else kind.num_params(kind.shape_of(site.shape))
     if held > max(request.available, 0):
         raise BudgetError(
             f"allocator '{name}' spends {held:,} params where {request.place} leaves {request.available:,}: "

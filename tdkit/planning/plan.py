@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tdkit.errors import PolicyError, TdkitError
 from tdkit.planning.step import Step
+from tdkit.shapes import by
 from tdkit.support.tables import render, table_of
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def _row(group: Sequence[Step]) -> list[str]:
     losses = [s.loss for s in group if s.loss is not None]
     return [
         _common_name(group) + (f" ({len(group)} layers)" if len(group) > 1 else ""),
-        f"{first.shape[0]}x{first.shape[1]}",
+        by(first.shape),
         _becomes(group),
         params + (f" (+{indices:,} indices)" if indices else ""),
         f"{after / before:.1%}" if before else "",

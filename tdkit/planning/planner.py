@@ -105,7 +105,7 @@ def applied_plan(model: nn.Module) -> Plan:
             Step(
                 names=tuple(user.name for user in users),
                 kinds=tuple(user.module.replaces for user in users),
-                shape=matrix.shape,
+                shape=matrix.sizes,
                 decomposition=matrix.decomposition,
                 reason="",
                 params_before=size,
@@ -158,7 +158,7 @@ def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
     params, indices, multiply_adds, paths = site.params, 0, site.params, None
     times = site.multiplications()
     if kind is not None:
-        matrix = kind.empty(site.shape, device="meta")
+        matrix = kind.empty(kind.shape_of(site.shape), device="meta")
         if matrix.params >= site.params and not allow_growth:
             reason = f"{kind.describe()} would hold {matrix.params:,} params, not fewer (allow_growth permits it)"
             kind = None

@@ -13,6 +13,7 @@ from tdkit.planning.allocation import Choice, OpenSite
 from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy, Rule
 from tdkit.planning.step import Step
+from tdkit.shapes import by
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ class Resolved:
             site = by_name.get(step.name)
             if site is None or site.names != step.names or site.shape != step.shape:
                 raise PolicyError(
-                    f"the plan's layer {step.name} ({step.shape[0]}x{step.shape[1]}) is not in this model: "
-                    "plan again for this model"
+                    f"the plan's layer {step.name} ({by(step.shape)}) is not in this model: plan again for this model"
                 )
             pairs.append((step, site))
         return pairs
@@ -127,7 +127,7 @@ def _sorted(
             continue
         kind = rule.decomposition
         try:
-            kind.check(site.shape)
+            kind.check(kind.shape_of(site.shape))
         except OptionError as error:
             problems.append(f"{site.name}: {error}")
             continue

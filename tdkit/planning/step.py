@@ -19,7 +19,7 @@ class Step:
     Attributes:
         names: the names of the layers that use the matrix.
         kinds: the types of these layers.
-        shape: (out, in).
+        shape: of the weight, (out, in) or (out, in, *kernel).
         decomposition: complete, with its rank set; None when the matrix stays dense.
         reason: why the matrix stays dense; empty otherwise.
         params_before: parameters of the dense weight.
@@ -91,7 +91,7 @@ class Step:
                 "paths": None if paths is None else (paths[0], paths[1]),
                 "names": tuple(form["names"]),
                 "kinds": tuple(form["kinds"]),
-                "shape": (form["shape"][0], form["shape"][1]),
+                "shape": tuple(form["shape"]),
                 "decomposition": decomposition(spec) if spec else None,
             }
         )
@@ -129,13 +129,13 @@ def _are_names(value: Any) -> bool:
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
+    return isinstance(value, list) and len(value) >= 2 and all(type(size) is int and size > 0 for size in value)
 
 
 ENTRIES: dict[str, tuple[str, Callable[[Any], bool], bool]] = {  # description, check, whether optional
     "names": ("a list of layer names", _are_names, False),
     "kinds": ("a list of layer types", _are_names, False),
-    "shape": ("two sizes", _is_shape, False),
+    "shape": ("two sizes or more", _is_shape, False),
     "decomposition": ("a decomposition or null", lambda value: value is None or isinstance(value, str | dict), False),
     "reason": ("a text", lambda value: isinstance(value, str), False),
     "params_before": ("a count", _is_count, False),

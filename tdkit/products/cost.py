@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from tdkit.shapes import Shape
+
 DENSE = "dense"  # the path that builds the weight, in every structure
 CACHED = "dense, cached"  # the same with the weight cached between calls
 FUSED = "fused"  # a Triton kernel of `tdkit.products.kernels`, in every structure that has one
@@ -159,7 +161,7 @@ PathTable = tuple[tuple[int, Path], ...]  # (the most tokens it serves, path), a
 
 def path_table(
     paths: Callable[[int], tuple[Path, ...]],
-    shape: tuple[int, int],
+    shape: Shape,
     *,
     dtype: torch.dtype,
     device: str,
@@ -191,7 +193,7 @@ def path_table(
     return tuple(table)
 
 
-def cached_path(tokens: int, shape: tuple[int, int]) -> Path:
+def cached_path(tokens: int, shape: Shape) -> Path:
     """The path that multiplies `tokens` rows by a cached weight of `shape` (out, in)."""
     return Path(CACHED, (Product(tokens, shape[1], shape[0]),))
 

@@ -83,7 +83,7 @@ class _Case:
         host = self.host(layer)
         matrices: dict[str, FactorizedMatrix] = {}
         for weight in weights:
-            matrix = host.matrix(getattr(layer, weight), weight).detach()
+            matrix = host.canonical(getattr(layer, weight), weight).detach().flatten(1)
             matrices[weight] = LowRank(rank=min(matrix.shape)).fit(matrix)
         return install(layer, host.build(layer, matrices, host.options(layer)))
 
@@ -104,7 +104,7 @@ def it_is_found_by_its_name(case: _Case) -> None:
 
 
 def weights_are_matrices_and_back(case: _Case) -> None:
-    """Every name in `weights` is a parameter; `tensor` is the inverse of `matrix`, which returns a view."""
+    """Every name in `weights` is a parameter; `stored` is the inverse of `canonical`, which returns a view."""
     layer = case.layer()
     host = case.host(layer)
     weights = host.weights(layer)
@@ -113,11 +113,11 @@ def weights_are_matrices_and_back(case: _Case) -> None:
         parameter = dict(layer.named_parameters(recurse=False)).get(weight)
         require(parameter is not None, f"the layer has no parameter '{weight}' of its own")
         assert parameter is not None
-        matrix = host.matrix(parameter, weight)
-        require(matrix.ndim == 2, f"'{weight}' is read as {tuple(matrix.shape)}, not as a matrix")
+        matrix = host.canonical(parameter, weight)
+        require(matrix.ndim >= 2, f"'{weight}' is read as {tuple(matrix.shape)}, which has no two dimensions")
         shared = matrix.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
         require(shared, f"'{weight}' is read as a copy, not as a view")
-        back = host.tensor(matrix, weight)
+        back = host.stored(matrix, weight)
         require(back.shape == parameter.shape and torch.equal(back, parameter), f"'{weight}' does not come back")
         times = host.multiplications(layer, weight)
         require(isinstance(times, int) and times >= 0, f"multiplications of '{weight}' are {times!r}")
@@ -181,7 +181,7 @@ def _check_observers(case: _Case, dense: nn.Module, layer: nn.Module, parameters
     slopes = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     layer.requires_grad_(True)
     for weight in host.weights(dense):
-        shape = host.matrix(getattr(dense, weight), weight).shape
+        shape = host.canonical(getattr(dense, weight), weight).flatten(1).shape
         looks_up = host.multiplications(dense, weight) == 0
         found = torch.zeros(shape, dtype=torch.float64)
         calls: list[int] = []
@@ -195,7 +195,7 @@ def _check_observers(case: _Case, dense: nn.Module, layer: nn.Module, parameters
         if weight in parameters:
             gradient = parameters[weight].grad
             require(gradient is not None, f"'{weight}' has no gradient")
-            wanted = host.matrix(cast(Tensor, gradient), weight)
+            wanted = host.canonical(cast(Tensor, gradient), weight).flatten(1)
             close(found, wanted, f"the gradient of '{weight}' from the rows that are observed")
 
 

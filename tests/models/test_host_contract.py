@@ -151,8 +151,8 @@ class ScaledTwice(TwoStepHost):
 class Copying(TwoStepHost):
     """Wrong: it reads the weight as a copy."""
 
-    def matrix(self, tensor: Tensor, weight: str) -> Tensor:
-        return tensor.clone()
+    def canonical(self, stored: Tensor, weight: str) -> Tensor:
+        return stored.clone()
 
 
 class Forgetful(TwoStepHost):

@@ -66,11 +66,11 @@ class ScaledLinearHost(Host):
     def weights(self, module: nn.Module) -> tuple[str, ...]:
         return ("kernel",)
 
-    def matrix(self, tensor: Tensor, weight: str) -> Tensor:
-        return tensor.T
+    def canonical(self, stored: Tensor, weight: str) -> Tensor:
+        return stored.T
 
-    def tensor(self, matrix: Tensor, weight: str) -> Tensor:
-        return matrix.T.contiguous()
+    def stored(self, canonical: Tensor, weight: str) -> Tensor:
+        return canonical.T.contiguous()
 
     def build(
         self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
@@ -82,7 +82,7 @@ class ScaledLinearHost(Host):
         layer = cast(FactorizedScaledLinear, layer)
         out, width = layer.matrix.shape
         dense = ScaledLinear(width, out)
-        dense.kernel = nn.Parameter(self.tensor(layer.matrix.dense().detach(), "kernel"))
+        dense.kernel = nn.Parameter(self.stored(layer.matrix.dense().detach(), "kernel"))
         dense.scale, dense.bias = layer.scale, layer.bias
         return dense
 

@@ -85,21 +85,21 @@ class Host(ABC):
         """Returns why a weight of an accepted module cannot be factorised, or None when it can."""
         return None
 
-    def matrix(
+    def canonical(
         self,
-        tensor: Tensor,  # the weight in the layout of the layer
+        stored: Tensor,  # the weight in the layout of the layer
         weight: str,
-    ) -> Tensor:  # (out, in)
-        """Returns the weight called `weight` as a matrix (out, in), which must be a view."""
-        return tensor
+    ) -> Tensor:  # (out, in) or (out, in, *kernel)
+        """Returns the weight called `weight` in the layout of decompositions, which must be a view."""
+        return stored
 
-    def tensor(
+    def stored(
         self,
-        matrix: Tensor,  # (out, in)
+        canonical: Tensor,  # (out, in) or (out, in, *kernel)
         weight: str,
     ) -> Tensor:
-        """Returns a matrix (out, in) in the layout of the layer: the inverse of `matrix`."""
-        return matrix
+        """Returns a weight (out, in, *kernel) in the layout of the layer: the inverse of `canonical`."""
+        return canonical
 
     @abstractmethod
     def build(

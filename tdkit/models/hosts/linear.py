@@ -42,11 +42,11 @@ class Conv1DHost(Host):
         kind = type(module)
         return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
-    def matrix(self, tensor: Tensor, weight: str) -> Tensor:
-        return tensor.T
+    def canonical(self, stored: Tensor, weight: str) -> Tensor:
+        return stored.T
 
-    def tensor(self, matrix: Tensor, weight: str) -> Tensor:
-        return matrix.T.contiguous()
+    def stored(self, canonical: Tensor, weight: str) -> Tensor:
+        return canonical.T.contiguous()
 
     def build(
         self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
@@ -60,7 +60,7 @@ class Conv1DHost(Host):
         with torch.device("meta"):
             dense = Conv1D(layer.nf, layer.nx)
         return _with_tensors(
-            dense, self.tensor(layer.matrix.dense(), "weight"), cast("nn.Parameter | None", layer.bias)
+            dense, self.stored(layer.matrix.dense(), "weight"), cast("nn.Parameter | None", layer.bias)
         )
 
 
