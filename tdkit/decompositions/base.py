@@ -17,6 +17,7 @@ from tdkit.decompositions.options import integers, pair, positive
 from tdkit.errors import OptionError
 from tdkit.fitting.linalg import relative_error, working
 from tdkit.fitting.metric import Metric
+from tdkit.products.convolution import Stage
 from tdkit.products.cost import DENSE, Path, Product
 from tdkit.products.dispatch import Dispatcher, Preference, check_loaded
 from tdkit.products.structure import Structure
@@ -177,6 +178,19 @@ class FactorizedMatrix(nn.Module, ABC):
     ) -> Tensor:  # (*n, in)
         """``dense()[ids]``, the look-up of an embedding."""
         return F.embedding(ids, self.dense())
+
+    def convolutions(self, kernel: tuple[int, ...], groups: int) -> list[Stage] | None:
+        """Returns smaller convolutions that one after the other equal the convolution with this weight.
+
+        Args:
+            kernel: the kernel sizes; the matrix is that of a weight (out, in / groups, *kernel).
+            groups: the groups of the convolution.
+
+        Returns:
+            The stages with the factors as weights, or None if the factors do not form such a chain: the convolution
+            then computes with the dense weight.
+        """
+        return None
 
     def lay_out_for_rows(self) -> None:
         """Make every factor contiguous, which is how `rows` reads it."""
