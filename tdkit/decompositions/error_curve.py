@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tdkit.decompositions.base import Decomposition, Point
 
@@ -19,6 +19,15 @@ def exact_curve(smaller: Sequence[tuple[int, Decomposition]], errors: Sequence[f
         if not points or (params > points[-1].params and error < points[-1].error):
             points.append(Point(choice, params, error))
     return points
+
+
+def lowest(points: Iterable[Point]) -> list[Point]:
+    """Several curves merged: each point is less in error than all smaller ones of every curve."""
+    merged: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.params, point.error)):
+        if not merged or point.error < merged[-1].error:
+            merged.append(point)
+    return merged
 
 
 def sampled_curve(

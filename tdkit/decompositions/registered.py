@@ -18,6 +18,7 @@ decompositions: Registry[type[Decomposition]] = Registry(
         "kronecker": "tdkit.decompositions.kronecker:Kronecker",
         "permuted_kronecker": "tdkit.decompositions.permuted_kronecker:PermutedKronecker",
         "tt_matrix": "tdkit.decompositions.tt_matrix:TTMatrix",
+        "stacked": "tdkit.decompositions.stacked:Stacked",
         "auto": "tdkit.decompositions.auto:Auto",
     },
     fault=subclass_fault(Decomposition),
