@@ -127,20 +127,24 @@ class Stacked(Decomposition):
         shape = tuple(weight.shape)
         _check_metric(metric, shape)
         stack = self.empty(shape, device=weight.device, dtype=weight.dtype)
-        if isinstance(stack, MemberStack):
+        if isinstance(stack, LowRankStack):
+            self._fit_low_rank(stack, weight, metric)
+        elif isinstance(stack, MemberStack):
             for number in range(len(weight)):
                 stack.members[number] = self.member.fit(weight[number], metric.of(number))
-        elif self.shared:
+        return stack
+
+    def _fit_low_rank(self, stack: LowRankStack, weight: Tensor, metric: Metric) -> None:
+        if self.shared:
             left, right = self._basis(weight, metric).fit(stack.rank)
             sides = (left, right) if self.side == "input" else (right.mT, left.mT)
             assign(stack.left, sides[0])
             assign(stack.right, sides[1])
-        else:
-            for members in _batches(shape, metric):
-                left, right = truncated_in_metric(weight[members], stack.rank, metric.of(members))
-                assign(stack.left[members], left)
-                assign(stack.right[members], right)
-        return stack
+            return
+        for members in _batches(tuple(weight.shape), metric):
+            left, right = truncated_in_metric(weight[members], stack.rank, metric.of(members))
+            assign(stack.left[members], left)
+            assign(stack.right[members], right)
 
     def error(self, weight: Tensor, matrix: FactorizedMatrix, metric: Metric | None = None) -> float:
         dense = matrix.dense().reshape(weight.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
 
 import torch
@@ -56,12 +56,17 @@ def dense_grouped(
     bias: Tensor | None = None,  # (members, out)
 ) -> Tensor:  # (rows, out)
     """As `FactorizedStack.grouped`, for dense matrices."""
-    parts = [
-        F.linear(rows, weight[e], None if bias is None else bias[e])
-        for e, rows in enumerate(x.split(list(counts)))
-        if counts[e]
-    ]
+    parts = [F.linear(rows, weight[e], None if bias is None else bias[e]) for e, rows in _reached(x, counts)]
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
+
+
+def _reached(x: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """The members with rows, each with its rows of x."""
+    start = 0
+    for member, count in enumerate(counts):
+        if count:
+            yield member, x[start : start + count]
+            start += count
 
 
 class MemberStack(FactorizedStack):
@@ -83,11 +88,8 @@ class MemberStack(FactorizedStack):
         return torch.stack([member.dense() for member in self._matrices()])
 
     def grouped(self, x: Tensor, counts: Sequence[int], bias: Tensor | None = None) -> Tensor:
-        parts = [
-            member(rows, None if bias is None else bias[e])
-            for e, (member, rows) in enumerate(zip(self.members, x.split(list(counts)), strict=True))
-            if counts[e]
-        ]
+        members = self.members
+        parts = [members[e](rows, None if bias is None else bias[e]) for e, rows in _reached(x, counts)]
         return torch.cat(parts) if parts else x.new_zeros(0, self.sizes[1])
 
     def multiply_adds(self) -> int:
@@ -166,8 +168,7 @@ class LowRankStack(FactorizedStack):
             return y if bias is None else y + _of_rows(bias, counts)
         parts = [
             F.linear(F.linear(rows, right[e]), left[e], None if bias is None else bias[e])
-            for e, rows in enumerate(x.split(list(counts)))
-            if counts[e]
+            for e, rows in _reached(x, counts)
         ]
         return torch.cat(parts) if parts else x.new_zeros(0, self.sizes[1])
 

@@ -93,8 +93,8 @@ def ridged(moment: Tensor | None, share: float) -> Tensor | None:
     ridge = share * diagonal.mean(-1, keepdim=True)
     if not bool(torch.isfinite(ridge).all()):
         raise CalibrationError(
-            f"a second moment of {diagonal.shape[-1]} features holds NaN or infinite values: calibrate on batches whose "
-            "activations and gradients are finite"
+            f"a second moment of {diagonal.shape[-1]} features holds NaN or infinite values: calibrate on batches "
+            "whose activations and gradients are finite"
         )
     present = ridge > 0
     if not bool(present.any()):
