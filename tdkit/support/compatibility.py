@@ -18,6 +18,7 @@ __all__ = [
     "RecurrentWeights",
     "buffers_of",
     "constant_for_compile",
+    "has_experts_interface",
     "in_functional_transform",
     "move_own_tensors",
     "offloads",
@@ -28,6 +29,7 @@ __all__ = [
     "parameters_of",
     "rebind_hooked_forward",
     "recurrent_weights_again",
+    "replace_forward",
     "reset_accelerate_state",
     "shallow_copy",
     "storage_id",
@@ -118,6 +120,27 @@ def rebind_hooked_forward(module: nn.Module) -> None:
     """Make a hook of accelerate, which replaces ``forward`` on the instance, call that of the module's class."""
     if "_old_forward" in vars(module) and hasattr(module, "_hf_hook"):
         vars(module)["_old_forward"] = MethodType(type(module).forward, module)
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Make a module call `forward`, or that of its class again when None; hooks of accelerate still run around it."""
+    if "_old_forward" in vars(module) and hasattr(module, "_hf_hook"):
+        vars(module)["_old_forward"] = forward or MethodType(type(module).forward, module)
+    elif forward is not None:
+        vars(module)["forward"] = forward
+    else:
+        vars(module).pop("forward", None)
+
+
+def has_experts_interface(module: nn.Module) -> bool:
+    """Returns whether transformers' ``use_experts_implementation`` decorates the class of a module, not a base class.
+
+    Such a layer has parameters ``gate_up_proj`` or ``up_proj`` and ``down_proj`` of three dimensions, and says with
+    ``has_gate``, ``has_bias``, ``is_transposed`` and ``_apply_gate`` how they are used.
+    """
+    is_replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    forward = None if is_replaced else vars(type(module)).get("forward")
+    return getattr(forward, "__globals__", {}).get("__name__") == "transformers.integrations.moe"
 
 
 def move_own_tensors(module: nn.Module, device: torch.device) -> None:

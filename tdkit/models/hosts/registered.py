@@ -20,6 +20,8 @@ hosts: Registry[type[Host]] = Registry(
         "linear": "tdkit.models.hosts.linear:LinearHost",
         "conv1d": "tdkit.models.hosts.linear:Conv1DHost",
         "embedding": "tdkit.models.hosts.embedding:EmbeddingHost",
+        "experts": "tdkit.models.hosts.experts:ExpertsHost",
+        "transposed_experts": "tdkit.models.hosts.experts:TransposedExpertsHost",
     },
     fault=subclass_fault(Host),
 )

@@ -39,7 +39,7 @@ def experts_forward(
     module: nn.Module,
     matrices: Mapping[str, FactorizedMatrix],
     observers: Observers,
-    hidden: Tensor,  # (*tokens, in)
+    hidden_states: Tensor,  # (*tokens, in)
     top_k_index: Tensor,  # (tokens, k) integers; experts at or above the number of experts are skipped
     top_k_weights: Tensor,  # (tokens, k)
 ) -> Tensor:  # (*tokens, in)
@@ -51,7 +51,7 @@ def experts_forward(
         observers: of the products, by the name of the weight.
     """
     given: Any = module
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     ids = top_k_index.reshape(-1)
     up, down = weights_of(module)
     experts = stack_shape(module, up, matrices)[0]
@@ -75,7 +75,7 @@ def experts_forward(
     weighted = outer * top_k_weights.reshape(-1)[order, None]
     every = weighted.new_zeros(len(ids), weighted.shape[-1]).index_copy(0, order, weighted)
     summed = every.view(len(flat), -1, every.shape[-1]).sum(1)  # deterministic on CUDA, which index_add is not
-    return summed.to(hidden.dtype).view(hidden.shape)
+    return summed.to(hidden_states.dtype).view(hidden_states.shape)
 
 
 def weights_of(module: nn.Module) -> tuple[str, str]:
