@@ -130,6 +130,18 @@ class InPlaceHost(Host):
             return base.attach(module, weight, observe)
         return observing(module, weight, observe, looks_up=self.multiplications(module, weight) == 0)
 
+    def attach_gradient(self, module: nn.Module, weight: str, observe: Callable[[Tensor], None]) -> Removable:
+        if isinstance(module, InPlaceLayer):
+            return module.observed(weight, observe)
+        if weight not in parametrized(module):
+            return super().attach_gradient(module, weight, observe)
+
+        def see(_: nn.Module, __: Any, effective: Tensor) -> Tensor:
+            return _with_gradient_seen(effective, observe)
+
+        held = submodules_of(cast(nn.Module, module.parametrizations))[weight]
+        return held.register_forward_hook(see)
+
     def _base_of(self, weight: str) -> Host | None:
         return self.base if weight == "weight" else None
 
@@ -180,9 +192,17 @@ class InPlaceLayer(FactorizedModule):
         if self.base is not None and weight == "weight":
             dense = self.base.stored(dense.reshape(matrix.sizes), weight)
         dense = dense.reshape(state["_stored"][weight])
+        for observe in state.get("_observers", {}).get(weight, ()):
+            dense = _with_gradient_seen(dense, observe)
         if built is not None:
             built[key] = dense
         return dense
+
+    def observed(self, weight: str, observe: Callable[[Tensor], None]) -> Removable:
+        """See `Host.attach_gradient`; the factors get no gradients."""
+        observers = vars(self).setdefault("_observers", {}).setdefault(weight, [])
+        observers.append(observe)
+        return _Observation(observers, observe)
 
     def options(self) -> dict[str, Any]:
         return {} if self.base is None else super().options()
@@ -190,6 +210,24 @@ class InPlaceLayer(FactorizedModule):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles make the class again: it has no module to be imported from."""
         return _restored, (self.dense_class, self.base, self.weight_names), vars(self)
+
+
+class _Observation:
+    def __init__(self, observers: list[Callable[[Tensor], None]], observe: Callable[[Tensor], None]) -> None:
+        self._observers, self._observe = observers, observe
+
+    def remove(self) -> None:
+        self._observers.remove(self._observe)
+
+
+def _with_gradient_seen(weight: Tensor, observe: Callable[[Tensor], None]) -> Tensor:
+    """Returns `weight`, whose gradient is given to `observe` in a backward pass."""
+    if not torch.is_grad_enabled():
+        return weight
+    if not weight.requires_grad:
+        weight = weight.detach().requires_grad_()
+    weight.register_hook(observe)  # type: ignore[no-untyped-call]
+    return weight
 
 
 def _restored(dense_class: type[nn.Module], base: Host | None, weights: tuple[str, ...]) -> nn.Module:
