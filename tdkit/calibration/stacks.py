@@ -9,7 +9,7 @@ from tdkit.fitting.metric import Metric
 from tdkit.models.hosts.routing import Routing
 from tdkit.models.sites import Site
 
-UNSEEN_ROWS = 0.5  # rows that an expert counts for which no token was routed to
+UNSEEN_ROWS = 0.5  # rows that an expert counts for to which no token was routed
 
 
 class StackSum:
@@ -20,7 +20,6 @@ class StackSum:
         self.size = size
         self.sum: Tensor | None = None
         self.rows = torch.zeros(members, dtype=torch.float64)
-        self.tokens = 0
 
     @property
     def bytes(self) -> int:
@@ -41,7 +40,6 @@ class StackSum:
             self.sum[member] += own.T @ own
             start += count
         self.rows += torch.tensor(routing.counts, dtype=torch.float64)
-        self.tokens += routing.of
 
     def mean(self) -> Tensor | None:
         """Returns the moment of each member per row, `shrunk`, (members, n, n) float64 on the CPU; None without rows.
@@ -55,10 +53,6 @@ class StackSum:
         for member, count in enumerate(self.rows.tolist()):
             total[member] = shrunk(total[member] / count, int(count), pooled) if count else pooled
         return total
-
-    def shares(self) -> Tensor:
-        """Returns the part of the tokens that is routed to each member, (members,) float64, all above zero."""
-        return self.rows.clamp_min(UNSEEN_ROWS) / self.tokens
 
 
 def shrunk(
@@ -87,16 +81,19 @@ class StackSums:
         self.multiply_input = StackSum(members, width)
         self.multiply_output = StackSum(members, out)
 
-    def metric(self) -> Metric | None:
+    def metric(self, units: int) -> Metric | None:
         """Returns the metric of the stack, or None when no token was routed to it.
 
-        The moments of the inputs are multiplied by the share of the tokens that is routed to a member, so that errors
-        are those per token.
+        The moments of the inputs are multiplied by the rows of each member per unit, so that errors are those per unit.
+
+        Args:
+            units: number of tokens or examples that the loss sums over.
         """
         inputs, outputs = self.multiply_input.mean(), self.multiply_output.mean()
         if inputs is None:
             return None
-        return Metric(inputs * self.multiply_input.shares()[:, None, None], outputs)
+        rows = self.multiply_input.rows.clamp_min(UNSEEN_ROWS) / units
+        return Metric(inputs * rows[:, None, None], outputs)
 
     def observe(self, routing: Routing, x: Tensor, y: Tensor, *, mask: Tensor | None, gradients: bool) -> Tensor:
         """Add the inputs x (rows, in) of one call and, with `gradients`, the gradients of its outputs y (rows, out).
