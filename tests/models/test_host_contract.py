@@ -44,6 +44,33 @@ def ids() -> list[Any]:
     return [torch.tensor([[0, 3, 8], [3, 1, 1]])]
 
 
+def experts() -> nn.Module:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(hidden_size=6, intermediate_size=5, num_local_experts=4, experts_implementation="eager")
+    return filled(MixtralExperts(config))
+
+
+def transposed_experts() -> nn.Module:
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    config = GptOssConfig(hidden_size=6, intermediate_size=5, num_local_experts=4, experts_implementation="eager")
+    return filled(GptOssExperts(config))
+
+
+def filled(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+def routed() -> list[Any]:
+    index = torch.tensor([[0, 3], [3, 1], [1, 0], [3, 0], [0, 1]])  # no token goes to expert 2
+    return [torch.randn(5, 6), index, torch.rand(5, 2)]
+
+
 SHIPPED = {
     "linear": (lambda: nn.Linear(8, 6), floats),
     "linear without bias": (lambda: nn.Linear(8, 13, bias=False), floats),
@@ -51,6 +78,8 @@ SHIPPED = {
     "embedding": (lambda: nn.Embedding(9, 4), ids),
     "embedding, zero padding": (lambda: nn.Embedding(9, 4, padding_idx=5), ids),
     "embedding, other padding": (padded, ids),
+    "experts": (experts, routed),
+    "transposed experts": (transposed_experts, routed),
 }
 
 

@@ -102,8 +102,10 @@ class ExpertsLayer(InPlaceLayer):
     def dense_weight(self, weight: str) -> Tensor:
         if weight not in STACKS:
             return super().dense_weight(weight)
-        matrix = self.matrices[weight]
-        return self.builder.stored(matrix.dispatcher.dense(matrix).reshape(matrix.sizes), weight)
+        matrix, host = self.matrices[weight], cast(ExpertsHost, self.builder)
+        experts, *sides = vars(self)["_stored"][weight]
+        canonical = (experts, *(reversed(sides) if host.is_transposed else sides))
+        return host.stored(matrix.dispatcher.dense(matrix).reshape(canonical), weight)
 
     def forward(
         self,

@@ -54,7 +54,7 @@ def experts_forward(
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     ids = top_k_index.reshape(-1)
     up, down = weights_of(module)
-    experts = stack_shape(module, up, matrices)[0]
+    experts = matrices[up].sizes[0] if up in matrices else len(getattr(module, up))
     order = ids.argsort(stable=True)
     counts: list[int] = torch.bincount(ids, minlength=experts)[:experts].tolist()
     order = order[: sum(counts)]
@@ -83,19 +83,10 @@ def weights_of(module: nn.Module) -> tuple[str, str]:
     return ("gate_up_proj" if cast(Any, module).has_gate else "up_proj"), "down_proj"
 
 
-def stack_shape(module: nn.Module, name: str, matrices: Mapping[str, FactorizedMatrix]) -> Sequence[int]:
-    """Returns the shape of a stack of weights, as it is stored or (experts, out, in)."""
-    return matrices[name].sizes if name in matrices else cast(Tensor, getattr(module, name)).shape
-
-
 def _grouped(
     module: nn.Module, name: str, matrix: FactorizedMatrix | None, x: Tensor, counts: Sequence[int], bias: Tensor | None
 ) -> Tensor:
     if isinstance(matrix, FactorizedStack):
         return matrix.grouped(x, counts, bias)
-    if matrix is not None:
-        weight = matrix.dense().view(matrix.sizes)
-    else:
-        stored: Tensor = getattr(module, name)
-        weight = stored.mT if cast(Any, module).is_transposed else stored
-    return dense_grouped(weight, x, counts, bias)
+    stored: Tensor = getattr(module, name)
+    return dense_grouped(stored.mT if cast(Any, module).is_transposed else stored, x, counts, bias)
