@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ class RepeatedSpan(Span):
 
     def dense(self, parts: Sequence[Tensor]) -> Tensor:
         identity = torch.eye(self.repeats, dtype=parts[0].dtype, device=parts[0].device)
-        return torch.kron(parts[0], identity)
+        return torch.kron(parts[0].contiguous(), identity)
 
     def times(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
         (b,) = parts
@@ -167,6 +167,7 @@ class RowSpaceProblem:
     Attributes:
         span: the structure of Z.
         weight: W, whitened on both sides, (out, n); float64 like all tensors here.
+        weighted: W C, whitened, (out, n).
         input: C, whitened by the nearest Kronecker product over the modes: (n, n), or (n,); None for the identity.
         output: the inverse of the factor that whitened the rows, (out, out) or (out,); None for the identity.
         modes: sizes of the modes of the columns, whose product is n.
@@ -176,6 +177,7 @@ class RowSpaceProblem:
 
     span: Span
     weight: Tensor
+    weighted: Tensor
     input: Tensor | None
     output: Tensor | None
     modes: Modes
@@ -189,24 +191,18 @@ class RowSpaceProblem:
 
         The objective holds a ridge, a share of the squared norms of the terms that the columns of X and Z make.
         """
-        weighted = times_right(self.weight, self.input)
-        wanted = self.span.times(weighted, parts)  # W C Z
-        z = None if self.input is not None and self.input.ndim == 2 else self.span.dense(parts)
-        moved = times_left(self.input, z) if z is not None else self.span.times(self.input, parts)
-        system = self.span.times(moved.T, parts)
-        system = (system + system.T) / 2
+        wanted, moved, system = self._normal_equations(parts)
         tiny = torch.finfo(system.dtype).tiny
         system.diagonal().mul_(1 + ridge).add_(tiny)
         lower, failed = torch.linalg.cholesky_ex(system)
         if int(failed):
             inverse = torch.linalg.pinv(system, hermitian=True)
-            x, reached = wanted @ inverse, None
+            x = wanted @ inverse
         else:
-            half = torch.linalg.solve_triangular(lower, wanted.T, upper=False)
-            x, reached = torch.linalg.solve_triangular(lower.T, half, upper=True).T, half
+            x = torch.cholesky_solve(wanted.T, lower).T
         factor = None
         if rank is not None and rank < min(wanted.shape):
-            gram = half.T @ half if reached is not None else wanted @ x.T
+            gram = wanted @ x.T
             factor, squares = leading(((gram + gram.T) / 2).to(torch.float64), rank)
             factor = factor.to(x)
             x = factor @ (factor.T @ x)
@@ -221,12 +217,19 @@ class RowSpaceProblem:
         With Y these rows, the least objective for the columns is ``size - |Y|^2``, and with a bound on the rank of X
         the singular values of Y take the place of all of it. The columns of Z must be linearly independent.
         """
-        z = self.span.dense(parts)
-        moved = z if self.input is None else times_left(self.input, z)
-        wanted = self.weight @ moved
-        system = z.T @ moved
-        lower = torch.linalg.cholesky((system + system.T) / 2)
-        return torch.linalg.solve_triangular(lower, wanted.T, upper=False)
+        wanted, _, system = self._normal_equations(parts)
+        system.diagonal().mul_(1 + RIDGES[torch.float64])
+        return torch.linalg.solve_triangular(torch.linalg.cholesky(system), wanted.T, upper=False)
+
+    def _normal_equations(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """W C Z (out, q), C Z (n, q) and Z^T C Z (q, q)."""
+        wanted = self.span.times(self.weighted, parts)
+        if self.input is not None and self.input.ndim == 2:
+            moved = self.span.times(self.input, parts)
+        else:
+            moved = times_left(self.input, self.span.dense(parts))
+        system = self.span.times(moved.T, parts)
+        return wanted, moved, (system + system.T) / 2
 
     def error(self, parts: Sequence[Tensor], rank: int | None = None) -> float:
         """The least objective for the parts of Z and an X of at most `rank`."""
@@ -261,8 +264,7 @@ class RowSpaceProblem:
             found = problem.solve(now, rank, ridge=ridge)
             inner = found.x.T @ found.x
             inner.diagonal().mul_(1 + ridge)
-            weighted = times_right(problem.weight, problem.input)
-            falls = problem.span.pullback(weighted, found.x, now)
+            falls = problem.span.pullback(problem.weighted, found.x, now)
             rises = problem.span.pullback(found.moved.T, inner, now)
             slopes = [(rise - fall).reshape(-1) for fall, rise in zip(falls, rises, strict=True)]
             return found.value / 2, torch.cat(slopes)
@@ -294,9 +296,9 @@ class RowSpaceProblem:
         return self.span.unwhitened(parts, x, [inverse for _, inverse in self.pairs])
 
     def _scaled(self, dtype: torch.dtype) -> RowSpaceProblem:
-        weight = (self.weight * self.size**-0.5).to(dtype)
+        weight, weighted = ((matrix * self.size**-0.5).to(dtype) for matrix in (self.weight, self.weighted))
         inputs = None if self.input is None else self.input.to(dtype)
-        return RowSpaceProblem(self.span, weight, inputs, self.output, self.modes, self.pairs, 1.0)
+        return replace(self, weight=weight, weighted=weighted, input=inputs, size=1.0)
 
 
 def row_space_problem(weight: Tensor, metric: Metric, span: Span, modes: Modes) -> RowSpaceProblem:
@@ -321,5 +323,5 @@ def row_space_problem(weight: Tensor, metric: Metric, span: Span, modes: Modes) 
         inputs = along_modes(inputs, [each.square() for each in back]) if inputs.ndim == 1 else along_modes(
             along_modes(inputs, back).T, back
         )
-    size = float((weight * times_right(weight, inputs)).sum())
-    return RowSpaceProblem(span, weight, inputs, inverse, modes, pairs, size)
+    weighted = times_right(weight, inputs)
+    return RowSpaceProblem(span, weight, weighted, inputs, inverse, modes, pairs, float((weight * weighted).sum()))
