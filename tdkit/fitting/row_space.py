@@ -87,8 +87,9 @@ class RepeatedSpan(Span):
     repeats: int
 
     def dense(self, parts: Sequence[Tensor]) -> Tensor:
-        identity = torch.eye(self.repeats, dtype=parts[0].dtype, device=parts[0].device)
-        return torch.kron(parts[0].contiguous(), identity)
+        (b,) = parts
+        identity = torch.eye(self.repeats, dtype=b.dtype, device=b.device)
+        return (b[:, None, :, None] * identity[:, None]).reshape(len(b) * self.repeats, -1)
 
     def times(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
         (b,) = parts
