@@ -28,3 +28,11 @@ class Stage:
     groups: int = 1
     leading: int = 1
     trailing: int = 1
+
+
+def pointwise(
+    matrix: Tensor,  # (out, in)
+    count: int,
+) -> Tensor:  # (out, in, 1, ...)
+    """The weight of a 1 x 1 convolution over `count` spatial axes, a view."""
+    return matrix.reshape(*matrix.shape, *[1] * count)
