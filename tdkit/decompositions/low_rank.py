@@ -18,6 +18,7 @@ from tdkit.fitting.low_rank import squared_singular_values, truncated_in_metric
 from tdkit.fitting.metric import Metric
 from tdkit.products import onednn
 from tdkit.products.autograd import autocast_dtype
+from tdkit.products.convolution import Stage
 from tdkit.products.cost import DENSE, Path
 from tdkit.products.low_rank import LowRankStructure, padded_rank, padding_pays
 from tdkit.shapes import Shape
@@ -72,6 +73,14 @@ class LowRankMatrix(StructuredMatrix):
         """The factors, their rank padded to a multiple of `LANES`: left transposed, then right, row by row."""
         left, right = padded_rank(self.left, self.right)
         return torch.cat([left.T.flatten(), right.flatten()])
+
+    def convolutions(self, kernel: tuple[int, ...], groups: int) -> list[Stage]:
+        left, right = self.factors()
+        axes, ones = tuple(range(len(kernel))), (1,) * len(kernel)
+        return [
+            Stage(right.reshape(len(right), -1, *kernel), axes, leading=groups),
+            Stage(left.reshape(*left.shape, *ones), groups=groups),
+        ]
 
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.left) @ self.right

@@ -18,6 +18,8 @@ hosts: Registry[type[Host]] = Registry(
         "linear": "tdkit.models.hosts.linear:LinearHost",
         "conv1d": "tdkit.models.hosts.linear:Conv1DHost",
         "embedding": "tdkit.models.hosts.embedding:EmbeddingHost",
+        "convolution": "tdkit.models.hosts.convolution:ConvolutionHost",
+        "transposed_convolution": "tdkit.models.hosts.convolution:TransposedConvolutionHost",
     },
     fault=subclass_fault(Host),
 )

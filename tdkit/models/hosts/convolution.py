@@ -1,0 +1,215 @@
+"""Convolutions and transposed convolutions of torch, and the factorised layers that replace them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.models.hosts.base import FactorizedLayer, Host, Observer
+from tdkit.models.hosts.windows import windows
+from tdkit.models.lazy_weight import lazy_weight
+from tdkit.products.convolution import Geometry
+from tdkit.shapes import Shape
+from tdkit.support.compatibility import submodules_of
+
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+COPIED = (
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed", "output_padding"),
+    *("groups", "padding_mode"),
+)
+
+
+class ConvolutionHost(Host):
+    """Host of ``torch.nn.Conv1d``, ``Conv2d`` and ``Conv3d``: weight (out, in / groups, \\*kernel)."""
+
+    name = "convolution"
+
+    def accepts(self, module: nn.Module) -> bool:
+        return type(module) in CONVOLUTIONS
+
+    def build(
+        self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
+    ) -> FactorizedLayer:
+        return FactorizedConvolution(matrices["weight"], module)
+
+    def undo(self, layer: FactorizedLayer) -> nn.Module:
+        layer = cast(FactorizedConvolution, layer)
+        kinds = TRANSPOSED if layer.transposed else CONVOLUTIONS
+        more = {"output_padding": layer.output_padding} if layer.transposed else {}
+        dense = kinds[len(layer.kernel_size) - 1](
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            padding_mode=layer.padding_mode,
+            bias=False,
+            device="meta",
+            **more,
+        )
+        with torch.no_grad():
+            weight = layer.stored(layer.matrix.dense())
+        dense.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+        dense.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
+        return dense
+
+    def attach(self, module: nn.Module, weight: str, observe: Observer) -> RemovableHandle:
+        """As `Host.attach`, with a row for each position of each image.
+
+        x is (batch, positions, in / groups * kernel), the part of the input that the kernel covers at each output
+        position, or (batch, positions, groups, in / groups * kernel) for several groups; y is (batch, positions,
+        out). x of very many positions has evenly spread ones only, see `tdkit.models.hosts.windows`, and the rows
+        of y then do not correspond to it.
+        """
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+            x = cast(Tensor, args[0] if args else kwargs["input"])
+            geometry, axes = geometry_of(layer), len(cast(Shape, layer.kernel_size))
+            batched = x.dim() == axes + 2
+            with torch.no_grad():
+                mode = cast(str, layer.padding_mode)
+                rows = windows(x if batched else x.unsqueeze(0), geometry, mode, y.shape[-axes:])
+            positions = (y if batched else y.unsqueeze(0)).flatten(2).transpose(1, 2)
+            return observe(rows, positions).transpose(1, 2).reshape(y.shape)
+
+        return module.register_forward_hook(hook, with_kwargs=True)
+
+
+class TransposedConvolutionHost(ConvolutionHost):
+    """Host of ``torch.nn.ConvTranspose1d``, ``2d`` and ``3d`` with one group: weight (in, out, \\*kernel)."""
+
+    name = "transposed_convolution"
+
+    def accepts(self, module: nn.Module) -> bool:
+        return type(module) in TRANSPOSED and bool(module.groups == 1)
+
+    def canonical(self, stored: Tensor, weight: str) -> Tensor:
+        return stored.transpose(0, 1)
+
+    def stored(self, canonical: Tensor, weight: str) -> Tensor:
+        return canonical.transpose(0, 1).contiguous()
+
+    def build(
+        self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
+    ) -> FactorizedLayer:
+        return FactorizedTransposedConvolution(matrices["weight"], module)
+
+
+class FactorizedConvolution(FactorizedLayer):
+    """A convolution with a factorised weight: a chain of smaller convolutions, or one with the dense weight.
+
+    Replaces ``torch.nn.Conv1d``, ``Conv2d`` and ``Conv3d``, whose attributes it has.
+
+    Args:
+        matrix: (out_channels, in_channels / groups * kernel).
+        dense: the layer that it replaces; its bias is reused.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+    padding_mode: str
+
+    def __init__(self, matrix: FactorizedMatrix, dense: nn.Module) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self.register_parameter("bias", cast("nn.Parameter | None", dense.bias))
+        for name in COPIED:
+            setattr(self, name, getattr(dense, name))
+
+    @property
+    def host(self) -> str:
+        return "convolution"
+
+    @property
+    def replaces(self) -> str:
+        return f"Conv{'Transpose' if self.transposed else ''}{len(self.kernel_size)}d"
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, (out, in / groups, \\*kernel); of a transposed convolution (in, out, \\*kernel)."""
+        out, width = self.out_channels, self.in_channels // self.groups
+        size = (width, out) if self.transposed else (out, width)
+        return lazy_weight(self.matrix, (*size, *self.kernel_size), self.stored)
+
+    def stored(
+        self,
+        dense: Tensor,  # (out, in / groups * kernel)
+    ) -> Tensor:
+        """Returns a matrix as the weight of the replaced layer."""
+        return geometry_of(self).stored(dense.reshape(len(dense), -1, *self.kernel_size))
+
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002, the name that nn.Conv2d gives it; (batch, in, *spatial) or (in, *spatial)
+    ) -> Tensor:  # (batch, out, *spatial) or (out, *spatial)
+        return self._convolve(input, geometry_of(self))
+
+    def _convolve(self, x: Tensor, geometry: Geometry) -> Tensor:
+        axes = len(geometry.kernel)
+        if self.padding_mode != "zeros":
+            x = F.pad(x, geometry.borders(), mode=self.padding_mode)
+            geometry = geometry._replace(padding=(0,) * axes)
+        batched = x.dim() == axes + 2
+        bias = cast("Tensor | None", self.bias)
+        y: Tensor = submodules_of(self)["matrix"](x if batched else x.unsqueeze(0), bias, geometry)
+        return y if batched else y.squeeze(0)
+
+    def extra_repr(self) -> str:
+        shown = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        others = {"padding": (0,) * len(self.stride), "dilation": (1,) * len(self.stride), "groups": 1}
+        for name, default in {**others, "padding_mode": "zeros"}.items():
+            if getattr(self, name) != default:
+                shown += f", {name}={getattr(self, name)}"
+        return f"{shown}, bias={self.bias is not None}"
+
+
+class FactorizedTransposedConvolution(FactorizedConvolution):
+    """Like `FactorizedConvolution`; replaces ``torch.nn.ConvTranspose1d``, ``2d`` and ``3d``."""
+
+    @property
+    def host(self) -> str:
+        return "transposed_convolution"
+
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002, the name that nn.ConvTranspose2d gives it; (batch, in, *spatial) or (in, *spatial)
+        output_size: list[int] | None = None,
+    ) -> Tensor:  # (batch, out, *spatial) or (out, *spatial)
+        """
+        Raises:
+            ValueError: when no output padding gives `output_size`, as the dense layer does.
+        """
+        geometry = geometry_of(self)
+        if output_size is not None:
+            geometry = geometry._replace(output_padding=geometry.output_padding_for(input.shape, output_size))
+        return self._convolve(input, geometry)
+
+
+def geometry_of(layer: nn.Module) -> Geometry:
+    """Returns the geometry of a convolution of torch, or of a factorised one."""
+    found: Any = layer
+    return Geometry(
+        found.kernel_size,
+        found.stride,
+        found.padding,
+        found.dilation,
+        found.groups,
+        found.transposed,
+        tuple(found.output_padding),
+    )
