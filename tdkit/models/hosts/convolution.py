@@ -3,105 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from tdkit.decompositions.base import FactorizedMatrix
-from tdkit.models.hosts.base import FactorizedLayer, Host, Observer
+from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule, Handles, Host, Observer, Removable
 from tdkit.models.hosts.windows import windows
 from tdkit.models.lazy_weight import lazy_weight
 from tdkit.products.convolution import Geometry
 from tdkit.shapes import Shape
-from tdkit.support.compatibility import submodules_of
+from tdkit.support.compatibility import convolve_its_own_way, convolves_its_own_way, submodules_of
 
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 COPIED = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed", "output_padding"),
     *("groups", "padding_mode"),
 )
-
-
-class ConvolutionHost(Host):
-    """Host of ``torch.nn.Conv1d``, ``Conv2d`` and ``Conv3d``: weight (out, in / groups, \\*kernel)."""
-
-    name = "convolution"
-
-    def accepts(self, module: nn.Module) -> bool:
-        return type(module) in CONVOLUTIONS
-
-    def build(
-        self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
-    ) -> FactorizedLayer:
-        return FactorizedConvolution(matrices["weight"], module)
-
-    def undo(self, layer: FactorizedLayer) -> nn.Module:
-        layer = cast(FactorizedConvolution, layer)
-        kinds = TRANSPOSED if layer.transposed else CONVOLUTIONS
-        more = {"output_padding": layer.output_padding} if layer.transposed else {}
-        dense = kinds[len(layer.kernel_size) - 1](
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-            padding_mode=layer.padding_mode,
-            bias=False,
-            device="meta",
-            **more,
-        )
-        with torch.no_grad():
-            weight = layer.stored(layer.matrix.dense())
-        dense.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
-        dense.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
-        return dense
-
-    def attach(self, module: nn.Module, weight: str, observe: Observer) -> RemovableHandle:
-        """As `Host.attach`, with a row for each position of each image.
-
-        x is (batch, positions, in / groups * kernel), the part of the input that the kernel covers at each output
-        position, or (batch, positions, groups, in / groups * kernel) for several groups; y is (batch, positions,
-        out). x of very many positions has evenly spread ones only, see `tdkit.models.hosts.windows`, and the rows
-        of y then do not correspond to it.
-        """
-
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-            x = cast(Tensor, args[0] if args else kwargs["input"])
-            geometry, axes = geometry_of(layer), len(cast(Shape, layer.kernel_size))
-            batched = x.dim() == axes + 2
-            with torch.no_grad():
-                mode = cast(str, layer.padding_mode)
-                rows = windows(x if batched else x.unsqueeze(0), geometry, mode, y.shape[-axes:])
-            positions = (y if batched else y.unsqueeze(0)).flatten(2).transpose(1, 2)
-            return observe(rows, positions).transpose(1, 2).reshape(y.shape)
-
-        return module.register_forward_hook(hook, with_kwargs=True)
-
-
-class TransposedConvolutionHost(ConvolutionHost):
-    """Host of ``torch.nn.ConvTranspose1d``, ``2d`` and ``3d`` with one group: weight (in, out, \\*kernel)."""
-
-    name = "transposed_convolution"
-
-    def accepts(self, module: nn.Module) -> bool:
-        return type(module) in TRANSPOSED and bool(module.groups == 1)
-
-    def canonical(self, stored: Tensor, weight: str) -> Tensor:
-        return stored.transpose(0, 1)
-
-    def stored(self, canonical: Tensor, weight: str) -> Tensor:
-        return canonical.transpose(0, 1).contiguous()
-
-    def build(
-        self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
-    ) -> FactorizedLayer:
-        return FactorizedTransposedConvolution(matrices["weight"], module)
 
 
 class FactorizedConvolution(FactorizedLayer):
@@ -134,7 +53,7 @@ class FactorizedConvolution(FactorizedLayer):
 
     @property
     def host(self) -> str:
-        return "convolution"
+        return f"convolution{len(self.kernel_size)}d"
 
     @property
     def replaces(self) -> str:
@@ -145,9 +64,9 @@ class FactorizedConvolution(FactorizedLayer):
         """The dense weight, (out, in / groups, \\*kernel); of a transposed convolution (in, out, \\*kernel)."""
         out, width = self.out_channels, self.in_channels // self.groups
         size = (width, out) if self.transposed else (out, width)
-        return lazy_weight(self.matrix, (*size, *self.kernel_size), self.stored)
+        return lazy_weight(self.matrix, (*size, *self.kernel_size), self.as_stored)
 
-    def stored(
+    def as_stored(
         self,
         dense: Tensor,  # (out, in / groups * kernel)
     ) -> Tensor:
@@ -158,6 +77,8 @@ class FactorizedConvolution(FactorizedLayer):
         self,
         input: Tensor,  # noqa: A002, the name that nn.Conv2d gives it; (batch, in, *spatial) or (in, *spatial)
     ) -> Tensor:  # (batch, out, *spatial) or (out, *spatial)
+        if convolves_its_own_way(self):
+            return convolve_its_own_way(self, input)
         return self._convolve(input, geometry_of(self))
 
     def _convolve(self, x: Tensor, geometry: Geometry) -> Tensor:
@@ -184,7 +105,7 @@ class FactorizedTransposedConvolution(FactorizedConvolution):
 
     @property
     def host(self) -> str:
-        return "transposed_convolution"
+        return f"transposed_convolution{len(self.kernel_size)}d"
 
     def forward(
         self,
@@ -213,3 +134,108 @@ def geometry_of(layer: nn.Module) -> Geometry:
         found.transposed,
         tuple(found.output_padding),
     )
+
+
+class ConvolutionHost(Host):
+    """Host of one of ``torch.nn.Conv1d``, ``Conv2d`` and ``Conv3d``: weight (out, in / groups, \\*kernel)."""
+
+    layer: ClassVar[type[nn.Module]]
+    factorized = FactorizedConvolution
+
+    def accepts(self, module: nn.Module) -> bool:
+        return type(module) is self.layer
+
+    def build(
+        self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
+    ) -> FactorizedLayer:
+        return self.factorized(matrices["weight"], module)
+
+    def undo(self, layer: FactorizedModule) -> nn.Module:
+        layer = cast(FactorizedConvolution, layer)
+        more = {"output_padding": layer.output_padding} if layer.transposed else {}
+        dense = self.layer(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            padding_mode=layer.padding_mode,
+            bias=False,
+            device="meta",
+            **more,
+        )
+        with torch.no_grad():
+            weight = layer.as_stored(layer.matrix.dense())
+        dense.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+        dense.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
+        return dense
+
+    def computed(self, module: nn.Module, weight: str) -> str:
+        return "dense" if convolves_its_own_way(module) else super().computed(module, weight)
+
+    def attach(self, module: nn.Module, weight: str, observe: Observer) -> Removable:
+        """As `Host.attach`, with a row for each position of each image.
+
+        x is (batch, positions, in / groups * kernel), the part of the input that the kernel covers at each output
+        position, or (batch, positions, groups, in / groups * kernel) for several groups; y is (batch, positions,
+        out). x of very many positions has evenly spread ones only, see `tdkit.models.hosts.windows`, and the rows
+        of y then do not correspond to it. Nothing is seen of a subclass that convolves with another weight.
+        """
+        if convolves_its_own_way(module):
+            return Handles()
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+            x = cast(Tensor, args[0] if args else kwargs["input"])
+            geometry, axes = geometry_of(layer), len(cast(Shape, layer.kernel_size))
+            batched = x.dim() == axes + 2
+            with torch.no_grad():
+                mode = cast(str, layer.padding_mode)
+                rows = windows(x if batched else x.unsqueeze(0), geometry, mode, y.shape[-axes:])
+            positions = (y if batched else y.unsqueeze(0)).flatten(2).transpose(1, 2)
+            return observe(rows, positions).transpose(1, 2).reshape(y.shape)
+
+        return module.register_forward_hook(hook, with_kwargs=True)
+
+
+class TransposedConvolutionHost(ConvolutionHost):
+    """Host of one of ``torch.nn.ConvTranspose1d``, ``2d`` and ``3d`` with one group: weight (in, out, \\*kernel)."""
+
+    factorized = FactorizedTransposedConvolution
+
+    def refusal(self, module: nn.Module, weight: str) -> str | None:
+        groups = cast(nn.ConvTranspose2d, module).groups
+        if groups > 1:
+            return f"{type(module).__name__} with groups={groups} has no view (out, in / groups, *kernel)"
+        return None
+
+    def canonical(self, stored: Tensor, weight: str) -> Tensor:
+        return stored.transpose(0, 1)
+
+    def stored(self, canonical: Tensor, weight: str) -> Tensor:
+        return canonical.transpose(0, 1).contiguous()
+
+
+class Convolution1dHost(ConvolutionHost):
+    name, layer = "convolution1d", nn.Conv1d
+
+
+class Convolution2dHost(ConvolutionHost):
+    name, layer = "convolution2d", nn.Conv2d
+
+
+class Convolution3dHost(ConvolutionHost):
+    name, layer = "convolution3d", nn.Conv3d
+
+
+class TransposedConvolution1dHost(TransposedConvolutionHost):
+    name, layer = "transposed_convolution1d", nn.ConvTranspose1d
+
+
+class TransposedConvolution2dHost(TransposedConvolutionHost):
+    name, layer = "transposed_convolution2d", nn.ConvTranspose2d
+
+
+class TransposedConvolution3dHost(TransposedConvolutionHost):
+    name, layer = "transposed_convolution3d", nn.ConvTranspose3d
