@@ -43,7 +43,8 @@ def multiply_adds(stages: Sequence[StageShape], geometry: Geometry) -> int:
     total = 0
     for number, stage in enumerate(stages):
         others = stages[:number] if geometry.transposed else stages[number + 1 :]
-        positions = math.prod([geometry.stride[axis] for other in others for axis in other.axes])  # torch.compile traces it
+        # a list, which torch.compile traces
+        positions = math.prod([geometry.stride[axis] for other in others for axis in other.axes])
         total += stage.outer * math.prod(stage.shape) * positions
     return total
 

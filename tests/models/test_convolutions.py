@@ -94,10 +94,9 @@ def test_autocast_and_compile(make: Callable[[], nn.Module], size: Any) -> None:
     torch.testing.assert_close(found, dense(x))
 
 
-@EVERY
-def test_channels_last(make: Callable[[], nn.Module], size: Any) -> None:
-    if len(size) != 4:
-        pytest.skip("two axes only")
+@pytest.mark.parametrize("name", [name for name, (_, size) in LAYERS.items() if len(size) == 4])
+def test_channels_last(name: str) -> None:
+    make, size = LAYERS[name]
     small, dense = twins(make())
     small, dense = (layer.to(memory_format=torch.channels_last) for layer in (small, dense))
     x = torch.randn(size).contiguous(memory_format=torch.channels_last)

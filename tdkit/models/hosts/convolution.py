@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.decompositions.base import FactorizedMatrix, Preference
 from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule, Handles, Host, Observer, Removable
 from tdkit.models.hosts.windows import windows
 from tdkit.models.lazy_weight import lazy_weight
+from tdkit.products.cached_tensor import can_cache
 from tdkit.products.convolution import Geometry
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import convolve_its_own_way, convolves_its_own_way, submodules_of
@@ -90,6 +91,21 @@ class FactorizedConvolution(FactorizedLayer):
         bias = cast("Tensor | None", self.bias)
         y: Tensor = submodules_of(self)["matrix"](x if batched else x.unsqueeze(0), bias, geometry)
         return y if batched else y.squeeze(0)
+
+    def path(self, size: Shape, *, prefer: Preference | None = None) -> str:
+        """The name of the path in eval mode: 'chain', 'dense' or 'dense, cached'.
+
+        Args:
+            size: of the input, (batch, in, *spatial).
+            prefer: as `tdkit.prepare`; as the matrix is set when None.
+        """
+        of, matrix, geometry = next(self.matrix.parameters()), self.matrix, geometry_of(self)
+        if self.padding_mode != "zeros":
+            size = tuple(F.pad(torch.empty(size, device="meta"), geometry.borders(), mode=self.padding_mode).shape)
+            geometry = geometry._replace(padding=(0,) * len(geometry.kernel))
+        cached = (prefer or matrix.prefer) == "speed" and can_cache(matrix.tensors())
+        choice = matrix.dispatcher.choice(matrix, geometry, size, dtype=of.dtype, device=of.device.type, cached=cached)
+        return choice.path.name
 
     def extra_repr(self) -> str:
         shown = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
