@@ -20,6 +20,7 @@ from tdkit.fitting.metric import Metric
 from tdkit.models.sites import Site, survey
 from tdkit.sources.positions import check_positions
 from tdkit.sources.texts import spread_windows
+from tdkit.support.compatibility import uncompiled
 from tdkit.support.devices import check_device
 from tdkit.support.progress import Bar, progress_bar
 
@@ -82,6 +83,7 @@ def calibrate(
     check_labels(labels)
     if loss is not None and labels != "data":
         raise CalibrationError(f"loss= has labels of its own: leave out labels={labels!r}")
+    model = uncompiled(model)
     sites = survey(model).sites
     if names is not None:
         sites = _named(sites, names)
@@ -133,7 +135,7 @@ def recalibrate(
     runner = Runner(model, gradients=calibration.gradients, loss=calibration.loss, labels=calibration.labels)
     found = measured(runner, sites, calibration.batches, limit_bytes=limit_bytes, device=device, progress=progress)
     mean = runner.calibration(calibration.batches)
-    for name in (name for name in calibration.names if name in found.names):
+    for name in calibration.names:  # one that the batches do not reach now keeps its moments
         ends = calibration.metric(name), found.metric(name)
         metric = Metric(_mean([end.input for end in ends if end]), _mean([end.output for end in ends if end]))
         mean.add({name: metric}, spill=calibration.spilled or found.spilled)

@@ -14,8 +14,8 @@ from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedModule, Host, become, unsupported
 from tdkit.models.hosts.in_place import parametrized
 from tdkit.models.hosts.registered import builder_of, host_of
-from tdkit.shapes import Shape
-from tdkit.support.compatibility import offloads
+from tdkit.shapes import Shape, by
+from tdkit.support.compatibility import COMPILED, offloads
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,9 @@ def _users(model: nn.Module, found: list[tuple[str, nn.Module, str]]) -> tuple[t
             return (), refusal
         kind, times = type(module).__name__, host.multiplications(module, attribute)
         users.append(User(model, name, attribute, host, kind, times))
+    shape = tuple(users[0].tensor.shape)
+    if 1 in (shape[0], math.prod(shape[1:])):
+        return (), f"a {by(shape)} weight is a vector: no factors hold fewer parameters"
     if len({tuple(user.tensor.shape) for user in users}) > 1:
         return (), f"tied layers {', '.join(u.name for u in users)} hold it in different layouts"
     return tuple(users), None
@@ -234,6 +237,14 @@ def num_bytes(model: nn.Module) -> int:
     """Returns the bytes of the tensors in the ``state_dict`` of a model; tied ones are counted once."""
     tensors: dict[int, torch.Tensor] = {t.data_ptr(): t for t in model.state_dict().values()}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def changes_in_place(host: Host, layer: str) -> bool:
+    """Returns whether the layer of this name becomes the factorised one, instead of being replaced by it.
+
+    The model itself has no parent to hold another module, and the wrapper of ``torch.compile`` calls the one it got.
+    """
+    return host.in_place or not layer or f"{layer}.".endswith(COMPILED)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
+    "COMPILED",
     "RecurrentWeights",
     "buffers_of",
     "constant_for_compile",
@@ -28,6 +29,7 @@ __all__ = [
     "onednn_linear",
     "own_parameters",
     "parameters_of",
+    "pre_hooks_of",
     "rebind_hooked_forward",
     "recurrent_weights_again",
     "reset_accelerate_state",
@@ -36,6 +38,7 @@ __all__ = [
     "submodules_of",
     "tree_leaves",
     "tree_map_only",
+    "uncompiled",
     "version_of",
     "without_recurrent_weights",
     "wrapper_tensor",
@@ -122,9 +125,23 @@ def rebind_hooked_forward(module: nn.Module) -> None:
         vars(module)["_old_forward"] = MethodType(type(module).forward, module)
 
 
+COMPILED = "_orig_mod."  # precedes the names inside a module that torch.compile wrapped
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Returns the module inside the wrapper of ``torch.compile``, or the module itself."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if type(model).__name__ == "OptimizedModule" and isinstance(inner, nn.Module) else model
+
+
 def move_own_tensors(module: nn.Module, device: torch.device) -> None:
     """``module.to(device)`` without its submodules; parameters stay the same objects."""
     module._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
+
+
+def pre_hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks that run before the module's ``forward``."""
+    return list(module._forward_pre_hooks.values())
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
