@@ -41,6 +41,14 @@ class Stage:
     trailing: int = 1
 
 
+def pointwise(
+    matrix: Tensor,  # (out, in)
+    count: int,
+) -> Tensor:  # (out, in, 1, ...)
+    """The weight of a 1 x 1 convolution over `count` spatial axes, a view."""
+    return matrix.reshape(*matrix.shape, *[1] * count)
+
+
 class Geometry(NamedTuple):
     """The arguments of a convolution besides its input, weight and bias, as in ``torch.nn.Conv2d``.
 
