@@ -40,6 +40,11 @@ class Stage:
     leading: int = 1
     trailing: int = 1
 
+    @property
+    def outer(self) -> tuple[int, int]:
+        """Numbers of values of the indices before and after the channels."""
+        return self.leading, self.trailing
+
 
 def pointwise(
     matrix: Tensor,  # (out, in)
@@ -47,6 +52,23 @@ def pointwise(
 ) -> Tensor:  # (out, in, 1, ...)
     """The weight of a 1 x 1 convolution over `count` spatial axes, a view."""
     return matrix.reshape(*matrix.shape, *[1] * count)
+
+
+def merged(stages: Sequence[Stage]) -> list[Stage]:
+    """The same chain with depthwise stages that follow each other, along different axes, as one: fewer passes."""
+    found: list[Stage] = []
+    for stage in stages:
+        last = found[-1] if found else None
+        if last is not None and _is_depthwise(last) and _is_depthwise(stage) and last.outer == stage.outer:
+            found.pop()
+            weight = last.weight * stage.weight  # of different axes: the outer product of their kernels
+            stage = Stage(weight, last.axes + stage.axes, stage.groups, stage.leading, stage.trailing)
+        found.append(stage)
+    return found
+
+
+def _is_depthwise(stage: Stage) -> bool:
+    return stage.weight.shape[0] == stage.groups > 1 and stage.weight.shape[1] == 1
 
 
 class Geometry(NamedTuple):

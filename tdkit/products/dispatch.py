@@ -12,7 +12,7 @@ from tdkit.errors import TdkitError
 from tdkit.products import kernels, onednn
 from tdkit.products.autograd import autocast_dtype
 from tdkit.products.cached_tensor import CachedTensor, can_cache
-from tdkit.products.convolution import Geometry, Stage, chain
+from tdkit.products.convolution import Geometry, Stage, chain, merged
 from tdkit.products.convolution_cost import CHAIN, Choice, choose, dense_shape, multiply_adds, shape_of
 from tdkit.products.cost import CACHED, DENSE, FEW, FUSED, GRAPH, Path, PathTable, cached_path, lookup, path_table
 from tdkit.products.structure import Structure
@@ -139,7 +139,7 @@ class Dispatcher:
     ) -> Tensor:  # (batch, out, *spatial)
         """The convolution with the weight that is the matrix, by its stages or by the dense weight."""
         if torch.compiler.is_compiling():
-            stages = matrix.convolutions(geometry.kernel, geometry.groups)
+            stages = _stages(matrix, geometry)
             if stages is not None and _needs_fewer(stages, matrix.shape, geometry):
                 return chain(x, stages, bias, geometry)
             return geometry.convolve(x, _kernel_of(matrix, geometry), bias)
@@ -151,7 +151,7 @@ class Dispatcher:
             matrix, geometry, tuple(x.shape), dtype=x.dtype, device=x.device.type, cached=cached, training=training
         )
         if choice.path.name == CHAIN:
-            stages = matrix.convolutions(geometry.kernel, geometry.groups)
+            stages = _stages(matrix, geometry)
             assert stages is not None
             return chain(x, stages, bias, geometry, images=choice.images)
         if cached:
@@ -177,7 +177,7 @@ class Dispatcher:
         key = (geometry, size, dtype, device, cached, training)
         found = self._choices.get(key)
         if found is None:
-            stages = matrix.convolutions(geometry.kernel, geometry.groups)
+            stages = _stages(matrix, geometry)
             if len(self._choices) >= CHOICES:  # images of ever new sizes
                 self._choices.clear()
             found = self._choices[key] = choose(
@@ -245,6 +245,11 @@ def check_loaded(tensors: Sequence[Tensor], x: Tensor) -> None:
 
 def _needs_gradients(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _stages(matrix: Factorized, geometry: Geometry) -> list[Stage] | None:
+    stages = matrix.convolutions(geometry.kernel, geometry.groups)
+    return None if stages is None else merged(stages)
 
 
 def _kernel_of(matrix: Factorized, geometry: Geometry) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tdkit.evaluation.timing import peak_bytes, saved_bytes
-from tdkit.products.convolution import Geometry, Stage, chain
+from tdkit.products.convolution import Geometry, Stage, chain, merged
 from tdkit.products.convolution_cost import CHAIN, chain_path, choose, dense_shape, multiply_adds, shape_of
 from tdkit.products.cost import CACHED, DENSE, Path
 
@@ -83,6 +83,14 @@ def test_a_chain_equals_the_dense_convolution(stages: list[Stage], geometry: Geo
     torch.testing.assert_close(chain(x, stages, bias, geometry, images=1), expected)
     spread = x.contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(chain(spread, stages, bias, geometry), expected)
+    torch.testing.assert_close(chain(x, merged(stages), bias, geometry), expected)
+
+
+def test_depthwise_stages_become_one() -> None:
+    assert [stage.axes for stage in merged(CHAINS["cp"])] == [(), (0, 1), ()]
+    assert merged(CHAINS["cp"])[1].weight.shape == (5, 1, 3, 3)
+    for name in ("tucker", "spatial", "kronecker"):
+        assert merged(CHAINS[name]) == CHAINS[name]
 
 
 def test_a_path_counts_the_positions_of_each_stage() -> None:
