@@ -32,8 +32,8 @@ from tdkit.planning.policy import Policy, Rule
 __version__ = "0.1.0"
 
 __all__ = [
-    "Auto",
     "CP",
+    "Auto",
     "Calibration",
     "Decomposition",
     "FactorizedMatrix",

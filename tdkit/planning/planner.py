@@ -12,6 +12,7 @@ from tdkit.calibration.losses import Labels
 from tdkit.calibration.measure import measured, text_batches
 from tdkit.calibration.runner import Runner
 from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.decompositions.stacks import FactorizedStack
 from tdkit.errors import BudgetError
 from tdkit.models.sites import Site, factorized_groups, num_params, survey
 from tdkit.planning.allocation import Choice
@@ -103,6 +104,7 @@ def applied_plan(model: nn.Module) -> Plan:
     for matrix, users in factorized_groups(model):
         size = matrix.shape[0] * matrix.shape[1]
         times = sum(user.multiplications for user in users)
+        members = matrix.sizes[0] if isinstance(matrix, FactorizedStack) else 1
         steps.append(
             Step(
                 names=tuple(user.name for user in users),
@@ -113,7 +115,7 @@ def applied_plan(model: nn.Module) -> Plan:
                 params_before=size,
                 params_after=matrix.params,
                 indices=matrix.indices,
-                multiply_adds_before=times * size,
+                multiply_adds_before=times * size // members,
                 multiply_adds_after=times * matrix.multiply_adds(),
                 error=matrix.error,
                 paths=_paths_of(matrix) if times else None,
@@ -157,7 +159,7 @@ def _choose(
 
 def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
     kind, reason = choice.decomposition, choice.reason
-    params, indices, multiply_adds, paths = site.params, 0, site.params, None
+    params, indices, multiply_adds, paths = site.params, 0, site.multiply_adds, None
     times = site.multiplications()
     if kind is not None:
         matrix = kind.empty(kind.shape_of(site.shape), device="meta")
@@ -176,7 +178,7 @@ def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
         params_before=site.params,
         params_after=params,
         indices=indices,
-        multiply_adds_before=times * site.params,
+        multiply_adds_before=times * site.multiply_adds,
         multiply_adds_after=times * multiply_adds,
         loss=None if choice.error is None else choice.error / 2,
         runner_up=None
@@ -188,5 +190,6 @@ def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
 
 def _paths_of(matrix: FactorizedMatrix) -> tuple[str, str]:
     """Returns the names of the paths with the least estimated time for 1 and for 512 tokens."""
-    few, many = (min(matrix.paths(tokens), key=lambda path: path.seconds()) for tokens in (1, 512))
+    paths = matrix.member_paths if isinstance(matrix, FactorizedStack) else matrix.paths
+    few, many = (min(paths(tokens), key=lambda path: path.seconds()) for tokens in (1, 512))
     return few.name, many.name

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from tdkit.decompositions.base import Decomposition
+from tdkit.decompositions.stacked import Stacked, stacked
 from tdkit.errors import OptionError, PolicyError
 from tdkit.models.sites import Site, Survey, survey, uninitialized
 from tdkit.planning.allocation import Choice, OpenSite
@@ -103,6 +105,19 @@ def resolve(model: nn.Module, policy: Policy | Plan) -> Resolved:
     return Resolved(model, found, policy, rules, fixed, open_sites)
 
 
+def decomposition_at(site: Site, kind: Decomposition) -> Decomposition:
+    """Returns what the decomposition of a rule stands for at a site: at a stack of matrices, itself for each of them.
+
+    Raises:
+        OptionError: when a decomposition of stacks is given for another weight.
+    """
+    if site.stacked:
+        return stacked(kind)
+    if isinstance(kind, Stacked):
+        raise OptionError(f"{kind.describe()} is for stacks of matrices, such as experts; this weight is none")
+    return kind
+
+
 def _no_policy(given: object) -> str:
     remedy = {
         Rule: "put it into one: Policy([rule], budget=...)",
@@ -127,8 +142,8 @@ def _sorted(
         rule = assigned.get(site.name)
         if rule is None or rule.decomposition is None:
             continue
-        kind = rule.decomposition
         try:
+            kind = decomposition_at(site, rule.decomposition)
             kind.check(kind.shape_of(site.shape))
         except OptionError as error:
             problems.append(f"{site.name}: {error}")
