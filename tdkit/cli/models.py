@@ -20,8 +20,9 @@ from tdkit.errors import CheckpointError, OptionError, PolicyError
 from tdkit.evaluation.language_models import PROTOCOL, evaluate
 from tdkit.models.checkpoint import DESCRIPTION, read_description, save
 from tdkit.planning.planner import applied_plan, calibrated, planned
-from tdkit.planning.policy import Policy, Rule
+from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
+from tdkit.planning.rule import Rule
 from tdkit.sources.models import DTYPES, load_model
 from tdkit.sources.positions import check_positions
 from tdkit.sources.source import Source

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
+from tdkit.decompositions.base import Decomposition
 from tdkit.errors import OptionError, PolicyError
 from tdkit.models.sites import Site, Survey, survey, uninitialized
-from tdkit.planning.allocation import Choice, OpenSite
+from tdkit.planning.allocation import FLOOR, Choice, OpenSite
 from tdkit.planning.plan import Plan
-from tdkit.planning.policy import Policy, Rule
+from tdkit.planning.policy import Policy
+from tdkit.planning.rule import Rule
 from tdkit.planning.step import Step
 from tdkit.shapes import by
 
@@ -25,7 +27,8 @@ class Resolved:
         survey: the weights of the model.
         policy: the policy; None when a plan was given.
         rules: by site name, the rule that applies to the site.
-        fixed: by site name, the choices of rules whose decomposition has its rank set.
+        fixed: by site name, the choices that need no budget: of rules whose decomposition has its rank set, and of
+            weights that cannot become smaller.
         open: the sites whose rank is chosen from a budget. The key is the index of the rule whose own budget applies,
             or None for the budget of the policy.
         plan: the plan to follow; None when there is none yet.
@@ -44,7 +47,8 @@ class Resolved:
         """The sites that are to be replaced by a decomposition."""
         if self.plan is not None:
             return tuple(site for _, site in self.pairs(self.plan))
-        names = {name for name, rule in self.rules.items() if not rule.keep}
+        settled = {name for name, choice in self.fixed.items() if choice.decomposition is None}
+        names = {name for name, rule in self.rules.items() if not rule.keep} - settled
         return tuple(site for site in self.survey.sites if site.name in names)
 
     def following(self, plan: Plan) -> Resolved:
@@ -116,7 +120,7 @@ def _no_policy(given: object) -> str:
 def _sorted(
     policy: Policy, found: Survey, assigned: Mapping[str, Rule]
 ) -> tuple[dict[str, Choice], dict[int | None, list[OpenSite]]]:
-    """Returns the choices of rules whose rank is set, and the sites whose rank is chosen from a budget."""
+    """Returns the choices that need no budget, and the sites whose rank is chosen from a budget."""
     fixed: dict[str, Choice] = {}
     open_sites: dict[int | None, list[OpenSite]] = {}
     problems: list[str] = []
@@ -126,17 +130,26 @@ def _sorted(
         if rule is None or rule.decomposition is None:
             continue
         kind = rule.decomposition
-        try:
-            kind.check(kind.shape_of(site.shape))
-        except OptionError as error:
-            problems.append(f"{site.name}: {error}")
+        problem = _problem(kind, site)
+        if problem is not None and not any(rule.spells_out(name) for name in site.names):
+            reason = _unfit(kind, site)
+            if reason is not None:
+                fixed[site.name] = Choice(None, reason)
+                continue
+        if problem is not None:
+            problems.append(f"{site.name}: {problem}")
+            continue
+        if not kind.is_complete() and not policy.allow_growth and not _can_shrink(kind, site):
+            fixed[site.name] = Choice(None, f"no {kind.name} decomposition holds fewer parameters")
             continue
         if kind.is_complete():
             fixed[site.name] = Choice(kind)
         elif rule.budget is None and policy.budget is None:
             unbudgeted.setdefault(kind.describe(), []).append(site.name)
         else:
-            open_site = OpenSite(site, kind, rule.min_keep, rule.max_keep)
+            least = policy.min_keep if rule.min_keep is None else rule.min_keep
+            floor = min(FLOOR, rule.max_keep or 1.0) if least is None else 0.0
+            open_site = OpenSite(site, kind, least, rule.max_keep, floor)
             place = next(number for number, own in enumerate(policy.rules) if own is rule)
             open_sites.setdefault(place if rule.budget is not None else None, []).append(open_site)
     for what, names in unbudgeted.items():
@@ -148,3 +161,37 @@ def _sorted(
     if problems:
         raise OptionError("\n".join(problems))
     return fixed, open_sites
+
+
+def _problem(kind: Decomposition, site: Site) -> str | None:
+    """Returns why a decomposition has no choice for a site, or None."""
+    try:
+        kind.check(kind.shape_of(site.shape))
+    except OptionError as error:
+        return str(error)
+    return None
+
+
+def _unfit(kind: Decomposition, site: Site) -> str | None:
+    """Returns why no decomposition of this type is for a site, whatever its options; None when the options are at fault.
+
+    A pattern with wildcards matches such weights too: they stay dense, for this reason.
+    """
+    try:
+        kind.shape_of(site.shape)
+    except OptionError as error:
+        return str(error)
+    unset = replace(kind, **{field.name: None for field in fields(kind) if field.default is None})
+    if _problem(unset, site) is None and _can_shrink(unset, site):
+        return None
+    return f"no {kind.name} decomposition holds fewer parameters"
+
+
+def _can_shrink(kind: Decomposition, site: Site) -> bool:
+    """Returns whether the smallest choice holds fewer parameters than the dense weight."""
+    shape = kind.shape_of(site.shape)
+    for each in kind.alternatives(shape):
+        own = each.shape_of(shape)
+        if each.candidates(own)[0].num_params(own) < site.params:
+            return True
+    return False
