@@ -79,7 +79,7 @@ def plan(
     source = load_model(model, dtype=dtype_of(dtype))
     resolved = resolve(source.model, chosen)
     made = planned(resolved, _calibration(source, texts, calibration_tokens, context, labels, resolved))
-    show(made.table(every=every), made.to_dict(), as_json)
+    show(made.report(every=every), made.to_dict(), as_json)
 
 
 def compress(
@@ -126,7 +126,7 @@ def compress(
         save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite)
         made = applied_plan(source.model)
         note(f"saved to {folder}")
-    show(made.table(every=every), made.to_dict(), as_json)
+    show(made.report(every=every), made.to_dict(), as_json)
 
 
 def eval_(

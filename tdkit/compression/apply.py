@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
 from tdkit.planning.step import Step
 from tdkit.support.devices import check_device
-from tdkit.support.processes import failing_together, processes, shared
+from tdkit.support.processes import failing_together, is_main_process, processes, shared
 from tdkit.support.progress import progress_bar
+
+_log = logging.getLogger(__name__)
 
 
 def compress(
@@ -41,7 +44,7 @@ def compress(
     An exception, Ctrl-C included, restores the original model. The same model, policy and calibration give the same
     factors. Layers are fitted and replaced one by one, and the replaced weights of a large model are spilled to disk
     until the end, so that memory does not grow. The processes of a ``torch.distributed`` group distribute the layers
-    among them, and all end with the same model.
+    among them, and all end with the same model. The warnings of the plan are logged.
 
     Args:
         model: any torch module.
@@ -86,7 +89,11 @@ def compress_resolved(
     device = check_device(device)
     model, known = resolved.model, calibration
     for number in range(passes):
-        pairs = resolved.pairs(planned(resolved, known, progress=progress))
+        made = planned(resolved, known, progress=progress)
+        if is_main_process():
+            for text in made.warnings if number + 1 == passes else ():
+                _log.warning("%s", text)
+        pairs = resolved.pairs(made)
         with failing_together(), swapping(model, [site for _, site in pairs]) as swap:
             if sequential:
                 assert known is not None

@@ -8,9 +8,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tdkit.calibration.calibration import Calibration
 from tdkit.decompositions.base import Decomposition, Point
-from tdkit.errors import BudgetError
+from tdkit.errors import BudgetError, PolicyError
 from tdkit.models.sites import Site
 from tdkit.shapes import Shape
 
@@ -69,13 +71,27 @@ class OpenSite:
         """Returns `share` clamped to the bounds."""
         return min(max(share, self.min_keep or 0), 1 if self.max_keep is None else self.max_keep)
 
+    def weight(self) -> Tensor:
+        """Returns the weight in that shape.
+
+        Raises:
+            PolicyError: when it is on the meta device.
+        """
+        weight = self.site.weight.detach()
+        if weight.is_meta:
+            raise PolicyError(
+                f"{self.site.name} is on the meta device and holds no numbers, which choosing by error needs: load the "
+                "model, or name one decomposition and plan without calibration"
+            )
+        return self.kind.view(weight)
+
     def complete(self, share: float, calibration: Calibration | None) -> Decomposition | None:
         """Returns the best complete decomposition with at most `share` of the dense parameters, or None."""
         most = math.floor(share * self.site.params)
         if not self.is_choice():
             return self.kind.complete(self.shape, most)
         metric = calibration.metric(self.site.name) if calibration else None
-        return self.kind.best_within(self.kind.view(self.site.weight), metric, most)
+        return self.kind.best_within(self.weight(), metric, most)
 
     def is_choice(self) -> bool:
         """Returns whether `kind` has several alternatives to choose from."""

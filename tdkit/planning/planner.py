@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -20,6 +21,7 @@ from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
 from tdkit.planning.step import Step
+from tdkit.planning.warnings import warnings_of, warnings_of_applied
 from tdkit.support.processes import failing_together
 
 
@@ -92,7 +94,8 @@ def planned(resolved: Resolved, calibration: Calibration | None = None, *, progr
         steps.append(_step(site, choice, policy.allow_growth))
     before = num_params(resolved.model)
     after = before - sum(s.params_before - s.params_after for s in steps)
-    return Plan(tuple(steps), before, after, {u.name: u.reason for u in resolved.survey.untouchable}, policy.budget)
+    made = Plan(tuple(steps), before, after, resolved.survey.untouchable, policy.budget)
+    return replace(made, warnings=warnings_of(made, resolved))
 
 
 def applied_plan(model: nn.Module) -> Plan:
@@ -121,7 +124,8 @@ def applied_plan(model: nn.Module) -> Plan:
     steps += [_step(site, Choice(None, "dense"), allow_growth=False) for site in found.sites]
     after = num_params(model)
     before = after + sum(s.params_before - s.params_after for s in steps)
-    return Plan(tuple(steps), before, after, {u.name: u.reason for u in found.untouchable})
+    made = Plan(tuple(steps), before, after, found.untouchable)
+    return replace(made, warnings=warnings_of_applied(made, model))
 
 
 def _choose(
@@ -145,9 +149,12 @@ def _choose(
         available = int(policy.budget * whole) - elsewhere
         place = f"policy budget={policy.budget}"
         if available <= 0:
+            lost = sum(weight.params for weight in resolved.survey.untouchable) / whole
             raise BudgetError(
                 f"{place} cannot be met: what the open rules do not match already holds "
                 f"{elsewhere / whole:.3f} of the parameters"
+                + (f", {lost:.3f} in weights that cannot be rewritten" if lost else "")
+                + ": raise the budget or match more layers"
             )
         choices |= allocate(policy.allocation, Request(sites, available, place, calibration, progress))
     return choices

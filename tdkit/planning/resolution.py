@@ -173,7 +173,7 @@ def _problem(kind: Decomposition, site: Site) -> str | None:
 
 
 def _unfit(kind: Decomposition, site: Site) -> str | None:
-    """Returns why no decomposition of this type is for a site, whatever its options; None when the options are at fault.
+    """Returns why no decomposition of this type is for a site, or None when its options are at fault.
 
     A pattern with wildcards matches such weights too: they stay dense, for this reason.
     """
