@@ -32,7 +32,7 @@ def heads(model: nn.Module, steps: Sequence[Step]) -> dict[str, str]:
 
 
 def _returned(model: nn.Module, products: Sequence[Step]) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for method in ("get_output_embeddings", "get_classifier"):
         try:
             layer = getattr(model, method)()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -15,7 +16,7 @@ from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy
 from tdkit.planning.rule import Rule
 from tdkit.planning.step import Step
-from tdkit.shapes import by
+from tdkit.shapes import Shape, by
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def _sorted(
     open_sites: dict[int | None, list[OpenSite]] = {}
     problems: list[str] = []
     unbudgeted: dict[str, list[str]] = {}
+    shrinks: dict[tuple[int, Shape], bool] = {}  # by rule and shape
     for site in found.sites:
         rule = assigned.get(site.name)
         if rule is None or rule.decomposition is None:
@@ -139,7 +141,10 @@ def _sorted(
         if problem is not None:
             problems.append(f"{site.name}: {problem}")
             continue
-        if not kind.is_complete() and not policy.allow_growth and not _can_shrink(kind, site):
+        key = id(rule), site.shape
+        if key not in shrinks:
+            shrinks[key] = kind.is_complete() or policy.allow_growth or _can_shrink(kind, site.shape)
+        if not shrinks[key]:
             fixed[site.name] = Choice(None, f"no {kind.name} decomposition holds fewer parameters")
             continue
         if kind.is_complete():
@@ -182,16 +187,12 @@ def _unfit(kind: Decomposition, site: Site) -> str | None:
     except OptionError as error:
         return str(error)
     unset = replace(kind, **{field.name: None for field in fields(kind) if field.default is None})
-    if _problem(unset, site) is None and _can_shrink(unset, site):
+    if _problem(unset, site) is None and _can_shrink(unset, site.shape):
         return None
     return f"no {kind.name} decomposition holds fewer parameters"
 
 
-def _can_shrink(kind: Decomposition, site: Site) -> bool:
-    """Returns whether the smallest choice holds fewer parameters than the dense weight."""
-    shape = kind.shape_of(site.shape)
-    for each in kind.alternatives(shape):
-        own = each.shape_of(shape)
-        if each.candidates(own)[0].num_params(own) < site.params:
-            return True
-    return False
+def _can_shrink(kind: Decomposition, shape: Shape) -> bool:
+    """Returns whether a choice holds fewer parameters than the dense weight."""
+    shape, params = kind.shape_of(shape), math.prod(shape)
+    return any(each.complete(each.shape_of(shape), params - 1) is not None for each in kind.alternatives(shape))

@@ -76,8 +76,8 @@ def _crushed(plan: Plan) -> Iterator[str]:
     if after < plan.budget / 2 * before:
         part, left = before / plan.params_before, after / before
         yield (
-            f"the budget {plan.budget:g} is met by cutting {percent(part)} of the parameters to {percent(left)} of their "
-            f"size, because the other {percent(1 - part, up=True)} are kept: match more layers or raise the budget"
+            f"the budget {plan.budget:g} is met by cutting {percent(part)} of the parameters to {percent(left)} of "
+            f"their size, because {percent(1 - part, up=True)} are kept: match more layers or raise the budget"
         )
 
 
