@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -17,6 +16,7 @@ from tdkit.planning.policy import Policy
 from tdkit.planning.rule import Rule
 from tdkit.planning.step import Step
 from tdkit.shapes import Shape, by
+from tdkit.support.compatibility import uncompiled
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ def resolve(model: nn.Module, policy: Policy | Plan) -> Resolved:
     """
     if not isinstance(model, nn.Module):
         raise PolicyError(f"the model is a {type(model).__name__}, not a torch.nn.Module: give the model itself")
+    model = uncompiled(model)
     lazy = uninitialized(model)
     if lazy:
         raise PolicyError(
@@ -126,7 +127,7 @@ def _sorted(
     open_sites: dict[int | None, list[OpenSite]] = {}
     problems: list[str] = []
     unbudgeted: dict[str, list[str]] = {}
-    shrinks: dict[tuple[int, Shape], bool] = {}  # by rule and shape
+    shrinks: dict[tuple[int, Shape, int], bool] = {}  # by rule, shape and size
     for site in found.sites:
         rule = assigned.get(site.name)
         if rule is None or rule.decomposition is None:
@@ -141,9 +142,9 @@ def _sorted(
         if problem is not None:
             problems.append(f"{site.name}: {problem}")
             continue
-        key = id(rule), site.shape
+        key = id(rule), site.shape, site.params
         if key not in shrinks:
-            shrinks[key] = kind.is_complete() or policy.allow_growth or _can_shrink(kind, site.shape)
+            shrinks[key] = kind.is_complete() or policy.allow_growth or _can_shrink(kind, site)
         if not shrinks[key]:
             fixed[site.name] = Choice(None, f"no {kind.name} decomposition holds fewer parameters")
             continue
@@ -187,12 +188,12 @@ def _unfit(kind: Decomposition, site: Site) -> str | None:
     except OptionError as error:
         return str(error)
     unset = replace(kind, **{field.name: None for field in fields(kind) if field.default is None})
-    if _problem(unset, site) is None and _can_shrink(unset, site.shape):
+    if _problem(unset, site) is None and _can_shrink(unset, site):
         return None
     return f"no {kind.name} decomposition holds fewer parameters"
 
 
-def _can_shrink(kind: Decomposition, shape: Shape) -> bool:
+def _can_shrink(kind: Decomposition, site: Site) -> bool:
     """Returns whether a choice holds fewer parameters than the dense weight."""
-    shape, params = kind.shape_of(shape), math.prod(shape)
-    return any(each.complete(each.shape_of(shape), params - 1) is not None for each in kind.alternatives(shape))
+    shape, most = kind.shape_of(site.shape), site.params - 1
+    return any(each.complete(each.shape_of(shape), most) is not None for each in kind.alternatives(shape))
