@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from tdkit.calibration.measure import measured, text_batches
 from tdkit.calibration.runner import Runner
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import BudgetError
+from tdkit.models.hosts.base import Host
+from tdkit.models.hosts.registered import builder_of
 from tdkit.models.sites import Site, factorized_groups, num_params, survey
 from tdkit.planning.allocation import Choice
 from tdkit.planning.allocators import Request, allocate
@@ -22,6 +25,7 @@ from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
 from tdkit.planning.step import Step
 from tdkit.planning.warnings import warnings_of, warnings_of_applied
+from tdkit.products.cost import DENSE
 from tdkit.support.compatibility import uncompiled
 from tdkit.support.processes import failing_together
 
@@ -106,6 +110,7 @@ def applied_plan(model: nn.Module) -> Plan:
     for matrix, users in factorized_groups(model):
         size = matrix.shape[0] * matrix.shape[1]
         times = sum(user.multiplications for user in users)
+        computed = _computed((builder_of(user.module), user.module, user.weight) for user in users)
         steps.append(
             Step(
                 names=tuple(user.name for user in users),
@@ -117,9 +122,10 @@ def applied_plan(model: nn.Module) -> Plan:
                 params_after=matrix.params,
                 indices=matrix.indices,
                 multiply_adds_before=times * size,
-                multiply_adds_after=times * matrix.multiply_adds(),
+                multiply_adds_after=times * (size if computed == DENSE else matrix.multiply_adds()),
                 error=matrix.error,
-                paths=_paths_of(matrix) if times else None,
+                paths=_paths_of(matrix) if times and computed != DENSE else None,
+                computed=computed,
             )
         )
     found = survey(model)
@@ -164,7 +170,7 @@ def _choose(
 
 def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
     kind, reason = choice.decomposition, choice.reason
-    params, indices, multiply_adds, paths = site.params, 0, site.params, None
+    params, indices, multiply_adds, paths, computed = site.params, 0, math.prod(site.shape), None, None
     times = site.multiplications()
     if kind is not None:
         matrix = kind.empty(kind.shape_of(site.shape), device="meta")
@@ -174,6 +180,9 @@ def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
         else:
             params, indices, multiply_adds = matrix.params, matrix.indices, matrix.multiply_adds()
             paths = _paths_of(matrix) if times else None
+            computed = _computed((user.host, user.module, user.weight) for user in site.users)
+            if computed == DENSE:
+                multiply_adds, paths = math.prod(site.shape), None
     return Step(
         names=site.names,
         kinds=site.kinds,
@@ -183,14 +192,20 @@ def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
         params_before=site.params,
         params_after=params,
         indices=indices,
-        multiply_adds_before=times * site.params,
+        multiply_adds_before=times * math.prod(site.shape),
         multiply_adds_after=times * multiply_adds,
         loss=None if choice.error is None else choice.error / 2,
         runner_up=None
         if kind is None or choice.runner_up is None
         else f"{choice.runner_up.decomposition.describe()}: {choice.runner_up.error / 2:.3g}",
         paths=paths,
+        computed=computed,
     )
+
+
+def _computed(users: Iterable[tuple[Host, nn.Module, str]]) -> str:
+    """Returns 'dense' if every user builds the dense weight, and 'by factors' otherwise."""
+    return DENSE if all(host.computed(module, weight) == DENSE for host, module, weight in users) else "by factors"
 
 
 def _paths_of(matrix: FactorizedMatrix) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tdkit.models.sites import Untouchable
 from tdkit.planning.step import Step
+from tdkit.products.cost import DENSE
 from tdkit.shapes import by
 from tdkit.support.tables import table_of
 
@@ -74,7 +75,7 @@ def _row(group: Sequence[Step]) -> list[str]:
     return [
         _common_name(group) + (f" ({len(group)} layers)" if len(group) > 1 else ""),
         by(first.shape),
-        _becomes(group),
+        _becomes(group) + (", computed dense" if first.computed == DENSE else ""),
         params + (f" (+{indices:,} indices)" if indices else ""),
         f"{after / before:.1%}" if before else "",
         f"{adds_before:,}" if adds_before == adds_after else f"{adds_before:,} -> {adds_after:,}",
@@ -114,7 +115,13 @@ def _becomes(group: Sequence[Step]) -> str:
 def _groups(steps: Sequence[Step]) -> list[list[Step]]:
     groups: dict[tuple[object, ...], list[Step]] = {}
     for step in steps:
-        key = (_pattern(step.name), step.shape, step.decomposition.name if step.decomposition else None, step.reason)
+        key = (
+            _pattern(step.name),
+            step.shape,
+            step.decomposition.name if step.decomposition else None,
+            step.reason,
+            step.computed,
+        )
         groups.setdefault(key, []).append(step)
     return list(groups.values())
 
