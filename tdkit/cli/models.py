@@ -124,7 +124,7 @@ def compress(
         what = resolved.following(made) if passes == 1 else resolved
         compress_resolved(what, known, sequential=sequential, passes=passes, device=device)
         save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite)
-        made = applied_plan(source.model)
+        made = replace(applied_plan(source.model), warnings=made.warnings)
         note(f"saved to {folder}")
     show(made.report(every=every), made.to_dict(), as_json)
 

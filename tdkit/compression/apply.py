@@ -70,6 +70,8 @@ def compress(
     resolved = resolve(model, policy)
     _check_weights(resolved)
     check_device(device)
+    if resolved.plan is not None:
+        _log_warnings(resolved.plan)
     known = calibrated(resolved, calibration, progress=progress)
     compress_resolved(resolved, known, sequential=sequential, passes=passes, device=device, progress=progress)
     return model
@@ -84,16 +86,18 @@ def compress_resolved(
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
-    """Like `compress`, for an already resolved model and policy, and a calibration; returns the model."""
+    """Like `compress`, for an already resolved model and policy, and a calibration; returns the model.
+
+    The warnings of a plan that it makes are logged, those of a given plan are not.
+    """
     _check_options(calibration, sequential, passes)
     _check_weights(resolved)
     device = check_device(device)
     model, known = resolved.model, calibration
     for number in range(passes):
         made = planned(resolved, known, progress=progress)
-        if is_main_process():
-            for text in made.warnings if number + 1 == passes else ():
-                _log.warning("%s", text)
+        if resolved.plan is None and number + 1 == passes:
+            _log_warnings(made)
         pairs = resolved.pairs(made)
         with failing_together(), swapping(model, [site for _, site in pairs]) as swap:
             if sequential:
@@ -107,6 +111,12 @@ def compress_resolved(
                 known = recalibrate(model, sites, calibration, device=device, progress=progress)
                 swap.undo()
     return model
+
+
+def _log_warnings(plan: Plan) -> None:
+    if is_main_process():
+        for text in plan.warnings:
+            _log.warning("%s", text)
 
 
 def _check_options(calibration: object, sequential: bool, passes: int) -> None:

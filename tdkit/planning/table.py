@@ -115,13 +115,8 @@ def _becomes(group: Sequence[Step]) -> str:
 def _groups(steps: Sequence[Step]) -> list[list[Step]]:
     groups: dict[tuple[object, ...], list[Step]] = {}
     for step in steps:
-        key = (
-            _pattern(step.name),
-            step.shape,
-            step.decomposition.name if step.decomposition else None,
-            step.reason,
-            step.computed,
-        )
+        kind = step.decomposition.name if step.decomposition else None
+        key = (_pattern(step.name), step.shape, kind, step.reason, step.computed)
         groups.setdefault(key, []).append(step)
     return list(groups.values())
 

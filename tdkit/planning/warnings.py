@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from tdkit.models.sites import Untouchable
+from tdkit.planning.allocation import FLOOR
 from tdkit.planning.heads import heads, rank_of
 from tdkit.planning.plan import Plan, percent
 from tdkit.planning.resolution import Resolved
@@ -89,8 +90,8 @@ def _cut(rewritten: Sequence[Step], below_floor: int) -> Iterator[str]:
         if step.params_after < LITTLE * step.params_before
     )
     if cut:
-        names = _named([f"{name} to {percent(share)}" for share, name in cut])
-        floor = f"; the budget does not allow the default min_keep for {below_floor} of them" if below_floor else ""
+        names = _named([f"{name} to {share:.1%}" for share, name in cut])
+        floor = f"; {below_floor} of them below the default min_keep={FLOOR}" if below_floor else ""
         yield (
             f"{len(cut)} {'layer is' if len(cut) == 1 else 'layers are'} cut below a tenth of the parameters "
             f"({names}){floor}: raise the budget, keep them by a rule, or set min_keep"
@@ -111,7 +112,7 @@ def _heads(model: nn.Module, steps: Sequence[Step]) -> Iterator[str]:
         outputs, inputs = step.shape[0], step.shape[1]
         if step.name in found and step.decomposition is not None and rank_of(step) < outputs <= inputs:
             yield (
-                f"{step.name}, an output head by {found[step.name]}, has rank {rank_of(step)} and {outputs} outputs, "
+                f"{step.name}, an output head ({found[step.name]}), has rank {rank_of(step)} for {outputs} outputs, "
                 f"which then span {rank_of(step)} dimensions: keep it by a first rule, Rule('{step.name}', keep=True)"
             )
 
