@@ -27,6 +27,7 @@ __all__ = [
     "onednn_linear",
     "own_parameters",
     "parameters_of",
+    "pre_hooks_of",
     "rebind_hooked_forward",
     "recurrent_weights_again",
     "reset_accelerate_state",
@@ -134,6 +135,11 @@ def uncompiled(model: nn.Module) -> nn.Module:
 def move_own_tensors(module: nn.Module, device: torch.device) -> None:
     """``module.to(device)`` without its submodules; parameters stay the same objects."""
     module._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
+
+
+def pre_hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks that run before the module's ``forward``."""
+    return list(module._forward_pre_hooks.values())
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:

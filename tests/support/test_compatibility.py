@@ -22,6 +22,7 @@ from tdkit.support.compatibility import (
     onednn_linear,
     own_parameters,
     parameters_of,
+    pre_hooks_of,
     rebind_hooked_forward,
     recurrent_weights_again,
     reset_accelerate_state,
@@ -202,6 +203,13 @@ def test_accelerates_state_is_forgotten() -> None:
     finally:
         reset_accelerate_state(processes=True)
     assert not PartialState._shared_state
+
+
+def test_the_hooks_before_forward_are_listed() -> None:
+    layer = nn.Linear(2, 2)
+    hook = lambda *_: None  # noqa: E731
+    layer.register_forward_pre_hook(hook)
+    assert pre_hooks_of(layer) == [hook]
 
 
 def test_a_shallow_copy_shares_tensors_and_not_their_lists() -> None:
