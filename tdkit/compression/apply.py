@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tdkit.calibration.calibration import Batch, Calibration
+from tdkit.calibration.batches import Batch
+from tdkit.calibration.calibration import Calibration, Loss
 from tdkit.calibration.measure import recalibrate
 from tdkit.compression.blockwise import fit_in_order
 from tdkit.compression.fit import fit_step
@@ -31,6 +32,7 @@ def compress(
     policy: Policy | Plan,
     *,
     calibration: Calibration | Iterable[Batch] | str | Path | None = None,
+    loss: Loss | None = None,
     sequential: bool = False,
     passes: int = 1,
     device: torch.device | str | None = None,
@@ -48,6 +50,7 @@ def compress(
         policy: a policy, or a plan made from one.
         calibration: a result of `calibrate`, or batches or the name of a text to calibrate on. Layers are then fitted
             in the metric of their inputs and output gradients instead of the Frobenius norm.
+        loss: a function (model output, batch) -> scalar tensor for the batches; see `calibrate`.
         sequential: fit block by block, each with the inputs that the already compressed blocks before it produce.
             Requires the batches of the calibration and a model whose blocks form one chain.
         passes: the number of fits. Each pass after the first measures the moments of the compressed model on the
@@ -67,7 +70,7 @@ def compress(
     resolved = resolve(model, policy)
     _check_weights(resolved)
     check_device(device)
-    known = calibrated(resolved, calibration, progress=progress)
+    known = calibrated(resolved, calibration, loss=loss, progress=progress)
     return compress_resolved(resolved, known, sequential=sequential, passes=passes, device=device, progress=progress)
 
 
