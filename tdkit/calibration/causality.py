@@ -12,7 +12,7 @@ from tdkit.calibration.batches import Call
 from tdkit.calibration.losses import next_token_logits
 from tdkit.support.compatibility import tree_leaves
 
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5}  # rounding, relative to the change of the later logits
+TOLERANCE = 1e-4  # of the change of the later logits; random models without causality change by 1e-3 and more
 
 
 @torch.no_grad()
@@ -20,7 +20,8 @@ def is_causal(run: Callable[[Call], Any], call: Call) -> bool:
     """Returns whether the logits of a model at each token do not depend on the tokens after it.
 
     The later half of the tokens of each row is replaced, and the logits of the earlier half are compared with those
-    before. A model that has other inputs beside the token ids, such as images, is not tested: the result is False.
+    before; by the median, because rounding may change single tokens whose experts were routed other tokens beside
+    them. A model that has other inputs than token ids, such as images, is not tested: the result is False.
 
     Args:
         run: runs the model on a call and returns its output.
@@ -41,8 +42,7 @@ def is_causal(run: Callable[[Call], Any], call: Call) -> bool:
     if before is None or after is None:
         return False
     change = (after - before).float().nan_to_num().square().mean(-1).sqrt()
-    limit = TOLERANCE.get(before.dtype, 1e-2)
-    return bool(change[earlier].square().mean().sqrt() <= limit * change[later].square().mean().sqrt())
+    return bool(change[earlier].median() <= TOLERANCE * change[later].median())
 
 
 def _has_other_inputs(call: Call) -> bool:

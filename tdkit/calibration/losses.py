@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdkit.calibration.batches import Call, Prediction, own_loss, predictions
+from tdkit.calibration.batches import Call
+from tdkit.calibration.outputs import Prediction, own_loss, predictions
 from tdkit.errors import CalibrationError, did_you_mean
 
 Labels = Literal["data", "sampled"]
@@ -54,12 +55,15 @@ def data_loss(output: Any, call: Call, *, causal: bool = False) -> Tensor:
         return own.reshape(()) * _averaged(own, output, call)
     if call.labels is None:
         return _next_token_loss(output, call, causal)
-    found = _predictions(output)
-    if not isinstance(call.labels, Tensor):
-        raise CalibrationError(f"the labels of a batch are a {type(call.labels).__name__}, not a tensor: {REMEDY}")
-    if call.labels.is_floating_point():
-        return _squared_error(found, call.labels)
-    logits, labels = class_rows(found, call.labels)
+    found, labels = one_prediction(output, REMEDY), tensor_labels(call, REMEDY)
+    if labels.is_floating_point():
+        if bool(((labels == 0) | (labels == 1)).all()):
+            raise CalibrationError(
+                "floating-point labels that are all 0 or 1 can be classes (binary cross-entropy) or values (squared "
+                f"error): {REMEDY}"
+            )
+        return squared_errors(found, labels, REMEDY).sum()
+    logits, labels = class_rows(found, labels, REMEDY)
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
 
 
@@ -74,8 +78,11 @@ def _next_token_loss(output: Any, call: Call, causal: bool) -> Tensor:
     return _summed(logits[:, :-1], targets)
 
 
-def _predictions(output: Any) -> Prediction:
+def one_prediction(output: Any, remedy: str) -> Prediction:
     """Returns the predictions in an output.
+
+    Args:
+        remedy: the end of the message of an error: what to do instead.
 
     Raises:
         CalibrationError: when it is not clear which tensor they are.
@@ -84,28 +91,39 @@ def _predictions(output: Any) -> Prediction:
     if len(found) != 1:
         names = ", ".join(candidate.name for candidate in found) or "no floating-point tensor"
         raise CalibrationError(
-            f"the model returns a {type(output).__name__} with {names} and no 'loss' or 'logits', so that the default "
-            f"loss does not apply: {REMEDY}"
+            f"the model returns a {type(output).__name__} with {names} and no 'logits', so that it is not clear which "
+            f"tensor the labels are for: {remedy}"
         )
     return found[0]
 
 
-def _squared_error(found: Prediction, labels: Tensor) -> Tensor:
+def tensor_labels(call: Call, remedy: str) -> Tensor:
+    """Returns the labels of a batch.
+
+    Raises:
+        CalibrationError: when they are no tensor.
+    """
+    if isinstance(call.labels, Tensor):
+        return call.labels
+    raise CalibrationError(f"the labels of a batch are a {type(call.labels).__name__}, not a tensor: {remedy}")
+
+
+def squared_errors(found: Prediction, labels: Tensor, remedy: str) -> Tensor:
+    """Returns the squared differences of predictions and floating-point labels, in their shape, float32.
+
+    Raises:
+        CalibrationError: when the shapes differ.
+    """
     if labels.shape != found.value.shape:
         raise CalibrationError(
-            f"floating-point labels of shape {tuple(labels.shape)} do not have the shape of the output, "
-            f"{tuple(found.value.shape)}: reshape them, or {REMEDY}"
+            f"labels of shape {tuple(labels.shape)} do not have the shape of the output, {tuple(found.value.shape)}: "
+            f"reshape them, or {remedy}"
         )
-    if bool(((labels == 0) | (labels == 1)).all()):
-        raise CalibrationError(
-            "floating-point labels that are all 0 or 1 can be classes (binary cross-entropy) or values (squared "
-            f"error): {REMEDY}"
-        )
-    return (found.value.float() - labels.float()).square().sum()
+    return (found.value.float() - labels.float()).square()
 
 
-def class_rows(found: Prediction, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns logits (rows, classes) and integer labels (rows,) of the predictions that have a label.
+def class_rows(found: Prediction, labels: Tensor, remedy: str) -> tuple[Tensor, Tensor]:
+    """Returns logits (rows, classes) and integer labels (rows,) of predictions and their labels.
 
     The classes are the last dimension, or the second one as in the cross-entropy of torch.
 
@@ -124,7 +142,7 @@ def class_rows(found: Prediction, labels: Tensor) -> tuple[Tensor, Tensor]:
     elif labels.dtype == torch.bool or shape[-1 if last else 1] < 2:
         problem = f"labels of {labels.dtype} and an output of shape {shape} are no choice of one of several classes"
     if problem:
-        raise CalibrationError(f"{problem}: {REMEDY}")
+        raise CalibrationError(f"{problem}: {remedy}")
     logits = logits if last else logits.movedim(1, -1)
     rows, classes = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long()
     outside = classes[(classes != IGNORED) & ((classes < 0) | (classes >= rows.shape[1]))]
