@@ -8,13 +8,14 @@ from pathlib import Path
 
 from torch import nn
 
-from tdkit.calibration.calibration import Batch, Calibration
+from tdkit.calibration.batches import Batch
+from tdkit.calibration.calibration import Calibration, Loss
 from tdkit.calibration.losses import Labels
 from tdkit.calibration.measure import measured, text_batches
 from tdkit.calibration.runner import Runner
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.decompositions.stacks import FactorizedStack
-from tdkit.errors import BudgetError
+from tdkit.errors import BudgetError, CalibrationError
 from tdkit.models.hosts.base import Host
 from tdkit.models.hosts.registered import builder_of
 from tdkit.models.sites import Site, factorized_groups, num_params, survey
@@ -35,6 +36,7 @@ def plan(
     policy: Policy,
     *,
     calibration: Calibration | Iterable[Batch] | str | Path | None = None,
+    loss: Loss | None = None,
     progress: bool | None = None,
 ) -> Plan:
     """Returns the plan of `policy` for `model`, without changing the model.
@@ -44,6 +46,7 @@ def plan(
         policy: the rules and the budget.
         calibration: a result of `calibrate`, or batches or the name of a text to calibrate on. With gradients, the
             budget is allocated by estimated loss, for which the error curve of every layer is computed.
+        loss: a function (model output, batch) -> scalar tensor for the batches; see `calibrate`.
         progress: show a progress bar; when None, only on a terminal.
 
     Raises:
@@ -53,13 +56,14 @@ def plan(
         CalibrationError: as `calibrate`.
     """
     resolved = resolve(model, policy)
-    return planned(resolved, calibrated(resolved, calibration, progress=progress), progress=progress)
+    return planned(resolved, calibrated(resolved, calibration, loss=loss, progress=progress), progress=progress)
 
 
 def calibrated(
     resolved: Resolved,
     given: Calibration | Iterable[Batch] | str | Path | None,
     *,
+    loss: Loss | None = None,
     labels: Labels = "data",
     progress: bool | None = None,
 ) -> Calibration | None:
@@ -68,15 +72,22 @@ def calibrated(
     Returns None when nothing is given or no site is to be rewritten.
 
     Args:
-        labels: as in `calibrate`.
+        loss, labels: as in `calibrate`.
+
+    Raises:
+        CalibrationError: when there is a `loss` and no batches to apply it to; else as `calibrate`.
     """
+    if loss is not None and (given is None or isinstance(given, Calibration)):
+        what = "there are none" if given is None else "the calibration has been measured with a loss already"
+        raise CalibrationError(f"loss= is for the batches of calibration=, and {what}: give batches, or leave it out")
     if given is None or isinstance(given, Calibration):
         return given
     sites = resolved.rewritten
     if not sites:
         return None
     batches = text_batches(given, None) if isinstance(given, str | Path) else given
-    return measured(Runner(resolved.model, gradients=True, labels=labels), sites, batches, progress=progress)
+    runner = Runner(resolved.model, gradients=True, loss=loss, labels=labels)
+    return measured(runner, sites, batches, progress=progress)
 
 
 def planned(resolved: Resolved, calibration: Calibration | None = None, *, progress: bool | None = None) -> Plan:
