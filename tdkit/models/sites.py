@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -14,8 +14,8 @@ from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedModule, Host, become, unsupported
 from tdkit.models.hosts.in_place import parametrized
 from tdkit.models.hosts.registered import builder_of, host_of
-from tdkit.shapes import Shape
-from tdkit.support.compatibility import offloads
+from tdkit.shapes import Shape, by
+from tdkit.support.compatibility import COMPILED, offloads
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class User:
     def module(self) -> nn.Module:
         """The module that has the layer's name now."""
         return self.model.get_submodule(self.layer)
+
+    def is_of(self, types: Collection[str]) -> bool:
+        """Returns whether the class of the layer, or one that it is derived from, has one of these names."""
+        return self.kind in types or any(base.__name__ in types for base in type(self.module).__mro__)
 
     @property
     def tensor(self) -> Tensor:
@@ -112,20 +116,35 @@ class Untouchable:
         kind: the type of the layer.
         params: the number of parameters of the weight; 0 while it is uninitialised.
         reason: why it cannot be factorised.
+        shape: as the layer stores it; empty while it is uninitialised.
+        others: the names of the other layers that share it.
     """
 
     name: str
     kind: str
     params: int
     reason: str
+    shape: Shape = ()
+    others: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.others)
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The weights of a model: those that can be factorised and those that cannot."""
+    """The weights of a model.
+
+    Attributes:
+        sites: the weights that can be factorised.
+        untouchable: the weights that cannot.
+        factorized: the names of the weights that are factorised already, each once.
+    """
 
     sites: tuple[Site, ...]
     untouchable: tuple[Untouchable, ...]
+    factorized: tuple[str, ...] = ()
 
 
 def survey(model: nn.Module) -> Survey:
@@ -153,9 +172,12 @@ def survey(model: nn.Module) -> Survey:
             sites.append(Site(users, shape, None if stored == math.prod(shape) else stored, stacked))
         else:
             parameter = getattr(module, attribute)
-            params = 0 if is_lazy(parameter) else parameter.numel()
-            untouchable.append(Untouchable(weight_name(name, attribute), type(module).__name__, params, reason))
-    return Survey(tuple(sites), tuple(untouchable))
+            shape = () if is_lazy(parameter) else tuple(parameter.shape)
+            first, *others = (weight_name(layer, weight) for layer, _, weight in found)
+            params = math.prod(shape) if shape else 0
+            untouchable.append(Untouchable(first, type(module).__name__, params, reason, shape, tuple(others)))
+    factorized = tuple(users[0].name for _, users in factorized_groups(model))
+    return Survey(tuple(sites), tuple(untouchable), factorized)
 
 
 def weight_name(layer: str, weight: str) -> str:
@@ -182,6 +204,9 @@ def _users(model: nn.Module, found: list[tuple[str, nn.Module, str]]) -> tuple[t
             return (), refusal
         kind, times = type(module).__name__, host.multiplications(module, attribute)
         users.append(User(model, name, attribute, host, kind, times))
+    shape = tuple(users[0].tensor.shape)
+    if 1 in (shape[0], math.prod(shape[1:])):
+        return (), f"a {by(shape)} weight is a vector: no factors hold fewer parameters"
     if len({tuple(user.tensor.shape) for user in users}) > 1:
         return (), f"tied layers {', '.join(u.name for u in users)} hold it in different layouts"
     return tuple(users), None
@@ -242,6 +267,14 @@ def num_bytes(model: nn.Module) -> int:
     """Returns the bytes of the tensors in the ``state_dict`` of a model; tied ones are counted once."""
     tensors: dict[int, torch.Tensor] = {t.data_ptr(): t for t in model.state_dict().values()}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def changes_in_place(host: Host, layer: str) -> bool:
+    """Returns whether the layer of this name becomes the factorised one, instead of being replaced by it.
+
+    The model itself has no parent to hold another module, and the wrapper of ``torch.compile`` calls the one it got.
+    """
+    return host.in_place or not layer or f"{layer}.".endswith(COMPILED)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
+    "COMPILED",
     "RecurrentWeights",
     "buffers_of",
     "constant_for_compile",
+    "convolve_its_own_way",
+    "convolves_its_own_way",
     "has_experts_interface",
     "in_functional_transform",
     "move_own_tensors",
@@ -27,6 +30,7 @@ __all__ = [
     "onednn_linear",
     "own_parameters",
     "parameters_of",
+    "pre_hooks_of",
     "rebind_hooked_forward",
     "recurrent_weights_again",
     "replace_forward",
@@ -36,6 +40,7 @@ __all__ = [
     "submodules_of",
     "tree_leaves",
     "tree_map_only",
+    "uncompiled",
     "version_of",
     "without_recurrent_weights",
     "wrapper_tensor",
@@ -122,6 +127,15 @@ def rebind_hooked_forward(module: nn.Module) -> None:
         vars(module)["_old_forward"] = MethodType(type(module).forward, module)
 
 
+COMPILED = "_orig_mod."  # precedes the names inside a module that torch.compile wrapped
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Returns the module inside the wrapper of ``torch.compile``, or the module itself."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if type(model).__name__ == "OptimizedModule" and isinstance(inner, nn.Module) else model
+
+
 def replace_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
     """Make a module call `forward`, or that of its class again when None; hooks of accelerate still run around it."""
     if "_old_forward" in vars(module) and hasattr(module, "_hf_hook"):
@@ -148,9 +162,27 @@ def move_own_tensors(module: nn.Module, device: torch.device) -> None:
     module._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
 
 
+def pre_hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks that run before the module's ``forward``."""
+    return list(module._forward_pre_hooks.values())
+
+
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own buffers by name."""
     return module._buffers
+
+
+def convolves_its_own_way(module: nn.Module) -> bool:
+    """Returns whether a convolution is of a subclass with a ``_conv_forward`` of its own, which ``forward`` calls."""
+    layers = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d  # what transposed ones inherit is never called
+    own = getattr(type(module), "_conv_forward", None)
+    return own is not None and own not in [layer._conv_forward for layer in layers]
+
+
+def convolve_its_own_way(module: nn.Module, x: Tensor) -> Tensor:
+    """Returns what ``_conv_forward`` of such a subclass does, as ``forward`` of ``torch.nn.Conv2d`` calls it."""
+    y: Tensor = cast(Any, module)._conv_forward(x, module.weight, module.bias)
+    return y
 
 
 def onednn_enabled() -> bool:

@@ -11,14 +11,16 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from tdkit.decompositions.base import FactorizedMatrix
-from tdkit.models.hosts.base import FactorizedModule, Host, Observer, Removable
+from tdkit.models.hosts.base import FactorizedModule, Handles, Host, Observer, Removable
 from tdkit.models.hosts.products import observing
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import (
     RecurrentWeights,
     parameters_of,
+    pre_hooks_of,
     recurrent_weights_again,
     shallow_copy,
     submodules_of,
@@ -57,6 +59,8 @@ class InPlaceHost(Host):
     def refusal(self, module: nn.Module, weight: str) -> str | None:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             return f"{type(module).__name__} with sparse=True works on dense rows: its gradients are sparse"
+        if any(isinstance(hook, SpectralNorm) and weight == f"{hook.name}_orig" for hook in pre_hooks_of(module)):
+            return "the hook of nn.utils.spectral_norm needs it: use nn.utils.parametrizations.spectral_norm instead"
         return None
 
     def canonical(self, stored: Tensor, weight: str) -> Tensor:
@@ -128,6 +132,11 @@ class InPlaceHost(Host):
         base = self._base_of(weight)
         if base is not None and base.layer is not None and dense_type(module).forward is base.layer.forward:
             return base.attach(module, weight, observe)
+        if isinstance(module, InPlaceLayer):
+            if base is None:
+                return Handles()
+            matrix = submodules_of(module)[module.matrix_name(weight)]
+            return matrix.register_forward_hook(lambda _, args, y: observe(args[0], y))
         return observing(module, weight, observe, looks_up=self.multiplications(module, weight) == 0)
 
     def attach_gradient(self, module: nn.Module, weight: str, observe: Callable[[Tensor], None]) -> Removable:
@@ -190,7 +199,8 @@ class InPlaceLayer(FactorizedModule):
         matrix = cast(FactorizedMatrix, submodules_of(self)[self.matrix_name(weight)])
         dense = matrix.dispatcher.dense(matrix)
         if self.base is not None and weight == "weight":
-            dense = self.base.stored(dense.reshape(matrix.sizes), weight)
+            stored = torch.empty(state["_stored"][weight], device="meta")
+            dense = self.base.stored(dense.reshape(self.base.canonical(stored, weight).shape), weight)
         dense = dense.reshape(state["_stored"][weight])
         for observe in state.get("_observers", {}).get(weight, ()):
             dense = _with_gradient_seen(dense, observe)
@@ -250,7 +260,9 @@ def in_place_class(dense_class: type[nn.Module], base: Host | None, weights: tup
     generic = [weight for weight in weights if base is None or weight != "weight"]
     namespace: dict[str, Any] = {weight: _dense_on_demand(weight) for weight in generic}
     namespace |= {"dense_class": dense_class, "base": base, "weight_names": weights}
-    if generic:
+    if base is not None and base.factorized is not None and "weight" in weights:
+        namespace["weight"] = _lazy_or_observed(base.factorized)
+    if generic or base is None or dense_class.forward is not getattr(base.layer, "forward", None):
         namespace["forward"] = _building_once(dense_class)
     parents: tuple[type, ...] = (InPlaceLayer, dense_class)
     if base is not None and base.layer is not None and base.factorized is not None:
@@ -269,6 +281,25 @@ def _dense_on_demand(weight: str) -> property:
         return self.dense_weight(weight)
 
     return property(read, doc=f"`{weight}`, computed from its factors; read-only.")
+
+
+def _lazy_or_observed(factorized: type[FactorizedModule]) -> property:
+    """Returns the property ``weight`` of a factorised layer: in a call of ``forward``, the same tensor each time."""
+    lazy = cast("Callable[[InPlaceLayer], Tensor]", cast(Any, factorized).weight.fget)
+
+    def read(self: InPlaceLayer) -> Tensor:
+        state = vars(self)
+        if state.get("_observers", {}).get("weight"):
+            return self.dense_weight("weight")
+        built: dict[object, Tensor] | None = state["_built"]
+        key = "lazy", torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if built is None:
+            return lazy(self)
+        if key not in built:
+            built[key] = lazy(self)
+        return built[key]
+
+    return property(read, doc="The dense weight, computed from its factors on first use; read-only.")
 
 
 def _building_once(dense_class: type[nn.Module]) -> Callable[..., Any]:
