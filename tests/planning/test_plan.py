@@ -18,7 +18,7 @@ def a_plan(tied: Any) -> Plan:
     return tdkit.plan(tied, Policy([Rule("up", keep=True), Rule("*", PermutedKronecker())], budget=0.7))
 
 
-@pytest.mark.parametrize("name", decompositions.names())
+@pytest.mark.parametrize("name", [name for name in decompositions.names() if not decompositions.get(name).stacks])
 def test_json_round_trip(name: str, tied: Any) -> None:
     plan = tdkit.plan(tied, Policy([Rule("*", decompositions.get(name)())], budget=0.7))
     back = Plan.from_json(plan.to_json())

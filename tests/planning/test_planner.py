@@ -18,7 +18,7 @@ from tdkit.decompositions.registered import decompositions
 from tdkit.errors import BudgetError, OptionError
 from tdkit.models.sites import num_params
 
-EVERY = [decompositions.get(name) for name in decompositions.names()]
+EVERY = [kind for kind in map(decompositions.get, decompositions.names()) if not kind.stacks]
 
 
 def blocks(width: int = 24, depth: int = 2) -> nn.Module:
