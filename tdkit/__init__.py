@@ -10,7 +10,7 @@ from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.measure import calibrate
 from tdkit.compression.apply import compress
 from tdkit.decompositions import (
-    CP,
+    CanonicalPolyadic,
     Decomposition,
     FactorizedMatrix,
     Kronecker,
@@ -33,8 +33,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Auto",
-    "CP",
     "Calibration",
+    "CanonicalPolyadic",
     "Decomposition",
     "FactorizedMatrix",
     "Kronecker",

@@ -66,9 +66,7 @@ class Auto(Decomposition):
     def best_within(self, weight: Tensor, metric: Metric | None, max_params: int) -> Decomposition | None:
         """Of each member's richest choice with at most `max_params`, the one with the least error."""
         shape = tuple(weight.shape)
-        richest = (
-            member.best_within(member.view(weight), metric, max_params) for member in self.alternatives(shape)
-        )
+        richest = (member.best_within(member.view(weight), metric, max_params) for member in self.alternatives(shape))
         choices = [choice for choice in richest if choice is not None]
         return min(choices, key=lambda c: c.error(weight, c.fit(c.view(weight), metric), metric), default=None)
 

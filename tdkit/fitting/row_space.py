@@ -70,9 +70,7 @@ class Span(ABC):
         """The curvature of ``|X Z^T|^2`` by each entry of each part, for the squared norms of the columns of X."""
 
     @abstractmethod
-    def unwhitened(
-        self, parts: Sequence[Tensor], x: Tensor, inverses: Sequence[Tensor]
-    ) -> tuple[Parts, Tensor]:
+    def unwhitened(self, parts: Sequence[Tensor], x: Tensor, inverses: Sequence[Tensor]) -> tuple[Parts, Tensor]:
         """Parts and X whose product is ``X Z^T`` with mode k of the columns multiplied by ``inverses[k]``."""
 
 
@@ -321,8 +319,10 @@ def row_space_problem(weight: Tensor, metric: Metric, span: Span, modes: Modes) 
     if inputs is not None and pairs is not None:
         weight = along_modes(weight.T, [factor for factor, _ in pairs]).T
         back = [inverse if inverse.ndim == 1 else inverse.T for _, inverse in pairs]
-        inputs = along_modes(inputs, [each.square() for each in back]) if inputs.ndim == 1 else along_modes(
-            along_modes(inputs, back).T, back
+        inputs = (
+            along_modes(inputs, [each.square() for each in back])
+            if inputs.ndim == 1
+            else along_modes(along_modes(inputs, back).T, back)
         )
     weighted = times_right(weight, inputs)
     return RowSpaceProblem(span, weight, weighted, inputs, inverse, modes, pairs, float((weight * weighted).sum()))
