@@ -87,6 +87,7 @@ def test_an_error_of_the_thread_is_raised_by_the_caller() -> None:
 def test_static_dispatch_to_another_backend_is_told() -> None:
     code = """
 import json, tensorly, torch
+from tdkit.errors import TdkitError
 from tdkit.fitting.tensorly_tucker import partial_tucker
 tensorly.use_static_dispatch()
 try:
