@@ -232,10 +232,13 @@ class Decomposition(ABC):
 
     Attributes:
         orders: the numbers of dimensions that it takes.
+        stacks: whether it takes stacks of matrices (members, out, in), each multiplied by rows of its own, and the
+            metrics of stacks.
     """
 
     name: ClassVar[str]
     orders: ClassVar[frozenset[int]] = frozenset({2})
+    stacks: ClassVar[bool] = False
 
     @abstractmethod
     def candidates(self, shape: Shape) -> list[Self]:

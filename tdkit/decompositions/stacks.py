@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import cache, cached_property
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,7 @@ class LowRankStack(FactorizedStack):
         super().__init__(decomposition, shape)
         members, out, width = shape
         self.rank = rank
+        self.member_structure = LowRankStructure((out, width), rank)
         own = {"device": device, "dtype": dtype}
         # in memory along the longer side, as in LowRankMatrix
         if shared == "output":
@@ -133,11 +134,6 @@ class LowRankStack(FactorizedStack):
             self.left = factor(members, out, rank, axes=(0, 2, 1), **own)  # type: ignore[arg-type]
         self.right = factor(*(() if shared == "input" else (members,)), rank, width, **own)  # type: ignore[arg-type]
         self._weight = self.dispatcher.new_cache()
-
-    @cached_property
-    def structure_of_each(self) -> LowRankStructure:
-        """The shapes of one member."""
-        return LowRankStructure(self.sizes[1:], self.rank)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         parameters = parameters_of(self)
@@ -151,10 +147,10 @@ class LowRankStack(FactorizedStack):
         return left @ right
 
     def multiply_adds(self) -> int:
-        return self.structure_of_each.multiply_adds()
+        return self.member_structure.multiply_adds()
 
     def member_paths(self, rows: int) -> tuple[Path, ...]:
-        return self.structure_of_each.factor_paths(rows)
+        return self.member_structure.factor_paths(rows)
 
     def grouped(self, x: Tensor, counts: Sequence[int], bias: Tensor | None = None) -> Tensor:
         weight = self._cached(x, counts)
@@ -177,7 +173,7 @@ class LowRankStack(FactorizedStack):
         if torch.compiler.is_compiling() or not self.dispatcher.may_cache(self):
             return None
         reached = [count for count in counts if count]
-        table = _table(self.structure_of_each, x.dtype, x.device.type, torch.get_num_threads())
+        table = _table(self.member_structure, x.dtype, x.device.type, torch.get_num_threads())
         if not reached or lookup(table, sum(reached) // len(reached)).name != CACHED:
             return None
         return self._weight.get(self.factors(), autocast_dtype(x.device.type) or x.dtype, self.stack)

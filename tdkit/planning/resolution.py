@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from torch import nn
 
 from tdkit.decompositions.base import Decomposition
-from tdkit.decompositions.stacked import Stacked, stacked
+from tdkit.decompositions.stacked import stacked
 from tdkit.errors import OptionError, PolicyError
 from tdkit.models.sites import Site, Survey, survey, uninitialized
 from tdkit.planning.allocation import FLOOR, Choice, OpenSite
@@ -116,7 +116,7 @@ def decomposition_at(site: Site, kind: Decomposition) -> Decomposition:
     """
     if site.stacked:
         return stacked(kind)
-    if isinstance(kind, Stacked):
+    if kind.stacks:
         raise OptionError(f"{kind.describe()} is for stacks of matrices, such as experts; this weight is none")
     return kind
 
