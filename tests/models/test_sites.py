@@ -70,6 +70,7 @@ def test_what_is_not_rewritten_has_name_kind_params_and_reason() -> None:
     model = nn.ModuleDict({"look": nn.Embedding(18, 4, sparse=True), "fc": nn.Linear(4, 4, dtype=torch.complex64)})
     entries = {entry.name: (entry.kind, entry.params) for entry in survey(model).untouchable}
     assert entries == {"look": ("Embedding", 72), "fc": ("Linear", 16)}
+    assert [entry.shape for entry in survey(model).untouchable] == [(18, 4), (4, 4)]
     reasons = [entry.reason for entry in survey(model).untouchable]
     assert "sparse=True" in reasons[0]
     assert "complex64" in reasons[1]
@@ -78,6 +79,7 @@ def test_what_is_not_rewritten_has_name_kind_params_and_reason() -> None:
 def test_factorised_layers_are_no_sites_and_are_grouped_by_their_matrix(tied: Any) -> None:
     tdkit.compress(tied, Policy([Rule("embed", LowRank(rank=3)), Rule("up", LowRank(rank=3))]))
     assert [site.name for site in survey(tied).sites] == ["down"]
+    assert survey(tied).factorized == ("embed", "up")
     groups = [[user.name for user in users] for _, users in factorized_groups(tied)]
     assert groups == [["embed", "head"], ["up"]]
 
