@@ -40,8 +40,8 @@ def _factorized(resolved: Resolved) -> Iterator[str]:
     names = resolved.survey.factorized
     if names:
         yield (
-            f"{len(names)} weights are factorised already ({_named(names)}) and are not compressed again; ratio and "
-            "budget are of the model as it is: compress the dense model for other sizes"
+            f"factorised already and not compressed again: {_named(names)}; ratio and budget are of the model as it is: "
+            "compress the dense model for other sizes"
         )
 
 
@@ -79,7 +79,7 @@ def _crushed(plan: Plan, resolved: Resolved) -> Iterator[str]:
         part, left = before / plan.params_before, after / before
         yield (
             f"the budget {plan.budget:g} is met by cutting {percent(part)} of the parameters to {percent(left)} of "
-            f"their size, because {percent(1 - part, up=True)} are kept: match more layers or raise the budget"
+            f"their size; it does not choose the other {percent(1 - part, up=True)}: match more layers or raise it"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import tdkit
 from tdkit import LowRank, Policy, Rule
 from tdkit.errors import PolicyError
 from tdkit.models.sites import factorized_groups, num_bytes, num_params, replace_module, survey
+from tests.together import run_together
 
 
 def test_a_tied_weight_is_one_site_with_two_users(tied: Any) -> None:
@@ -148,3 +150,24 @@ def test_a_lazy_layer_is_told_before_anything_is_counted() -> None:
         tdkit.plan(model, Policy([Rule("plain", LowRank(rank=1))]))
     model["lazy"](torch.randn(2, 6))
     assert len(tdkit.plan(model, Policy([Rule("lazy", LowRank(rank=1))])).rewritten) == 1
+
+
+SHARDED = """
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import tdkit
+from tdkit import LowRank, Policy, Rule
+
+model = nn.ModuleDict({"odd": nn.Linear(6, 4, bias=False), "plain": nn.Linear(6, 4)})
+mesh = init_device_mesh("cpu", (1,))
+model["odd"].weight = nn.Parameter(distribute_tensor(model["odd"].weight, mesh, [Shard(0)]))
+plan = tdkit.plan(model, Policy([Rule("*", LowRank(rank=1))]))
+print([step.name for step in plan], plan.untouchable[0].shape, plan.kept["odd"])
+"""
+
+
+def test_a_sharded_weight_stays_and_says_why(tmp_path: Path) -> None:
+    (lines,) = run_together(tmp_path, SHARDED, 1)
+    assert lines[0].startswith("['plain'] (4, 6) it is a torch.distributed.tensor.DTensor, not a plain tensor")

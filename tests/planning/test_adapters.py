@@ -89,7 +89,5 @@ def test_a_rule_may_keep_adapters_by_wildcards(model: nn.Module) -> None:
 
 
 def test_ordinary_names_are_no_adapters() -> None:
-    model: Any = nn.ModuleDict(
-        {"explora_head": nn.Linear(16, 16), "lora": nn.Linear(16, 16), "flora_A": nn.Linear(16, 16)}
-    )
+    model = nn.ModuleDict({name: nn.Linear(16, 16) for name in ("explora_head", "lora", "flora_A")})
     assert len(rewritten(model, Rule("*", LowRank(rank=2)))) == 3
