@@ -67,6 +67,21 @@ def test_plan_prints_a_table_and_the_same_as_json(tdkit: Tdkit, gpt2_folder: Pat
     assert form["params_after"] <= 0.8 * form["params_before"]
 
 
+def test_plan_and_compress_print_the_share_and_the_warnings(tdkit: Tdkit, gpt2_folder: Path, tmp_path: Path) -> None:
+    options = ("--with", "{low_rank: {rank: 1}}", "--match", "*.mlp.*")
+    said = "4 layers are cut below a tenth of the parameters"
+    table = tdkit("plan", gpt2_folder, *options)
+    assert table.out.startswith("of ")
+    assert "weights 100.0% can be rewritten" in table.out.splitlines()[0]
+    assert f"warning: {said}" in table.out
+    form = json.loads(tdkit("plan", gpt2_folder, *options, "--json").out)
+    assert form["share_rewritable"] == 1
+    assert form["warnings"][0].startswith(said)
+    made = tdkit("compress", gpt2_folder, *options, "--out", tmp_path / "smaller")
+    assert "are (" in made.out.splitlines()[0]
+    assert f"warning: {said}" in made.out
+
+
 def test_plan_reads_a_policy_file(tdkit: Tdkit, gpt2_folder: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
     policy.write_text("rules:\n- {match: '*.c_fc', with: {kronecker: {terms: 2, b: [2, 4]}}}\n")
