@@ -168,7 +168,9 @@ def _by_position(known: _Parameters, entries: tuple[Any, ...]) -> Call:
     if known.any_position:
         return Call(entries, {})
     if not known.required <= count <= most + 1 or not count:
-        raise CalibrationError(f"a batch has {count} entries, which {known.shown} does not take")
+        raise CalibrationError(
+            f"a batch has {count} entr{'y' if count == 1 else 'ies'}, which {known.shown} does not take"
+        )
     if count == most + 1 and count > 1:
         return Call(entries[:-1], {}, entries[-1])
     last = known.leading[count - 1]

@@ -96,7 +96,8 @@ class Runner:
             return self.loss(output, moved(batch, self.device))
         call = self.call(batch)
         if self.labels == "data":
-            return data_loss(output, call, causal=self.causal)
+            sums = getattr(getattr(self.model, "config", None), "ctc_loss_reduction", None) == "sum"
+            return data_loss(output, call, causal=self.causal, sums_sequences=sums)
         return sampled_loss(output, call, seed=number, causal=self.causal)
 
     def mask(self, batch: Batch) -> Tensor | None:
