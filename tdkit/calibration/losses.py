@@ -104,10 +104,12 @@ def tensor_labels(call: Call, remedy: str) -> Tensor:
     """Returns the labels of a batch.
 
     Raises:
-        CalibrationError: when they are no tensor.
+        CalibrationError: when there are none, or they are no tensor.
     """
     if isinstance(call.labels, Tensor):
         return call.labels
+    if call.labels is None:
+        raise CalibrationError(f"there are no labels: give batches (inputs, labels), or an entry 'labels', or {remedy}")
     raise CalibrationError(f"the labels of a batch are a {type(call.labels).__name__}, not a tensor: {remedy}")
 
 

@@ -59,7 +59,7 @@ class Runner:
                 check_decoder_inputs(self.model, call)
             except CalibrationError as error:
                 raise CalibrationError(f"calibration batch {number}: {error}") from None
-            if call.token_ids is not None:
+            if call.token_ids is not None and call.is_text:  # a table of positions can be that of another input
                 check_positions(self.model, call.token_ids.shape[1])
 
     def find_causality(self, batches: Sequence[Batch]) -> None:

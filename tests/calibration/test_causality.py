@@ -26,11 +26,8 @@ MODELS = [
 ]
 
 
-def test_of(model: nn.Module, batch: Any) -> bool:
+def causal_on(model: nn.Module, batch: Any) -> bool:
     return is_causal(lambda call: call.run(model), call_of(model, batch))
-
-
-test_of.__test__ = False  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("name", "config", "causal"), MODELS, ids=[f"{name}-{causal}" for name, _, causal in MODELS])
@@ -45,11 +42,11 @@ def test_models_of_transformers(
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
     model = kind(kind.config_class(**config, **special)).to(dtype).eval()
     ids = torch.randint(2, 60, (2, length))
-    assert test_of(model, ids) is causal
+    assert causal_on(model, ids) is causal
     padded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if length > 4:
         padded["attention_mask"][:, 3:] = 0
-        assert test_of(model, padded) is causal
+        assert causal_on(model, padded) is causal
 
 
 class Bag(nn.Module):
@@ -67,12 +64,12 @@ class Bag(nn.Module):
 def test_plain_modules() -> None:
     ids = torch.randint(9, (2, 6))
     bigram, bag = nn.Sequential(nn.Embedding(9, 9)), Bag()
-    assert test_of(bigram, ids)
-    assert not test_of(bag, ids)
-    assert not test_of(bag, torch.zeros(1, 6, dtype=torch.long))
-    assert not test_of(bigram, ids[:, :1])  # one token predicts nothing
-    assert not test_of(nn.Sequential(nn.Embedding(9, 4)), ids.clamp_min(5))  # fewer classes than tokens
-    assert not test_of(nn.Linear(6, 6), torch.randn(2, 6))
+    assert causal_on(bigram, ids)
+    assert not causal_on(bag, ids)
+    assert not causal_on(bag, torch.zeros(1, 6, dtype=torch.long))
+    assert not causal_on(bigram, ids[:, :1])  # one token predicts nothing
+    assert not causal_on(nn.Sequential(nn.Embedding(9, 4)), ids.clamp_min(5))  # fewer classes than tokens
+    assert not causal_on(nn.Linear(6, 6), torch.randn(2, 6))
 
 
 def test_models_of_several_inputs_are_not_tested() -> None:

@@ -228,6 +228,17 @@ def test_the_next_tokens_are_the_labels_of_a_causal_model() -> None:
         tdkit.calibrate(model, [ids[0], (ids[0], ids[0])])
 
 
+def test_a_model_of_text_and_images_has_positions_of_both() -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text, vision = {"vocab_size": 60, "max_position_embeddings": 12}, {"image_size": 8, "patch_size": 4}
+    model = CLIPModel(CLIPConfig(text_config={**sizes, **text}, vision_config={**sizes, **vision})).eval()
+    batch = {"input_ids": tokens(), "pixel_values": torch.randn(2, 3, 8, 8), "return_loss": True}
+    found = tdkit.calibrate(model, [batch])  # twelve tokens, and five positions of an image
+    same(found, tdkit.calibrate(model, [batch], loss=lambda output, _: output.loss * 2))  # a mean over two examples
+
+
 def test_padding_of_an_encoder_is_no_padding_of_the_decoder() -> None:
     """A mask of the encoder's tokens says nothing of as many tokens of the decoder."""
     model, _ = TASKS["t5"]()

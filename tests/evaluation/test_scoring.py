@@ -104,7 +104,7 @@ def test_next_tokens_of_a_causal_model() -> None:
         ),
         ([(LOGITS, LOGITS)], "accuracy", "accuracy is for integer labels, and these are torch.float32: give 'mse'"),
         ([(LOGITS, LOGITS[:, 0])], "mse", r"batch 0: labels of shape \(4,\) do not have the shape of the output"),
-        ([LOGITS], "mse", "batch 0: the labels of a batch are a NoneType, not a tensor: give metric="),
+        ([LOGITS], "mse", "batch 0: there are no labels: give batches .*, or give metric="),
         ([(LOGITS, LOGITS), (LOGITS,) * 3], "mse", r"batch 1: a batch has 3 entries, which Same\.forward\(x\)"),
         ([(LOGITS, torch.arange(4))], "accuracy", "label 3 is none of the 3 classes"),
         (
