@@ -62,6 +62,14 @@ class Call:
         return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     @property
+    def units(self) -> int:
+        """The number of token ids, without padding, or else of examples."""
+        if self.token_ids is None:
+            return self.examples
+        mask = self.mask
+        return self.token_ids.numel() if mask is None or mask.shape != self.token_ids.shape else int(mask.sum())
+
+    @property
     def examples(self) -> int:
         """The length of the first dimension of the first tensor; 1 without tensors."""
         tensors = (leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor) and leaf.ndim)
