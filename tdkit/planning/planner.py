@@ -65,6 +65,7 @@ def calibrated(
     resolved: Resolved,
     given: Calibration | Iterable[Batch] | str | Path | None,
     *,
+    gradients: bool = True,
     loss: Loss | None = None,
     labels: Labels = "data",
     progress: bool | None = None,
@@ -74,7 +75,7 @@ def calibrated(
     Returns None when nothing is given or no site is to be rewritten.
 
     Args:
-        loss, labels: as in `calibrate`.
+        gradients, loss, labels: as in `calibrate`.
 
     Raises:
         CalibrationError: when there is a `loss` and no batches to apply it to; else as `calibrate`.
@@ -88,7 +89,7 @@ def calibrated(
     if not sites:
         return None
     batches = text_batches(given, None) if isinstance(given, str | Path) else given
-    runner = Runner(resolved.model, gradients=True, loss=loss, labels=labels)
+    runner = Runner(resolved.model, gradients=gradients, loss=loss, labels=labels)
     return measured(runner, sites, batches, progress=progress)
 
 
