@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from tdkit.errors import CalibrationError
 from tdkit.fitting.metric import Metric
-from tdkit.models.hosts.base import Observer
+from tdkit.models.hosts.base import Observer, Removable
 from tdkit.models.sites import Site, User
 from tdkit.support.compatibility import version_of
 
@@ -166,7 +165,7 @@ class Recorder:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """A context manager inside which the hooks are registered."""
-        handles: list[RemovableHandle] = []
+        handles: list[Removable] = []
         try:
             for site in self.sites:
                 for user in distinct_users(site):
