@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,24 +25,26 @@ from tests.zoo.architecture import GOAL, Architecture
 
 BUDGET = 0.6
 NEAR = 1e-5  # relative
-LIBRARY = os.environ.get("TDKIT_ZOO_LIBRARY")  # set in the process that tests the models of a library in the side folder
+TINY = 1e-12  # of gradients of losses near 1
+LIBRARY = os.environ.get("TDKIT_ZOO_LIBRARY")  # set in the process that tests this library
 if LIBRARY:
     use_side_packages()
 
 
-def architecture_id(architecture: Architecture) -> str:
-    return architecture.name
+def as_parameter(architecture: Architecture) -> Any:
+    marks = [pytest.mark.xfail(strict=True, reason=architecture.fault)] if architecture.fault else []
+    return pytest.param(architecture, id=architecture.name, marks=marks)
 
 
-@pytest.mark.parametrize("architecture", architectures(LIBRARY), ids=architecture_id)
+@pytest.mark.parametrize("architecture", map(as_parameter, architectures(LIBRARY)))
 def test_architecture(architecture: Architecture, tmp_path: Path) -> None:
     model = architecture.model()
     found = survey(model)
     check_survey(model, found, architecture)
 
-    policy = Policy([Rule("*", architecture.kind)], budget=reachable_budget(model, found))
-    plan = tdkit.plan(model, policy)
-    assert plan.ratio <= policy.budget
+    budget = reachable_budget(model, found)
+    plan = tdkit.plan(model, Policy([Rule("*", architecture.kind)], budget=budget))
+    assert plan.ratio <= budget
     assert {name for step in plan for name in step.names} == {name for site in found.sites for name in site.names}
     assert all(step.decomposition or step.reason for step in plan)
     kept = {step.name: step.params_before for step in plan if step.decomposition is None and can_shrink(step.shape)}
@@ -154,7 +157,7 @@ def check_training_step(model: nn.Module, dense: nn.Module, architecture: Archit
         for name, factor in matrix.named_parameters():
             assert factor.grad is not None, f"{users[0].name}: no gradient of {name}"
             found = float((factor.detach() * factor.grad).sum())
-            assert abs(found - expected) <= NEAR * scale, f"{users[0].name}: gradient of {name}"
+            assert abs(found - expected) <= NEAR * scale + TINY, f"{users[0].name}: gradient of {name}"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from tdkit import Decomposition, LowRank
 
+LOW_RANK = LowRank()
 GOAL = 0.99  # of the parameters in weights that can shrink
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
@@ -40,6 +41,7 @@ class Architecture:
         reason: why `share` is below `GOAL`.
         kind: the decomposition.
         loss: of the output.
+        fault: what fails with it, and is not mended yet.
     """
 
     name: str
@@ -47,8 +49,9 @@ class Architecture:
     inputs: Callable[[], Inputs] = field(repr=False)
     share: float = GOAL
     reason: str = ""
-    kind: Decomposition = LowRank()
+    kind: Decomposition = LOW_RANK
     loss: Callable[[Any], Tensor] = field(default=projection, repr=False)
+    fault: str = ""
 
     def __post_init__(self) -> None:
         assert (self.share < GOAL) == bool(self.reason), f"{self.name}: a share below {GOAL} has a reason"

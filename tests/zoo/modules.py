@@ -114,7 +114,7 @@ class Cells(nn.Module):
 
     def __init__(self, cell: type[nn.RNNCellBase], width: int = 24) -> None:
         super().__init__()
-        self.cell = cell(width, 32)  # type: ignore[call-arg,arg-type]
+        self.cell = cell(width, 32)  # type: ignore[call-arg]
 
     def forward(
         self,

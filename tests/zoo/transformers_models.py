@@ -20,23 +20,23 @@ def ids(length: int = LENGTH) -> Tensor:
     return torch.randint(2, VOCABULARY - 1, (2, length))
 
 
-def text() -> Inputs:
+def text() -> dict[str, Tensor]:
     return {"input_ids": ids()}
 
 
-def texts() -> Inputs:
+def texts() -> dict[str, Tensor]:
     return {"input_ids": ids(), "decoder_input_ids": ids(6)}
 
 
-def image(size: int = 32) -> Inputs:
+def image(size: int = 32) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2, 3, size, size)}
 
 
-def video(frames: int) -> Inputs:
+def video(frames: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2, frames, 3, 32, 32)}
 
 
-def sound() -> Inputs:
+def sound() -> dict[str, Tensor]:
     return {"input_values": torch.randn(2, 400)}
 
 
@@ -71,6 +71,7 @@ T5 |= {"decoder_start_token_id": 0}
 COUNTS = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
 WIDTHS = {**COUNTS, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
 BART = {**WIDTHS, **SPECIAL, "vocab_size": VOCABULARY, "d_model": 48, "max_position_embeddings": 32}
+LONG = {"max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32}
 SPECTRUM = {"num_mel_bins": 16, "max_source_positions": 16, "max_target_positions": 16}
 CONVOLUTIONS = {"conv_dim": (32, 32), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2}
 AUDIO = {**BERT, **CONVOLUTIONS, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
@@ -82,9 +83,12 @@ PYRAMID = {**STAGES, "num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": 
 CONVNEXT = {"hidden_sizes": [16, 32, 48], "depths": [1, 1, 1], "num_stages": 3, "num_labels": 10}
 RESNET = {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1] * 4, "layer_type": "basic"}
 UPERNET = {"hidden_sizes": [16, 24, 32, 40], "depths": [1] * 4, "out_features": [f"stage{i}" for i in range(1, 5)]}
+DPT = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 16, 32, 32], "fusion_hidden_size": 16}
 DEBERTA = {**BERT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+SHARED = {"shared_expert_intermediate_size": 64}
 DEEPSEEK = {"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 DEEPSEEK |= {"q_lora_rank": 24, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+SPARSE = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
 JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
 PERCEIVER = {"d_model": 48, "d_latents": 48, "num_latents": 8, "num_blocks": 1, "num_self_attends_per_block": 2}
 PERCEIVER |= {"num_self_attention_heads": 4, "num_cross_attention_heads": 4, "qk_channels": 48, "v_channels": 48}
@@ -126,7 +130,7 @@ TRANSFORMERS = [
     hf("RWKV", "RwkvForCausalLM", text, {**BERT, **SPECIAL, "attention_hidden_size": 48, "context_length": 32}),
     # mixtures of experts
     hf("Mixtral", "MixtralForCausalLM", text, {**LLAMA, **MOE, "num_local_experts": 4}),
-    hf("Qwen2-MoE", "Qwen2MoeForCausalLM", text, {**LLAMA, **MOE, "num_experts": 4, "shared_expert_intermediate_size": 64}),
+    hf("Qwen2-MoE", "Qwen2MoeForCausalLM", text, {**LLAMA, **MOE, **SHARED, "num_experts": 4}),
     hf("Qwen3-MoE", "Qwen3MoeForCausalLM", text, {**WIDE, **MOE, "num_experts": 4}),
     hf("DeepSeek-V3", "DeepseekV3ForCausalLM", text, {**LLAMA, **MOE, **DEEPSEEK}),
     hf("GPT-OSS", "GptOssForCausalLM", text, {**WIDE, **MOE, "num_local_experts": 4}),
@@ -137,13 +141,13 @@ TRANSFORMERS = [
     hf("Llama 4", "Llama4ForCausalLM", text, {**WIDE, "num_local_experts": 4, "intermediate_size_mlp": 96}),
     hf("Jamba", "JambaForCausalLM", text, {**LLAMA, **MOE, **JAMBA, "num_experts": 4, "mamba_d_state": 8}),
     hf("Switch", "SwitchTransformersForConditionalGeneration", texts,
-       {**T5, "num_experts": 4, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}),
+       {**T5, **SPARSE, "num_experts": 4, "num_decoder_layers": 2}),
     # encoders
     hf("BERT", "BertForMaskedLM", text, BERT),
     hf("BERT, Kronecker", "BertForSequenceClassification", text, BERT, kind=Kronecker()),
     hf("RoBERTa", "RobertaForMaskedLM", text, BERT),
     hf("XLM-R", "XLMRobertaForTokenClassification", text, BERT),
-    hf("DistilBERT", "DistilBertForMaskedLM", text, {**GPT, "dim": 48, "hidden_dim": 96, "max_position_embeddings": 32}),
+    hf("DistilBERT", "DistilBertForMaskedLM", text, {**GPT, "dim": 48, "hidden_dim": 96}),
     hf("ALBERT", "AlbertForMaskedLM", text, {**BERT, "embedding_size": 24}),
     hf("ELECTRA", "ElectraForPreTraining", text, {**BERT, "embedding_size": 24}),
     hf("DeBERTa", "DebertaForMaskedLM", text, DEBERTA),
@@ -154,6 +158,7 @@ TRANSFORMERS = [
     hf("Longformer", "LongformerForMaskedLM", text, {**BERT, "attention_window": 4, "sep_token_id": 1}),
     hf("SqueezeBERT", "SqueezeBertForMaskedLM", text, {**BERT, "embedding_size": 48}),
     hf("ConvBERT", "ConvBertForMaskedLM", text, {**BERT, "embedding_size": 24}),
+    hf("MobileBERT", "MobileBertForMaskedLM", text, {**BERT, "embedding_size": 24, "intra_bottleneck_size": 32}),
     hf("FNet", "FNetForMaskedLM", text, {**BERT, "tpu_short_seq_length": 8}),
     hf("Funnel", "FunnelForMaskedLM", text,
        {"vocab_size": VOCABULARY, "d_model": 48, "n_head": 4, "d_head": 12, "d_inner": 96, "block_sizes": [1, 1]}),
@@ -166,6 +171,7 @@ TRANSFORMERS = [
     hf("Pegasus", "PegasusForConditionalGeneration", texts, BART),
     hf("Marian", "MarianMTModel", texts, {**BART, "decoder_start_token_id": 0}),
     hf("M2M-100", "M2M100ForConditionalGeneration", texts, BART),
+    hf("LED", "LEDForConditionalGeneration", texts, {**BART, **LONG, "attention_window": 4}),
     # sound
     hf("Whisper", "WhisperForConditionalGeneration",
        lambda: {"input_features": torch.randn(2, 16, 32), "decoder_input_ids": ids(6)}, {**BART, **SPECTRUM}),
@@ -192,6 +198,7 @@ TRANSFORMERS = [
        "sequence_reduction_ratios": [2, 1], "patch_sizes": [4, 2]}),
     hf("DETR", "DetrForObjectDetection", partial(image, 64), {**WIDTHS, "d_model": 48, "num_queries": 6,
        "backbone": None, "backbone_config": {"ResNetConfig": {**RESNET, "out_features": ["stage4"]}}}),
+    hf("DPT", "DPTForDepthEstimation", image, {**VIT, **DPT, "num_hidden_layers": 4}),
     hf("YOLOS", "YolosForObjectDetection", image, {**VIT, "image_size": [32, 32], "num_detection_tokens": 5}),
     hf("UPerNet", "UperNetForSemanticSegmentation", partial(image, 64), {"backbone_config": {"ConvNextConfig": UPERNET},
        "hidden_size": 32, "auxiliary_channels": 16, "auxiliary_in_channels": 32}),
@@ -218,6 +225,8 @@ TRANSFORMERS = [
        lambda: {"input_ids": torch.cat([torch.full((2, 16), VOCABULARY - 1), ids()], 1), **image()},
        {"text_config": {"LlamaConfig": LLAMA}, "vision_config": {"CLIPVisionConfig": VIT}, "vision_feature_layer": -1,
         "image_token_index": VOCABULARY - 1}),
+    hf("BLIP", "BlipForConditionalGeneration", lambda: {**text(), **image()},
+       {"text_config": {**BERT, **SPECIAL, "sep_token_id": 1}, "vision_config": VIT, "projection_dim": 32}),
     # series
     hf("PatchTST", "PatchTSTForPrediction", lambda: {"past_values": torch.randn(2, 32, 2)},
        {"num_input_channels": 2, "context_length": 32, "patch_length": 4, "patch_stride": 4, "d_model": 32}),

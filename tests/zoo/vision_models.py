@@ -19,8 +19,6 @@ def pixels(size: int = 32) -> Callable[[], Inputs]:
 def torchvision_models() -> list[Architecture]:
     from torchvision import models
     from torchvision.models import convnext, efficientnet, regnet, vgg
-    from torchvision.models.segmentation import lraspp_mobilenet_v3_large
-    from torchvision.models.video import VideoResNet
 
     def small_vgg() -> nn.Module:
         """Its class builds layers of 4096 features, which smaller ones replace."""
@@ -31,7 +29,7 @@ def torchvision_models() -> list[Architecture]:
             model.classifier[index] = nn.Linear(*sizes)
         return model
 
-    blocks = [efficientnet.MBConvConfig(ratio, 3, 2, *sizes, 1, 1.0, 1.0) for ratio, *sizes in ((1, 16, 16), (4, 16, 24))]
+    blocks = [efficientnet.MBConvConfig(*sizes, 1, 1.0, 1.0) for sizes in ((1, 3, 2, 16, 16), (4, 5, 2, 16, 24))]
     stages = [convnext.CNBlockConfig(*sizes, 1) for sizes in ((16, 32), (32, 48), (48, None))]
     regions = regnet.BlockParams.from_init_params(depth=4, w_0=16, w_a=8.0, w_m=2.0, group_width=8, se_ratio=0.25)
     return [
@@ -55,21 +53,26 @@ def timm_models() -> list[Architecture]:
     import timm
     from timm import models
     from timm.layers import GatedMlp
+    from timm.models._efficientnet_builder import decode_arch_def
 
     def made(name: str, **options: Any) -> Callable[[], nn.Module]:
         return lambda: timm.create_model(name, num_classes=10, **options)
+
+    def small_efficientnet() -> nn.Module:
+        blocks = decode_arch_def([["ds_r1_k3_s1_e1_c16_se0.25"], ["ir_r1_k5_s2_e4_c24_se0.25"]])
+        model: nn.Module = models.EfficientNet(blocks, num_classes=10, num_features=64)
+        return model
 
     patches = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
     widths = {"dims": (16, 24, 32, 40), "depths": (1, 1, 1, 1)}
     resnet, mixer = models.resnet, models.mlp_mixer
     residuals = {"layers": (1, 1, 1, 1), "channels": (16, 32, 48, 64), "cardinality": 4, "base_width": 16}
-    inverted = models._efficientnet_builder.decode_arch_def([["ds_r1_k3_s1_e1_c16_se0.25"], ["ir_r1_k5_s2_e4_c24_se0.25"]])
     return [
         Architecture("ResNet", made("resnet18", channels=(8, 16, 24, 32)), pixels()),
         Architecture("ResNeXt", lambda: models.ResNet(resnet.Bottleneck, num_classes=10, **residuals), pixels()),
         Architecture("VGG", lambda: models.VGG([16, "M", 32, "M"], num_classes=10, mlp_ratio=0.01), pixels(64)),
         Architecture("MobileNetV3", made("mobilenetv3_small_050"), pixels()),
-        Architecture("EfficientNet", lambda: models.EfficientNet(inverted, 10, num_features=64), pixels()),
+        Architecture("EfficientNet", small_efficientnet, pixels()),
         Architecture("ConvNeXt", made("convnext_atto", **widths), pixels()),
         Architecture("DeiT", made("deit_tiny_distilled_patch16_224", **patches), pixels()),
         Architecture("DeiT, Kronecker", made("deit_tiny_patch16_224", **patches), pixels(), kind=Kronecker()),
