@@ -36,7 +36,7 @@ def as_parameter(architecture: Architecture) -> Any:
     return pytest.param(architecture, id=architecture.name, marks=marks)
 
 
-@pytest.mark.parametrize("architecture", map(as_parameter, architectures(LIBRARY)))
+@pytest.mark.parametrize("architecture", [as_parameter(a) for a in architectures(LIBRARY)])
 def test_architecture(architecture: Architecture, tmp_path: Path) -> None:
     model = architecture.model()
     found = survey(model)
