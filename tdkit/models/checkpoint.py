@@ -25,7 +25,7 @@ from tdkit.models.hosts.registered import host_of
 from tdkit.models.sites import FactorizedUser, factorized_groups, replace_module
 from tdkit.models.ties import follow_ties
 from tdkit.shapes import Shape, by
-from tdkit.support.compatibility import parameters_of, shallow_copy
+from tdkit.support.compatibility import COMPILED, parameters_of, shallow_copy, uncompiled
 from tdkit.support.files import whole_folder
 from tdkit.support.processes import is_main_process
 
@@ -62,6 +62,7 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwri
     if not is_main_process():
         return folder
     _check_target(folder, overwrite)
+    model = uncompiled(model)
     layers = [_describe(matrix, users) for matrix, users in factorized_groups(model)]
     tensors, ties = _tensors(model)
     with whole_folder(folder) as target:
@@ -115,6 +116,7 @@ def load(
     tensors = _read_tensors(folder)
     if model is None:
         model = huggingface.empty_model(description["model"], folder)
+    given, model = model, uncompiled(model)
     before = _Before()
     try:
         _rewrite(model, description, folder, before)
@@ -127,7 +129,7 @@ def load(
         raise
     if generation is not None:
         model.generation_config = generation
-    return model.to(device).eval() if device is not None else model.eval()
+    return given.to(device).eval() if device is not None else given.eval()
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
 
 
 def _describe(matrix: FactorizedMatrix, users: list[FactorizedUser]) -> dict[str, Any]:
-    names = [user.name for user in users]
+    names = [user.name.replace(COMPILED, "") for user in users]
     spec = spec_of(matrix.decomposition)
     try:
         back = decomposition(json.loads(json.dumps(spec)))
@@ -189,16 +191,17 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
-    for name, tensor in model.state_dict().items():
+    for key, tensor in model.state_dict().items():
+        name = key.replace(COMPILED, "")
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"cannot save '{name}': extra state of type {type(tensor).__name__} is not a tensor")
         if tensor.is_meta:
             raise CheckpointError(f"cannot save '{name}': it is on the meta device and has no values")
-        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.numel() and key in first:
-            ties[name] = first[key]
+        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in first:
+            ties[name] = first[place]
             continue
-        first[key] = name
+        first[place] = name
         tensors[name] = tensor.detach().to("cpu", copy=False).contiguous()
     shared: dict[int, str] = {}
     for name, tensor in tensors.items():  # safetensors cannot store views of one storage

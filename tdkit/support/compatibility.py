@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
+    "COMPILED",
     "RecurrentWeights",
     "buffers_of",
     "constant_for_compile",
@@ -34,6 +35,7 @@ __all__ = [
     "submodules_of",
     "tree_leaves",
     "tree_map_only",
+    "uncompiled",
     "version_of",
     "without_recurrent_weights",
     "wrapper_tensor",
@@ -118,6 +120,15 @@ def rebind_hooked_forward(module: nn.Module) -> None:
     """Make a hook of accelerate, which replaces ``forward`` on the instance, call that of the module's class."""
     if "_old_forward" in vars(module) and hasattr(module, "_hf_hook"):
         vars(module)["_old_forward"] = MethodType(type(module).forward, module)
+
+
+COMPILED = "_orig_mod."  # precedes the names inside a module that torch.compile wrapped
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Returns the module inside the wrapper of ``torch.compile``, or the module itself."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if type(model).__name__ == "OptimizedModule" and isinstance(inner, nn.Module) else model
 
 
 def move_own_tensors(module: nn.Module, device: torch.device) -> None:

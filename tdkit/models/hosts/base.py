@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.lazy_weight import lazy_weight
-from tdkit.support.compatibility import rebind_hooked_forward
+from tdkit.support.compatibility import parameters_of, rebind_hooked_forward
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes of weights that can be fitted
 
@@ -24,6 +24,40 @@ class Removable(Protocol):
     """A handle of hooks."""
 
     def remove(self) -> None: ...
+
+
+class Handles:
+    """Several handles as one."""
+
+    def __init__(self, *handles: Removable) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class ObservedParameter:
+    """A parameter that requires gradients, which are handed to `observe` and not kept, until `remove` is called."""
+
+    def __init__(self, parameter: nn.Parameter, observe: Callable[[Tensor], None]) -> None:
+        self.parameter = parameter
+        self._before = parameter.grad, parameter.requires_grad
+        parameter.grad = None
+        parameter.requires_grad_(True)
+
+        def seen(_: Tensor) -> None:
+            if parameter.grad is not None:
+                observe(parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad)
+            parameter.grad = None
+
+        self._handle = parameter.register_post_accumulate_grad_hook(seen)  # type: ignore[no-untyped-call]
+
+    def remove(self) -> None:
+        self._handle.remove()
+        grad, trained = self._before
+        self.parameter.requires_grad_(trained)
+        self.parameter.grad = grad
 
 
 class FactorizedModule(nn.Module, ABC):
@@ -187,6 +221,17 @@ class Host(ABC):
             return observe(args[0] if args else next(iter(kwargs.values())), y)
 
         return module.register_forward_hook(hook, with_kwargs=True)
+
+    def attach_gradient(self, module: nn.Module, weight: str, observe: Callable[[Tensor], None]) -> Removable:
+        """Call ``observe(gradient)`` with the gradient of a weight, in the layout of the layer, in each backward pass.
+
+        For weights whose products are not seen by `attach`. The ``grad`` of the parameter stays as it is.
+
+        Returns:
+            A handle whose ``remove()`` removes the observer.
+        """
+        parameter = parameters_of(module).get(weight)
+        return Handles() if parameter is None else ObservedParameter(parameter, observe)
 
     def __deepcopy__(self, memo: Any) -> Host:
         return self

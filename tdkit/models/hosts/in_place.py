@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tdkit.decompositions.base import FactorizedMatrix
-from tdkit.models.hosts.base import FactorizedModule, Host, Observer, Removable
+from tdkit.models.hosts.base import FactorizedModule, Handles, Host, Observer, Removable
 from tdkit.models.hosts.products import observing
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import (
@@ -128,7 +128,24 @@ class InPlaceHost(Host):
         base = self._base_of(weight)
         if base is not None and base.layer is not None and dense_type(module).forward is base.layer.forward:
             return base.attach(module, weight, observe)
+        if isinstance(module, InPlaceLayer):
+            if base is None:
+                return Handles()
+            matrix = submodules_of(module)[module.matrix_name(weight)]
+            return matrix.register_forward_hook(lambda _, args, y: observe(args[0], y))
         return observing(module, weight, observe, looks_up=self.multiplications(module, weight) == 0)
+
+    def attach_gradient(self, module: nn.Module, weight: str, observe: Callable[[Tensor], None]) -> Removable:
+        if isinstance(module, InPlaceLayer):
+            return module.observed(weight, observe)
+        if weight not in parametrized(module):
+            return super().attach_gradient(module, weight, observe)
+
+        def see(_: nn.Module, __: Any, effective: Tensor) -> Tensor:
+            return _with_gradient_seen(effective, observe)
+
+        held = submodules_of(cast(nn.Module, module.parametrizations))[weight]
+        return held.register_forward_hook(see)
 
     def _base_of(self, weight: str) -> Host | None:
         return self.base if weight == "weight" else None
@@ -180,9 +197,17 @@ class InPlaceLayer(FactorizedModule):
         if self.base is not None and weight == "weight":
             dense = self.base.stored(dense.reshape(matrix.sizes), weight)
         dense = dense.reshape(state["_stored"][weight])
+        for observe in state.get("_observers", {}).get(weight, ()):
+            dense = _with_gradient_seen(dense, observe)
         if built is not None:
             built[key] = dense
         return dense
+
+    def observed(self, weight: str, observe: Callable[[Tensor], None]) -> Removable:
+        """See `Host.attach_gradient`; the factors get no gradients."""
+        observers = vars(self).setdefault("_observers", {}).setdefault(weight, [])
+        observers.append(observe)
+        return _Observation(observers, observe)
 
     def options(self) -> dict[str, Any]:
         return {} if self.base is None else super().options()
@@ -190,6 +215,24 @@ class InPlaceLayer(FactorizedModule):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles make the class again: it has no module to be imported from."""
         return _restored, (self.dense_class, self.base, self.weight_names), vars(self)
+
+
+class _Observation:
+    def __init__(self, observers: list[Callable[[Tensor], None]], observe: Callable[[Tensor], None]) -> None:
+        self._observers, self._observe = observers, observe
+
+    def remove(self) -> None:
+        self._observers.remove(self._observe)
+
+
+def _with_gradient_seen(weight: Tensor, observe: Callable[[Tensor], None]) -> Tensor:
+    """Returns `weight`, whose gradient is given to `observe` in a backward pass."""
+    if not torch.is_grad_enabled():
+        return weight
+    if not weight.requires_grad:
+        weight = weight.detach().requires_grad_()
+    weight.register_hook(observe)  # type: ignore[no-untyped-call]
+    return weight
 
 
 def _restored(dense_class: type[nn.Module], base: Host | None, weights: tuple[str, ...]) -> nn.Module:
@@ -212,7 +255,9 @@ def in_place_class(dense_class: type[nn.Module], base: Host | None, weights: tup
     generic = [weight for weight in weights if base is None or weight != "weight"]
     namespace: dict[str, Any] = {weight: _dense_on_demand(weight) for weight in generic}
     namespace |= {"dense_class": dense_class, "base": base, "weight_names": weights}
-    if generic:
+    if base is not None and base.factorized is not None and "weight" in weights:
+        namespace["weight"] = _lazy_or_observed(base.factorized)
+    if generic or base is None or dense_class.forward is not getattr(base.layer, "forward", None):
         namespace["forward"] = _building_once(dense_class)
     parents: tuple[type, ...] = (InPlaceLayer, dense_class)
     if base is not None and base.layer is not None and base.factorized is not None:
@@ -231,6 +276,25 @@ def _dense_on_demand(weight: str) -> property:
         return self.dense_weight(weight)
 
     return property(read, doc=f"`{weight}`, computed from its factors; read-only.")
+
+
+def _lazy_or_observed(factorized: type[FactorizedModule]) -> property:
+    """Returns the property ``weight`` of a factorised layer: in a call of ``forward``, the same tensor each time."""
+    lazy = cast("Callable[[InPlaceLayer], Tensor]", cast(Any, factorized).weight.fget)
+
+    def read(self: InPlaceLayer) -> Tensor:
+        state = vars(self)
+        if state.get("_observers", {}).get("weight"):
+            return self.dense_weight("weight")
+        built: dict[object, Tensor] | None = state["_built"]
+        key = "lazy", torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if built is None:
+            return lazy(self)
+        if key not in built:
+            built[key] = lazy(self)
+        return built[key]
+
+    return property(read, doc="The dense weight, computed from its factors on first use; read-only.")
 
 
 def _building_once(dense_class: type[nn.Module]) -> Callable[..., Any]:

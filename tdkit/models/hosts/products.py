@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from tdkit.models.hosts.base import Observer, Removable
+from tdkit.models.hosts.base import Handles, Observer, Removable
 
 
 def observing(module: nn.Module, weight: str, observe: Observer, *, looks_up: bool) -> Removable:
@@ -33,17 +33,6 @@ def observing(module: nn.Module, weight: str, observe: Observer, *, looks_up: bo
             running.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     return Handles(module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True))
-
-
-class Handles:
-    """Several handles as one."""
-
-    def __init__(self, *handles: Removable) -> None:
-        self._handles: Sequence[Removable] = handles
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 class _Observing(TorchFunctionMode):
