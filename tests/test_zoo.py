@@ -19,6 +19,7 @@ import tdkit
 from tdkit import Policy, Rule
 from tdkit.models.hosts.registered import dense_layer
 from tdkit.models.sites import Survey, factorized_groups, num_params, survey
+from tdkit.support.compatibility import uncompiled
 from tests.side_packages import INSTALL, SIDE, use_side_packages
 from tests.zoo import SIDE_LIBRARIES, architectures
 from tests.zoo.architecture import GOAL, Architecture
@@ -39,7 +40,7 @@ def as_parameter(architecture: Architecture) -> Any:
 @pytest.mark.parametrize("architecture", [as_parameter(a) for a in architectures(LIBRARY)])
 def test_architecture(architecture: Architecture, tmp_path: Path) -> None:
     model = architecture.model()
-    found = survey(model)
+    found = survey(uncompiled(model))
     check_survey(model, found, architecture)
 
     budget = reachable_budget(model, found)
@@ -98,7 +99,7 @@ def check_survey(model: nn.Module, found: Survey, architecture: Architecture) ->
 def rewritable_share(model: nn.Module, found: Survey) -> float:
     """The share of the parameters that can be rewritten, of those in weights that can shrink."""
     rewritable = sum(site.params for site in found.sites if can_shrink(site.shape))
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors = dict(uncompiled(model).named_parameters(remove_duplicate=False))
     names = [each.name if each.name in tensors else f"{each.name}.weight".lstrip(".") for each in found.untouchable]
     kept = sum(tensors[name].numel() for name in names if can_shrink(tuple(tensors[name].shape)))
     return rewritable / (rewritable + kept)
@@ -112,10 +113,10 @@ def reachable_budget(model: nn.Module, found: Survey) -> float:
 
 def with_dense_weights(model: nn.Module, dense: nn.Module) -> nn.Module:
     """Returns `dense`, a newly built model, with the dense values of the factorised weights of `model`."""
-    for _, users in factorized_groups(model):
+    for _, users in factorized_groups(uncompiled(model)):
         for user in users:
             weight = getattr(dense_layer(user.module), user.weight)
-            set_weight(dense.get_submodule(user.layer), user.weight, weight.detach())
+            set_weight(uncompiled(dense).get_submodule(user.layer), user.weight, weight.detach())
     return dense
 
 
@@ -146,8 +147,8 @@ def check_training_step(model: nn.Module, dense: nn.Module, architecture: Archit
     """
     gradients(model, architecture)
     gradients(dense, architecture)
-    for matrix, users in factorized_groups(model):
-        weights = [getattr(dense.get_submodule(user.layer), user.weight) for user in users]
+    for matrix, users in factorized_groups(uncompiled(model)):
+        weights = [getattr(uncompiled(dense).get_submodule(user.layer), user.weight) for user in users]
         used = {id(weight): (weight.detach(), weight.grad) for weight in weights if weight.grad is not None}
         expected = sum(float((weight * gradient).sum()) for weight, gradient in used.values())
         scale = sum(float(weight.norm() * gradient.norm()) for weight, gradient in used.values())
