@@ -9,7 +9,17 @@ tdkit.save(model, "smaller")
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.measure import calibrate
 from tdkit.compression.apply import compress
-from tdkit.decompositions import Decomposition, FactorizedMatrix, Kronecker, LowRank, PermutedKronecker, TTMatrix
+from tdkit.decompositions import (
+    CP,
+    Decomposition,
+    FactorizedMatrix,
+    Kronecker,
+    LowRank,
+    PermutedKronecker,
+    SpatialLowRank,
+    TTMatrix,
+    Tucker,
+)
 from tdkit.decompositions.auto import Auto
 from tdkit.errors import TdkitError
 from tdkit.fitting.metric import Metric
@@ -23,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Auto",
+    "CP",
     "Calibration",
     "Decomposition",
     "FactorizedMatrix",
@@ -33,8 +44,10 @@ __all__ = [
     "Plan",
     "Policy",
     "Rule",
+    "SpatialLowRank",
     "TTMatrix",
     "TdkitError",
+    "Tucker",
     "applied_plan",
     "calibrate",
     "compress",

@@ -22,7 +22,7 @@ from tdkit.models import huggingface
 from tdkit.models.hosts.base import Host, become, install
 from tdkit.models.hosts.in_place import parametrized
 from tdkit.models.hosts.registered import host_of
-from tdkit.models.sites import FactorizedUser, factorized_groups, replace_module
+from tdkit.models.sites import FactorizedUser, changes_in_place, factorized_groups, replace_module
 from tdkit.models.ties import follow_ties
 from tdkit.shapes import Shape, by
 from tdkit.support.compatibility import COMPILED, parameters_of, shallow_copy, uncompiled
@@ -298,7 +298,7 @@ def _rewrite(model: nn.Module, description: Mapping[str, Any], folder: Path, bef
             layer_name, attribute, dense = _find(model, name, before, folder)
             if id(dense) not in built:
                 host, weight = _weight(dense, name, attribute, wanted, folder)
-                if host.in_place or not layer_name:
+                if changes_in_place(host, layer_name):
                     dense = before.copied(dense)
                 if matrix is None:
                     matrix = wanted.decomposition.empty(wanted.shape, device=weight.device, dtype=weight.dtype)

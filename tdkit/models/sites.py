@@ -15,7 +15,7 @@ from tdkit.models.hosts.base import FactorizedModule, Host, become, unsupported
 from tdkit.models.hosts.in_place import parametrized
 from tdkit.models.hosts.registered import builder_of, host_of
 from tdkit.shapes import Shape, by
-from tdkit.support.compatibility import offloads
+from tdkit.support.compatibility import COMPILED, offloads
 
 
 @dataclass(frozen=True)
@@ -237,6 +237,14 @@ def num_bytes(model: nn.Module) -> int:
     """Returns the bytes of the tensors in the ``state_dict`` of a model; tied ones are counted once."""
     tensors: dict[int, torch.Tensor] = {t.data_ptr(): t for t in model.state_dict().values()}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def changes_in_place(host: Host, layer: str) -> bool:
+    """Returns whether the layer of this name becomes the factorised one, instead of being replaced by it.
+
+    The model itself has no parent to hold another module, and the wrapper of ``torch.compile`` calls the one it got.
+    """
+    return host.in_place or not layer or f"{layer}.".endswith(COMPILED)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

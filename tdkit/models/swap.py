@@ -20,7 +20,7 @@ from torch.utils.weak import TensorWeakRef
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedModule, become, install
-from tdkit.models.sites import Site, User, replace_module
+from tdkit.models.sites import Site, User, changes_in_place, replace_module
 from tdkit.models.ties import follow_ties
 from tdkit.support.compatibility import own_parameters, parameters_of, shallow_copy
 
@@ -153,7 +153,7 @@ class Swap:
             same = (record for record in self._replaced.values() if record.original() is module)
             record = next(same, None)
             if record is None:
-                in_place = user.host.in_place or not user.layer
+                in_place = changes_in_place(user.host, user.layer)
                 dense = shallow_copy(module) if in_place else module
                 record = _Replaced(dense, weakref.ref(module), user.host.options(module), in_place)
             self._replaced[user.layer] = record

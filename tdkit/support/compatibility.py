@@ -19,6 +19,8 @@ __all__ = [
     "RecurrentWeights",
     "buffers_of",
     "constant_for_compile",
+    "convolve_its_own_way",
+    "convolves_its_own_way",
     "in_functional_transform",
     "move_own_tensors",
     "offloads",
@@ -27,6 +29,7 @@ __all__ = [
     "onednn_linear",
     "own_parameters",
     "parameters_of",
+    "pre_hooks_of",
     "rebind_hooked_forward",
     "recurrent_weights_again",
     "reset_accelerate_state",
@@ -136,9 +139,27 @@ def move_own_tensors(module: nn.Module, device: torch.device) -> None:
     module._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
 
 
+def pre_hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks that run before the module's ``forward``."""
+    return list(module._forward_pre_hooks.values())
+
+
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own buffers by name."""
     return module._buffers
+
+
+def convolves_its_own_way(module: nn.Module) -> bool:
+    """Returns whether a convolution is of a subclass with a ``_conv_forward`` of its own, which ``forward`` calls."""
+    layers = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d  # what transposed ones inherit is never called
+    own = getattr(type(module), "_conv_forward", None)
+    return own is not None and own not in [layer._conv_forward for layer in layers]
+
+
+def convolve_its_own_way(module: nn.Module, x: Tensor) -> Tensor:
+    """Returns what ``_conv_forward`` of such a subclass does, as ``forward`` of ``torch.nn.Conv2d`` calls it."""
+    y: Tensor = cast(Any, module)._conv_forward(x, module.weight, module.bias)
+    return y
 
 
 def onednn_enabled() -> bool:

@@ -204,12 +204,18 @@ def _adding(total: Tensor, looks_up: bool, calls: list[int]) -> Observer:
 
     def observe(x: Tensor, y: Tensor) -> Tensor:
         calls.append(x.numel())
+        groups = x.shape[-2] if x.ndim > y.ndim else 1
         rows = x.detach().reshape(-1) if looks_up else x.detach().reshape(-1, x.shape[-1])
 
         def add(gradient: Tensor) -> None:
             gradient = gradient.reshape(-1, gradient.shape[-1])
             if looks_up:
                 total.index_add_(0, rows, gradient)
+            elif x.ndim > y.ndim:
+                for part, own, block in zip(
+                    total.chunk(groups), x.detach().unbind(-2), gradient.chunk(groups, 1), strict=True
+                ):
+                    part.add_(block.T @ own.reshape(-1, own.shape[-1]))
             else:
                 total.add_(gradient.T @ rows)
 

@@ -319,7 +319,23 @@ def test_a_compiled_wrapper_is_compressed_and_saved_under_the_plain_names(tmp_pa
     assert set(loaded.state_dict()) == {"0.matrix.left", "0.matrix.right", "0.bias", "1.weight", "1.bias"}
 
 
-def test_a_factorised_recurrent_layer_compiles() -> None:
+def test_a_compiled_part_calls_the_factors() -> None:
+    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.ReLU())
+    model[0] = torch.compile(model[0], backend="eager")
+    x = torch.randn(2, SIZE)
+    before = model(x)
+    tdkit.compress(model, Policy([Rule("*", LowRank(rank=1))]), progress=False)
+    dense = F.linear(x, model[0]._orig_mod.matrix.dense(), model[0]._orig_mod.bias).relu()
+    torch.testing.assert_close(model(x), dense)
+    assert not model(x).allclose(before)
+
+
+def test_an_old_spectral_norm_says_why_it_stays() -> None:
+    module = nn.utils.spectral_norm(nn.Linear(SIZE, SIZE))
+    assert "parametrizations.spectral_norm" in survey(module).untouchable[0].reason
+
+
+def test_a_parameter_list_compiles() -> None:
     module, inputs = built("bare")
     tdkit.compress(module, Policy([Rule("*", LowRank(rank=2))]), progress=False)
     compiled = torch.compile(module, backend="eager")

@@ -210,8 +210,10 @@ class Host(ABC):
         """Call ``observe(x, y)`` at each product of `module` with a weight, and replace y by the result.
 
         x is (\\*batch, in) and y (\\*batch, out), with one row per product, so that the rows of the gradient of y
-        correspond to the rows of x. For a look-up x is (\\*n,) integer ids and y is (\\*n, in). A layer that applies
-        its weight in another way, such as a convolution, must reshape x and y to this form.
+        correspond to the rows of x. Where each group of outputs multiplies rows of its own, as in a grouped
+        convolution, x is (\\*batch, groups, in / groups) and y (\\*batch, out). For a look-up x is (\\*n,) integer ids
+        and y is (\\*n, in). A layer that applies its weight in another way, such as a convolution, must reshape x and
+        y to one of these forms.
 
         Returns:
             A handle whose ``remove()`` removes the observer.

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedModule, Handles, Host, Observer, Removable
@@ -19,6 +20,7 @@ from tdkit.shapes import Shape
 from tdkit.support.compatibility import (
     RecurrentWeights,
     parameters_of,
+    pre_hooks_of,
     recurrent_weights_again,
     shallow_copy,
     submodules_of,
@@ -57,6 +59,8 @@ class InPlaceHost(Host):
     def refusal(self, module: nn.Module, weight: str) -> str | None:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             return f"{type(module).__name__} with sparse=True works on dense rows: its gradients are sparse"
+        if any(isinstance(hook, SpectralNorm) and weight == f"{hook.name}_orig" for hook in pre_hooks_of(module)):
+            return "the hook of nn.utils.spectral_norm needs it: use nn.utils.parametrizations.spectral_norm instead"
         return None
 
     def canonical(self, stored: Tensor, weight: str) -> Tensor:
@@ -195,7 +199,8 @@ class InPlaceLayer(FactorizedModule):
         matrix = cast(FactorizedMatrix, submodules_of(self)[self.matrix_name(weight)])
         dense = matrix.dispatcher.dense(matrix)
         if self.base is not None and weight == "weight":
-            dense = self.base.stored(dense.reshape(matrix.sizes), weight)
+            stored = torch.empty(state["_stored"][weight], device="meta")
+            dense = self.base.stored(dense.reshape(self.base.canonical(stored, weight).shape), weight)
         dense = dense.reshape(state["_stored"][weight])
         for observe in state.get("_observers", {}).get(weight, ()):
             dense = _with_gradient_seen(dense, observe)

@@ -20,6 +20,12 @@ hosts: Registry[type[Host]] = Registry(
         "linear": "tdkit.models.hosts.linear:LinearHost",
         "conv1d": "tdkit.models.hosts.linear:Conv1DHost",
         "embedding": "tdkit.models.hosts.embedding:EmbeddingHost",
+        "convolution1d": "tdkit.models.hosts.convolution:Convolution1dHost",
+        "convolution2d": "tdkit.models.hosts.convolution:Convolution2dHost",
+        "convolution3d": "tdkit.models.hosts.convolution:Convolution3dHost",
+        "transposed_convolution1d": "tdkit.models.hosts.convolution:TransposedConvolution1dHost",
+        "transposed_convolution2d": "tdkit.models.hosts.convolution:TransposedConvolution2dHost",
+        "transposed_convolution3d": "tdkit.models.hosts.convolution:TransposedConvolution3dHost",
     },
     fault=subclass_fault(Host),
 )
