@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import tdkit
-from tdkit import Policy, Rule
+from tdkit import LowRank, Policy, Rule
 from tdkit.models.hosts.registered import dense_layer
 from tdkit.models.sites import Survey, factorized_groups, num_params, survey
-from tdkit.support.compatibility import uncompiled
+from tdkit.support.compatibility import parameters_of, uncompiled
 from tests.side_packages import INSTALL, SIDE, use_side_packages
 from tests.zoo import SIDE_LIBRARIES, architectures
 from tests.zoo.architecture import GOAL, Architecture
@@ -32,12 +33,16 @@ if LIBRARY:
     use_side_packages()
 
 
-def as_parameter(architecture: Architecture) -> Any:
-    marks = [pytest.mark.xfail(strict=True, reason=architecture.fault)] if architecture.fault else []
-    return pytest.param(architecture, id=architecture.name, marks=marks)
+def lines(table: list[Architecture], fault: Callable[[Architecture], str]) -> list[Any]:
+    """The models of a table as parameters of a test, which fails for those that have a fault."""
+    marks = [[pytest.mark.xfail(strict=True, reason=fault(each))] if fault(each) else [] for each in table]
+    return [pytest.param(each, id=each.name, marks=mark) for each, mark in zip(table, marks, strict=True)]
 
 
-@pytest.mark.parametrize("architecture", [as_parameter(a) for a in architectures(LIBRARY)])
+TABLE = architectures(LIBRARY)
+
+
+@pytest.mark.parametrize("architecture", lines(TABLE, lambda each: each.fault))
 def test_architecture(architecture: Architecture, tmp_path: Path) -> None:
     model = architecture.model()
     found = survey(uncompiled(model))
@@ -64,13 +69,36 @@ def test_architecture(architecture: Architecture, tmp_path: Path) -> None:
     check_training_step(model, dense, architecture)
 
 
+@pytest.mark.parametrize("architecture", lines(TABLE, lambda each: each.uncalibrated))
+def test_calibrated_architecture(architecture: Architecture) -> None:
+    model = uncompiled(architecture.model())
+    found = survey(model)
+    calibration = tdkit.calibrate(model, [architecture.batch()], loss=lambda output, _: architecture.loss(output))
+    architecture.loss(architecture.call(model)).backward()
+    for site in found.sites:
+        stored = [parameter for user in site.users for parameter in stored_parameters(user.module, user.weight)]
+        assert site.name in calibration.names or not any(p.grad is not None and p.grad.any() for p in stored), site.name
+
+    plan = tdkit.plan(
+        model,
+        Policy([Rule("*", LowRank())], budget=reachable_budget(model, found), allocation="loss"),
+        calibration=calibration,
+    )
+    assert all(step.loss is not None for step in plan.rewritten if step.name in calibration.names)
+    tdkit.compress(model, plan, calibration=calibration)
+    assert num_params(model) == plan.params_after
+    with torch.no_grad():
+        dense = with_dense_weights(model, architecture.model())
+        assert_near(architecture.output(model), architecture.output(dense))
+
+
 @pytest.mark.skipif(LIBRARY is not None, reason="runs in the process of one library")
 @pytest.mark.parametrize("library", SIDE_LIBRARIES)
 def test_library_in_the_side_folder(library: str) -> None:
     if not (SIDE / library).is_dir():
         pytest.skip(f"{library} is not installed: run `{INSTALL}`")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "test_architecture"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "architecture"]
     ended = subprocess.run(
         [*command, __file__],
         env={**environment, "TDKIT_ZOO_LIBRARY": library},
@@ -89,7 +117,7 @@ def can_shrink(shape: tuple[int, ...]) -> bool:
 
 
 def check_survey(model: nn.Module, found: Survey, architecture: Architecture) -> None:
-    """Every weight that can shrink is a site or has a reason, and the share of the sites is at least what the table says."""
+    """Every weight that can shrink is a site or has a reason; the share of sites is what the table says or more."""
     weights = sum(p.numel() for p in model.parameters() if can_shrink(tuple(p.shape)))
     assert sum(site.params for site in found.sites) + sum(each.params for each in found.untouchable) >= weights
     assert all(each.reason for each in found.untouchable)
@@ -135,6 +163,14 @@ def set_weight(module: nn.Module, name: str, value: Tensor) -> None:
             removed(module, name)
     with torch.no_grad():
         getattr(module, name).copy_(value)
+
+
+def stored_parameters(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """The parameters that a weight is, or is computed from."""
+    if parametrize.is_parametrized(module, name):
+        return list(cast(nn.ModuleDict, module.parametrizations)[name].parameters())
+    own = parameters_of(module)
+    return [own[name if name in own else f"{name}_v"]]  # the latter for the hook of weight_norm
 
 
 def assert_near(found: list[Tensor], expected: list[Tensor]) -> None:

@@ -42,6 +42,7 @@ class Architecture:
         kind: the decomposition.
         loss: of the output.
         fault: what fails with it, and is not mended yet.
+        uncalibrated: what fails in its calibration, and is not mended yet.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Architecture:
     kind: Decomposition = LOW_RANK
     loss: Callable[[Any], Tensor] = field(default=projection, repr=False)
     fault: str = ""
+    uncalibrated: str = ""
 
     def __post_init__(self) -> None:
         assert (self.share < GOAL) == bool(self.reason), f"{self.name}: a share below {GOAL} has a reason"
@@ -63,11 +65,16 @@ class Architecture:
 
     def call(self, model: nn.Module) -> Any:
         """The output of a model, with the same inputs and random numbers in each call."""
+        batch = self.batch()
+        return model(**batch) if isinstance(batch, Mapping) else model(*batch)
+
+    def batch(self) -> Inputs:
+        """The inputs in float64; sets the state of the random number generator."""
         torch.manual_seed(2)
         inputs = self.inputs()
         if isinstance(inputs, Mapping):
-            return model(**{name: _double(value) for name, value in inputs.items()})
-        return model(*(_double(value) for value in inputs))
+            return {name: _double(value) for name, value in inputs.items()}
+        return tuple(_double(value) for value in inputs)
 
     def output(self, model: nn.Module) -> list[Tensor]:
         """The floating-point tensors of the output of a model."""
