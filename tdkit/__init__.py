@@ -27,13 +27,14 @@ from tdkit.models.checkpoint import load, save
 from tdkit.models.preparation import prepare
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import applied_plan, plan
-from tdkit.planning.policy import Policy, Rule
+from tdkit.planning.policy import Policy
+from tdkit.planning.rule import Rule
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Auto",
     "CP",
+    "Auto",
     "Calibration",
     "Decomposition",
     "FactorizedMatrix",

@@ -281,6 +281,11 @@ class Decomposition(ABC):
         """Returns `weight` (out, in, *kernel) in the shape that `shape_of` returns."""
         return weight.reshape(self.shape_of(tuple(weight.shape)))
 
+    @property
+    def family(self) -> str:
+        """The name of the decomposition whose factors it makes: its own, unless it applies another one."""
+        return self.name
+
     def is_complete(self) -> bool:
         """Whether every option is given, so that `fit` knows what to do for any shape it accepts."""
         return all(getattr(self, f.name) is not None for f in dataclasses.fields(self))

@@ -75,14 +75,6 @@ class LowRankMatrix(StructuredMatrix):
         left, right = padded_rank(self.left, self.right)
         return torch.cat([left.T.flatten(), right.flatten()])
 
-    def convolutions(self, kernel: tuple[int, ...], groups: int) -> list[Stage]:
-        left, right = self.factors()
-        axes, ones = tuple(range(len(kernel))), (1,) * len(kernel)
-        return [
-            Stage(right.reshape(len(right), -1, *kernel), axes, leading=groups),
-            Stage(left.reshape(*left.shape, *ones), groups=groups),
-        ]
-
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.left) @ self.right
 

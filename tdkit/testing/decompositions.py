@@ -280,7 +280,10 @@ def products_stay_on_the_device(kind: Decomposition, shape: Shape) -> None:
     """With factors and x on another device (``meta``) every product and look-up allocates its tensors there."""
     for choice in _choices(kind, shape):
         matrix = choice.empty(shape, device="meta", dtype=torch.float64).requires_grad_(False).eval()
-        x, bias = torch.empty(3, _columns(shape), device="meta", dtype=torch.float64), matrix.dense().new_empty(shape[0])
+        x, bias = (
+            torch.empty(3, _columns(shape), device="meta", dtype=torch.float64),
+            matrix.dense().new_empty(shape[0]),
+        )
         with _Devices() as devices:
             matrix.dense()
             matrix.matmul(x)
@@ -628,7 +631,9 @@ def _metrics(shape: Shape) -> dict[str, Metric]:
 
 def _errors_in(metric: Metric, choice: Decomposition, weight: Tensor) -> tuple[float, float]:
     """Squared error of the plain fit and of the one in the metric."""
-    plain, calibrated = (metric.squared_error(weight.flatten(1) - choice.fit(weight, given).dense()) for given in (None, metric))
+    plain, calibrated = (
+        metric.squared_error(weight.flatten(1) - choice.fit(weight, given).dense()) for given in (None, metric)
+    )
     return plain, calibrated
 
 
