@@ -10,7 +10,7 @@ from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.measure import calibrate
 from tdkit.compression.apply import compress
 from tdkit.decompositions import (
-    CP,
+    CanonicalPolyadic,
     Decomposition,
     FactorizedMatrix,
     Kronecker,
@@ -34,9 +34,9 @@ from tdkit.planning.rule import Rule
 __version__ = "0.1.0"
 
 __all__ = [
-    "CP",
     "Auto",
     "Calibration",
+    "CanonicalPolyadic",
     "Decomposition",
     "FactorizedMatrix",
     "Kronecker",

@@ -218,7 +218,8 @@ class RowSpaceProblem:
         """
         wanted, _, system = self._normal_equations(parts)
         system.diagonal().mul_(1 + RIDGES[torch.float64])
-        return torch.linalg.solve_triangular(torch.linalg.cholesky(system), wanted.T, upper=False)
+        found: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(system), wanted.T, upper=False)
+        return found
 
     def _normal_equations(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """W C Z (out, q), C Z (n, q) and Z^T C Z (q, q)."""

@@ -146,13 +146,17 @@ def _sorted(
         rule = assigned.get(site.name)
         if rule is None or rule.decomposition is None:
             continue
+        named = any(rule.spells_out(name) for name in site.names)
         try:
             kind = decomposition_at(site, rule.decomposition)
         except OptionError as error:
-            problems.append(f"{site.name}: {error}")
+            if named:
+                problems.append(f"{site.name}: {error}")
+            else:
+                fixed[site.name] = Choice(None, str(error))
             continue
         problem = _problem(kind, site)
-        if problem is not None and not any(rule.spells_out(name) for name in site.names):
+        if problem is not None and not named:
             reason = _unfit(kind, site)
             if reason is not None:
                 fixed[site.name] = Choice(None, reason)

@@ -23,10 +23,9 @@ from tdkit.errors import CheckpointError
 from tdkit.models.checkpoint import DESCRIPTION, WEIGHTS, read_description
 from tdkit.models.sites import num_params
 from tests.conftest import make_gpt2
+from tests.kinds import OF_MATRICES
 
-every = pytest.mark.parametrize(
-    "name", [name for name in decompositions.names() if not decompositions.get(name).stacks]
-)
+every = pytest.mark.parametrize("name", OF_MATRICES)
 
 
 def half(name: str = "low_rank") -> Policy:
