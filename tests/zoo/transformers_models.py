@@ -97,9 +97,6 @@ VITS |= {"upsample_kernel_sizes": [8, 4], "resblock_kernel_sizes": [3], "resbloc
 VITS |= {f"{part}_num_wavenet_layers": 1 for part in ("prior_encoder", "posterior_encoder")}
 VITS |= {"hidden_size": 32, "num_hidden_layers": 1, "ffn_dim": 64, "duration_predictor_num_flows": 1}
 
-INPLACE = "the output of an observed layer is a leaf, which the model changes in place"
-POSITIONS = "the positions of the image are taken for those of the text"
-
 TRANSFORMERS = [
     # decoders
     hf("GPT-2", "GPT2LMHeadModel", text, GPT),
@@ -127,7 +124,7 @@ TRANSFORMERS = [
     hf("GPT-J", "GPTJForCausalLM", text, {**GPT, "rotary_dim": 8}),
     hf("CodeGen", "CodeGenForCausalLM", text, {**GPT, "rotary_dim": 8}),
     hf("MPT", "MptForCausalLM", text, {"vocab_size": VOCABULARY, "d_model": 48, "n_layers": 2, "n_heads": 4}),
-    hf("CTRL", "CTRLLMHeadModel", text, {**GPT, "dff": 96}, uncalibrated=INPLACE),
+    hf("CTRL", "CTRLLMHeadModel", text, {**GPT, "dff": 96}),
     hf("Mamba", "MambaForCausalLM", text, {**BERT, **SPECIAL, "state_size": 8}),
     hf("Mamba-2", "Mamba2ForCausalLM", text, {**BERT, "num_heads": 6, "head_dim": 16, "n_groups": 2, "chunk_size": 4}),
     hf("RWKV", "RwkvForCausalLM", lambda: {**text(), "use_cache": False},
@@ -195,7 +192,7 @@ TRANSFORMERS = [
     hf("BEiT", "BeitForImageClassification", image, {**VIT, "use_relative_position_bias": True}),
     hf("DINOv2", "Dinov2ForImageClassification", image, VIT),
     hf("Swin", "SwinForImageClassification", image, SWIN),
-    hf("Swin v2", "Swinv2ForImageClassification", image, SWIN, uncalibrated=INPLACE),
+    hf("Swin v2", "Swinv2ForImageClassification", image, SWIN),
     hf("SegFormer", "SegformerForSemanticSegmentation", image,
        {**PYRAMID, "sr_ratios": [2, 1], "num_attention_heads": [1, 2], "decoder_hidden_size": 32}),
     hf("PVT", "PvtForImageClassification", image, {**PYRAMID, "image_size": 32, "num_attention_heads": [1, 2],
@@ -218,22 +215,19 @@ TRANSFORMERS = [
        "neck_hidden_sizes": [8, 8, 16, 24, 32, 40, 48], "num_labels": 10}),
     hf("PoolFormer", "PoolFormerForImageClassification", image, {**PYRAMID, "padding": [2, 1]}),
     hf("LeViT", "LevitForImageClassification", partial(image, 64), {"image_size": 64, "hidden_sizes": [16, 24, 32],
-       "num_attention_heads": [2] * 3, "depths": [1] * 3, "key_dim": [8] * 3, "num_labels": 10},
-       uncalibrated="attention biases are cached in eval mode, under no_grad in the first pass of a calibration"),
+       "num_attention_heads": [2] * 3, "depths": [1] * 3, "key_dim": [8] * 3, "num_labels": 10}),
     hf("TimeSformer", "TimesformerForVideoClassification", partial(video, 2), {**VIT, "num_frames": 2}),
     hf("VideoMAE", "VideoMAEForVideoClassification", partial(video, 4), {**VIT, "num_frames": 4}),
     # images and text
     hf("CLIP", "CLIPModel", lambda: {**text(), **image()},
        {"text_config": {**BERT, **SPECIAL}, "vision_config": VIT, "projection_dim": 32}),
-    hf("SigLIP", "SiglipModel", lambda: {"input_ids": ids(32), **image()}, {"text_config": BERT, "vision_config": VIT},
-       uncalibrated=POSITIONS),
+    hf("SigLIP", "SiglipModel", lambda: {"input_ids": ids(32), **image()}, {"text_config": BERT, "vision_config": VIT}),
     hf("LLaVA", "LlavaForConditionalGeneration",
        lambda: {"input_ids": torch.cat([torch.full((2, 16), VOCABULARY - 1), ids()], 1), **image()},
        {"text_config": {"LlamaConfig": LLAMA}, "vision_config": {"CLIPVisionConfig": VIT}, "vision_feature_layer": -1,
-        "image_token_index": VOCABULARY - 1}, uncalibrated=POSITIONS),
+        "image_token_index": VOCABULARY - 1}),
     hf("BLIP", "BlipForConditionalGeneration", lambda: {**text(), **image()},
-       {"text_config": {**BERT, **SPECIAL, "sep_token_id": 1}, "vision_config": VIT, "projection_dim": 32},
-       uncalibrated=INPLACE),
+       {"text_config": {**BERT, **SPECIAL, "sep_token_id": 1}, "vision_config": VIT, "projection_dim": 32}),
     # series
     hf("PatchTST", "PatchTSTForPrediction", lambda: {"past_values": torch.randn(2, 32, 2)},
        {"num_input_channels": 2, "context_length": 32, "patch_length": 4, "patch_stride": 4, "d_model": 32}),
