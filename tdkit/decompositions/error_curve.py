@@ -41,8 +41,16 @@ def spread(items: Sequence[T], most: int) -> list[T]:
     return [items[round(last * i / (most - 1))] for i in range(most)]
 
 
+def anchored(params: Sequence[int], size: int, shares: Sequence[float]) -> list[int]:
+    """The places of the largest of some params, ascending, that are within each share of the dense `size`."""
+    return sorted({max(bisect.bisect_right(params, share * size) - 1, 0) for share in shares} if params else ())
+
+
 def sampled_curve(
-    smaller: Sequence[tuple[int, Decomposition]], size: int, errors: Callable[[list[int]], list[float]]
+    smaller: Sequence[tuple[int, Decomposition]],
+    size: int,
+    errors: Callable[[list[int]], list[float]],
+    shares: Sequence[float] = SHARES,
 ) -> list[Point]:
     """A whole error curve from fits at a few sizes: between them the logarithm of the error is interpolated.
 
@@ -50,9 +58,10 @@ def sampled_curve(
         smaller: (params, choice), ascending, all below the dense `size`.
         size: entries of the dense matrix.
         errors: from the params of a few choices, ascending, to their errors as fitted.
+        shares: of the dense size, at which to fit.
     """
     params = [count for count, _ in smaller]
-    wanted = sorted({max(bisect.bisect_right(params, share * size) - 1, 0) for share in SHARES} if params else ())
+    wanted = anchored(params, size, shares)
     anchors: list[tuple[int, float]] = []
     for index, error in zip(wanted, errors([params[i] for i in wanted]) if wanted else [], strict=True):
         if not anchors or (params[index] > params[anchors[-1][0]] and 0 < error < anchors[-1][1]):

@@ -15,7 +15,7 @@ from tdkit.decompositions.options import positive
 from tdkit.errors import OptionError
 from tdkit.fitting.linalg import leading
 from tdkit.fitting.metric import Metric
-from tdkit.fitting.tucker import fit_tucker, tucker_errors
+from tdkit.fitting.tucker import fit_tucker, span_errors
 from tdkit.products.convolution import Stage
 from tdkit.shapes import Shape, by
 
@@ -135,10 +135,10 @@ class SpatialLowRank(Decomposition):
         self._full_rank(shape)
         for first in (0, 1) if self.first is None else (self.first,):
             kind = replace(self, first=first)
-            ranks = [c.rank for c in kind.candidates(shape) if c.num_params(shape) < weight.numel()]
-            errors = tucker_errors(*_along(weight, metric, first), [rank for rank in ranks if rank is not None])
-            found = [(kind._params_per_rank(shape) * rank, replace(kind, rank=rank)) for rank in ranks if rank]
-            points += exact_curve(found, [float(each[-1]) for each in errors])
+            errors = span_errors(*_along(weight, metric, first)).tolist()
+            smaller = [(c.num_params(shape), c) for c in kind.candidates(shape)]
+            smaller = [(params, c) for params, c in smaller if params < weight.numel()]
+            points += exact_curve(smaller, [errors[(c.rank or 1) - 1] for _, c in smaller])
         return frontier(points, most=len(points) or 1)
 
     def _full_rank(self, shape: Shape) -> int:

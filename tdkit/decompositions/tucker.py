@@ -131,7 +131,7 @@ class Tucker(Decomposition):
         if metric is not None or weight.numel() > HOOI_ENTRIES:
             return points
         kinds = [(point.params, point.decomposition) for point in spread(points, FITS)]
-        return exact_curve(kinds, [_squared_error(kind, weight) for _, kind in kinds])
+        return exact_curve(kinds, [kind.squared_error(weight) for _, kind in kinds])
 
     def _frontier(self, weight: Tensor, metric: Metric | None) -> list[Point]:
         """The pairs of ranks below the dense size that no smaller pair beats, with the error of the closed form."""
@@ -202,8 +202,3 @@ class Tucker(Decomposition):
 def _params(shape: Shape, pair: Pair) -> int:
     rank_out, rank_in = pair
     return shape[0] * rank_out + rank_out * rank_in * math.prod(shape[2:]) + rank_in * shape[1]
-
-
-def _squared_error(kind: Decomposition, weight: Tensor) -> float:
-    gap = weight.detach().to(torch.float64).flatten(1) - kind.fit(weight).dense().detach()
-    return float(gap.square().sum())
