@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Point, assign, factor
-from tdkit.decompositions.error_curve import exact_curve, frontier, spread
+from tdkit.decompositions.error_curve import corrected_curve, exact_curve, frontier, spread
 from tdkit.decompositions.options import positive
 from tdkit.errors import OptionError
 from tdkit.fitting.metric import Metric
+from tdkit.fitting.row_space import SINGLE_FROM
 from tdkit.fitting.tucker import HOOI_ENTRIES, fit_tucker, tucker_errors
 from tdkit.products.convolution import Stage, pointwise
 from tdkit.shapes import Shape, by
@@ -21,6 +22,7 @@ from tdkit.shapes import Shape, by
 Pair = tuple[int, int]  # (rank_out, rank_in)
 
 INNER_RANKS = 16  # values of rank_in that an error curve compares
+POINTS = 64  # of an error curve
 FITS = 8  # of a curve whose closed form is not that of the fits
 
 
@@ -123,13 +125,15 @@ class Tucker(Decomposition):
     def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
         """See `Decomposition.curve`.
 
-        One factorisation gives the errors of a closed form for all pairs of ranks, of which the best are taken. In
-        the metric `fit` does no worse. Without one a few of them are fitted, except for large weights, whose fits are
-        the closed form.
+        One factorisation gives the errors of a closed form for all pairs of ranks, of which the best are taken. A few
+        of these are fitted: without a metric no others are returned, in the metric the others are lowered as these.
+        For large weights the closed form stands, than which `fit` does no worse, and no better without a metric.
         """
-        points = self._frontier(weight, metric)
-        if metric is not None or weight.numel() > HOOI_ENTRIES:
+        points = spread(self._frontier(weight, metric), POINTS)
+        if weight.numel() > (HOOI_ENTRIES if metric is None else SINGLE_FROM):
             return points
+        if metric is not None:
+            return corrected_curve(points, lambda kind: kind.squared_error(weight, metric))
         kinds = [(point.params, point.decomposition) for point in spread(points, FITS)]
         return exact_curve(kinds, [kind.squared_error(weight) for _, kind in kinds])
 

@@ -52,7 +52,8 @@ def fit_cp(
     parts = _refined(problem, rank, STEPS)
     if weight.numel() < SINGLE_FROM and not (problem.output is None and problem.pairs is None):
         plain = problem.whiten(_refined(_problem(weight, Metric()), rank, STEPS))
-        parts = min((parts, plain), key=problem.error)
+        again = problem.refine(plain, None, STEPS, ridge=RIDGE)
+        parts = min((parts, plain, again), key=problem.error)
     parts, x = problem.unwhiten(parts, problem.solve(parts).x)
     return _balanced([x, *parts])
 
