@@ -27,7 +27,8 @@ from tdkit.models.checkpoint import load, save
 from tdkit.models.preparation import prepare
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import applied_plan, plan
-from tdkit.planning.policy import Policy, Rule
+from tdkit.planning.policy import Policy
+from tdkit.planning.rule import Rule
 
 __version__ = "0.1.0"
 

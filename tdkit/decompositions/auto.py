@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Point
+from tdkit.decompositions.error_curve import lowest
 from tdkit.decompositions.registered import decomposition, spec_of
 from tdkit.errors import OptionError
 from tdkit.fitting.metric import Metric
@@ -73,12 +74,7 @@ class Auto(Decomposition):
     def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
         """The members' curves merged: each point is less in error than all smaller ones of every member."""
         members = self.alternatives(tuple(weight.shape))
-        points = [point for member in members for point in member.curve(member.view(weight), metric)]
-        merged: list[Point] = []
-        for point in sorted(points, key=lambda point: (point.params, point.error)):
-            if not merged or point.error < merged[-1].error:
-                merged.append(point)
-        return merged
+        return lowest(point for member in members for point in member.curve(member.view(weight), metric))
 
     def empty(
         self, shape: Shape, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -26,15 +26,6 @@ def exact_curve(smaller: Sequence[tuple[int, Decomposition]], errors: Sequence[f
     return points
 
 
-def frontier(points: Iterable[Point]) -> list[Point]:
-    """The points with less error than all that are no larger, by rising params."""
-    kept: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.params, point.error)):
-        if not kept or point.error < kept[-1].error:
-            kept.append(point)
-    return kept
-
-
 def corrected_curve(points: Sequence[Point], error: Callable[[Decomposition], float]) -> list[Point]:
     """A curve of upper estimates lowered to fits at a few sizes, by shares that are interpolated between them.
 
@@ -67,6 +58,15 @@ def spread(items: Sequence[T], most: int) -> list[T]:
 def anchored(params: Sequence[int], size: int, shares: Sequence[float]) -> list[int]:
     """The places of the largest of some params, ascending, that are within each share of the dense `size`."""
     return sorted({max(bisect.bisect_right(params, share * size) - 1, 0) for share in shares} if params else ())
+
+
+def lowest(points: Iterable[Point]) -> list[Point]:
+    """Several curves merged: each point is less in error than all smaller ones of every curve."""
+    merged: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.params, point.error)):
+        if not merged or point.error < merged[-1].error:
+            merged.append(point)
+    return merged
 
 
 def sampled_curve(

@@ -21,6 +21,7 @@ decompositions: Registry[type[Decomposition]] = Registry(
         "tucker": "tdkit.decompositions.tucker:Tucker",
         "cp": "tdkit.decompositions.cp:CanonicalPolyadic",
         "spatial_low_rank": "tdkit.decompositions.spatial_low_rank:SpatialLowRank",
+        "stacked": "tdkit.decompositions.stacked:Stacked",
         "auto": "tdkit.decompositions.auto:Auto",
     },
     fault=subclass_fault(Decomposition),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Point, assign, factor
-from tdkit.decompositions.error_curve import corrected_curve, exact_curve, frontier
+from tdkit.decompositions.error_curve import corrected_curve, exact_curve, lowest
 from tdkit.decompositions.options import positive
 from tdkit.errors import OptionError
 from tdkit.fitting.linalg import leading
@@ -141,7 +141,7 @@ class SpatialLowRank(Decomposition):
             smaller = [(c.num_params(shape), c) for c in kind.candidates(shape)]
             smaller = [(params, c) for params, c in smaller if params < weight.numel()]
             points += exact_curve(smaller, [errors[(c.rank or 1) - 1] for _, c in smaller])
-        points = frontier(points)
+        points = lowest(points)
         if metric is None or weight.numel() > SINGLE_FROM:
             return points
         return corrected_curve(points, lambda kind: kind.squared_error(weight, metric))

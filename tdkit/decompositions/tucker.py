@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Point, assign, factor
-from tdkit.decompositions.error_curve import corrected_curve, exact_curve, frontier, spread
+from tdkit.decompositions.error_curve import corrected_curve, exact_curve, lowest, spread
 from tdkit.decompositions.options import positive
 from tdkit.errors import OptionError
 from tdkit.fitting.metric import Metric
@@ -152,7 +152,7 @@ class Tucker(Decomposition):
                 pair = (rank_out, rank_in)
                 kind = replace(self, rank_out=rank_out, rank_in=rank_in)
                 points.append(Point(kind, _params(shape, pair), values[rank_out - 1]))
-        return frontier([point for point in points if point.params < weight.numel()])
+        return lowest([point for point in points if point.params < weight.numel()])
 
     def _bounds(self, shape: Shape) -> tuple[Pair, Pair]:
         """The least and the largest (rank_out, rank_in) for a weight of `shape`.

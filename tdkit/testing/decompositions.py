@@ -400,7 +400,7 @@ def fit_survives_degenerate_weights(kind: Decomposition, shape: Shape) -> None:
 def metric_does_no_harm(kind: Decomposition, shape: Shape) -> None:
     """Measured in the metric, a fit in it is never worse than the plain fit, also with rank-deficient moments."""
     weight = _weight(shape)
-    for label, metric in _metrics(shape).items():
+    for label, metric in _metrics(kind, shape).items():
         for choice in _choices(kind, shape)[:2]:
             plain, calibrated = _errors_in(metric, choice, weight)
             slack = 1e-4 * metric.squared_error(weight.flatten(1))  # floors under small eigenvalues cost a little
@@ -415,8 +415,8 @@ def metric_is_used(kind: Decomposition, shape: Shape) -> None:
 
     Both sides are checked: moments of inputs for more than one column, of output gradients for more than one row.
     """
-    weight, metrics = _weight(shape), _metrics(shape)
-    rows, columns = shape[0], _columns(shape)
+    weight, metrics = _weight(shape), _metrics(kind, shape)
+    rows, columns = shape[1:] if kind.stacks else (shape[0], _columns(shape))
     sides = {"C": columns > 1, "S of half rank": rows > 1, "C and S": min(rows, columns) > 1}
     for label in (label for label, told in sides.items() if told):
         metric = metrics[label]
@@ -432,7 +432,7 @@ def metric_is_used(kind: Decomposition, shape: Shape) -> None:
 def metric_is_ignored(kind: Decomposition, shape: Shape) -> None:
     """A fit in the metric is bit-identical to the plain fit."""
     weight = _weight(shape)
-    for label, metric in _metrics(shape).items():
+    for label, metric in _metrics(kind, shape).items():
         for choice in _choices(kind, shape)[:2]:
             plain, calibrated = _fit(choice, weight).dense(), _fit(choice, weight, metric).dense()
             require(torch.equal(plain, calibrated), f"{choice} of {shape} makes use of {label}")
@@ -623,10 +623,16 @@ def _choices(kind: Decomposition, shape: Shape) -> list[Decomposition]:
     return [candidates[place] for place in places]
 
 
-def _metrics(shape: Shape) -> dict[str, Metric]:
+def _metrics(kind: Decomposition, shape: Shape) -> dict[str, Metric]:
     """Second moments of inputs (C) and of output gradients (S): one direction dominates, as in real activations."""
-    inputs, gradients = _random(40, _columns(shape), seed=7), _random(max(1, shape[0] // 2), shape[0], seed=8)
-    inputs[:, 0] *= 30
+    members, rows, columns = shape if kind.stacks else (1, shape[0], _columns(shape))
+    inputs = _random(members, 40, columns, seed=7)
+    gradients = _random(members, max(1, rows // 2), rows, seed=8)
+    inputs[:, :, 0] *= 30
+    if kind.stacks:
+        sides = inputs.mT @ inputs / 40, gradients.mT @ gradients
+        return {"C": Metric(sides[0]), "S of half rank": Metric(output=sides[1]), "C and S": Metric(*sides)}
+    inputs, gradients = inputs[0], gradients[0]
     return {
         "C": Metric(input=inputs.T @ inputs / len(inputs)),
         "S of half rank": Metric(output=gradients.T @ gradients),
