@@ -15,7 +15,7 @@ from tdkit.shapes import Shape
 CHAIN = "chain"  # the path of the stages
 TRAFFIC = 2.0  # elements copied per element of an input, output or weight: oneDNN computes in layouts of its own
 POINTWISE = 49  # positions of an image whose time a 1 x 1 convolution loses
-HELD = 1.2  # of what a dense convolution holds that the stages may hold; an estimate, of which 0.9 is measured
+HELD = 1.25  # of what a dense convolution holds that the stages may hold; an estimate, of which 0.9 is measured
 RECORDED = 4 / 3  # time of a training step of a chain, which is computed twice, by that of a dense one
 
 
@@ -88,12 +88,12 @@ def _output_size(size: Sequence[int], geometry: Geometry) -> list[int]:
     ]
 
 
-def images_at_once(stages: Sequence[StageShape], geometry: Geometry, size: Shape) -> int:
+def images_at_once(stages: Sequence[StageShape], dense: StageShape, geometry: Geometry, size: Shape) -> int:
     """The most images to send through the stages at once, so that they hold about as much as a dense convolution.
 
-    A dense convolution holds its output and a copy of its input. A stage with a kernel holds its input and output and
-    a copy of each in oneDNN's layout; a pointwise one makes no copies. With more than one part, the parts are copied
-    to the whole output.
+    A dense convolution holds its output and copies of its input and weight. A stage with a kernel holds its input and
+    output and a copy of each in oneDNN's layout; a pointwise one makes no copies. With more than one part, the parts
+    are copied to the whole output.
     """
     batch, entering, *spatial = size
     first = before = batch * entering * math.prod(spatial)
@@ -104,7 +104,7 @@ def images_at_once(stages: Sequence[StageShape], geometry: Geometry, size: Shape
         held = 2 * (before + after) if stage.axes else before + after
         most = max(most, held - first if number == 0 else held)
         before = after
-    whole, allowed = before, HELD * (first + before)
+    whole, allowed = before, HELD * (first + before) + math.prod(dense.shape) - max(math.prod(s.shape) for s in stages)
     return batch if most <= allowed else max(1, int(batch * (allowed - whole) / most))
 
 
@@ -152,4 +152,4 @@ def faster_of(
     handicap = RECORDED if training else 1 / MARGIN if cached else MARGIN  # a weight that is built takes memory
     if by_chain.seconds(dtype, device) * handicap >= by_dense.seconds(dtype, device):
         return Choice(by_dense, size[0])
-    return Choice(by_chain, images_at_once(stages, geometry, size))
+    return Choice(by_chain, images_at_once(stages, dense, geometry, size))
