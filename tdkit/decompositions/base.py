@@ -232,10 +232,13 @@ class Decomposition(ABC):
 
     Attributes:
         orders: the numbers of dimensions that it takes.
+        stacks: whether it takes stacks of matrices (members, out, in), each multiplied by rows of its own, and the
+            metrics of stacks.
     """
 
     name: ClassVar[str]
     orders: ClassVar[frozenset[int]] = frozenset({2})
+    stacks: ClassVar[bool] = False
 
     @abstractmethod
     def candidates(self, shape: Shape) -> list[Self]:
@@ -280,6 +283,11 @@ class Decomposition(ABC):
     def view(self, weight: Tensor) -> Tensor:
         """Returns `weight` (out, in, *kernel) in the shape that `shape_of` returns."""
         return weight.reshape(self.shape_of(tuple(weight.shape)))
+
+    @property
+    def family(self) -> str:
+        """The name of the decomposition whose factors it makes: its own, unless it applies another one."""
+        return self.name
 
     def is_complete(self) -> bool:
         """Whether every option is given, so that `fit` knows what to do for any shape it accepts."""

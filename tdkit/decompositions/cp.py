@@ -74,7 +74,7 @@ class CPMatrix(FactorizedMatrix):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CP(Decomposition):
+class CanonicalPolyadic(Decomposition):
     """A sum of `rank` outer products of vectors, one for each mode of the weight.
 
     As convolutions these are 1 x 1 to `rank` channels, one along each axis for each channel by itself, and 1 x 1.

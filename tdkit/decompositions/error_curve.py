@@ -26,11 +26,7 @@ def exact_curve(smaller: Sequence[tuple[int, Decomposition]], errors: Sequence[f
 
 def frontier(points: Iterable[Point], most: int = 64) -> list[Point]:
     """At most `most` of the points with less error than all that are no larger, by rising params."""
-    kept: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.params, point.error)):
-        if not kept or point.error < kept[-1].error:
-            kept.append(point)
-    return spread(kept, most)
+    return spread(lowest(points), most)
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
@@ -39,6 +35,15 @@ def spread(items: Sequence[T], most: int) -> list[T]:
     if last < most:
         return list(items)
     return [items[round(last * i / (most - 1))] for i in range(most)]
+
+
+def lowest(points: Iterable[Point]) -> list[Point]:
+    """Several curves merged: each point is less in error than all smaller ones of every curve."""
+    merged: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.params, point.error)):
+        if not merged or point.error < merged[-1].error:
+            merged.append(point)
+    return merged
 
 
 def sampled_curve(

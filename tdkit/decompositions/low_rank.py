@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -18,7 +19,7 @@ from tdkit.fitting.low_rank import squared_singular_values, truncated_in_metric
 from tdkit.fitting.metric import Metric
 from tdkit.products import onednn
 from tdkit.products.autograd import autocast_dtype
-from tdkit.products.convolution import Stage
+from tdkit.products.convolution import Stage, pointwise
 from tdkit.products.cost import DENSE, Path
 from tdkit.products.low_rank import LowRankStructure, padded_rank, padding_pays
 from tdkit.shapes import Shape
@@ -74,16 +75,17 @@ class LowRankMatrix(StructuredMatrix):
         left, right = padded_rank(self.left, self.right)
         return torch.cat([left.T.flatten(), right.flatten()])
 
-    def convolutions(self, kernel: tuple[int, ...], groups: int) -> list[Stage]:
-        left, right = self.factors()
-        axes, ones = tuple(range(len(kernel))), (1,) * len(kernel)
-        return [
-            Stage(right.reshape(len(right), -1, *kernel), axes, leading=groups),
-            Stage(left.reshape(*left.shape, *ones), groups=groups),
-        ]
-
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.left) @ self.right
+
+    def convolutions(self, kernel: tuple[int, ...], groups: int) -> list[Stage] | None:
+        """The whole kernel to `rank` channels, then 1 x 1. Source: Denton et al. (2014)."""
+        left, right = self.factors()
+        inner, rest = divmod(right.shape[1], math.prod(kernel))
+        if rest:
+            return None
+        first = Stage(right.reshape(-1, inner, *kernel), axes=tuple(range(len(kernel))), leading=groups)
+        return [first, Stage(pointwise(left, len(kernel)), groups=groups)]
 
 
 @dataclass(frozen=True, kw_only=True)

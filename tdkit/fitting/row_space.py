@@ -85,8 +85,9 @@ class RepeatedSpan(Span):
     repeats: int
 
     def dense(self, parts: Sequence[Tensor]) -> Tensor:
-        identity = torch.eye(self.repeats, dtype=parts[0].dtype, device=parts[0].device)
-        return torch.kron(parts[0].contiguous(), identity)
+        (b,) = parts
+        identity = torch.eye(self.repeats, dtype=b.dtype, device=b.device)
+        return (b[:, None, :, None] * identity[:, None]).reshape(len(b) * self.repeats, -1)
 
     def times(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
         (b,) = parts
@@ -217,7 +218,8 @@ class RowSpaceProblem:
         """
         wanted, _, system = self._normal_equations(parts)
         system.diagonal().mul_(1 + RIDGES[torch.float64])
-        return torch.linalg.solve_triangular(torch.linalg.cholesky(system), wanted.T, upper=False)
+        found: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(system), wanted.T, upper=False)
+        return found
 
     def _normal_equations(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """W C Z (out, q), C Z (n, q) and Z^T C Z (q, q)."""

@@ -134,6 +134,7 @@ def _leading_basis(problem: RowSpaceProblem, t: int, rank_in: int) -> Tensor:
 def _column_space(matrix: Tensor, rank: int) -> Tensor:
     """Orthonormal columns (m, rank) that span those of a matrix of at most this rank."""
     matrix = working(matrix)
-    if matrix.shape[1] <= rank:
-        return torch.linalg.qr(matrix).Q[:, :rank]
-    return leading(matrix @ matrix.T, rank)[0]
+    if matrix.shape[1] > rank:
+        return leading(matrix @ matrix.T, rank)[0]
+    basis: Tensor = torch.linalg.qr(matrix).Q
+    return basis

@@ -48,6 +48,33 @@ def images(*size: int) -> Callable[[], list[Any]]:
     return lambda: [torch.randn(*size)]
 
 
+def experts() -> nn.Module:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(hidden_size=6, intermediate_size=5, num_local_experts=4, experts_implementation="eager")
+    return filled(MixtralExperts(config))
+
+
+def transposed_experts() -> nn.Module:
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    config = GptOssConfig(hidden_size=6, intermediate_size=5, num_local_experts=4, experts_implementation="eager")
+    return filled(GptOssExperts(config))
+
+
+def filled(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+def routed() -> list[Any]:
+    index = torch.tensor([[0, 3], [3, 1], [1, 0], [3, 0], [0, 1]])  # no token goes to expert 2
+    return [torch.randn(5, 6), index, torch.rand(5, 2)]
+
+
 SHIPPED = {
     "linear": (lambda: nn.Linear(8, 6), floats),
     "linear without bias": (lambda: nn.Linear(8, 13, bias=False), floats),
@@ -74,6 +101,8 @@ SHIPPED = {
         images(2, 4, 5, 6),
     ),
     "conv_transpose3d": (lambda: nn.ConvTranspose3d(2, 3, 2, padding=1, bias=False), images(2, 3, 4, 3)),
+    "experts": (experts, routed),
+    "transposed experts": (transposed_experts, routed),
 }
 
 

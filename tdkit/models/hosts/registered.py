@@ -26,6 +26,8 @@ hosts: Registry[type[Host]] = Registry(
         "transposed_convolution1d": "tdkit.models.hosts.convolution:TransposedConvolution1dHost",
         "transposed_convolution2d": "tdkit.models.hosts.convolution:TransposedConvolution2dHost",
         "transposed_convolution3d": "tdkit.models.hosts.convolution:TransposedConvolution3dHost",
+        "experts": "tdkit.models.hosts.experts:ExpertsHost",
+        "transposed_experts": "tdkit.models.hosts.experts:TransposedExpertsHost",
     },
     fault=subclass_fault(Host),
 )
