@@ -221,7 +221,7 @@ def resnet() -> nn.Module:
     return ResNetForImageClassification(config).eval()
 
 
-@pytest.mark.parametrize("kind", ["low_rank"])
+@pytest.mark.parametrize("kind", ["low_rank", "tucker", "cp", "spatial_low_rank", "kronecker"])
 def test_a_resnet_goes_through_everything(kind: str, tmp_path: Path) -> None:
     dense, x = resnet(), torch.randn(4, 3, 48, 48)
     labels = torch.tensor([0, 1, 2, 3])
