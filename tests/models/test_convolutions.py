@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import tdkit
 from tdkit import LowRank, Policy, Rule
+from tdkit.decompositions.tucker import Tucker
 from tdkit.evaluation.timing import peak_bytes, saved_bytes
 from tdkit.models.hosts.convolution import FactorizedConvolution, FactorizedTransposedConvolution
 from tdkit.models.hosts.registered import dense_layer
@@ -157,6 +158,25 @@ def test_a_forward_in_training_saves_no_more_than_the_dense_layer() -> None:
     small, dense = twins(nn.Conv2d(32, 32, 3, padding=1), rank=14)
     x = torch.randn(8, 32, 14, 14)
     assert saved_bytes(lambda: small.train()(x)) <= 1.1 * saved_bytes(lambda: dense(x))
+
+
+def test_a_plan_counts_multiply_adds_per_position() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 12, 3, stride=2), nn.Conv2d(12, 12, 3, groups=4), nn.Linear(9, 9))
+    kinds = Tucker(rank_out=6, rank_in=4), LowRank(rank=1), LowRank(rank=2)
+    policy = Policy([Rule(str(number), kind) for number, kind in enumerate(kinds)])
+    small = copy.deepcopy(model)
+    tdkit.compress(small, policy)
+    for plan in (tdkit.plan(model, policy), tdkit.applied_plan(small)):
+        steps = sorted(plan.steps, key=lambda step: step.name)
+        assert [step.multiply_adds_before for step in steps] == [12 * 8 * 9, 12 * 3 * 9, 81]
+        # the first stage runs before the stride; the kernel of the second layer for each of its groups
+        assert [step.multiply_adds_after for step in steps] == [
+            4 * 4 * 8 + 6 * 4 * 9 + 12 * 6,
+            4 * 3 * 9 + 12,
+            2 * (9 + 9),
+        ]
+        assert all(step.paths for step in steps)
+        assert "multiply-adds / token or position" in " ".join(str(column.header) for column in plan.table().columns)
 
 
 class Scaled(nn.Conv2d):
