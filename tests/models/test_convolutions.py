@@ -231,6 +231,25 @@ def test_subclasses_keep_their_forward(layer: nn.Module, computed: str, tmp_path
     assert metric.output is not None
 
 
+def test_a_forward_that_reads_the_weight_computes_by_factors() -> None:
+    model, x = nn.Sequential(PaddedOnOneSide(8, 12, 3, stride=2)), torch.randn(2, 8, 6, 6)
+    small = tdkit.compress(model, Policy([Rule("*", LowRank(rank=2))]))
+    dense = dense_layer(small[0])
+    products: list[str] = []
+    small[0].matrix.register_forward_hook(lambda *_: products.append("by factors"))
+    torch.testing.assert_close(small(x), dense(x))
+    assert products == ["by factors"]
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), dense(x))
+    weight = small[0].weight
+    with torch.no_grad():
+        torch.testing.assert_close(
+            F.conv2d(x[0], weight, stride=[2], padding="valid"), F.conv2d(x[0], weight + 0, stride=2)
+        )
+        transposed = compressed(nn.ConvTranspose2d(8, 8, 3))
+        torch.testing.assert_close(F.conv2d(x, transposed.weight), F.conv2d(x, transposed.weight + 0))
+
+
 def resnet() -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 

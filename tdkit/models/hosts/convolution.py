@@ -66,8 +66,9 @@ class FactorizedConvolution(FactorizedLayer):
     def weight(self) -> Tensor:
         """The dense weight, (out, in / groups, \\*kernel); of a transposed convolution (in, out, \\*kernel)."""
         out, width = self.out_channels, self.in_channels // self.groups
-        size = (width, out) if self.transposed else (out, width)
-        return lazy_weight(self.matrix, (*size, *self.kernel_size), self.as_stored)
+        size: Shape = (width, out) if self.transposed else (out, width)
+        size = (*size, *self.kernel_size)
+        return lazy_weight(self.matrix, size, self.as_stored, convolves=not self.transposed)
 
     def as_stored(
         self,
