@@ -129,6 +129,14 @@ class InPlaceHost(Host):
         base = self._base_of(weight)
         return base.multiplications(module, weight) if base else 1
 
+    def multiply_adds(self, module: nn.Module, weight: str, matrix: FactorizedMatrix) -> int:
+        base = self._base_of(weight)
+        return base.multiply_adds(module, weight, matrix) if base else super().multiply_adds(module, weight, matrix)
+
+    def path(self, module: nn.Module, weight: str, matrix: FactorizedMatrix, tokens: int) -> str:
+        base = self._base_of(weight)
+        return base.path(module, weight, matrix, tokens) if base else super().path(module, weight, matrix, tokens)
+
     def attach(self, module: nn.Module, weight: str, observe: Observer) -> Removable:
         base = self._base_of(weight)
         if base is not None and base.layer is not None and dense_type(module).forward is base.layer.forward:
