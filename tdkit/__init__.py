@@ -21,6 +21,7 @@ from tdkit.decompositions import (
     Tucker,
 )
 from tdkit.decompositions.auto import Auto
+from tdkit.decompositions.stacked import Stacked
 from tdkit.errors import TdkitError
 from tdkit.fitting.metric import Metric
 from tdkit.models.checkpoint import load, save
@@ -46,6 +47,7 @@ __all__ = [
     "Policy",
     "Rule",
     "SpatialLowRank",
+    "Stacked",
     "TTMatrix",
     "TdkitError",
     "Tucker",
