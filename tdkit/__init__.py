@@ -9,7 +9,17 @@ tdkit.save(model, "smaller")
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.measure import calibrate
 from tdkit.compression.apply import compress
-from tdkit.decompositions import Decomposition, FactorizedMatrix, Kronecker, LowRank, PermutedKronecker, TTMatrix
+from tdkit.decompositions import (
+    CanonicalPolyadic,
+    Decomposition,
+    FactorizedMatrix,
+    Kronecker,
+    LowRank,
+    PermutedKronecker,
+    SpatialLowRank,
+    TTMatrix,
+    Tucker,
+)
 from tdkit.decompositions.auto import Auto
 from tdkit.errors import TdkitError
 from tdkit.fitting.metric import Metric
@@ -25,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Auto",
     "Calibration",
+    "CanonicalPolyadic",
     "Decomposition",
     "FactorizedMatrix",
     "Kronecker",
@@ -34,8 +45,10 @@ __all__ = [
     "Plan",
     "Policy",
     "Rule",
+    "SpatialLowRank",
     "TTMatrix",
     "TdkitError",
+    "Tucker",
     "applied_plan",
     "calibrate",
     "compress",

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tdkit.calibration.calibration import Batch, Calibration
+from tdkit.calibration.batches import Batch
+from tdkit.calibration.calibration import Calibration, Loss
 from tdkit.calibration.measure import recalibrate
 from tdkit.compression.blockwise import fit_in_order
 from tdkit.compression.fit import fit_step
@@ -34,6 +35,7 @@ def compress(
     policy: Policy | Plan,
     *,
     calibration: Calibration | Iterable[Batch] | str | Path | None = None,
+    loss: Loss | None = None,
     sequential: bool = False,
     passes: int = 1,
     device: torch.device | str | None = None,
@@ -51,6 +53,7 @@ def compress(
         policy: a policy, or a plan made from one.
         calibration: a result of `calibrate`, or batches or the name of a text to calibrate on. Layers are then fitted
             in the metric of their inputs and output gradients instead of the Frobenius norm.
+        loss: a function (model output, batch) -> scalar tensor for the batches; see `calibrate`.
         sequential: fit block by block, each with the inputs that the already compressed blocks before it produce.
             Requires the batches of the calibration and a model whose blocks form one chain.
         passes: the number of fits. Each pass after the first measures the moments of the compressed model on the
@@ -72,7 +75,7 @@ def compress(
     check_device(device)
     if resolved.plan is not None:
         _log_warnings(resolved.plan)
-    known = calibrated(resolved, calibration, progress=progress)
+    known = calibrated(resolved, calibration, loss=loss, progress=progress)
     compress_resolved(resolved, known, sequential=sequential, passes=passes, device=device, progress=progress)
     return model
 

@@ -66,11 +66,13 @@ class Site:
         users: the layers, in the model's order.
         shape: (out, in) or (out, in, *kernel).
         stored: the number of parameters that vanish with the weight, if not those of `shape`.
+        stacked: whether the weight is a stack of matrices (members, out, in), such as those of experts.
     """
 
     users: tuple[User, ...]
     shape: Shape
     stored: int | None = None
+    stacked: bool = False
 
     @property
     def name(self) -> str:
@@ -94,6 +96,11 @@ class Site:
     def kinds(self) -> tuple[str, ...]:
         """The layer types of the users, as used in rules."""
         return tuple(user.kind for user in self.users)
+
+    @property
+    def multiply_adds(self) -> int:
+        """The multiply-adds of the dense weight for one row of the input, which meets one member of a stack."""
+        return math.prod(self.shape[self.stacked :])
 
     def multiplications(self) -> int:
         """Returns the sum of `User.multiplications` over the users; look-ups count as 0."""
@@ -161,7 +168,8 @@ def survey(model: nn.Module) -> Survey:
         name, module, attribute = found[0]
         if reason is None:
             shape, stored = tuple(users[0].tensor.shape), users[0].host.params(module, attribute)
-            sites.append(Site(users, shape, None if stored == math.prod(shape) else stored))
+            stacked = users[0].host.stacked(module, attribute)
+            sites.append(Site(users, shape, None if stored == math.prod(shape) else stored, stacked))
         else:
             parameter = getattr(module, attribute)
             shape = () if is_lazy(parameter) else tuple(parameter.shape)

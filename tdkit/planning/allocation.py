@@ -211,14 +211,14 @@ def mixed(
     `MIXED_GAIN`; smaller differences are within the error of the estimate.
     """
     chosen = by_loss(sites, curves, available, place)
-    used = {choice.decomposition.name for choice in chosen.values() if choice.decomposition is not None}
+    used = {choice.decomposition.family for choice in chosen.values() if choice.decomposition is not None}
     if len(used) < 2:
         return chosen
     limit = sum(choice.error or 0.0 for choice in chosen.values()) / (1 - MIXED_GAIN)
     free = {s.site.name for s in sites if s.is_choice()}
     for name in sorted(used):
         own = {
-            site: [p for p in points if site not in free or p.decomposition.name == name]
+            site: [p for p in points if site not in free or p.decomposition.family == name]
             for site, points in curves.items()
         }
         if not all(own[site] for site in free):

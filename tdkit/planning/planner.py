@@ -9,12 +9,14 @@ from pathlib import Path
 
 from torch import nn
 
-from tdkit.calibration.calibration import Batch, Calibration
+from tdkit.calibration.batches import Batch
+from tdkit.calibration.calibration import Calibration, Loss
 from tdkit.calibration.losses import Labels
 from tdkit.calibration.measure import measured, text_batches
 from tdkit.calibration.runner import Runner
 from tdkit.decompositions.base import FactorizedMatrix
-from tdkit.errors import BudgetError
+from tdkit.decompositions.stacks import FactorizedStack
+from tdkit.errors import BudgetError, CalibrationError
 from tdkit.models.hosts.base import Host
 from tdkit.models.hosts.registered import builder_of
 from tdkit.models.sites import FactorizedUser, Site, factorized_groups, num_params, survey
@@ -36,6 +38,7 @@ def plan(
     policy: Policy,
     *,
     calibration: Calibration | Iterable[Batch] | str | Path | None = None,
+    loss: Loss | None = None,
     progress: bool | None = None,
 ) -> Plan:
     """Returns the plan of `policy` for `model`, without changing the model.
@@ -45,6 +48,7 @@ def plan(
         policy: the rules and the budget.
         calibration: a result of `calibrate`, or batches or the name of a text to calibrate on. With gradients, the
             budget is allocated by estimated loss, for which the error curve of every layer is computed.
+        loss: a function (model output, batch) -> scalar tensor for the batches; see `calibrate`.
         progress: show a progress bar; when None, only on a terminal.
 
     Raises:
@@ -54,13 +58,14 @@ def plan(
         CalibrationError: as `calibrate`.
     """
     resolved = resolve(model, policy)
-    return planned(resolved, calibrated(resolved, calibration, progress=progress), progress=progress)
+    return planned(resolved, calibrated(resolved, calibration, loss=loss, progress=progress), progress=progress)
 
 
 def calibrated(
     resolved: Resolved,
     given: Calibration | Iterable[Batch] | str | Path | None,
     *,
+    loss: Loss | None = None,
     labels: Labels = "data",
     progress: bool | None = None,
 ) -> Calibration | None:
@@ -69,15 +74,22 @@ def calibrated(
     Returns None when nothing is given or no site is to be rewritten.
 
     Args:
-        labels: as in `calibrate`.
+        loss, labels: as in `calibrate`.
+
+    Raises:
+        CalibrationError: when there is a `loss` and no batches to apply it to; else as `calibrate`.
     """
+    if loss is not None and (given is None or isinstance(given, Calibration)):
+        what = "there are none" if given is None else "the calibration has been measured with a loss already"
+        raise CalibrationError(f"loss= is for the batches of calibration=, and {what}: give batches, or leave it out")
     if given is None or isinstance(given, Calibration):
         return given
     sites = resolved.rewritten
     if not sites:
         return None
     batches = text_batches(given, None) if isinstance(given, str | Path) else given
-    return measured(Runner(resolved.model, gradients=True, labels=labels), sites, batches, progress=progress)
+    runner = Runner(resolved.model, gradients=True, loss=loss, labels=labels)
+    return measured(runner, sites, batches, progress=progress)
 
 
 def planned(resolved: Resolved, calibration: Calibration | None = None, *, progress: bool | None = None) -> Plan:
@@ -163,6 +175,7 @@ def _applied(matrix: FactorizedMatrix, users: Sequence[FactorizedUser]) -> Step:
     size = math.prod(matrix.shape)
     times = sum(user.multiplications for user in users)
     computed = _computed((builder_of(user.module), user.module, user.weight) for user in users)
+    dense_adds = size // (matrix.sizes[0] if isinstance(matrix, FactorizedStack) else 1)
     return Step(
         names=tuple(user.name for user in users),
         kinds=tuple(user.module.replaces for user in users),
@@ -172,8 +185,8 @@ def _applied(matrix: FactorizedMatrix, users: Sequence[FactorizedUser]) -> Step:
         params_before=size,
         params_after=matrix.params,
         indices=matrix.indices,
-        multiply_adds_before=times * size,
-        multiply_adds_after=times * (size if computed == DENSE else matrix.multiply_adds()),
+        multiply_adds_before=times * dense_adds,
+        multiply_adds_after=times * (dense_adds if computed == DENSE else matrix.multiply_adds()),
         error=matrix.error,
         paths=_paths_of(matrix) if times and computed != DENSE else None,
         computed=computed,
@@ -182,7 +195,7 @@ def _applied(matrix: FactorizedMatrix, users: Sequence[FactorizedUser]) -> Step:
 
 def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
     kind, reason = choice.decomposition, choice.reason
-    params, indices, multiply_adds, paths, computed = site.params, 0, math.prod(site.shape), None, None
+    params, indices, multiply_adds, paths, computed = site.params, 0, site.multiply_adds, None, None
     times = site.multiplications()
     if kind is not None:
         matrix = kind.empty(kind.shape_of(site.shape), device="meta")
@@ -194,7 +207,7 @@ def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
             paths = _paths_of(matrix) if times else None
             computed = _computed((user.host, user.module, user.weight) for user in site.users)
             if computed == DENSE:
-                multiply_adds, paths = math.prod(site.shape), None
+                multiply_adds, paths = site.multiply_adds, None
     return Step(
         names=site.names,
         kinds=site.kinds,
@@ -204,7 +217,7 @@ def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
         params_before=site.params,
         params_after=params,
         indices=indices,
-        multiply_adds_before=times * math.prod(site.shape),
+        multiply_adds_before=times * site.multiply_adds,
         multiply_adds_after=times * multiply_adds,
         loss=None if choice.error is None else choice.error / 2,
         runner_up=None
@@ -222,5 +235,6 @@ def _computed(users: Iterable[tuple[Host, nn.Module, str]]) -> str:
 
 def _paths_of(matrix: FactorizedMatrix) -> tuple[str, str]:
     """Returns the names of the paths with the least estimated time for 1 and for 512 tokens."""
-    few, many = (min(matrix.paths(tokens), key=lambda path: path.seconds()) for tokens in (1, 512))
+    paths = matrix.member_paths if isinstance(matrix, FactorizedStack) else matrix.paths
+    few, many = (min(paths(tokens), key=lambda path: path.seconds()) for tokens in (1, 512))
     return few.name, many.name

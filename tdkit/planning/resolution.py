@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from torch import nn
 
 from tdkit.decompositions.base import Decomposition
+from tdkit.decompositions.stacked import stacked
 from tdkit.errors import OptionError, PolicyError
 from tdkit.models.sites import Site, Survey, survey, uninitialized
 from tdkit.planning.allocation import FLOOR, Choice, OpenSite
@@ -107,6 +108,19 @@ def resolve(model: nn.Module, policy: Policy | Plan) -> Resolved:
     return Resolved(model, found, policy, rules, fixed, open_sites)
 
 
+def decomposition_at(site: Site, kind: Decomposition) -> Decomposition:
+    """Returns what the decomposition of a rule stands for at a site: at a stack of matrices, itself for each of them.
+
+    Raises:
+        OptionError: when a decomposition of stacks is given for another weight.
+    """
+    if site.stacked:
+        return stacked(kind)
+    if kind.stacks:
+        raise OptionError(f"{kind.describe()} is for stacks of matrices, such as experts; this weight is none")
+    return kind
+
+
 def _no_policy(given: object) -> str:
     remedy = {
         Rule: "put it into one: Policy([rule], budget=...)",
@@ -132,10 +146,18 @@ def _sorted(
         rule = assigned.get(site.name)
         if rule is None or rule.decomposition is None:
             continue
-        kind = rule.decomposition
+        named = any(rule.spells_out(name) for name in site.names)
+        try:
+            kind = decomposition_at(site, rule.decomposition)
+        except OptionError as error:
+            if named:
+                problems.append(f"{site.name}: {error}")
+            else:
+                fixed[site.name] = Choice(None, str(error))
+            continue
         problem = _problem(kind, site)
-        if problem is not None and not any(rule.spells_out(name) for name in site.names):
-            reason = _unfit(kind, site)
+        if problem is not None and not named:
+            reason = _unfit(rule.decomposition, site)
             if reason is not None:
                 fixed[site.name] = Choice(None, reason)
                 continue
@@ -146,7 +168,7 @@ def _sorted(
         if key not in shrinks:
             shrinks[key] = kind.is_complete() or policy.allow_growth or _can_shrink(kind, site)
         if not shrinks[key]:
-            fixed[site.name] = Choice(None, f"no {kind.name} decomposition holds fewer parameters")
+            fixed[site.name] = Choice(None, _no_smaller(rule.decomposition))
             continue
         if kind.is_complete():
             fixed[site.name] = Choice(kind)
@@ -183,13 +205,16 @@ def _unfit(kind: Decomposition, site: Site) -> str | None:
 
     A pattern with wildcards matches such weights too: they stay dense, for this reason.
     """
+    unset = replace(kind, **{field.name: None for field in fields(kind) if field.default is None})
     try:
+        kind = decomposition_at(site, unset)
         kind.shape_of(site.shape)
     except OptionError as error:
         return str(error)
-    unset = replace(kind, **{field.name: None for field in fields(kind) if field.default is None})
-    if _problem(unset, site) is None and _can_shrink(unset, site):
-        return None
+    return None if _problem(kind, site) is None and _can_shrink(kind, site) else _no_smaller(unset)
+
+
+def _no_smaller(kind: Decomposition) -> str:
     return f"no {kind.name} decomposition holds fewer parameters"
 
 
