@@ -211,7 +211,10 @@ def _unfit(kind: Decomposition, site: Site) -> str | None:
         kind.shape_of(site.shape)
     except OptionError as error:
         return str(error)
-    return None if _problem(kind, site) is None and _can_shrink(kind, site) else _no_smaller(unset)
+    problem = _problem(kind, site)
+    if (problem and unset.options()) or (not problem and _can_shrink(kind, site)):
+        return None
+    return _no_smaller(unset)
 
 
 def _no_smaller(kind: Decomposition) -> str:
