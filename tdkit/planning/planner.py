@@ -65,6 +65,7 @@ def calibrated(
     resolved: Resolved,
     given: Calibration | Iterable[Batch] | str | Path | None,
     *,
+    gradients: bool = True,
     loss: Loss | None = None,
     labels: Labels = "data",
     progress: bool | None = None,
@@ -74,7 +75,7 @@ def calibrated(
     Returns None when nothing is given or no site is to be rewritten.
 
     Args:
-        loss, labels: as in `calibrate`.
+        gradients, loss, labels: as in `calibrate`.
 
     Raises:
         CalibrationError: when there is a `loss` and no batches to apply it to; else as `calibrate`.
@@ -88,7 +89,7 @@ def calibrated(
     if not sites:
         return None
     batches = text_batches(given, None) if isinstance(given, str | Path) else given
-    runner = Runner(resolved.model, gradients=True, loss=loss, labels=labels)
+    runner = Runner(resolved.model, gradients=gradients, loss=loss, labels=labels)
     return measured(runner, sites, batches, progress=progress)
 
 
@@ -175,7 +176,7 @@ def _applied(matrix: FactorizedMatrix, users: Sequence[FactorizedUser]) -> Step:
     size = math.prod(matrix.shape)
     times = sum(user.multiplications for user in users)
     computed = _computed((builder_of(user.module), user.module, user.weight) for user in users)
-    dense_adds = size // (matrix.sizes[0] if isinstance(matrix, FactorizedStack) else 1)
+    multiply_adds = size // (matrix.sizes[0] if isinstance(matrix, FactorizedStack) else 1)
     return Step(
         names=tuple(user.name for user in users),
         kinds=tuple(user.module.replaces for user in users),
@@ -185,8 +186,8 @@ def _applied(matrix: FactorizedMatrix, users: Sequence[FactorizedUser]) -> Step:
         params_before=size,
         params_after=matrix.params,
         indices=matrix.indices,
-        multiply_adds_before=times * dense_adds,
-        multiply_adds_after=times * (dense_adds if computed == DENSE else matrix.multiply_adds()),
+        multiply_adds_before=times * multiply_adds,
+        multiply_adds_after=times * (multiply_adds if computed == DENSE else matrix.multiply_adds()),
         error=matrix.error,
         paths=_paths_of(matrix) if times and computed != DENSE else None,
         computed=computed,

@@ -41,7 +41,7 @@ def _factorized(resolved: Resolved) -> Iterator[str]:
     if names:
         yield (
             f"factorised already and not compressed again: {_named(names)}; ratio and budget are of the model as it "
-            "is: compress the dense model for other sizes"
+            "is; for other sizes compress the dense model"
         )
 
 
