@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import tdkit
-from tdkit import LowRank, Policy, Rule
+from tdkit import LowRank, Plan, Policy, Rule
 from tdkit.models.hosts.registered import dense_layer
 from tdkit.models.sites import Survey, factorized_groups, num_params, survey
 from tdkit.support.compatibility import parameters_of, uncompiled
@@ -53,6 +53,8 @@ def test_architecture(architecture: Architecture, tmp_path: Path) -> None:
     assert plan.ratio <= budget
     assert {name for step in plan for name in step.names} == {name for site in found.sites for name in site.names}
     assert all(step.decomposition or step.reason for step in plan)
+    assert plan.share_rewritable >= architecture.share - (1 - GOAL)  # that of the plan counts vectors as well
+    assert Plan.from_json(plan.to_json()) == plan
     kept = {step.name: step.params_before for step in plan if step.decomposition is None and can_shrink(step.shape)}
     assert sum(kept.values()) <= (1 - GOAL) * num_params(model), f"kept though they can shrink: {kept}"
 
@@ -69,6 +71,7 @@ def test_architecture(architecture: Architecture, tmp_path: Path) -> None:
     check_training_step(model, dense, architecture)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch.compile
 @pytest.mark.parametrize("architecture", lines(TABLE, lambda each: each.uncalibrated))
 def test_calibrated_architecture(architecture: Architecture) -> None:
     model = uncompiled(architecture.model())

@@ -97,8 +97,7 @@ VITS |= {"upsample_kernel_sizes": [8, 4], "resblock_kernel_sizes": [3], "resbloc
 VITS |= {f"{part}_num_wavenet_layers": 1 for part in ("prior_encoder", "posterior_encoder")}
 VITS |= {"hidden_size": 32, "num_hidden_layers": 1, "ffn_dim": 64, "duration_predictor_num_flows": 1}
 
-INPLACE = "the output of an observed layer is a leaf, which the model changes in place"
-POSITIONS = "the positions of the image are taken for those of the text"
+NO_GRAD = "a layer that computes under no_grad has no gradient"
 
 TRANSFORMERS = [
     # decoders
@@ -127,7 +126,7 @@ TRANSFORMERS = [
     hf("GPT-J", "GPTJForCausalLM", text, {**GPT, "rotary_dim": 8}),
     hf("CodeGen", "CodeGenForCausalLM", text, {**GPT, "rotary_dim": 8}),
     hf("MPT", "MptForCausalLM", text, {"vocab_size": VOCABULARY, "d_model": 48, "n_layers": 2, "n_heads": 4}),
-    hf("CTRL", "CTRLLMHeadModel", text, {**GPT, "dff": 96}, uncalibrated=INPLACE),
+    hf("CTRL", "CTRLLMHeadModel", text, {**GPT, "dff": 96}),
     hf("Mamba", "MambaForCausalLM", text, {**BERT, **SPECIAL, "state_size": 8}),
     hf("Mamba-2", "Mamba2ForCausalLM", text, {**BERT, "num_heads": 6, "head_dim": 16, "n_groups": 2, "chunk_size": 4}),
     hf("RWKV", "RwkvForCausalLM", lambda: {**text(), "use_cache": False},
@@ -172,8 +171,8 @@ TRANSFORMERS = [
     hf("T5 1.1", "T5ForConditionalGeneration", texts, {**T5, "feed_forward_proj": "gated-gelu"}),
     hf("BART", "BartForConditionalGeneration", texts, BART),
     hf("mBART", "MBartForConditionalGeneration", texts, BART),
-    hf("Pegasus", "PegasusForConditionalGeneration", texts, BART),
-    hf("Marian", "MarianMTModel", texts, {**BART, "decoder_start_token_id": 0}),
+    hf("Pegasus", "PegasusForConditionalGeneration", texts, BART, uncalibrated=NO_GRAD),
+    hf("Marian", "MarianMTModel", texts, {**BART, "decoder_start_token_id": 0}, uncalibrated=NO_GRAD),
     hf("M2M-100", "M2M100ForConditionalGeneration", texts, BART),
     hf("LED", "LEDForConditionalGeneration", texts, {**BART, **LONG, "attention_window": 4}),
     # sound
@@ -195,7 +194,7 @@ TRANSFORMERS = [
     hf("BEiT", "BeitForImageClassification", image, {**VIT, "use_relative_position_bias": True}),
     hf("DINOv2", "Dinov2ForImageClassification", image, VIT),
     hf("Swin", "SwinForImageClassification", image, SWIN),
-    hf("Swin v2", "Swinv2ForImageClassification", image, SWIN, uncalibrated=INPLACE),
+    hf("Swin v2", "Swinv2ForImageClassification", image, SWIN),
     hf("SegFormer", "SegformerForSemanticSegmentation", image,
        {**PYRAMID, "sr_ratios": [2, 1], "num_attention_heads": [1, 2], "decoder_hidden_size": 32}),
     hf("PVT", "PvtForImageClassification", image, {**PYRAMID, "image_size": 32, "num_attention_heads": [1, 2],
@@ -225,15 +224,13 @@ TRANSFORMERS = [
     # images and text
     hf("CLIP", "CLIPModel", lambda: {**text(), **image()},
        {"text_config": {**BERT, **SPECIAL}, "vision_config": VIT, "projection_dim": 32}),
-    hf("SigLIP", "SiglipModel", lambda: {"input_ids": ids(32), **image()}, {"text_config": BERT, "vision_config": VIT},
-       uncalibrated=POSITIONS),
+    hf("SigLIP", "SiglipModel", lambda: {"input_ids": ids(32), **image()}, {"text_config": BERT, "vision_config": VIT}),
     hf("LLaVA", "LlavaForConditionalGeneration",
        lambda: {"input_ids": torch.cat([torch.full((2, 16), VOCABULARY - 1), ids()], 1), **image()},
        {"text_config": {"LlamaConfig": LLAMA}, "vision_config": {"CLIPVisionConfig": VIT}, "vision_feature_layer": -1,
-        "image_token_index": VOCABULARY - 1}, uncalibrated=POSITIONS),
+        "image_token_index": VOCABULARY - 1}),
     hf("BLIP", "BlipForConditionalGeneration", lambda: {**text(), **image()},
-       {"text_config": {**BERT, **SPECIAL, "sep_token_id": 1}, "vision_config": VIT, "projection_dim": 32},
-       uncalibrated=INPLACE),
+       {"text_config": {**BERT, **SPECIAL, "sep_token_id": 1}, "vision_config": VIT, "projection_dim": 32}),
     # series
     hf("PatchTST", "PatchTSTForPrediction", lambda: {"past_values": torch.randn(2, 32, 2)},
        {"num_input_channels": 2, "context_length": 32, "patch_length": 4, "patch_stride": 4, "d_model": 32}),
