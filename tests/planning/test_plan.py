@@ -13,6 +13,7 @@ import tdkit
 from tdkit import LowRank, PermutedKronecker, Plan, Policy, Rule
 from tdkit.decompositions.registered import decompositions
 from tdkit.errors import PolicyError
+from tdkit.planning.plan import percent
 from tests.kinds import OF_MATRICES
 
 

@@ -97,8 +97,6 @@ VITS |= {"upsample_kernel_sizes": [8, 4], "resblock_kernel_sizes": [3], "resbloc
 VITS |= {f"{part}_num_wavenet_layers": 1 for part in ("prior_encoder", "posterior_encoder")}
 VITS |= {"hidden_size": 32, "num_hidden_layers": 1, "ffn_dim": 64, "duration_predictor_num_flows": 1}
 
-NO_GRAD = "a layer that computes under no_grad has no gradient"
-
 TRANSFORMERS = [
     # decoders
     hf("GPT-2", "GPT2LMHeadModel", text, GPT),
@@ -171,8 +169,8 @@ TRANSFORMERS = [
     hf("T5 1.1", "T5ForConditionalGeneration", texts, {**T5, "feed_forward_proj": "gated-gelu"}),
     hf("BART", "BartForConditionalGeneration", texts, BART),
     hf("mBART", "MBartForConditionalGeneration", texts, BART),
-    hf("Pegasus", "PegasusForConditionalGeneration", texts, BART, uncalibrated=NO_GRAD),
-    hf("Marian", "MarianMTModel", texts, {**BART, "decoder_start_token_id": 0}, uncalibrated=NO_GRAD),
+    hf("Pegasus", "PegasusForConditionalGeneration", texts, BART),
+    hf("Marian", "MarianMTModel", texts, {**BART, "decoder_start_token_id": 0}),
     hf("M2M-100", "M2M100ForConditionalGeneration", texts, BART),
     hf("LED", "LEDForConditionalGeneration", texts, {**BART, **LONG, "attention_window": 4}),
     # sound
@@ -217,8 +215,7 @@ TRANSFORMERS = [
        "neck_hidden_sizes": [8, 8, 16, 24, 32, 40, 48], "num_labels": 10}),
     hf("PoolFormer", "PoolFormerForImageClassification", image, {**PYRAMID, "padding": [2, 1]}),
     hf("LeViT", "LevitForImageClassification", partial(image, 64), {"image_size": 64, "hidden_sizes": [16, 24, 32],
-       "num_attention_heads": [2] * 3, "depths": [1] * 3, "key_dim": [8] * 3, "num_labels": 10},
-       uncalibrated="attention biases are cached in eval mode, under no_grad in the first pass of a calibration"),
+       "num_attention_heads": [2] * 3, "depths": [1] * 3, "key_dim": [8] * 3, "num_labels": 10}),
     hf("TimeSformer", "TimesformerForVideoClassification", partial(video, 2), {**VIT, "num_frames": 2}),
     hf("VideoMAE", "VideoMAEForVideoClassification", partial(video, 4), {**VIT, "num_frames": 4}),
     # images and text
