@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tdkit import Kronecker, TTMatrix
+from tdkit.decompositions.stacked import Stacked
 from tests.zoo.architecture import Architecture, Inputs
 
 LENGTH = 8  # of the token sequences
@@ -131,6 +132,8 @@ TRANSFORMERS = [
        {**BERT, **SPECIAL, "attention_hidden_size": 48, "context_length": 32}),
     # mixtures of experts
     hf("Mixtral", "MixtralForCausalLM", text, {**LLAMA, **MOE, "num_local_experts": 4}),
+    hf("Mixtral, shared bases", "MixtralForCausalLM", text, {**LLAMA, **MOE, "num_local_experts": 4},
+       kind=Stacked(shared=True), match="*.experts.*"),
     hf("Qwen2-MoE", "Qwen2MoeForCausalLM", text, {**LLAMA, **MOE, **SHARED, "num_experts": 4}),
     hf("Qwen3-MoE", "Qwen3MoeForCausalLM", text, {**WIDE, **MOE, "num_experts": 4}),
     hf("DeepSeek-V3", "DeepseekV3ForCausalLM", text, {**LLAMA, **MOE, **DEEPSEEK}),
