@@ -70,7 +70,7 @@ def test_architecture(architecture: Architecture, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch.compile
-@pytest.mark.parametrize("architecture", [line(each) for each in TABLE])
+@pytest.mark.parametrize("architecture", [line(each) for each in TABLE if each.kind == LowRank()])
 def test_calibrated_architecture(architecture: Architecture) -> None:
     model = uncompiled(architecture.model())
     found = survey(model)

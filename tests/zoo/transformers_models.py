@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdkit import Kronecker, TTMatrix
+from tdkit import Auto, Kronecker, TTMatrix
 from tdkit.decompositions.stacked import Stacked
 from tests.zoo.architecture import Architecture, Inputs
 
@@ -103,6 +103,7 @@ TRANSFORMERS = [
     hf("GPT-2", "GPT2LMHeadModel", text, GPT),
     hf("GPT-2, Kronecker", "GPT2LMHeadModel", text, GPT, kind=Kronecker()),
     hf("GPT-2, TT matrix", "GPT2LMHeadModel", text, GPT, kind=TTMatrix()),
+    hf("GPT-2, Auto", "GPT2LMHeadModel", text, GPT, kind=Auto()),
     hf("LLaMA", "LlamaForCausalLM", text, LLAMA),
     hf("Mistral", "MistralForCausalLM", text, WIDE),
     hf("Gemma", "GemmaForCausalLM", text, WIDE),
@@ -209,6 +210,7 @@ TRANSFORMERS = [
     hf("ConvNeXt", "ConvNextForImageClassification", image, CONVNEXT),
     hf("ConvNeXt V2", "ConvNextV2ForImageClassification", image, CONVNEXT),
     hf("ResNet", "ResNetForImageClassification", image, {**STAGES, "embedding_size": 16}),
+    hf("ResNet, Auto", "ResNetForImageClassification", image, {**STAGES, "embedding_size": 16}, kind=Auto()),
     hf("RegNet", "RegNetForImageClassification", image, {**STAGES, "embedding_size": 16, "groups_width": 16}),
     hf("MobileNetV1", "MobileNetV1ForImageClassification", image, {"depth_multiplier": 0.125, "num_labels": 10}),
     hf("MobileNetV2", "MobileNetV2ForImageClassification", image, {"depth_multiplier": 0.125, "num_labels": 10}),
