@@ -40,8 +40,8 @@ def _factorized(resolved: Resolved) -> Iterator[str]:
     names = resolved.survey.factorized
     if names:
         yield (
-            f"factorised already and not compressed again: {_named(names)}; ratio and budget are of the model as it is; "
-            "for other sizes compress the dense model"
+            f"factorised already and not compressed again: {_named(names)}; ratio and budget are of the model as it "
+            "is; for other sizes compress the dense model"
         )
 
 

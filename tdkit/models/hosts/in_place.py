@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
@@ -73,8 +74,8 @@ class InPlaceHost(Host):
 
     def computed(self, module: nn.Module, weight: str) -> str:
         base = self._base_of(weight)
-        if base is None or base.layer is None:
-            return "dense"
+        if base is None or base.layer is None or isinstance(module, NonDynamicallyQuantizableLinear):
+            return "dense"  # nn.MultiheadAttention reads the weight of its output projection
         forward = getattr(inspect.unwrap(dense_type(module).forward), "__code__", None)
         calls_super = forward is not None and "__class__" in forward.co_freevars
         inherited = dense_type(module).forward is base.layer.forward
