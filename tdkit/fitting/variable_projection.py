@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class BlockProblem:
         basis: (p, ranks), orthonormal columns: the leading singular vectors of the whitened weight.
         values: (ranks,), the singular values, descending.
         energy: the squared Frobenius norm of the whitened weight.
+        known: by (rank, steps), what `error` has returned.
     """
 
     weight: Tensor
@@ -64,6 +66,7 @@ class BlockProblem:
     basis: Tensor
     values: Tensor
     energy: float
+    known: dict[tuple[int, int], float] = field(default_factory=dict, repr=False)
 
     def fit(self, rank: int, steps: int = MAX_STEPS) -> tuple[Tensor, Tensor, float]:
         """Minimise over B and X, from the leading `rank` columns of `basis`.
@@ -75,12 +78,17 @@ class BlockProblem:
         Returns:
             B (p, rank) and X (blocks, rank, n), float64, and the objective.
         """
-        b, error = self.minimum(rank, steps)
+        b, error = self._minimum(rank, steps)
         x = _solved(b, self.output, self.weighted, self.blocks)[-1]
         return b, x.reshape(self.blocks, rank, -1), error
 
-    def minimum(self, rank: int, steps: int, tolerance: float = TOLERANCE) -> tuple[Tensor, float]:
-        """B and the objective of `fit`."""
+    def error(self, rank: int, steps: int) -> float:
+        """The objective of `fit`."""
+        if (rank, steps) not in self.known:
+            self.known[rank, steps] = self._minimum(rank, steps)[1]
+        return self.known[rank, steps]
+
+    def _minimum(self, rank: int, steps: int) -> tuple[Tensor, float]:
         start = self.basis[:, :rank]
         if not self.size > 0:
             return times_left(self.inverse, start), 0.0
@@ -95,7 +103,7 @@ class BlockProblem:
             (start * level).reshape(-1).to(reduced.dtype),
             first_step=1.0,
             max_steps=0 if self.exact else min(steps, most),
-            tolerance=tolerance,
+            tolerance=TOLERANCE,
         )
         b = reduced.unwhitened(found.point).to(torch.float64)
         return b, max(2 * found.values[-1], 0.0) * self.size
@@ -261,16 +269,29 @@ class BlockForm:
                 return cls(core, blocks, ranks[-2], tuple(ranks), outs, ins, outs is not out_modes)
         return None
 
-    def problems(self, weight: Tensor, metric: Metric) -> list[BlockProblem]:
-        """The problem; below `SINGLE_FROM` entries also one that starts from the plain fit, so as to be never worse."""
-        starts = (False, True) if weight.numel() < SINGLE_FROM else (False,)
+    def problem(self, weight: Tensor, metric: Metric, *, plain: bool = False) -> BlockProblem:
+        """The problem; `plain` as for `block_problem`."""
         if self.transposed:
             weight, metric = weight.T, Metric(metric.output, metric.input)
-        return [block_problem(weight, metric, self.blocks, self.rank, plain=plain) for plain in starts]
+        return block_problem(weight, metric, self.blocks, self.rank, plain=plain)
+
+    def shared_problem(self, weight: Tensor, metric: Metric) -> BlockProblem:
+        """The problem, or the one that was set up last if it is the same: decompositions of one form share it."""
+        form, known = _latest.get(metric, (None, None))
+        if known is not None and form == (self.blocks, self.transposed) and known.basis.shape[1] >= self.rank:
+            side = working(weight.T if self.transposed else weight)
+            if side.device == known.weight.device and torch.equal(known.weight[: len(side)], side):
+                return known
+        problem = self.problem(weight, metric)
+        _latest.clear()
+        if weight.numel() < LARGE:
+            _latest[metric] = (self.blocks, self.transposed), problem
+        return problem
 
     def fit(self, weight: Tensor, metric: Metric, steps: int) -> list[Tensor]:
         """Cores of the fit, as those of `fit_train`."""
-        fits = [problem.fit(self.rank, steps) for problem in self.problems(weight, metric)]
+        starts = (False, True) if weight.numel() < SINGLE_FROM else (False,)  # the plain one: so as to be never worse
+        fits = [self.problem(weight, metric, plain=plain).fit(self.rank, steps) for plain in starts]
         b, x, _ = min(fits, key=lambda fit: fit[2])
         cores = []
         for k in range(self.core):
@@ -283,5 +304,8 @@ class BlockForm:
 
     def errors(self, weight: Tensor, metric: Metric, ranks: Sequence[int], steps: int) -> list[float]:
         """Squared errors as those of `train_errors`, for each rank of the bond between X and B."""
-        problems = self.problems(weight, metric)
-        return [min(problem.minimum(rank, steps)[1] for problem in problems) for rank in ranks]
+        problem = self.shared_problem(weight, metric)
+        return [problem.error(rank, steps) for rank in ranks]
+
+
+_latest: WeakKeyDictionary[Metric, tuple[tuple[int, bool], BlockProblem]] = WeakKeyDictionary()  # at most one
