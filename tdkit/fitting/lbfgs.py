@@ -74,7 +74,7 @@ def minimise(
         slope = float(gradient @ direction)
         if not slope < 0:
             break
-        length = 1.0 if memory.count else first_step
+        length = 1.0 if memory.last else first_step
         for _ in range(MAX_BACKTRACKS):
             trial = torch.add(point, direction, alpha=length)
             trial_value, trial_gradient = function(trial)
@@ -97,48 +97,51 @@ def minimise(
 class _Memory:
     """The last steps and gradient differences, and their inner products.
 
-    The search direction is computed from the inner products, by few operations on vectors of n entries: with small
+    The search direction is computed from the inner products, with few operations on vectors of n entries: for small
     vectors the number of operations is what takes the time.
 
     Source: Byrd, Nocedal and Schnabel (1994), the compact form; Nocedal and Wright (2006), equation 7.24.
     """
 
     def __init__(self, like: Tensor, history: int) -> None:
+        from scipy.linalg.lapack import dtrtrs  # lazy: `import tdkit` does not load scipy
+
+        self.solve_triangular = dtrtrs
         self.history = history
-        self.count = 0  # of the pairs added so far
-        self.pairs = like.new_zeros(2 * history, len(like))  # step, difference, step, difference, ...
-        self.products = np.zeros((2 * history, 2 * history))
+        self.first, self.last = 0, 0  # the pairs kept are those from `first` up to `last`, oldest first
+        self.pairs = like.new_empty(2 * history, 2, len(like))  # step and difference
+        self.triangle = np.zeros((2 * history, 2 * history))  # products of a step and a difference not older than it
+        self.inner = np.zeros((2 * history, 2 * history))  # products of two differences
 
     def add(self, step: Tensor, change: Tensor) -> None:
-        """Add a pair in place of the oldest one; a pair that shows no positive curvature is left out."""
-        new = torch.stack((step, change))
-        (steps, curvature), (_, changes) = (new @ new.T).tolist()
-        if not curvature > 1e-10 * (steps * changes) ** 0.5:
-            return
-        place = 2 * (self.count % self.history)
-        self.pairs[place : place + 2] = new
-        self.count += 1
-        filled = 2 * min(self.count, self.history)
-        products = (self.pairs[:filled] @ new.T).double().cpu().numpy()
-        self.products[:filled, place : place + 2] = products
-        self.products[place : place + 2, :filled] = products.T
+        """Add a pair, and drop the oldest above `history`; a pair that shows no positive curvature is left out."""
+        if self.last == len(self.pairs):
+            self._move_to_front()
+        new, first, last = self.last, max(self.first, self.last + 1 - self.history), self.last + 1
+        self.pairs[new, 0], self.pairs[new, 1] = step, change
+        products = (self.pairs[first:last].flatten(0, 1) @ change).double().cpu().numpy()
+        curvature, square = products[-2:].tolist()
+        if curvature > 1e-10 * (float(step @ step) * square) ** 0.5:
+            self.triangle[first:last, new] = products[0::2]
+            self.inner[first:last, new] = self.inner[new, first:last] = products[1::2]
+            self.first, self.last = first, last
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The negative gradient times the approximate inverse Hessian."""
-        if not self.count:
+        if not self.last:
             return -gradient
-        kept = min(self.count, self.history)
-        pairs = self.pairs[: 2 * kept]
+        kept = slice(self.first, self.last)
+        pairs, triangle, inner = self.pairs[kept].flatten(0, 1), self.triangle[kept, kept], self.inner[kept, kept]
         along = (pairs @ gradient).double().cpu().numpy()
-        steps = 2 * (np.arange(self.count - kept, self.count) % self.history)  # oldest first
-        changes = steps + 1
-        triangle = np.triu(self.products[np.ix_(steps, changes)])
-        inner = self.products[np.ix_(changes, changes)]
-        level = triangle[-1, -1] / inner[-1, -1]
-        forwards = np.linalg.solve(triangle, along[steps])
-        backwards = np.linalg.solve(
-            triangle.T, triangle.diagonal() * forwards + level * (inner @ forwards - along[changes])
-        )
-        weights = np.empty(2 * kept)
-        weights[steps], weights[changes] = -backwards, level * forwards
+        level = float(triangle[-1, -1] / inner[-1, -1])
+        forwards, _ = self.solve_triangular(triangle, along[0::2])
+        rest = triangle.diagonal() * forwards + level * (inner @ forwards - along[1::2])
+        weights = np.empty_like(along)
+        weights[0::2], weights[1::2] = self.solve_triangular(triangle, -rest, trans=1)[0], level * forwards
         return torch.addmv(gradient, pairs.T, torch.from_numpy(weights).to(pairs), beta=-level)
+
+    def _move_to_front(self) -> None:
+        kept, front = slice(self.first, self.last), slice(0, self.last - self.first)
+        self.pairs[front] = self.pairs[kept]
+        self.triangle[front, front], self.inner[front, front] = self.triangle[kept, kept], self.inner[kept, kept]
+        self.first, self.last = front.start, front.stop
