@@ -21,8 +21,9 @@ MAX_STEPS = 500  # of L-BFGS
 STEPS_TIMES_ENTRIES = 2**26  # upper bound on steps times entries of the weight: large weights get fewer steps
 TOLERANCE = 2e-4  # relative, see `minimise`
 HISTORY = 30  # pairs that L-BFGS keeps; with 10 it takes half as many steps again
-SMALL = 1 << 16  # entries below which error curves take `SMALL_CURVE_STEPS`
+SMALL = 1 << 16  # entries below which error curves take more steps:
 CURVE_STEPS, SMALL_CURVE_STEPS = 3, 100
+BLOCK_CURVE_STEPS = 16  # of a `BlockForm`, after which the error is 2% above that of the fit on average
 DAMPING = 0.05  # share of a bond's mean singular value added to all of them before they are inverted
 
 
@@ -97,10 +98,11 @@ def train_errors(
     Returns:
         tr(S (W - What) C (W - What)^T) per fit.
     """
-    steps = CURVE_STEPS if weight.numel() >= SMALL else SMALL_CURVE_STEPS
+    few = weight.numel() >= SMALL
+    steps, block_steps = (CURVE_STEPS, CURVE_STEPS) if few else (SMALL_CURVE_STEPS, BLOCK_CURVE_STEPS)
     forms = [BlockForm.of(weight, each, out_modes, in_modes) for each in ranks]
     blocks = [form for form in forms if form is not None]
-    found = iter(blocks[-1].errors(weight, metric, [form.rank for form in blocks], steps) if blocks else [])
+    found = iter(blocks[-1].errors(weight, metric, [form.rank for form in blocks], block_steps) if blocks else [])
     others = [each for each, form in zip(ranks, forms, strict=True) if form is None]
     if others:
         problem = whitened_problem(weight, metric, out_modes, in_modes)
