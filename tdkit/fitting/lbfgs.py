@@ -104,13 +104,10 @@ class _Memory:
     """
 
     def __init__(self, like: Tensor, history: int) -> None:
-        from scipy.linalg.lapack import dtrtrs  # lazy: `import tdkit` does not load scipy
-
-        self.solve_triangular = dtrtrs
         self.history = history
         self.first, self.last = 0, 0  # the pairs kept are those from `first` up to `last`, oldest first
         self.pairs = like.new_empty(2 * history, 2, len(like))  # step and difference
-        self.triangle = np.zeros((2 * history, 2 * history))  # products of a step and a difference not older than it
+        self.inverse = np.zeros((2 * history, 2 * history))  # of the products of a step and a difference not older
         self.inner = np.zeros((2 * history, 2 * history))  # products of two differences
 
     def add(self, step: Tensor, change: Tensor) -> None:
@@ -122,7 +119,9 @@ class _Memory:
         products = (self.pairs[first:last].flatten(0, 1) @ change).double().cpu().numpy()
         curvature, square = products[-2:].tolist()
         if curvature > 1e-10 * (float(step @ step) * square) ** 0.5:
-            self.triangle[first:last, new] = products[0::2]
+            older = slice(first, new)
+            self.inverse[older, new] = self.inverse[older, older] @ products[0:-2:2] / -curvature
+            self.inverse[new, new] = 1 / curvature
             self.inner[first:last, new] = self.inner[new, first:last] = products[1::2]
             self.first, self.last = first, last
 
@@ -131,17 +130,18 @@ class _Memory:
         if not self.last:
             return -gradient
         kept = slice(self.first, self.last)
-        pairs, triangle, inner = self.pairs[kept].flatten(0, 1), self.triangle[kept, kept], self.inner[kept, kept]
+        pairs, inverse, inner = self.pairs[kept].flatten(0, 1), self.inverse[kept, kept], self.inner[kept, kept]
         along = (pairs @ gradient).double().cpu().numpy()
-        level = float(triangle[-1, -1] / inner[-1, -1])
-        forwards, _ = self.solve_triangular(triangle, along[0::2])
-        rest = triangle.diagonal() * forwards + level * (inner @ forwards - along[1::2])
+        curvatures = 1 / inverse.diagonal()
+        level = float(curvatures[-1] / inner[-1, -1])
+        forwards = inverse @ along[0::2]
         weights = np.empty_like(along)
-        weights[0::2], weights[1::2] = self.solve_triangular(triangle, -rest, trans=1)[0], level * forwards
+        weights[0::2] = (curvatures * forwards + level * (inner @ forwards - along[1::2])) @ -inverse
+        weights[1::2] = level * forwards
         return torch.addmv(gradient, pairs.T, torch.from_numpy(weights).to(pairs), beta=-level)
 
     def _move_to_front(self) -> None:
         kept, front = slice(self.first, self.last), slice(0, self.last - self.first)
         self.pairs[front] = self.pairs[kept]
-        self.triangle[front, front], self.inner[front, front] = self.triangle[kept, kept], self.inner[kept, kept]
+        self.inverse[front, front], self.inner[front, front] = self.inverse[kept, kept], self.inner[kept, kept]
         self.first, self.last = front.start, front.stop
