@@ -15,6 +15,7 @@ from tdkit.fitting.metric import Metric, times_left, times_right
 from tdkit.fitting.tensor_train import Modes, bond_balanced, padded, truncated_train, tt_matrix, tt_pullback, tt_svd
 from tdkit.fitting.variable_projection import LARGE, SINGLE_FROM, BlockForm
 from tdkit.shapes import Shape
+from tdkit.support.threads import threads_for
 
 # Tuned by hand for time and error together; `python tests/benchmarks/fits.py --parts seconds,objective` measures both.
 MAX_STEPS = 500  # of L-BFGS
@@ -56,15 +57,16 @@ def fit_train(
         Cores (rank, out mode, in mode, next rank), float64, with balanced bonds (see `bond_balanced`).
     """
     form = BlockForm.of(weight, ranks, out_modes, in_modes)
-    if form is not None:
-        return form.fit(weight, metric, steps)
-    problem = whitened_problem(weight, metric, out_modes, in_modes)
-    start = tt_svd(problem.weight, ranks, out_modes, in_modes)
-    if weight.numel() < LARGE:
-        plain = problem.whiten(tt_svd(weight, ranks, out_modes, in_modes))
-        start = min(start, plain, key=problem.error)
-    refined, first, last = problem.refine(start, min(steps, STEPS_TIMES_ENTRIES // weight.numel() + 1))
-    return bond_balanced(problem.unwhiten(refined if last < first else start))[0]
+    with threads_for(weight.numel()):
+        if form is not None:
+            return form.fit(weight, metric, steps)
+        problem = whitened_problem(weight, metric, out_modes, in_modes)
+        start = tt_svd(problem.weight, ranks, out_modes, in_modes)
+        if weight.numel() < LARGE:
+            plain = problem.whiten(tt_svd(weight, ranks, out_modes, in_modes))
+            start = min(start, plain, key=problem.error)
+        refined, first, last = problem.refine(start, min(steps, STEPS_TIMES_ENTRIES // weight.numel() + 1))
+        return bond_balanced(problem.unwhiten(refined if last < first else start))[0]
 
 
 def kronecker_in_metric(
@@ -102,12 +104,13 @@ def train_errors(
     steps, block_steps = (CURVE_STEPS, CURVE_STEPS) if few else (SMALL_CURVE_STEPS, BLOCK_CURVE_STEPS)
     forms = [BlockForm.of(weight, each, out_modes, in_modes) for each in ranks]
     blocks = [form for form in forms if form is not None]
-    found = iter(blocks[-1].errors(weight, metric, [form.rank for form in blocks], block_steps) if blocks else [])
     others = [each for each, form in zip(ranks, forms, strict=True) if form is None]
-    if others:
-        problem = whitened_problem(weight, metric, out_modes, in_modes)
-        largest, _ = bond_balanced(tt_svd(problem.weight, others[-1], out_modes, in_modes))
-        rest = iter([problem.refine(truncated_train(largest, each), steps)[2] for each in others])
+    with threads_for(weight.numel()):
+        found = iter(blocks[-1].errors(weight, metric, [form.rank for form in blocks], block_steps) if blocks else [])
+        if others:
+            problem = whitened_problem(weight, metric, out_modes, in_modes)
+            largest, _ = bond_balanced(tt_svd(problem.weight, others[-1], out_modes, in_modes))
+            rest = iter([problem.refine(truncated_train(largest, each), steps)[2] for each in others])
     return [next(rest if form is None else found) for form in forms]
 
 
