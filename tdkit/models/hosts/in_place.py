@@ -145,7 +145,12 @@ class InPlaceHost(Host):
             if base is None:
                 return Handles()
             matrix = submodules_of(module)[module.matrix_name(weight)]
-            return matrix.register_forward_hook(lambda _, args, y: observe(args[0], y))
+            running: list[nn.Module] = []  # a tied matrix is called by other layers too
+            return Handles(
+                module.register_forward_pre_hook(lambda called, _: running.append(called)),
+                matrix.register_forward_hook(lambda _, args, y: observe(args[0], y) if running else None),
+                module.register_forward_hook(lambda *_: running.clear(), always_call=True),
+            )
         return observing(module, weight, observe, looks_up=self.multiplications(module, weight) == 0)
 
     def attach_gradient(self, module: nn.Module, weight: str, observe: Callable[[Tensor], None]) -> Removable:
