@@ -23,6 +23,7 @@ from tdkit.planning.planner import applied_plan, calibrated, planned
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
 from tdkit.planning.rule import Rule
+from tdkit.shapes import by
 from tdkit.sources.models import DTYPES, load_model
 from tdkit.sources.positions import check_positions
 from tdkit.sources.source import Source
@@ -190,9 +191,9 @@ def info(
             rows.append(
                 [
                     " = ".join(layer["names"]),
-                    "x".join(str(n) for n in layer["shape"]),
+                    by(layer["shape"]),
                     kind.describe(),
-                    f"{kind.num_params((layer['shape'][0], layer['shape'][1])):,}",
+                    f"{kind.num_params(kind.shape_of(tuple(layer['shape']))):,}",
                     "" if layer.get("error") is None else f"{layer['error']:.4f}",
                 ]
             )

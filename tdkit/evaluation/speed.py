@@ -17,7 +17,7 @@ from tdkit.decompositions.base import Preference
 from tdkit.errors import PolicyError
 from tdkit.evaluation.timing import peak_bytes, side_by_side
 from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule
-from tdkit.models.hosts.convolution import FactorizedConvolution
+from tdkit.models.hosts.convolution import FactorizedConvolution, image_size
 from tdkit.models.hosts.embedding import FactorizedEmbedding
 from tdkit.models.hosts.experts import ExpertsLayer, experts_of_a_token, stacks_of
 from tdkit.models.hosts.linear import FactorizedLinear
@@ -274,17 +274,8 @@ def _path(layer: FactorizedModule, tokens: int, prefer: Preference) -> str:
     if isinstance(layer, FactorizedEmbedding):
         return "rows"
     if isinstance(layer, FactorizedConvolution):
-        return layer.path(_image_size(layer, tokens), prefer=prefer)
+        return layer.path(image_size(layer, tokens), prefer=prefer)
     return layer.matrix.path(tokens, prefer=prefer).name
-
-
-def _image_size(layer: FactorizedConvolution, positions: int) -> tuple[int, ...]:
-    """The size (1, in, *spatial) of an image for which a convolution has about that many positions."""
-    side = math.ceil(positions ** (1 / len(layer.kernel_size)))
-    axes = zip(layer.stride, layer.dilation, layer.kernel_size, strict=True)
-    least = [step * (kernel - 1) + 1 for _, step, kernel in axes]
-    stride = (1,) * len(least) if layer.transposed else layer.stride
-    return 1, layer.in_channels, *(max(low, side * each) for low, each in zip(least, stride, strict=True))
 
 
 def _layer_call(layer: FactorizedModule, tokens: int) -> Callable[[nn.Module], object]:
@@ -295,9 +286,7 @@ def _layer_call(layer: FactorizedModule, tokens: int) -> Callable[[nn.Module], o
     if isinstance(layer, FactorizedEmbedding):
         ids = torch.randint(layer.num_embeddings, (1, tokens), device=of.device)
         return lambda module: module(ids)
-    size = (
-        _image_size(layer, tokens) if isinstance(layer, FactorizedConvolution) else (1, tokens, layer.matrix.shape[1])
-    )
+    size = image_size(layer, tokens) if isinstance(layer, FactorizedConvolution) else (1, tokens, layer.matrix.shape[1])
     x = torch.randn(size, device=of.device, dtype=of.dtype)
     return lambda module: module(x.detach().requires_grad_(torch.is_grad_enabled()))
 

@@ -176,6 +176,7 @@ def _applied(matrix: FactorizedMatrix, users: Sequence[FactorizedUser]) -> Step:
     size = math.prod(matrix.shape)
     times = sum(user.multiplications for user in users)
     computed = _computed((builder_of(user.module), user.module, user.weight) for user in users)
+    host, place = builder_of(users[0].module), (users[0].module, users[0].weight)
     multiply_adds = size // (matrix.sizes[0] if isinstance(matrix, FactorizedStack) else 1)
     return Step(
         names=tuple(user.name for user in users),
@@ -187,9 +188,9 @@ def _applied(matrix: FactorizedMatrix, users: Sequence[FactorizedUser]) -> Step:
         params_after=matrix.params,
         indices=matrix.indices,
         multiply_adds_before=times * multiply_adds,
-        multiply_adds_after=times * (multiply_adds if computed == DENSE else matrix.multiply_adds()),
+        multiply_adds_after=times * (multiply_adds if computed == DENSE else host.multiply_adds(*place, matrix)),
         error=matrix.error,
-        paths=_paths_of(matrix) if times and computed != DENSE else None,
+        paths=_paths_of(matrix, host, *place) if times and computed != DENSE else None,
         computed=computed,
     )
 
@@ -204,8 +205,9 @@ def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
             reason = f"{kind.describe()} would hold {matrix.params:,} params, not fewer (allow_growth permits it)"
             kind = None
         else:
-            params, indices, multiply_adds = matrix.params, matrix.indices, matrix.multiply_adds()
-            paths = _paths_of(matrix) if times else None
+            host, place = site.users[0].host, (site.users[0].module, site.users[0].weight)
+            params, indices, multiply_adds = matrix.params, matrix.indices, host.multiply_adds(*place, matrix)
+            paths = _paths_of(matrix, host, *place) if times else None
             computed = _computed((user.host, user.module, user.weight) for user in site.users)
             if computed == DENSE:
                 multiply_adds, paths = site.multiply_adds, None
@@ -234,8 +236,9 @@ def _computed(users: Iterable[tuple[Host, nn.Module, str]]) -> str:
     return DENSE if all(host.computed(module, weight) == DENSE for host, module, weight in users) else "by factors"
 
 
-def _paths_of(matrix: FactorizedMatrix) -> tuple[str, str]:
+def _paths_of(matrix: FactorizedMatrix, host: Host, module: nn.Module, weight: str) -> tuple[str, str]:
     """Returns the names of the paths with the least estimated time for 1 and for 512 tokens."""
-    paths = matrix.member_paths if isinstance(matrix, FactorizedStack) else matrix.paths
-    few, many = (min(paths(tokens), key=lambda path: path.seconds()) for tokens in (1, 512))
-    return few.name, many.name
+    if isinstance(matrix, FactorizedStack):
+        few, many = (min(matrix.member_paths(tokens), key=lambda path: path.seconds()) for tokens in (1, 512))
+        return few.name, many.name
+    return host.path(module, weight, matrix, 1), host.path(module, weight, matrix, 512)

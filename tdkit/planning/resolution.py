@@ -157,7 +157,7 @@ def _sorted(
             continue
         problem = _problem(kind, site)
         if problem is not None and not named:
-            reason = _unfit(kind, site)
+            reason = _unfit(rule.decomposition, site)
             if reason is not None:
                 fixed[site.name] = Choice(None, reason)
                 continue
@@ -168,7 +168,7 @@ def _sorted(
         if key not in shrinks:
             shrinks[key] = kind.is_complete() or policy.allow_growth or _can_shrink(kind, site)
         if not shrinks[key]:
-            fixed[site.name] = Choice(None, f"no {kind.name} decomposition holds fewer parameters")
+            fixed[site.name] = Choice(None, _no_smaller(rule.decomposition))
             continue
         if kind.is_complete():
             fixed[site.name] = Choice(kind)
@@ -205,13 +205,19 @@ def _unfit(kind: Decomposition, site: Site) -> str | None:
 
     A pattern with wildcards matches such weights too: they stay dense, for this reason.
     """
+    unset = replace(kind, **{field.name: None for field in fields(kind) if field.default is None})
     try:
+        kind = decomposition_at(site, unset)
         kind.shape_of(site.shape)
     except OptionError as error:
         return str(error)
-    unset = replace(kind, **{field.name: None for field in fields(kind) if field.default is None})
-    if _problem(unset, site) is None and _can_shrink(unset, site):
+    problem = _problem(kind, site)
+    if (problem and unset.options()) or (not problem and _can_shrink(kind, site)):
         return None
+    return _no_smaller(unset)
+
+
+def _no_smaller(kind: Decomposition) -> str:
     return f"no {kind.name} decomposition holds fewer parameters"
 
 

@@ -40,8 +40,8 @@ def _factorized(resolved: Resolved) -> Iterator[str]:
     names = resolved.survey.factorized
     if names:
         yield (
-            f"factorised already and not compressed again: {_named(names)}; ratio and budget are of the model as it is; "
-            "for other sizes compress the dense model"
+            f"factorised already and not compressed again: {_named(names)}; ratio and budget are of the model as it "
+            "is; for other sizes compress the dense model"
         )
 
 
@@ -114,7 +114,8 @@ def _heads(model: nn.Module, steps: Sequence[Step]) -> Iterator[str]:
         if step.name in found and step.decomposition is not None and rank_of(step) < outputs <= inputs:
             yield (
                 f"{step.name}, an output head ({found[step.name]}), has rank {rank_of(step)} for {outputs} outputs, "
-                f"which then span {rank_of(step)} dimensions: keep it by a first rule, Rule('{step.name}', keep=True)"
+                f"which then span {rank_of(step)} of {outputs} dimensions: keep it by a rule before the others, "
+                f"Rule('{step.name}', keep=True)"
             )
 
 

@@ -54,7 +54,7 @@ def test_connectionist_temporal_classification_sums_over_the_examples() -> None:
 def test_compress_and_plan_take_the_batches(name: str) -> None:
     model, batches = TASKS[name]()
     planned = tdkit.plan(model, POLICY, calibration=batches)
-    tdkit.compress(model, POLICY, calibration=batches, passes=2)
+    tdkit.compress(model, POLICY, calibration=batches)
     assert [step.name for step in tdkit.applied_plan(model).rewritten] == [step.name for step in planned.rewritten]
     batch = batches[0]
     with torch.no_grad():

@@ -246,3 +246,15 @@ def test_a_budget_error_says_how_much_cannot_be_rewritten() -> None:
     model = nn.ModuleDict({"fc": nn.Linear(24, 24), "odd": nn.Linear(48, 48, bias=False, dtype=torch.complex64)})
     with pytest.raises(BudgetError, match=r"already holds 0.802 of the parameters, 0.793 in weights that cannot be"):
         tdkit.plan(model, Policy([Rule("*", LowRank())], budget=0.5))
+
+
+def test_options_that_no_member_of_a_stack_can_meet_are_told() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 12, "num_local_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 40}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    with pytest.raises(OptionError, match=r"experts.gate_up_proj: .*rank=99"):
+        tdkit.plan(model, Policy([Rule("*.experts.*", LowRank(rank=99))]))
+    plan = tdkit.plan(model, Policy([Rule("*.experts.*", LowRank(rank=2))]))
+    assert len(plan.rewritten) == 2

@@ -54,8 +54,8 @@ def test_layers_below_the_default_floor_are_counted() -> None:
 def test_the_head_below_its_classes_is_recognised_by_its_position() -> None:
     text = warnings(Classifier(), Rule("fc", LowRank(rank=4)))
     assert text == (
-        "fc, an output head (the last layer), has rank 4 for 10 outputs, which then span 4 dimensions: keep it by a "
-        "first rule, Rule('fc', keep=True)"
+        "fc, an output head (the last layer), has rank 4 for 10 outputs, which then span 4 of 10 dimensions: keep it "
+        "by a rule before the others, Rule('fc', keep=True)"
     )
     assert warnings(Classifier(), Rule("fc", Kronecker(terms=2, a=(2, 8)))) == ""  # of full rank
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tdkit import Decomposition, LowRank
+from tdkit import Decomposition, LowRank, Rule
 
 LOW_RANK = LowRank()
 GOAL = 0.99  # of the parameters in weights that can shrink
@@ -39,10 +39,10 @@ class Architecture:
         inputs: returns its positional or keyword arguments.
         share: lower bound on the share of the parameters that can be rewritten, of those in weights that can shrink.
         reason: why `share` is below `GOAL`.
-        kind: the decomposition.
+        kind: the decomposition of the weights that `match` selects; the others are of low rank.
+        match: the pattern of a rule.
         loss: of the output.
-        fault: what fails with it, and is not mended yet.
-        uncalibrated: what fails in its calibration, and is not mended yet.
+        fault: what fails when it is compressed, saved and loaded, and is not mended yet.
     """
 
     name: str
@@ -51,9 +51,9 @@ class Architecture:
     share: float = GOAL
     reason: str = ""
     kind: Decomposition = LOW_RANK
+    match: str = "*"
     loss: Callable[[Any], Tensor] = field(default=projection, repr=False)
     fault: str = ""
-    uncalibrated: str = ""
 
     def __post_init__(self) -> None:
         assert (self.share < GOAL) == bool(self.reason), f"{self.name}: a share below {GOAL} has a reason"
@@ -62,6 +62,10 @@ class Architecture:
         """A model in float64 and eval mode."""
         torch.manual_seed(seed)
         return self.build().double().eval()
+
+    def rules(self) -> list[Rule]:
+        """The rules of a policy for all weights."""
+        return [Rule(self.match, self.kind), *([] if self.match == "*" else [Rule("*", LOW_RANK)])]
 
     def call(self, model: nn.Module) -> Any:
         """The output of a model, with the same inputs and random numbers in each call."""

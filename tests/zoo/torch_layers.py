@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
-from tdkit import Kronecker, TTMatrix
+from tdkit import CanonicalPolyadic, Kronecker, SpatialLowRank, TTMatrix, Tucker
 from tests.zoo import modules as users
 from tests.zoo.architecture import Architecture, Inputs
 
@@ -91,12 +91,18 @@ TORCH = [
     Architecture("Conv2d as the root", conv, IMAGE),
     Architecture("Conv2d", chain(conv, nn.ReLU, layer(nn.Conv2d, 24, 16, 1)), IMAGE),
     Architecture("Conv2d, Kronecker", inside(conv), IMAGE, kind=Kronecker()),
+    Architecture("Conv2d, Tucker", chain(conv, nn.ReLU, layer(nn.Conv2d, 24, 32, 3)), IMAGE, kind=Tucker()),
+    Architecture("Conv2d, CP", chain(conv, nn.ReLU, layer(nn.Conv2d, 24, 32, 3)), IMAGE, kind=CanonicalPolyadic()),
+    Architecture("Conv2d, spatial", chain(conv, nn.ReLU, layer(nn.Conv2d, 24, 32, 3)), IMAGE, kind=SpatialLowRank()),
+    Architecture("Conv2d, grouped, Tucker", inside(layer(nn.Conv2d, 32, 64, 3, groups=2)),
+                 normal((2, 32, 8, 8)), kind=Tucker()),
     Architecture("Conv2d, grouped", inside(layer(nn.Conv2d, 16, 24, 3, groups=4)), IMAGE),
     Architecture("Conv2d, depthwise separable", chain(layer(nn.Conv2d, 16, 16, 3, groups=16), conv), IMAGE),
     Architecture("Conv2d, dilated", inside(layer(nn.Conv2d, 16, 24, 3, dilation=2, padding="same")), IMAGE),
     Architecture("Conv2d, reflecting", inside(layer(nn.Conv2d, 16, 24, 3, padding=1, padding_mode="reflect")), IMAGE),
     Architecture("Conv2d, circular",
                  inside(layer(nn.Conv2d, 16, 24, (3, 5), padding=(1, 2), padding_mode="circular")), IMAGE),
+    Architecture("Conv3d, CP", inside(layer(nn.Conv3d, 8, 12, 3)), normal((2, 8, 4, 5, 6)), kind=CanonicalPolyadic()),
     Architecture("Conv3d", inside(layer(nn.Conv3d, 8, 12, 3)), normal((2, 8, 4, 5, 6))),
     Architecture("ConvTranspose1d", inside(layer(nn.ConvTranspose1d, 16, 24, 4, stride=2)), normal((2, 16, 12))),
     Architecture("ConvTranspose2d", inside(layer(nn.ConvTranspose2d, 16, 24, 4, 2, 1, 1)), IMAGE),

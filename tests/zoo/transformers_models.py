@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdkit import Kronecker, TTMatrix
+from tdkit import Auto, Kronecker, TTMatrix
+from tdkit.decompositions.stacked import Stacked
 from tests.zoo.architecture import Architecture, Inputs
 
 LENGTH = 8  # of the token sequences
@@ -102,6 +103,7 @@ TRANSFORMERS = [
     hf("GPT-2", "GPT2LMHeadModel", text, GPT),
     hf("GPT-2, Kronecker", "GPT2LMHeadModel", text, GPT, kind=Kronecker()),
     hf("GPT-2, TT matrix", "GPT2LMHeadModel", text, GPT, kind=TTMatrix()),
+    hf("GPT-2, Auto", "GPT2LMHeadModel", text, GPT, kind=Auto()),
     hf("LLaMA", "LlamaForCausalLM", text, LLAMA),
     hf("Mistral", "MistralForCausalLM", text, WIDE),
     hf("Gemma", "GemmaForCausalLM", text, WIDE),
@@ -131,6 +133,8 @@ TRANSFORMERS = [
        {**BERT, **SPECIAL, "attention_hidden_size": 48, "context_length": 32}),
     # mixtures of experts
     hf("Mixtral", "MixtralForCausalLM", text, {**LLAMA, **MOE, "num_local_experts": 4}),
+    hf("Mixtral, shared bases", "MixtralForCausalLM", text, {**LLAMA, **MOE, "num_local_experts": 4},
+       kind=Stacked(shared=True), match="*.experts.*"),
     hf("Qwen2-MoE", "Qwen2MoeForCausalLM", text, {**LLAMA, **MOE, **SHARED, "num_experts": 4}),
     hf("Qwen3-MoE", "Qwen3MoeForCausalLM", text, {**WIDE, **MOE, "num_experts": 4}),
     hf("DeepSeek-V3", "DeepseekV3ForCausalLM", text, {**LLAMA, **MOE, **DEEPSEEK}),
@@ -206,6 +210,7 @@ TRANSFORMERS = [
     hf("ConvNeXt", "ConvNextForImageClassification", image, CONVNEXT),
     hf("ConvNeXt V2", "ConvNextV2ForImageClassification", image, CONVNEXT),
     hf("ResNet", "ResNetForImageClassification", image, {**STAGES, "embedding_size": 16}),
+    hf("ResNet, Auto", "ResNetForImageClassification", image, {**STAGES, "embedding_size": 16}, kind=Auto()),
     hf("RegNet", "RegNetForImageClassification", image, {**STAGES, "embedding_size": 16, "groups_width": 16}),
     hf("MobileNetV1", "MobileNetV1ForImageClassification", image, {"depth_multiplier": 0.125, "num_labels": 10}),
     hf("MobileNetV2", "MobileNetV2ForImageClassification", image, {"depth_multiplier": 0.125, "num_labels": 10}),

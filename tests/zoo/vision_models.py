@@ -29,12 +29,18 @@ def torchvision_models() -> list[Architecture]:
             model.classifier[index] = nn.Linear(*sizes)
         return model
 
+    def small_resnet() -> nn.Module:
+        """The first two stages."""
+        model = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+        model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(128, 10)
+        return model
+
     blocks = [efficientnet.MBConvConfig(*sizes, 1, 1.0, 1.0) for sizes in ((1, 3, 2, 16, 16), (4, 5, 2, 16, 24))]
     stages = [convnext.CNBlockConfig(*sizes, 1) for sizes in ((16, 32), (32, 48), (48, None))]
     regions = regnet.BlockParams.from_init_params(depth=4, w_0=16, w_a=8.0, w_m=2.0, group_width=8, se_ratio=0.25)
     return [
         Architecture("VGG", small_vgg, pixels()),
-        Architecture("ResNet", lambda: models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1]), pixels()),
+        Architecture("ResNet", small_resnet, pixels()),
         Architecture("SqueezeNet", lambda: models.squeezenet1_1(num_classes=10), pixels(64)),
         Architecture("DenseNet", lambda: models.DenseNet(8, (2, 2, 2, 2), 16, num_classes=10), pixels(64)),
         Architecture("ShuffleNet V2", lambda: models.shufflenet_v2_x0_5(num_classes=10), pixels()),
