@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tdkit.calibration.calibration import Batch, Calibration, Loss
-from tdkit.calibration.losses import Labels, check_labels, token_ids
+from tdkit.calibration.batches import Batch, call_of, check_batches
+from tdkit.calibration.calibration import Calibration, Loss
+from tdkit.calibration.losses import Labels, check_labels
 from tdkit.calibration.moments import Reach, Recorder, SharingBrokeError, groups_within, reaching
 from tdkit.calibration.runner import Runner, as_it_was
 from tdkit.errors import CalibrationError, did_you_mean
 from tdkit.fitting.metric import Metric
+from tdkit.models.preparation import drop_caches
 from tdkit.models.sites import Site, survey
-from tdkit.sources.positions import check_positions
 from tdkit.sources.texts import spread_windows
+from tdkit.support.compatibility import uncompiled
 from tdkit.support.devices import check_device
 from tdkit.support.progress import Bar, progress_bar
 
@@ -51,14 +54,20 @@ def calibrate(
     The model runs in eval mode. Its training mode, ``requires_grad`` flags, device and the random state are restored.
 
     Args:
-        batches: an iterable of model inputs, each a tensor (of token ids), a tuple of arguments or a mapping of
-            keyword arguments (padding according to ``attention_mask`` is ignored). Or the name of a text, as in
+        batches: an iterable of batches, such as a DataLoader; all are kept in memory, so take as many as are needed.
+            A batch is one tensor, a tuple or list of arguments, (inputs, labels), or a mapping of keyword arguments,
+            with the labels in an entry called ``labels``, ``label``, ``targets`` or ``target``. The last entry of a
+            tuple is the labels if forward has no parameter for it; labels in a mapping are passed to forward only if
+            it has a parameter of that name. Padding according to ``attention_mask`` is ignored, except where the
+            encoder and the decoder of a model have the same number of tokens. Or the name of a text, as in
             `tdkit.sources.load_texts`; windows spread over the whole text are used.
         gradients: also measure S, which takes a backward pass; otherwise S is None.
         names: the sites to measure, by the name of any of their layers; all sites when None.
-        loss: a function (model output, batch) -> scalar tensor. It should sum over tokens rather than average, so
-            that each token has the same weight. When None: the model's own ``loss`` where the output has one, else
-            the next-token cross-entropy of a causal language model.
+        loss: a function (model output, batch) -> scalar tensor. It should sum over examples and tokens rather than
+            average, so that each has the same weight. When None: the model's own ``loss`` where the output has one;
+            with integer labels the cross-entropy of classes; with floating-point labels of the output's shape the
+            squared error; without labels the next-token cross-entropy of a causal language model, which is tested by
+            running the model. See `tdkit.calibration.losses.data_loss`.
         labels: the labels of the default loss: "data", or "sampled" from the model's predictions, for which S is the
             Fisher information. "sampled" estimates the cost of small changes better (up to a tenth of the parameters
             removed); with two fifths of the parameters removed, "data" gave far better results.
@@ -73,14 +82,15 @@ def calibrate(
         The moments by site name.
 
     Raises:
-        CalibrationError: when there are no batches, `names` are unknown, no loss can be computed, or a loss or a
-            moment is not finite.
+        CalibrationError: when there are no batches, the model does not take them, `names` are unknown, it is not
+            clear what the loss is, labels are missing, or a loss or a moment is not finite.
 
     Source of the two-sided moments: Martens and Grosse, K-FAC (2015), section 3; of the labels, see `sampled_loss`.
     """
     check_labels(labels)
     if loss is not None and labels != "data":
         raise CalibrationError(f"loss= has labels of its own: leave out labels={labels!r}")
+    model = uncompiled(model)
     sites = survey(model).sites
     if names is not None:
         sites = _named(sites, names)
@@ -132,7 +142,7 @@ def recalibrate(
     runner = Runner(model, gradients=calibration.gradients, loss=calibration.loss, labels=calibration.labels)
     found = measured(runner, sites, calibration.batches, limit_bytes=limit_bytes, device=device, progress=progress)
     mean = runner.calibration(calibration.batches)
-    for name in (name for name in calibration.names if name in found.names):
+    for name in calibration.names:  # one that the batches do not reach now keeps its moments
         ends = calibration.metric(name), found.metric(name)
         metric = Metric(_mean([end.input for end in ends if end]), _mean([end.output for end in ends if end]))
         mean.add({name: metric}, spill=calibration.spilled or found.spilled)
@@ -154,6 +164,7 @@ def measured(
     progress: bool | None = None,
 ) -> Calibration:
     """Returns the moments of `sites`, measured while `runner` runs the batches; see `calibrate`."""
+    check_batches(batches)
     chosen = list(batches)
     if not chosen:
         raise CalibrationError("there are no calibration batches: give at least one")
@@ -161,11 +172,12 @@ def measured(
         raise CalibrationError("the model has no layer that can be rewritten, so there is nothing to calibrate")
     device = check_device(device)
     _check_weights(runner)
-    _check_positions(runner, chosen)
-    with torch.inference_mode(False), as_it_was(runner.model, device):
+    runner.check_batches(chosen)
+    with torch.inference_mode(False), as_it_was(runner.model, device), _without_fast_path():
+        runner.find_causality(chosen)
         with reaching(sites) as reach, torch.no_grad():
             runner.forward(chosen[0])
-        if not reach.sites:
+        if not reach.sites and not runner.gradients:
             raise CalibrationError("the calibration batches reach no layer that can be rewritten")
         try:
             return _measure(runner, reach, chosen, limit_bytes, progress)
@@ -173,11 +185,15 @@ def measured(
             return _measure(runner, Reach(reach.sites, reach.others), chosen, limit_bytes, progress)
 
 
-def _check_positions(runner: Runner, batches: Sequence[Batch]) -> None:
-    """Raise if a batch has more tokens than the model's position table has rows, before anything runs."""
-    rows = [ids for ids in map(token_ids, batches) if ids is not None and not ids.is_floating_point()]
-    if rows:
-        check_positions(runner.model, max(ids.shape[1] for ids in rows))
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Make ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` call their layers one by one."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _check_weights(runner: Runner) -> None:
@@ -211,12 +227,13 @@ def _measure(
     limit_bytes: int,
     progress: bool | None,
 ) -> Calibration:
-    groups = groups_within(reach.sites, reach.shared, runner.gradients, limit_bytes)
-    groups[0] += reach.others  # a later batch may still reach these
+    groups = groups_within(reach.sites, reach.shared, runner.gradients, limit_bytes) or [[]]
+    groups[0] += reach.others  # a later batch may still reach these, or their weights have gradients
     calibration = runner.calibration(batches)
     with progress_bar("calibrate", len(groups) * len(batches), progress) as bar:
         for number, group in enumerate(groups):
-            recorder = Recorder(group, gradients=runner.gradients, shared=reach.shared)
+            unseen = {site.name for site in reach.others}
+            recorder = Recorder(group, gradients=runner.gradients, shared=reach.shared, unseen=unseen)
             _pass(runner, recorder, batches, bar, f"group {number + 1} of {len(groups)}" if len(groups) > 1 else "")
             calibration.add(recorder.metrics(), spill=len(groups) > 1)
     return calibration
@@ -226,8 +243,12 @@ def _pass(runner: Runner, recorder: Recorder, batches: list[Batch], bar: Bar, la
     bar.now(label)
     with recorder.attached(), torch.set_grad_enabled(runner.gradients):
         for number, batch in enumerate(batches):
+            if runner.gradients:
+                drop_caches(runner.model)  # they would hold the graph of the batch before
             recorder.mask = runner.mask(batch)
             output = runner.forward(batch)
             if runner.gradients:
                 runner.backward(output, batch, number)
+            recorder.end_batch(call_of(runner.model, batch).units)
             bar.advance()
+    drop_caches(runner.model)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
+from tdkit.calibration.stacks import StackSums
 from tdkit.errors import CalibrationError
 from tdkit.fitting.metric import Metric
-from tdkit.models.hosts.base import Observer
+from tdkit.models.hosts.base import Observer, Removable
+from tdkit.models.hosts.routing import Routing
 from tdkit.models.sites import Site, User
-from tdkit.support.compatibility import version_of
+from tdkit.support.compatibility import parameters_of, version_of
 
 DIAGONAL_ABOVE = 16384  # a longer side (a vocabulary) keeps only the diagonal of its moment
 
@@ -65,16 +66,52 @@ class SideSum:
         self.sum = moment if self.sum is None else self.sum.add_(moment)
         self.count += count
 
-    def mean(self) -> Tensor | None:
-        """Returns the moment per token, float64 on the CPU, or None without rows; frees the sum, so call it last."""
+    def mean(self, units: int | None = None) -> Tensor | None:
+        """Returns the sum by `units`, or per row; float64 on the CPU. None without rows, and frees the sum."""
         if self.sum is not None and self.count:
-            self._mean = self.sum.div_(self.count).cpu()
+            self._mean = self.sum.div_(units or self.count).cpu()
             self.sum = None
         return self._mean
 
 
+class GradientSum:
+    """Running sums of G G^T and G^T G for the gradients G (out, in) of a weight, one per batch.
+
+    They take the place of the rows of a weight whose products are not seen. The nearest Kronecker product to the
+    second moment of vec(G) has the factors E[G^T G] and E[G G^T] up to a scale, which is chosen so that the trace is
+    exact. It is the Fisher matrix if the gradients of different examples are independent.
+
+    Sources: Martens and Grosse, K-FAC (2015), section 3; Gupta, Koren and Singer, Shampoo (2018), section 3.
+    """
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.rows = SideSum(rows)
+        self.columns = SideSum(columns)
+        self.pending: Tensor | None = None  # of the current batch
+
+    def add(self, gradient: Tensor) -> None:  # (out, in)
+        """Add to the gradient of the current batch."""
+        gradient = gradient.detach()
+        self.pending = gradient.clone() if self.pending is None else self.pending + gradient
+
+    def end_batch(self) -> None:
+        if self.pending is not None:
+            self.rows.add(self.pending.T)
+            self.columns.add(self.pending)
+            self.pending = None
+
+    def metric(self, units: int) -> Metric | None:
+        """Returns the metric, or None without gradients."""
+        if self.columns.sum is None:
+            return None
+        energy = _trace(self.columns.sum)
+        inner, outer = self.columns.sum / energy if energy > 0 else self.columns.sum, self.rows.sum
+        assert outer is not None
+        return Metric(inner.cpu(), (outer / units).cpu())
+
+
 class SiteSums:
-    """The sums of one site, separate for layers that multiply by its weight and layers that look up its rows."""
+    """The sums of one site: for layers that multiply by its weight, that look up its rows, and that do neither."""
 
     def __init__(self, site: Site, inputs: SideSum | None = None) -> None:
         out, width = site.shape[0], math.prod(site.shape[1:])
@@ -82,15 +119,23 @@ class SiteSums:
         self.multiply_output = SideSum(out)
         self.lookup_rows = SideSum(out)
         self.lookup_output = SideSum(width)
+        self.gradient = GradientSum(out, width)
 
-    def metric(self) -> Metric | None:
-        """Returns the metric of the site, or None when its layers were never called."""
+    def metric(self, units: int) -> Metric | None:
+        """Returns the metric of the site, or None when its layers were never called.
+
+        Args:
+            units: number of tokens or examples that the loss sums over. Sums of gradients are divided by it, so that
+                layers with different numbers of rows have errors in the same unit.
+        """
         uses = [
-            (self.multiply_input.mean(), self.multiply_output.mean()),
-            (self.lookup_output.mean(), self.lookup_rows.mean()),
+            (self.multiply_input.mean(), self.multiply_output.mean(units)),
+            (self.lookup_output.mean(units), self.lookup_rows.mean()),
         ]
         known = [Metric(inner, outer) for inner, outer in uses if inner is not None or outer is not None]
-        return _joined(*known) if len(known) == 2 else (known[0] if known else None)
+        if not known:
+            return self.gradient.metric(units)
+        return _joined(*known) if len(known) == 2 else known[0]
 
 
 def _joined(first: Metric, second: Metric) -> Metric:
@@ -132,15 +177,29 @@ class Recorder:
     Args:
         sites: the sites to record.
         gradients: also record the gradients of the outputs; the caller runs the backward pass.
+        unseen: names of sites whose products may not be seen: the gradients of their weights are recorded as well.
         shared: maps a site name to that of the site with the same input tensor, whose moment is computed only once.
     """
 
-    def __init__(self, sites: Sequence[Site], *, gradients: bool, shared: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        *,
+        gradients: bool,
+        shared: Mapping[str, str] | None = None,
+        unseen: Collection[str] = (),
+    ) -> None:
         self.sites = sites
+        self.unseen = unseen if gradients else ()
+        self.units = 0
         self.gradients = gradients
         self.shared = shared or {}
         self.sums: dict[str, SiteSums] = {}
+        self.stacks: dict[str, StackSums] = {}
         for site in sites:
+            if site.stacked:
+                self.stacks[site.name] = StackSums(site)
+                continue
             leader = self.sums.get(self.shared.get(site.name, ""))
             self.sums[site.name] = SiteSums(site, leader.multiply_input if leader else None)
         self.mask: Tensor | None = None  # (batch, length) of the current batch; False for padding
@@ -152,7 +211,8 @@ class Recorder:
         Raises:
             CalibrationError: when a moment is NaN or infinite.
         """
-        found = {site.name: self.sums[site.name].metric() for site in self.sites}
+        units = max(self.units, 1)
+        found = {site.name: (self.sums | self.stacks)[site.name].metric(units) for site in self.sites}
         known = {name: metric for name, metric in found.items() if metric is not None}
         for name, metric in known.items():
             for what, moment in (("inputs", metric.input), ("output gradients", metric.output)):
@@ -166,17 +226,50 @@ class Recorder:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """A context manager inside which the hooks are registered."""
-        handles: list[RemovableHandle] = []
+        handles: list[Removable] = []
         try:
             for site in self.sites:
                 for user in distinct_users(site):
-                    observe = self._observer(site, looks_up=user.multiplications == 0)
-                    handles.append(user.host.attach(user.module, user.weight, observe))
+                    handles.append(self._attach(site, user))
+                if site.name in self.unseen and not site.stacked:
+                    handles += self._gradient_handles(site)
             yield
         finally:
             for handle in handles:
                 handle.remove()
             self._last.clear()
+
+    def end_batch(self, units: int) -> None:
+        """Add the gradients of weights of one batch with `units` tokens or examples."""
+        self.units += units
+        for name in self.unseen:
+            if name in self.sums:
+                self.sums[name].gradient.end_batch()
+
+    def _gradient_handles(self, site: Site) -> Iterator[Removable]:
+        total = self.sums[site.name].gradient
+        seen: set[int] = set()  # parameters: one observer serves all users of a shared one
+        for user in distinct_users(site):
+            parameter = parameters_of(user.module).get(user.weight)
+            if parameter is not None and id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+
+            def add(gradient: Tensor, user: User = user) -> None:
+                total.add(user.host.canonical(gradient, user.weight).flatten(1))
+
+            yield user.host.attach_gradient(user.module, user.weight, add)
+
+    def _attach(self, site: Site, user: User) -> Removable:
+        if not site.stacked:
+            observe = self._observer(site, looks_up=user.multiplications == 0)
+            return user.host.attach(user.module, user.weight, observe)
+        sums = self.stacks[site.name]
+
+        def observe_stack(routing: Routing, x: Tensor, y: Tensor) -> Tensor:
+            return sums.observe(routing, x, y, mask=self.mask, gradients=self.gradients)
+
+        return user.host.attach_stack(user.module, user.weight, observe_stack)
 
     def _observer(self, site: Site, *, looks_up: bool) -> Observer:
         sums = self.sums[site.name]
@@ -191,7 +284,8 @@ class Recorder:
             if not self.gradients:
                 return y
             if not y.requires_grad:
-                y = y.detach().clone().requires_grad_()
+                with torch.enable_grad():  # no leaf: the next layer may change it in place
+                    y = y.detach().requires_grad_().clone()
             side = sums.lookup_output if looks_up else sums.multiply_output
             y.register_hook(lambda gradient: side.add(token_rows(gradient.detach(), mask)))  # type: ignore[no-untyped-call]
             return y
@@ -288,7 +382,7 @@ def groups_within(sites: Sequence[Site], shared: Mapping[str, str], gradients: b
     groups: list[list[Site]] = []
     held = math.inf
     for site in sites:
-        sums = SiteSums(site)
+        sums = StackSums(site) if site.stacked else SiteSums(site)
         size = (0 if site.name in shared else sums.multiply_input.bytes) + gradients * sums.multiply_output.bytes
         if held + size > limit:
             groups.append([])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tdkit.decompositions.base import FactorizedMatrix
-from tdkit.models.hosts.base import FactorizedLayer, Host, unsupported
-from tdkit.models.hosts.registered import host_of, hosts
+from tdkit.models.hosts.base import FactorizedModule, Host, become, unsupported
+from tdkit.models.hosts.in_place import parametrized
+from tdkit.models.hosts.registered import builder_of, host_of
 from tdkit.shapes import Shape
+from tdkit.support.compatibility import COMPILED, offloads
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class User:
         """The module that has the layer's name now."""
         return self.model.get_submodule(self.layer)
 
+    def is_of(self, types: Collection[str]) -> bool:
+        """Returns whether the class of the layer, or one that it is derived from, has one of these names."""
+        return self.kind in types or any(base.__name__ in types for base in type(self.module).__mro__)
+
     @property
     def tensor(self) -> Tensor:
         """The weight as a view (out, in) or (out, in, *kernel)."""
@@ -59,10 +65,14 @@ class Site:
     Attributes:
         users: the layers, in the model's order.
         shape: (out, in) or (out, in, *kernel).
+        stored: the number of parameters that vanish with the weight, if not those of `shape`.
+        stacked: whether the weight is a stack of matrices (members, out, in), such as those of experts.
     """
 
     users: tuple[User, ...]
     shape: Shape
+    stored: int | None = None
+    stacked: bool = False
 
     @property
     def name(self) -> str:
@@ -80,12 +90,17 @@ class Site:
 
     @property
     def params(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape) if self.stored is None else self.stored
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The layer types of the users, as used in rules."""
         return tuple(user.kind for user in self.users)
+
+    @property
+    def multiply_adds(self) -> int:
+        """The multiply-adds of the dense weight for one row of the input, which meets one member of a stack."""
+        return math.prod(self.shape[self.stacked :])
 
     def multiplications(self) -> int:
         """Returns the sum of `User.multiplications` over the users; look-ups count as 0."""
@@ -101,48 +116,73 @@ class Untouchable:
         kind: the type of the layer.
         params: the number of parameters of the weight; 0 while it is uninitialised.
         reason: why it cannot be factorised.
+        shape: as the layer stores it; empty while it is uninitialised.
+        others: the names of the other layers that share it.
     """
 
     name: str
     kind: str
     params: int
     reason: str
+    shape: Shape = ()
+    others: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.others)
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The weights of a model: those that can be factorised and those that cannot."""
+    """The weights of a model.
+
+    Attributes:
+        sites: the weights that can be factorised.
+        untouchable: the weights that cannot.
+        factorized: the names of the weights that are factorised already, each once.
+    """
 
     sites: tuple[Site, ...]
     untouchable: tuple[Untouchable, ...]
+    factorized: tuple[str, ...] = ()
 
 
 def survey(model: nn.Module) -> Survey:
     """Find every weight of `model` that can be factorised, with all the layers that share it."""
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}  # by parameter: module name, module, attribute
     inside = tuple(f"{name}." for name, module in _modules(model) if isinstance(module, FactorizedMatrix))
+    inside += tuple(f"{name}.parametrizations.".lstrip(".") for name, module in _modules(model) if parametrized(module))
     for name, module in _modules(model):
         if f"{name}.".startswith(inside):
             continue
         for attribute, parameter in module.named_parameters(recurse=False):
             if is_lazy(parameter) or parameter.ndim >= 2:
                 holders.setdefault(id(parameter), []).append((name, module, attribute))
+        for attribute in parametrized(module):
+            if getattr(module, attribute).ndim >= 2:
+                held = getattr(module.parametrizations, attribute)
+                holders.setdefault(id(held), []).append((name, module, attribute))
     sites, untouchable = [], []
     for found in holders.values():
         users, reason = _users(model, found)
+        name, module, attribute = found[0]
         if reason is None:
-            sites.append(Site(users, tuple(users[0].tensor.shape)))
+            shape, stored = tuple(users[0].tensor.shape), users[0].host.params(module, attribute)
+            stacked = users[0].host.stacked(module, attribute)
+            sites.append(Site(users, shape, None if stored == math.prod(shape) else stored, stacked))
         else:
-            name, module, attribute = found[0]
             parameter = getattr(module, attribute)
-            params = 0 if is_lazy(parameter) else parameter.numel()
-            untouchable.append(Untouchable(weight_name(name, attribute), type(module).__name__, params, reason))
-    return Survey(tuple(sites), tuple(untouchable))
+            shape = () if is_lazy(parameter) else tuple(parameter.shape)
+            first, *others = (weight_name(layer, weight) for layer, _, weight in found)
+            params = math.prod(shape) if shape else 0
+            untouchable.append(Untouchable(first, type(module).__name__, params, reason, shape, tuple(others)))
+    factorized = tuple(users[0].name for _, users in factorized_groups(model))
+    return Survey(tuple(sites), tuple(untouchable), factorized)
 
 
 def weight_name(layer: str, weight: str) -> str:
-    """Returns the name of a weight: that of its layer, followed by its own unless it is ``weight``."""
-    return layer if weight == "weight" else f"{layer}.{weight}".lstrip(".")
+    """Returns the name of a weight: that of its layer, followed by its own unless that is ``weight``."""
+    return layer if layer and weight == "weight" else f"{layer}.{weight}".lstrip(".")
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -155,12 +195,10 @@ def _users(model: nn.Module, found: list[tuple[str, nn.Module, str]]) -> tuple[t
         host = host_of(module)
         if host is None or attribute not in host.weights(module):
             shared = f", which shares it with {found[0][0]}" if len(found) > 1 and name != found[0][0] else ""
-            what = f"{type(module).__name__} is not a layer" if host is None else f"{attribute} is no weight"
-            return (), f"{what} that tdkit rewrites{shared}"
-        if not name:
-            return (), "the model is a single layer: wrap it in a module that holds it by name"
-        if "forward" in vars(module):
-            return (), "its forward was replaced on the instance (device_map does so), which a new layer would lose"
+            what = "its layer has factors already" if host is None else f"{attribute} is no weight that its host knows"
+            return (), f"{what}{shared}"
+        if offloads(module):
+            return (), "device_map offloads its layer: load the model without, compress it and dispatch it afterwards"
         refusal = unsupported(getattr(module, attribute)) or host.refusal(module, attribute)
         if refusal is not None:
             return (), refusal
@@ -176,10 +214,10 @@ def uninitialized(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
 
 
-def factorized_layers(model: nn.Module) -> Iterator[tuple[str, FactorizedLayer]]:
+def factorized_layers(model: nn.Module) -> Iterator[tuple[str, FactorizedModule]]:
     """Iterate over (name, factorised layer) in the model's order; a layer with several names appears with each."""
     for name, module in _modules(model):
-        if isinstance(module, FactorizedLayer):
+        if isinstance(module, FactorizedModule):
             yield name, module
 
 
@@ -194,7 +232,7 @@ class FactorizedUser:
     """
 
     layer: str
-    module: FactorizedLayer
+    module: FactorizedModule
     weight: str
 
     @property
@@ -205,7 +243,7 @@ class FactorizedUser:
     @property
     def multiplications(self) -> int:
         """See `User.multiplications`."""
-        return hosts.get(self.module.host)().multiplications(self.module, self.weight)
+        return builder_of(self.module).multiplications(self.module, self.weight)
 
 
 def factorized_groups(model: nn.Module) -> list[tuple[FactorizedMatrix, list[FactorizedUser]]]:
@@ -228,7 +266,19 @@ def num_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def changes_in_place(host: Host, layer: str) -> bool:
+    """Returns whether the layer of this name becomes the factorised one, instead of being replaced by it.
+
+    The model itself has no parent to hold another module, and the wrapper of ``torch.compile`` calls the one it got.
+    """
+    return host.in_place or not layer or f"{layer}.".endswith(COMPILED)
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule called `name` by `module`."""
+    """Replace the submodule called `name` by `module`; the model itself, called ``""``, becomes it."""
+    if not name:
+        if model is not module:
+            become(model, module)
+        return
     parent_name, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent_name), child, module)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from types import MethodType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,25 +15,39 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
+    "COMPILED",
+    "RecurrentWeights",
     "buffers_of",
     "constant_for_compile",
+    "convolve_its_own_way",
+    "convolves_its_own_way",
+    "has_experts_interface",
     "in_functional_transform",
     "move_own_tensors",
+    "offloads",
     "onednn_enabled",
     "onednn_has_linear",
     "onednn_linear",
     "own_parameters",
     "parameters_of",
+    "pre_hooks_of",
+    "rebind_hooked_forward",
+    "recurrent_weights_again",
+    "replace_forward",
     "reset_accelerate_state",
+    "shallow_copy",
     "storage_id",
     "submodules_of",
     "tree_leaves",
     "tree_map_only",
+    "uncompiled",
     "version_of",
+    "without_recurrent_weights",
     "wrapper_tensor",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T", bound=Tensor)
 
 version_of: Callable[[Tensor], int] = attrgetter("_version")
@@ -54,14 +69,120 @@ def own_parameters(module: nn.Module) -> None:
     module._parameters = dict(module._parameters)
 
 
+def shallow_copy(module: M) -> M:
+    """Returns a copy that shares tensors, submodules and hooks with the original, but not the lists of them."""
+    copied = module.__new__(type(module))
+    vars(copied).update(vars(module))
+    copied._parameters = dict(module._parameters)
+    copied._modules = dict(module._modules)
+    copied._buffers = dict(module._buffers)
+    return copied
+
+
+class RecurrentWeights(nn.Module):
+    """Makes a subclass of ``nn.RNNBase`` read its weights in every call, instead of keeping a list of them."""
+
+    _flat_weights_names: list[str]
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, _: object) -> None:
+        pass
+
+    def _init_flat_weights(self) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: weights that are computed in every call cannot stay in one block of memory."""
+
+
+def without_recurrent_weights(module: nn.Module) -> None:
+    """Remove the list of weights from a shallow copy of an ``nn.RNNBase``; does nothing to other modules."""
+    if isinstance(module, nn.RNNBase):
+        vars(module).pop("_flat_weights", None)
+        vars(module)["_flat_weight_refs"] = []
+
+
+def recurrent_weights_again(module: nn.Module) -> None:
+    """Make an ``nn.RNNBase`` list its weights again; does nothing to other modules."""
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
+def offloads(module: nn.Module) -> bool:
+    """Returns whether a hook of accelerate loads the weights of a module when it is called."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return any(getattr(each, "offload", False) for each in (hook, *cast("Any", getattr(hook, "hooks", ()))))
+
+
+def rebind_hooked_forward(module: nn.Module) -> None:
+    """Make a hook of accelerate, which replaces ``forward`` on the instance, call that of the module's class."""
+    if "_old_forward" in vars(module) and hasattr(module, "_hf_hook"):
+        vars(module)["_old_forward"] = MethodType(type(module).forward, module)
+
+
+COMPILED = "_orig_mod."  # precedes the names inside a module that torch.compile wrapped
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Returns the module inside the wrapper of ``torch.compile``, or the module itself."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if type(model).__name__ == "OptimizedModule" and isinstance(inner, nn.Module) else model
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Make a module call `forward`, or that of its class again when None; hooks of accelerate still run around it."""
+    if "_old_forward" in vars(module) and hasattr(module, "_hf_hook"):
+        vars(module)["_old_forward"] = forward or MethodType(type(module).forward, module)
+    elif forward is not None:
+        vars(module)["forward"] = forward
+    else:
+        vars(module).pop("forward", None)
+
+
+def has_experts_interface(module: nn.Module) -> bool:
+    """Returns whether transformers' ``use_experts_implementation`` decorates the class of a module, not a base class.
+
+    Such a layer has parameters ``gate_up_proj`` or ``up_proj`` and ``down_proj`` of three dimensions, and says with
+    ``has_gate``, ``has_bias``, ``is_transposed`` and ``_apply_gate`` how they are used.
+    """
+    is_replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    forward = None if is_replaced else vars(type(module)).get("forward")
+    return getattr(forward, "__globals__", {}).get("__name__") == "transformers.integrations.moe"
+
+
 def move_own_tensors(module: nn.Module, device: torch.device) -> None:
     """``module.to(device)`` without its submodules; parameters stay the same objects."""
     module._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
 
 
+def pre_hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks that run before the module's ``forward``."""
+    return list(module._forward_pre_hooks.values())
+
+
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own buffers by name."""
     return module._buffers
+
+
+def convolves_its_own_way(module: nn.Module) -> bool:
+    """Returns whether a convolution is of a subclass with a ``_conv_forward`` of its own, which ``forward`` calls."""
+    layers = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d  # what transposed ones inherit is never called
+    own = getattr(type(module), "_conv_forward", None)
+    return own is not None and own not in [layer._conv_forward for layer in layers]
+
+
+def convolve_its_own_way(module: nn.Module, x: Tensor) -> Tensor:
+    """Returns what ``_conv_forward`` of such a subclass does, as ``forward`` of ``torch.nn.Conv2d`` calls it."""
+    y: Tensor = cast(Any, module)._conv_forward(x, module.weight, module.bias)
+    return y
 
 
 def onednn_enabled() -> bool:
