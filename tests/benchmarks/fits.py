@@ -338,8 +338,8 @@ SECTIONS = {
     ),
     "small": (
         "Small models with `Auto`",
-        f"`tdkit.compress` to {SMALL_KEEP:.0%} of the parameters with a calibration on batches, which is timed as well; beside "
-        "it the same with low rank only. CPU seconds are those of all threads.",
+        f"`tdkit.compress` to {SMALL_KEEP:.0%} of the parameters with a calibration on batches, which is timed too; "
+        "beside it the same with low rank only. CPU seconds are those of all threads.",
     ),
 }
 
