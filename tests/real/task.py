@@ -1,0 +1,79 @@
+"""A task: a model with its own weights, examples to calibrate and train on, and a score on other examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tdkit.calibration.losses import Labels
+
+Score = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and what is asked of it.
+
+    Attributes:
+        name: of the model.
+        what: the task in one sentence, with the sizes of both splits.
+        metric: what the score is called; always in percent, larger is better.
+        model: the dense model, in eval mode.
+        train: columns of equal length; what does not end in ``labels`` is given to the model by name.
+        score: percent on examples of which none is in `train`.
+        example: the inputs of one example, on which multiply-adds are counted.
+        loss: (output, batch) -> loss summed over examples; the cross-entropy with the labels when None.
+        labels: of that cross-entropy: those in `train`, or "sampled" from the model's predictions.
+        distillation: losses by name, of the distillation after the compression.
+        batch_size: of calibration and distillation.
+        steps: of the distillation.
+        lr: of the distillation.
+    """
+
+    name: str
+    what: str
+    metric: str
+    model: nn.Module
+    train: Mapping[str, Tensor]
+    score: Score
+    example: tuple[Tensor, ...]
+    loss: Callable[[Any, Any], Tensor] | None = None
+    labels: Labels = "data"
+    distillation: Mapping[str, Any] = field(default_factory=lambda: {"logits": 1.0})
+    batch_size: int = 32
+    steps: int = 200
+    lr: float = 1e-3
+
+    def batches(self) -> list[dict[str, Tensor]]:
+        """Returns the training rows as calibration batches."""
+        rows = len(next(iter(self.train.values())))
+        starts = range(0, rows, self.batch_size)
+        return [{name: column[i : i + self.batch_size] for name, column in self.train.items()} for i in starts]
+
+
+def outputs(model: nn.Module, *columns: Tensor, batch: int = 64) -> Tensor:
+    """Returns the outputs of `model` on rows of inputs, in eval mode and without gradients."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        parts = [model(*(c[i : i + batch] for c in columns)) for i in range(0, len(columns[0]), batch)]
+    model.train(training)
+    return torch.cat(parts)
+
+
+def percent(right: Tensor) -> float:
+    """Returns the share of true entries, in percent."""
+    return 100 * float(right.double().mean())
+
+
+def multiply_adds(model: nn.Module, example: tuple[Tensor, ...]) -> int:
+    """Returns the multiply-adds of matrix products and convolutions in one forward pass, as torch counts them."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(*example)
+    return int(counter.get_total_flops()) // 2
