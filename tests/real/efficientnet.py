@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.real import packages
 from tests.real.task import Task, outputs, percent
 
-SIDE, TEST_CROPS, TRAIN_CROPS = 224, 40, 10
+SIDE, TEST_CROPS, TRAIN_CROPS = 224, 20, 8
 SKIMAGE, SKLEARN = "packages/skimage/data", "packages/sklearn/datasets/images"
 SHOWN = {  # what the photographs of the test show: ImageNet's classes that name it
     f"{SKIMAGE}/camera.png": (872,),  # tripod

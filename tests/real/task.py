@@ -74,6 +74,6 @@ def percent(right: Tensor) -> float:
 def multiply_adds(model: nn.Module, example: tuple[Tensor, ...]) -> int:
     """Returns the multiply-adds of matrix products and convolutions in one forward pass, as torch counts them."""
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), counter:  # oneDNN's LSTM is not counted
         model(*example)
     return int(counter.get_total_flops()) // 2
