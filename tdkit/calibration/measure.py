@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tdkit.calibration.calibration import Batch, Calibration, Loss
-from tdkit.calibration.losses import Labels, check_labels, token_ids
+from tdkit.calibration.losses import Labels, attention_mask, check_labels, token_ids
 from tdkit.calibration.moments import Reach, Recorder, SharingBrokeError, groups_within, reaching
 from tdkit.calibration.runner import Runner, as_it_was
 from tdkit.errors import CalibrationError, did_you_mean
@@ -19,6 +20,7 @@ from tdkit.fitting.metric import Metric
 from tdkit.models.sites import Site, survey
 from tdkit.sources.positions import check_positions
 from tdkit.sources.texts import spread_windows
+from tdkit.support.compatibility import uncompiled
 from tdkit.support.devices import check_device
 from tdkit.support.progress import Bar, progress_bar
 
@@ -81,6 +83,7 @@ def calibrate(
     check_labels(labels)
     if loss is not None and labels != "data":
         raise CalibrationError(f"loss= has labels of its own: leave out labels={labels!r}")
+    model = uncompiled(model)
     sites = survey(model).sites
     if names is not None:
         sites = _named(sites, names)
@@ -132,7 +135,7 @@ def recalibrate(
     runner = Runner(model, gradients=calibration.gradients, loss=calibration.loss, labels=calibration.labels)
     found = measured(runner, sites, calibration.batches, limit_bytes=limit_bytes, device=device, progress=progress)
     mean = runner.calibration(calibration.batches)
-    for name in (name for name in calibration.names if name in found.names):
+    for name in calibration.names:  # one that the batches do not reach now keeps its moments
         ends = calibration.metric(name), found.metric(name)
         metric = Metric(_mean([end.input for end in ends if end]), _mean([end.output for end in ends if end]))
         mean.add({name: metric}, spill=calibration.spilled or found.spilled)
@@ -162,15 +165,26 @@ def measured(
     device = check_device(device)
     _check_weights(runner)
     _check_positions(runner, chosen)
-    with torch.inference_mode(False), as_it_was(runner.model, device):
+    with torch.inference_mode(False), as_it_was(runner.model, device), _without_fast_path():
         with reaching(sites) as reach, torch.no_grad():
             runner.forward(chosen[0])
-        if not reach.sites:
+        if not reach.sites and not runner.gradients:
             raise CalibrationError("the calibration batches reach no layer that can be rewritten")
         try:
             return _measure(runner, reach, chosen, limit_bytes, progress)
         except SharingBrokeError:
             return _measure(runner, Reach(reach.sites, reach.others), chosen, limit_bytes, progress)
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Make ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` call their layers one by one."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _check_positions(runner: Runner, batches: Sequence[Batch]) -> None:
@@ -211,12 +225,13 @@ def _measure(
     limit_bytes: int,
     progress: bool | None,
 ) -> Calibration:
-    groups = groups_within(reach.sites, reach.shared, runner.gradients, limit_bytes)
-    groups[0] += reach.others  # a later batch may still reach these
+    groups = groups_within(reach.sites, reach.shared, runner.gradients, limit_bytes) or [[]]
+    groups[0] += reach.others  # a later batch may still reach these, or their weights have gradients
     calibration = runner.calibration(batches)
     with progress_bar("calibrate", len(groups) * len(batches), progress) as bar:
         for number, group in enumerate(groups):
-            recorder = Recorder(group, gradients=runner.gradients, shared=reach.shared)
+            unseen = {site.name for site in reach.others}
+            recorder = Recorder(group, gradients=runner.gradients, shared=reach.shared, unseen=unseen)
             _pass(runner, recorder, batches, bar, f"group {number + 1} of {len(groups)}" if len(groups) > 1 else "")
             calibration.add(recorder.metrics(), spill=len(groups) > 1)
     return calibration
@@ -230,4 +245,15 @@ def _pass(runner: Runner, recorder: Recorder, batches: list[Batch], bar: Bar, la
             output = runner.forward(batch)
             if runner.gradients:
                 runner.backward(output, batch, number)
+            recorder.end_batch(units(batch))
             bar.advance()
+
+
+def units(batch: Batch) -> int:
+    """Returns the number of tokens of a batch of token ids, without padding, or of examples of any other batch."""
+    ids = token_ids(batch)
+    if ids is not None and not ids.is_floating_point():
+        mask = attention_mask(batch)
+        return int(ids.numel() if mask is None or mask.shape != ids.shape else mask.sum())
+    tensors = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
+    return next((len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.ndim), 1)

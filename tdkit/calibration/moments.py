@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from tdkit.errors import CalibrationError
 from tdkit.fitting.metric import Metric
-from tdkit.models.hosts.base import Observer
+from tdkit.models.hosts.base import Observer, Removable
 from tdkit.models.sites import Site, User
-from tdkit.support.compatibility import version_of
+from tdkit.support.compatibility import parameters_of, version_of
 
 DIAGONAL_ABOVE = 16384  # a longer side (a vocabulary) keeps only the diagonal of its moment
 
@@ -65,16 +64,52 @@ class SideSum:
         self.sum = moment if self.sum is None else self.sum.add_(moment)
         self.count += count
 
-    def mean(self) -> Tensor | None:
-        """Returns the moment per token, float64 on the CPU, or None without rows; frees the sum, so call it last."""
+    def mean(self, units: int | None = None) -> Tensor | None:
+        """Returns the sum by `units`, or per row; float64 on the CPU. None without rows, and frees the sum."""
         if self.sum is not None and self.count:
-            self._mean = self.sum.div_(self.count).cpu()
+            self._mean = self.sum.div_(units or self.count).cpu()
             self.sum = None
         return self._mean
 
 
+class GradientSum:
+    """Running sums of G G^T and G^T G for the gradients G (out, in) of a weight, one per batch.
+
+    They take the place of the rows of a weight whose products are not seen. The nearest Kronecker product to the
+    second moment of vec(G) has the factors E[G^T G] and E[G G^T] up to a scale, which is chosen so that the trace is
+    exact. It is the Fisher matrix if the gradients of different examples are independent.
+
+    Sources: Martens and Grosse, K-FAC (2015), section 3; Gupta, Koren and Singer, Shampoo (2018), section 3.
+    """
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.rows = SideSum(rows)
+        self.columns = SideSum(columns)
+        self.pending: Tensor | None = None  # of the current batch
+
+    def add(self, gradient: Tensor) -> None:  # (out, in)
+        """Add to the gradient of the current batch."""
+        gradient = gradient.detach()
+        self.pending = gradient.clone() if self.pending is None else self.pending + gradient
+
+    def end_batch(self) -> None:
+        if self.pending is not None:
+            self.rows.add(self.pending.T)
+            self.columns.add(self.pending)
+            self.pending = None
+
+    def metric(self, units: int) -> Metric | None:
+        """Returns the metric, or None without gradients."""
+        if self.columns.sum is None:
+            return None
+        energy = _trace(self.columns.sum)
+        inner, outer = self.columns.sum / energy if energy > 0 else self.columns.sum, self.rows.sum
+        assert outer is not None
+        return Metric(inner.cpu(), (outer / units).cpu())
+
+
 class SiteSums:
-    """The sums of one site, separate for layers that multiply by its weight and layers that look up its rows."""
+    """The sums of one site: for layers that multiply by its weight, that look up its rows, and that do neither."""
 
     def __init__(self, site: Site, inputs: SideSum | None = None) -> None:
         out, width = site.shape[0], math.prod(site.shape[1:])
@@ -82,15 +117,23 @@ class SiteSums:
         self.multiply_output = SideSum(out)
         self.lookup_rows = SideSum(out)
         self.lookup_output = SideSum(width)
+        self.gradient = GradientSum(out, width)
 
-    def metric(self) -> Metric | None:
-        """Returns the metric of the site, or None when its layers were never called."""
+    def metric(self, units: int) -> Metric | None:
+        """Returns the metric of the site, or None when its layers were never called.
+
+        Args:
+            units: number of tokens or examples that the loss sums over. Sums of gradients are divided by it, so that
+                layers with different numbers of rows have errors in the same unit.
+        """
         uses = [
-            (self.multiply_input.mean(), self.multiply_output.mean()),
-            (self.lookup_output.mean(), self.lookup_rows.mean()),
+            (self.multiply_input.mean(), self.multiply_output.mean(units)),
+            (self.lookup_output.mean(units), self.lookup_rows.mean()),
         ]
         known = [Metric(inner, outer) for inner, outer in uses if inner is not None or outer is not None]
-        return _joined(*known) if len(known) == 2 else (known[0] if known else None)
+        if not known:
+            return self.gradient.metric(units)
+        return _joined(*known) if len(known) == 2 else known[0]
 
 
 def _joined(first: Metric, second: Metric) -> Metric:
@@ -132,11 +175,21 @@ class Recorder:
     Args:
         sites: the sites to record.
         gradients: also record the gradients of the outputs; the caller runs the backward pass.
+        unseen: names of sites whose products may not be seen: the gradients of their weights are recorded as well.
         shared: maps a site name to that of the site with the same input tensor, whose moment is computed only once.
     """
 
-    def __init__(self, sites: Sequence[Site], *, gradients: bool, shared: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        *,
+        gradients: bool,
+        shared: Mapping[str, str] | None = None,
+        unseen: Collection[str] = (),
+    ) -> None:
         self.sites = sites
+        self.unseen = unseen if gradients else ()
+        self.units = 0
         self.gradients = gradients
         self.shared = shared or {}
         self.sums: dict[str, SiteSums] = {}
@@ -152,7 +205,7 @@ class Recorder:
         Raises:
             CalibrationError: when a moment is NaN or infinite.
         """
-        found = {site.name: self.sums[site.name].metric() for site in self.sites}
+        found = {site.name: self.sums[site.name].metric(max(self.units, 1)) for site in self.sites}
         known = {name: metric for name, metric in found.items() if metric is not None}
         for name, metric in known.items():
             for what, moment in (("inputs", metric.input), ("output gradients", metric.output)):
@@ -166,17 +219,40 @@ class Recorder:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """A context manager inside which the hooks are registered."""
-        handles: list[RemovableHandle] = []
+        handles: list[Removable] = []
         try:
             for site in self.sites:
                 for user in distinct_users(site):
                     observe = self._observer(site, looks_up=user.multiplications == 0)
                     handles.append(user.host.attach(user.module, user.weight, observe))
+                if site.name in self.unseen:
+                    handles += self._gradient_handles(site)
             yield
         finally:
             for handle in handles:
                 handle.remove()
             self._last.clear()
+
+    def end_batch(self, units: int) -> None:
+        """Add the gradients of weights of one batch with `units` tokens or examples."""
+        self.units += units
+        for name in self.unseen:
+            if name in self.sums:
+                self.sums[name].gradient.end_batch()
+
+    def _gradient_handles(self, site: Site) -> Iterator[Removable]:
+        total = self.sums[site.name].gradient
+        seen: set[int] = set()  # parameters: one observer serves all users of a shared one
+        for user in distinct_users(site):
+            parameter = parameters_of(user.module).get(user.weight)
+            if parameter is not None and id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+
+            def add(gradient: Tensor, user: User = user) -> None:
+                total.add(user.host.canonical(gradient, user.weight).flatten(1))
+
+            yield user.host.attach_gradient(user.module, user.weight, add)
 
     def _observer(self, site: Site, *, looks_up: bool) -> Observer:
         sums = self.sums[site.name]

@@ -68,7 +68,8 @@ def compress(
     _check_weights(resolved)
     check_device(device)
     known = calibrated(resolved, calibration, progress=progress)
-    return compress_resolved(resolved, known, sequential=sequential, passes=passes, device=device, progress=progress)
+    compress_resolved(resolved, known, sequential=sequential, passes=passes, device=device, progress=progress)
+    return model
 
 
 def compress_resolved(

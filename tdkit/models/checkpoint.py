@@ -19,12 +19,13 @@ from tdkit.decompositions.base import Decomposition, FactorizedMatrix
 from tdkit.decompositions.registered import decomposition, spec_of
 from tdkit.errors import CheckpointError, TdkitError
 from tdkit.models import huggingface
-from tdkit.models.hosts.base import Host, install
+from tdkit.models.hosts.base import Host, become, install
+from tdkit.models.hosts.in_place import parametrized
 from tdkit.models.hosts.registered import host_of
-from tdkit.models.sites import FactorizedUser, factorized_groups, replace_module
+from tdkit.models.sites import FactorizedUser, changes_in_place, factorized_groups, replace_module
 from tdkit.models.ties import follow_ties
 from tdkit.shapes import Shape, by
-from tdkit.support.compatibility import parameters_of
+from tdkit.support.compatibility import COMPILED, parameters_of, shallow_copy, uncompiled
 from tdkit.support.files import whole_folder
 from tdkit.support.processes import is_main_process
 
@@ -61,6 +62,7 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwri
     if not is_main_process():
         return folder
     _check_target(folder, overwrite)
+    model = uncompiled(model)
     layers = [_describe(matrix, users) for matrix, users in factorized_groups(model)]
     tensors, ties = _tensors(model)
     with whole_folder(folder) as target:
@@ -114,7 +116,8 @@ def load(
     tensors = _read_tensors(folder)
     if model is None:
         model = huggingface.empty_model(description["model"], folder)
-    before: dict[str, nn.Module] = {}
+    given, model = model, uncompiled(model)
+    before = _Before()
     try:
         _rewrite(model, description, folder, before)
         state = _checked_state(model, tensors, description["ties"], folder)
@@ -122,12 +125,11 @@ def load(
         generation = huggingface.generation_config(model, folder)
         _fill(model, state, dtypes)
     except BaseException:
-        for name, module in reversed(before.items()):
-            replace_module(model, name, module)
+        before.restore(model)
         raise
     if generation is not None:
         model.generation_config = generation
-    return model.to(device).eval() if device is not None else model.eval()
+    return given.to(device).eval() if device is not None else given.eval()
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
 
 
 def _describe(matrix: FactorizedMatrix, users: list[FactorizedUser]) -> dict[str, Any]:
-    names = [user.name for user in users]
+    names = [user.name.replace(COMPILED, "") for user in users]
     spec = spec_of(matrix.decomposition)
     try:
         back = decomposition(json.loads(json.dumps(spec)))
@@ -189,16 +191,17 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
-    for name, tensor in model.state_dict().items():
+    for key, tensor in model.state_dict().items():
+        name = key.replace(COMPILED, "")
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"cannot save '{name}': extra state of type {type(tensor).__name__} is not a tensor")
         if tensor.is_meta:
             raise CheckpointError(f"cannot save '{name}': it is on the meta device and has no values")
-        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.numel() and key in first:
-            ties[name] = first[key]
+        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in first:
+            ties[name] = first[place]
             continue
-        first[key] = name
+        first[place] = name
         tensors[name] = tensor.detach().to("cpu", copy=False).contiguous()
     shared: dict[int, str] = {}
     for name, tensor in tensors.items():  # safetensors cannot store views of one storage
@@ -252,7 +255,39 @@ class _Layer:
         return cls(names, options, tuple(shape), kind, error)
 
 
-def _rewrite(model: nn.Module, description: Mapping[str, Any], folder: Path, before: dict[str, nn.Module]) -> None:
+class _Before:
+    """The dense layers of a model by name; of those that change in place, shallow copies."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, nn.Module] = {}
+        self._copies: dict[int, nn.Module] = {}  # by the id of a layer that changes in place
+        self._originals: dict[int, nn.Module] = {}  # by the id of its copy
+
+    def dense(self, module: nn.Module) -> nn.Module:
+        return self._copies.get(id(module), module)
+
+    def copied(self, module: nn.Module) -> nn.Module:
+        """Returns the copy of a layer that is about to change in place."""
+        if id(module) in self._originals:
+            return module
+        copied = self._copies[id(module)] = shallow_copy(module)
+        self._originals[id(copied)] = module
+        return copied
+
+    def take(self, dense: nn.Module, layer: nn.Module) -> nn.Module:
+        """Returns the module for the place of a dense layer: `layer`, or the original, which becomes it."""
+        original = self._originals.get(id(dense))
+        if original is None:
+            return layer
+        become(original, layer)
+        return original
+
+    def restore(self, model: nn.Module) -> None:
+        for name, dense in reversed(self.layers.items()):
+            replace_module(model, name, self.take(dense, dense))
+
+
+def _rewrite(model: nn.Module, description: Mapping[str, Any], folder: Path, before: _Before) -> None:
     matrices: dict[int, dict[str, FactorizedMatrix]] = {}  # by the id of the dense layer
     for number, entry in enumerate(description["layers"]):
         place = f"{folder / DESCRIPTION}: layer {number}"
@@ -260,31 +295,34 @@ def _rewrite(model: nn.Module, description: Mapping[str, Any], folder: Path, bef
         matrix: FactorizedMatrix | None = None
         built: dict[int, nn.Module] = {}  # one layer per module, also when it has several names
         for name, options in zip(wanted.names, wanted.options, strict=True):
-            layer_name, attribute, module = _find(model, name, before, folder)
-            if id(module) not in built:
-                host, weight = _weight(module, name, attribute, wanted, folder)
+            layer_name, attribute, dense = _find(model, name, before, folder)
+            if id(dense) not in built:
+                host, weight = _weight(dense, name, attribute, wanted, folder)
+                if changes_in_place(host, layer_name):
+                    dense = before.copied(dense)
                 if matrix is None:
                     matrix = wanted.decomposition.empty(wanted.shape, device=weight.device, dtype=weight.dtype)
                     matrix.error = wanted.error
-                own = matrices.setdefault(id(module), {})
+                own = matrices.setdefault(id(dense), {})
                 own[attribute] = matrix
                 try:
-                    layer = host.build(module, own, options)
+                    layer = install(dense, host.build(dense, own, options))
                 except TypeError:
                     raise CheckpointError(f"{place}: {options!r} are no options of {name}") from None
-                built[id(module)] = built[id(layer)] = install(module, layer)  # a shared block yields it again
-            before.setdefault(layer_name, module)
-            replace_module(model, layer_name, built[id(module)])
+                module = before.take(dense, layer)
+                built[id(dense)] = built[id(module)] = module  # a shared block yields it again
+            before.layers.setdefault(layer_name, dense)
+            replace_module(model, layer_name, built[id(dense)])
     follow_ties(model)
 
 
-def _find(model: nn.Module, name: str, before: Mapping[str, nn.Module], folder: Path) -> tuple[str, str, nn.Module]:
+def _find(model: nn.Module, name: str, before: _Before, folder: Path) -> tuple[str, str, nn.Module]:
     """Split a name made by `weight_name`: returns the layer name, the weight name and the dense layer."""
     layer, _, weight = name.rpartition(".")
     for found in ((name, "weight"), (layer, weight)):
         with suppress(AttributeError):
-            module = before.get(found[0], model.get_submodule(found[0]))
-            if found[1] == "weight" or found[1] in parameters_of(module):
+            module = before.dense(before.layers.get(found[0], model.get_submodule(found[0])))
+            if found[1] == "weight" or found[1] in (*parameters_of(module), *parametrized(module)):
                 return *found, module
     raise CheckpointError(f"{folder}: this model has no layer {name}: it is another architecture") from None
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tdkit.decompositions.base import FactorizedMatrix
-from tdkit.models.hosts.base import FactorizedLayer, Host, unsupported
-from tdkit.models.hosts.registered import host_of, hosts
-from tdkit.shapes import Shape
+from tdkit.models.hosts.base import FactorizedModule, Host, become, unsupported
+from tdkit.models.hosts.in_place import parametrized
+from tdkit.models.hosts.registered import builder_of, host_of
+from tdkit.shapes import Shape, by
+from tdkit.support.compatibility import COMPILED, offloads
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,12 @@ class Site:
     Attributes:
         users: the layers, in the model's order.
         shape: (out, in) or (out, in, *kernel).
+        stored: the number of parameters that vanish with the weight, if not those of `shape`.
     """
 
     users: tuple[User, ...]
     shape: Shape
+    stored: int | None = None
 
     @property
     def name(self) -> str:
@@ -80,7 +84,7 @@ class Site:
 
     @property
     def params(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape) if self.stored is None else self.stored
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -121,19 +125,25 @@ def survey(model: nn.Module) -> Survey:
     """Find every weight of `model` that can be factorised, with all the layers that share it."""
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}  # by parameter: module name, module, attribute
     inside = tuple(f"{name}." for name, module in _modules(model) if isinstance(module, FactorizedMatrix))
+    inside += tuple(f"{name}.parametrizations.".lstrip(".") for name, module in _modules(model) if parametrized(module))
     for name, module in _modules(model):
         if f"{name}.".startswith(inside):
             continue
         for attribute, parameter in module.named_parameters(recurse=False):
             if is_lazy(parameter) or parameter.ndim >= 2:
                 holders.setdefault(id(parameter), []).append((name, module, attribute))
+        for attribute in parametrized(module):
+            if getattr(module, attribute).ndim >= 2:
+                held = getattr(module.parametrizations, attribute)
+                holders.setdefault(id(held), []).append((name, module, attribute))
     sites, untouchable = [], []
     for found in holders.values():
         users, reason = _users(model, found)
+        name, module, attribute = found[0]
         if reason is None:
-            sites.append(Site(users, tuple(users[0].tensor.shape)))
+            shape, stored = tuple(users[0].tensor.shape), users[0].host.params(module, attribute)
+            sites.append(Site(users, shape, None if stored == math.prod(shape) else stored))
         else:
-            name, module, attribute = found[0]
             parameter = getattr(module, attribute)
             params = 0 if is_lazy(parameter) else parameter.numel()
             untouchable.append(Untouchable(weight_name(name, attribute), type(module).__name__, params, reason))
@@ -141,8 +151,8 @@ def survey(model: nn.Module) -> Survey:
 
 
 def weight_name(layer: str, weight: str) -> str:
-    """Returns the name of a weight: that of its layer, followed by its own unless it is ``weight``."""
-    return layer if weight == "weight" else f"{layer}.{weight}".lstrip(".")
+    """Returns the name of a weight: that of its layer, followed by its own unless that is ``weight``."""
+    return layer if layer and weight == "weight" else f"{layer}.{weight}".lstrip(".")
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -155,17 +165,18 @@ def _users(model: nn.Module, found: list[tuple[str, nn.Module, str]]) -> tuple[t
         host = host_of(module)
         if host is None or attribute not in host.weights(module):
             shared = f", which shares it with {found[0][0]}" if len(found) > 1 and name != found[0][0] else ""
-            what = f"{type(module).__name__} is not a layer" if host is None else f"{attribute} is no weight"
-            return (), f"{what} that tdkit rewrites{shared}"
-        if not name:
-            return (), "the model is a single layer: wrap it in a module that holds it by name"
-        if "forward" in vars(module):
-            return (), "its forward was replaced on the instance (device_map does so), which a new layer would lose"
+            what = "its layer has factors already" if host is None else f"{attribute} is no weight that its host knows"
+            return (), f"{what}{shared}"
+        if offloads(module):
+            return (), "device_map offloads its layer: load the model without, compress it and dispatch it afterwards"
         refusal = unsupported(getattr(module, attribute)) or host.refusal(module, attribute)
         if refusal is not None:
             return (), refusal
         kind, times = type(module).__name__, host.multiplications(module, attribute)
         users.append(User(model, name, attribute, host, kind, times))
+    shape = tuple(users[0].tensor.shape)
+    if 1 in (shape[0], math.prod(shape[1:])):
+        return (), f"a {by(shape)} weight is a vector: no factors hold fewer parameters"
     if len({tuple(user.tensor.shape) for user in users}) > 1:
         return (), f"tied layers {', '.join(u.name for u in users)} hold it in different layouts"
     return tuple(users), None
@@ -176,10 +187,10 @@ def uninitialized(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
 
 
-def factorized_layers(model: nn.Module) -> Iterator[tuple[str, FactorizedLayer]]:
+def factorized_layers(model: nn.Module) -> Iterator[tuple[str, FactorizedModule]]:
     """Iterate over (name, factorised layer) in the model's order; a layer with several names appears with each."""
     for name, module in _modules(model):
-        if isinstance(module, FactorizedLayer):
+        if isinstance(module, FactorizedModule):
             yield name, module
 
 
@@ -194,7 +205,7 @@ class FactorizedUser:
     """
 
     layer: str
-    module: FactorizedLayer
+    module: FactorizedModule
     weight: str
 
     @property
@@ -205,7 +216,7 @@ class FactorizedUser:
     @property
     def multiplications(self) -> int:
         """See `User.multiplications`."""
-        return hosts.get(self.module.host)().multiplications(self.module, self.weight)
+        return builder_of(self.module).multiplications(self.module, self.weight)
 
 
 def factorized_groups(model: nn.Module) -> list[tuple[FactorizedMatrix, list[FactorizedUser]]]:
@@ -228,7 +239,19 @@ def num_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def changes_in_place(host: Host, layer: str) -> bool:
+    """Returns whether the layer of this name becomes the factorised one, instead of being replaced by it.
+
+    The model itself has no parent to hold another module, and the wrapper of ``torch.compile`` calls the one it got.
+    """
+    return host.in_place or not layer or f"{layer}.".endswith(COMPILED)
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule called `name` by `module`."""
+    """Replace the submodule called `name` by `module`; the model itself, called ``""``, becomes it."""
+    if not name:
+        if model is not module:
+            become(model, module)
+        return
     parent_name, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent_name), child, module)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from tdkit.decompositions.base import FactorizedMatrix
-from tdkit.models.hosts.base import FactorizedLayer, install
-from tdkit.models.sites import Site, User, replace_module
+from tdkit.models.hosts.base import FactorizedModule, become, install
+from tdkit.models.sites import Site, User, changes_in_place, replace_module
 from tdkit.models.ties import follow_ties
-from tdkit.support.compatibility import own_parameters, parameters_of
+from tdkit.support.compatibility import own_parameters, parameters_of, shallow_copy
 
 Fitted = list[tuple[Site, FactorizedMatrix]]
 
@@ -39,13 +39,23 @@ class _Replaced:
         dense: the layer or, once one of its weights is spilled, a shallow copy of it without that weight.
         original: a weak reference to the layer.
         options: the options of the layer that its host needs to build the factorised one.
+        in_place: whether the layer becomes the factorised one; `dense` is then a shallow copy of it.
         matrices: the factorised matrices that replace its weights so far, by weight name.
     """
 
     dense: nn.Module
     original: weakref.ref[nn.Module]
     options: Mapping[str, Any]
+    in_place: bool = False
     matrices: dict[str, FactorizedMatrix] = field(default_factory=dict)
+
+    def take(self, layer: FactorizedModule) -> nn.Module:
+        """Returns the module to put in the place of the dense layer: the layer itself if it changes in place."""
+        module = self.original()
+        if not self.in_place or module is None:
+            return layer
+        become(module, layer)
+        return module
 
     def forget(self, weight: str, placeholder: nn.Parameter) -> None:
         """Drop the reference to the layer and keep a shallow copy of it with a placeholder for the weight."""
@@ -101,14 +111,14 @@ class Swap:
     def put(self, fitted: Fitted) -> None:
         """Replace every layer of each site by a factorised layer."""
         for site, matrix in fitted:
-            built: dict[int, FactorizedLayer] = {}  # one layer per module, also when it has several names
+            built: dict[int, nn.Module] = {}  # one layer per module, also when it has several names
             records = [self._record(user) for user in site.users]
-            weight = parameters_of(records[0].dense)[site.users[0].weight]
+            weight = parameters_of(records[0].dense).get(site.users[0].weight)
             for user, record in zip(site.users, records, strict=True):
                 if id(record) not in built:
                     record.matrices[user.weight] = matrix
-                    layer = user.host.build(record.dense, record.matrices, record.options)
-                    built[id(record)] = install(record.dense, layer)
+                    layer = install(record.dense, user.host.build(record.dense, record.matrices, record.options))
+                    built[id(record)] = record.take(layer)
                 replace_module(self.model, user.layer, built[id(record)])
             if self._folder is not None and weight is not None:
                 self._spill(weight, site, records, Path(self._folder.name))
@@ -118,10 +128,13 @@ class Swap:
         restored = {id(spilled.placeholder): spilled.restored() for spilled in self._spilled}
         for name, record in reversed(self._replaced.items()):
             original = record.original()
-            dense = record.dense if original is None else original
+            dense = record.dense if original is None or record.in_place else original
             for weight, parameter in parameters_of(dense).items():
                 if id(parameter) in restored:
                     parameters_of(dense)[weight] = restored[id(parameter)]
+            if record.in_place and original is not None:
+                become(original, dense)
+                dense = original
             replace_module(self.model, name, dense)
         self._replaced.clear()
         self._spilled.clear()
@@ -138,7 +151,11 @@ class Swap:
         if user.layer not in self._replaced:
             module = user.module
             same = (record for record in self._replaced.values() if record.original() is module)
-            record = next(same, None) or _Replaced(module, weakref.ref(module), user.host.options(module))
+            record = next(same, None)
+            if record is None:
+                in_place = changes_in_place(user.host, user.layer)
+                dense = shallow_copy(module) if in_place else module
+                record = _Replaced(dense, weakref.ref(module), user.host.options(module), in_place)
             self._replaced[user.layer] = record
         return self._replaced[user.layer]
 

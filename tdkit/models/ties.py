@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from tdkit.decompositions.base import FactorizedMatrix
-from tdkit.models.hosts.base import FactorizedLayer
+from tdkit.models.hosts.base import FactorizedModule
 
 
 def follow_ties(model: nn.Module) -> None:
@@ -29,7 +29,7 @@ def _follow(module: nn.Module, tied: dict[str, str]) -> dict[str, str]:
     followed = {}
     for target, source in tied.items():
         target_layer, source_layer = _layer(module, target), _layer(module, source)
-        if isinstance(target_layer, FactorizedLayer) and isinstance(source_layer, FactorizedLayer):
+        if isinstance(target_layer, FactorizedModule) and isinstance(source_layer, FactorizedModule):
             weight = target.rpartition(".")[2]
             place = _place(source_layer, source_layer.matrices[weight])
             for name, _ in source_layer.matrices[weight].named_parameters():
@@ -40,7 +40,7 @@ def _follow(module: nn.Module, tied: dict[str, str]) -> dict[str, str]:
     return followed
 
 
-def _place(layer: FactorizedLayer, matrix: FactorizedMatrix) -> str:
+def _place(layer: FactorizedModule, matrix: FactorizedMatrix) -> str:
     """Returns the name of a factorised matrix inside its layer."""
     found: str = next(name for name, module in layer.named_modules() if module is matrix)
     return found
@@ -53,4 +53,4 @@ def _layer(module: nn.Module, parameter: str) -> nn.Module | None:
         layer = module.get_submodule(name)
     except AttributeError:
         return None
-    return layer if isinstance(layer, FactorizedLayer) and attribute in layer.matrices else None
+    return layer if isinstance(layer, FactorizedModule) and attribute in layer.matrices else None

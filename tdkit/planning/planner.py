@@ -20,6 +20,7 @@ from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
 from tdkit.planning.step import Step
+from tdkit.support.compatibility import uncompiled
 from tdkit.support.processes import failing_together
 
 
@@ -97,6 +98,7 @@ def planned(resolved: Resolved, calibration: Calibration | None = None, *, progr
 
 def applied_plan(model: nn.Module) -> Plan:
     """Returns the plan of a compressed model, read from its layers: decompositions, parameters and errors."""
+    model = uncompiled(model)
     steps = []
     for matrix, users in factorized_groups(model):
         size = matrix.shape[0] * matrix.shape[1]

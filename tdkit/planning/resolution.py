@@ -14,6 +14,7 @@ from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy, Rule
 from tdkit.planning.step import Step
 from tdkit.shapes import by
+from tdkit.support.compatibility import uncompiled
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def resolve(model: nn.Module, policy: Policy | Plan) -> Resolved:
     """
     if not isinstance(model, nn.Module):
         raise PolicyError(f"the model is a {type(model).__name__}, not a torch.nn.Module: give the model itself")
+    model = uncompiled(model)
     lazy = uninitialized(model)
     if lazy:
         raise PolicyError(

@@ -131,6 +131,15 @@ class Dispatcher:
         self._caches.append(CachedTensor())
         return self._caches[-1]
 
+    def dense(self, matrix: Factorized) -> Tensor:  # (out, in)
+        """The dense weight, for a layer that computes with it: from the cache where `may_cache` allows one."""
+        if self.may_cache(matrix) and not torch.compiler.is_compiling():
+            tensors = matrix.tensors()
+            weight = self._weight.get(tensors, tensors[0].dtype, matrix.dense)
+            if weight is not None:
+                return weight
+        return matrix.dense()
+
     def cached_weight(self, matrix: Factorized, dtype: torch.dtype) -> Tensor | None:
         """The dense weight where a call has left it in the cache and would use it now; it must not be written to."""
         return self._weight.find(matrix.tensors(), dtype) if self.may_cache(matrix) else None

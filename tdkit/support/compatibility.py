@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from types import MethodType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,25 +15,35 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
+    "COMPILED",
+    "RecurrentWeights",
     "buffers_of",
     "constant_for_compile",
     "in_functional_transform",
     "move_own_tensors",
+    "offloads",
     "onednn_enabled",
     "onednn_has_linear",
     "onednn_linear",
     "own_parameters",
     "parameters_of",
+    "pre_hooks_of",
+    "rebind_hooked_forward",
+    "recurrent_weights_again",
     "reset_accelerate_state",
+    "shallow_copy",
     "storage_id",
     "submodules_of",
     "tree_leaves",
     "tree_map_only",
+    "uncompiled",
     "version_of",
+    "without_recurrent_weights",
     "wrapper_tensor",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T", bound=Tensor)
 
 version_of: Callable[[Tensor], int] = attrgetter("_version")
@@ -54,9 +65,81 @@ def own_parameters(module: nn.Module) -> None:
     module._parameters = dict(module._parameters)
 
 
+def shallow_copy(module: M) -> M:
+    """Returns a copy that shares tensors, submodules and hooks with the original, but not the lists of them."""
+    copied = module.__new__(type(module))
+    vars(copied).update(vars(module))
+    copied._parameters = dict(module._parameters)
+    copied._modules = dict(module._modules)
+    copied._buffers = dict(module._buffers)
+    return copied
+
+
+class RecurrentWeights(nn.Module):
+    """Makes a subclass of ``nn.RNNBase`` read its weights in every call, instead of keeping a list of them."""
+
+    _flat_weights_names: list[str]
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, _: object) -> None:
+        pass
+
+    def _init_flat_weights(self) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: weights that are computed in every call cannot stay in one block of memory."""
+
+
+def without_recurrent_weights(module: nn.Module) -> None:
+    """Remove the list of weights from a shallow copy of an ``nn.RNNBase``; does nothing to other modules."""
+    if isinstance(module, nn.RNNBase):
+        vars(module).pop("_flat_weights", None)
+        vars(module)["_flat_weight_refs"] = []
+
+
+def recurrent_weights_again(module: nn.Module) -> None:
+    """Make an ``nn.RNNBase`` list its weights again; does nothing to other modules."""
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
+def offloads(module: nn.Module) -> bool:
+    """Returns whether a hook of accelerate loads the weights of a module when it is called."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return any(getattr(each, "offload", False) for each in (hook, *cast("Any", getattr(hook, "hooks", ()))))
+
+
+def rebind_hooked_forward(module: nn.Module) -> None:
+    """Make a hook of accelerate, which replaces ``forward`` on the instance, call that of the module's class."""
+    if "_old_forward" in vars(module) and hasattr(module, "_hf_hook"):
+        vars(module)["_old_forward"] = MethodType(type(module).forward, module)
+
+
+COMPILED = "_orig_mod."  # precedes the names inside a module that torch.compile wrapped
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Returns the module inside the wrapper of ``torch.compile``, or the module itself."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if type(model).__name__ == "OptimizedModule" and isinstance(inner, nn.Module) else model
+
+
 def move_own_tensors(module: nn.Module, device: torch.device) -> None:
     """``module.to(device)`` without its submodules; parameters stay the same objects."""
     module._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
+
+
+def pre_hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks that run before the module's ``forward``."""
+    return list(module._forward_pre_hooks.values())
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:

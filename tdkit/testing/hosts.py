@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.decompositions.low_rank import LowRank
 from tdkit.errors import RegistryError
-from tdkit.models.hosts.base import FactorizedLayer, Host, Observer, install
+from tdkit.models.hosts.base import FactorizedModule, Host, Observer, install
 from tdkit.models.hosts.registered import host_of, hosts
 from tdkit.testing.check import Check, close, require, run_all
 
@@ -78,7 +78,7 @@ class _Case:
         require(host is not None, f"no registered host accepts {type(layer).__name__}")
         return cast(Host, host)
 
-    def factorized(self, layer: nn.Module, weights: Sequence[str]) -> FactorizedLayer:
+    def factorized(self, layer: nn.Module, weights: Sequence[str]) -> FactorizedModule:
         """Returns the layer with full-rank factors for the given weights."""
         host = self.host(layer)
         matrices: dict[str, FactorizedMatrix] = {}

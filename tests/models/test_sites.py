@@ -40,7 +40,7 @@ def test_one_module_under_two_names_is_one_site_with_both() -> None:
     assert [site.names for site in survey(model).sites] == [("a", "b"), ("c",)]
 
 
-def test_a_weight_that_an_unknown_layer_shares_stays_and_says_with_whom() -> None:
+def test_a_bare_parameter_that_shares_a_weight_is_one_of_its_users() -> None:
     class Scorer(nn.Module):
         def __init__(self, weight: nn.Parameter) -> None:
             super().__init__()
@@ -49,8 +49,7 @@ def test_a_weight_that_an_unknown_layer_shares_stays_and_says_with_whom() -> Non
     model = nn.ModuleDict({"embed": nn.Embedding(8, 4)})
     model["score"] = Scorer(model["embed"].weight)
     found = survey(model)
-    assert found.sites == ()
-    assert found.untouchable[0].reason == "Scorer is not a layer that tdkit rewrites, which shares it with embed"
+    assert [site.names for site in found.sites] == [("embed", "score")]
 
 
 def test_tied_layers_of_different_layout_stay() -> None:
@@ -63,17 +62,17 @@ def test_tied_layers_of_different_layout_stay() -> None:
     assert found.untouchable[0].reason == "tied layers linear, conv hold it in different layouts"
 
 
-def test_a_model_that_is_a_single_layer_says_what_to_do() -> None:
-    found = survey(nn.Linear(6, 4))
-    assert found.sites == ()
-    assert found.untouchable[0].reason == "the model is a single layer: wrap it in a module that holds it by name"
+def test_the_weight_of_a_model_that_is_a_single_layer_has_its_own_name() -> None:
+    assert [site.name for site in survey(nn.Linear(6, 4)).sites] == ["weight"]
 
 
 def test_what_is_not_rewritten_has_name_kind_params_and_reason() -> None:
-    model = nn.ModuleDict({"conv": nn.Conv1d(4, 6, 3), "rnn": nn.LSTM(4, 4), "fc": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"look": nn.Embedding(18, 4, sparse=True), "fc": nn.Linear(4, 4, dtype=torch.complex64)})
     entries = {entry.name: (entry.kind, entry.params) for entry in survey(model).untouchable}
-    assert entries == {"conv": ("Conv1d", 72), "rnn.weight_ih_l0": ("LSTM", 64), "rnn.weight_hh_l0": ("LSTM", 64)}
-    assert all("is not a layer that tdkit rewrites" in entry.reason for entry in survey(model).untouchable)
+    assert entries == {"look": ("Embedding", 72), "fc": ("Linear", 16)}
+    reasons = [entry.reason for entry in survey(model).untouchable]
+    assert "sparse=True" in reasons[0]
+    assert "complex64" in reasons[1]
 
 
 def test_factorised_layers_are_no_sites_and_are_grouped_by_their_matrix(tied: Any) -> None:

@@ -10,21 +10,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdkit.support.compatibility import (
+    COMPILED,
+    RecurrentWeights,
     buffers_of,
     constant_for_compile,
     in_functional_transform,
     move_own_tensors,
+    offloads,
     onednn_enabled,
     onednn_has_linear,
     onednn_linear,
     own_parameters,
     parameters_of,
+    pre_hooks_of,
+    rebind_hooked_forward,
+    recurrent_weights_again,
     reset_accelerate_state,
+    shallow_copy,
     storage_id,
     submodules_of,
     tree_leaves,
     tree_map_only,
+    uncompiled,
     version_of,
+    without_recurrent_weights,
     wrapper_tensor,
 )
 
@@ -194,3 +203,81 @@ def test_accelerates_state_is_forgotten() -> None:
     finally:
         reset_accelerate_state(processes=True)
     assert not PartialState._shared_state
+
+
+def test_the_hooks_before_forward_are_listed() -> None:
+    layer = nn.Linear(2, 2)
+    hook = lambda *_: None  # noqa: E731
+    layer.register_forward_pre_hook(hook)
+    assert pre_hooks_of(layer) == [hook]
+
+
+def test_a_shallow_copy_shares_tensors_and_not_their_lists() -> None:
+    layer = nn.BatchNorm1d(3)
+    layer.child = nn.Linear(2, 2)
+    twin = shallow_copy(layer)
+    assert type(twin) is nn.BatchNorm1d
+    assert twin.weight is layer.weight
+    assert twin.running_mean is layer.running_mean
+    assert twin.child is layer.child
+    del twin.weight, twin.running_mean, twin.child
+    assert {"weight", "running_mean", "child"} <= {*layer._parameters, *layer._buffers, *layer._modules}
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_reads_its_weights_in_every_call(kind: type[nn.RNNBase]) -> None:
+    layer, x = kind(3, 4), torch.randn(2, 1, 3)
+    assert "_flat_weights" in vars(layer)
+    expected = layer(x)[0]
+    reads: list[str] = []
+
+    class Reading(RecurrentWeights, kind):  # type: ignore[misc, valid-type]
+        @property
+        def weight_ih_l0(self) -> Tensor:
+            reads.append("weight_ih_l0")
+            return vars(self)["held"]  # type: ignore[no-any-return]
+
+    twin = shallow_copy(layer)
+    without_recurrent_weights(twin)
+    vars(twin)["held"] = parameters_of(twin).pop("weight_ih_l0").detach() * 2
+    twin.__class__ = Reading
+    twin.double().float()
+    twin.flatten_parameters()
+    changed = twin(x)[0]
+    assert reads
+    assert not changed.allclose(expected)
+    del vars(twin)["held"]
+    twin.__class__ = kind
+    twin.register_parameter("weight_ih_l0", layer.weight_ih_l0)
+    recurrent_weights_again(twin)
+    torch.testing.assert_close(twin(x)[0], expected)
+    assert torch.equal(layer(x)[0], expected)
+
+
+def test_hooks_of_accelerate_are_known_and_call_the_class_again() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            return super().forward(input) * 2
+
+    layer, x = nn.Linear(2, 2), torch.ones(1, 2)
+    assert not offloads(layer)
+    expected = layer(x)
+    hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu"))
+    assert not offloads(layer)
+    layer.__class__ = Doubled
+    torch.testing.assert_close(layer(x), expected)
+    rebind_hooked_forward(layer)
+    torch.testing.assert_close(layer(x), expected * 2)
+    hooks.remove_hook_from_module(layer)
+    hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu", offload=True, weights_map={}))
+    assert offloads(layer)
+
+
+def test_the_wrapper_of_torch_compile_holds_the_module_under_a_prefix() -> None:
+    layer = nn.Linear(2, 2)
+    wrapper = torch.compile(layer, backend="eager")
+    assert uncompiled(wrapper) is layer
+    assert uncompiled(layer) is layer
+    assert set(wrapper.state_dict()) == {f"{COMPILED}weight", f"{COMPILED}bias"}

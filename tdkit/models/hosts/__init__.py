@@ -1,5 +1,5 @@
 """Hosts: the layer types that can be factorised, each with the factorised layer that replaces it."""
 
-from tdkit.models.hosts.base import FactorizedLayer, Host, Observer
+from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule, Host, Observer
 
-__all__ = ["FactorizedLayer", "Host", "Observer"]
+__all__ = ["FactorizedLayer", "FactorizedModule", "Host", "Observer"]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.hooks import RemovableHandle
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.lazy_weight import lazy_weight
+from tdkit.support.compatibility import parameters_of, rebind_hooked_forward
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes of weights that can be fitted
 
@@ -20,7 +20,84 @@ Observer = Callable[[Tensor, Tensor], Tensor]
 """``(x, y) -> y``: called with the input and output of a product with a weight; its result replaces y."""
 
 
-class FactorizedLayer(nn.Module, ABC):
+class Removable(Protocol):
+    """A handle of hooks."""
+
+    def remove(self) -> None: ...
+
+
+class Handles:
+    """Several handles as one."""
+
+    def __init__(self, *handles: Removable) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class ObservedParameter:
+    """A parameter that requires gradients, which are handed to `observe` and not kept, until `remove` is called."""
+
+    def __init__(self, parameter: nn.Parameter, observe: Callable[[Tensor], None]) -> None:
+        self.parameter = parameter
+        self._before = parameter.grad, parameter.requires_grad
+        parameter.grad = None
+        parameter.requires_grad_(True)
+
+        def seen(_: Tensor) -> None:
+            if parameter.grad is not None:
+                observe(parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad)
+            parameter.grad = None
+
+        self._handle = parameter.register_post_accumulate_grad_hook(seen)  # type: ignore[no-untyped-call]
+
+    def remove(self) -> None:
+        self._handle.remove()
+        grad, trained = self._before
+        self.parameter.requires_grad_(trained)
+        self.parameter.grad = grad
+
+
+class FactorizedModule(nn.Module, ABC):
+    """A module with weights that are held as factors."""
+
+    @property
+    @abstractmethod
+    def host(self) -> str:
+        """The registered name of the host that built this layer."""
+
+    @property
+    def builder(self) -> Host | None:
+        """The host that built this layer, where it is not the one registered as `host`."""
+        return None
+
+    @property
+    @abstractmethod
+    def replaces(self) -> str:
+        """The type of the dense layer that this one replaces, as used in rules."""
+
+    @property
+    @abstractmethod
+    def matrices(self) -> dict[str, FactorizedMatrix]:
+        """The factorised matrices (out, in), by the names of the weights in the dense layer."""
+
+    def options(self) -> dict[str, Any]:
+        """Returns JSON-serialisable options that the host needs, besides the dense layer, to build this layer again."""
+        return {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        found = getattr(type(self), name, None)
+        if isinstance(found, property) and found.fset is None:  # for a Parameter nn.Module would say "already exists"
+            raise AttributeError(
+                f"the {name} of a {type(self).__name__} is read-only, built from its factors: change the factors in "
+                "`matrices`, or put a dense layer in its place"
+            )
+        super().__setattr__(name, value)
+
+
+class FactorizedLayer(FactorizedModule):
     """A layer with a factorised `matrix`; its dense `weight` is read-only and computed on first use.
 
     Layers with several factorised weights override `matrices`.
@@ -29,36 +106,13 @@ class FactorizedLayer(nn.Module, ABC):
     matrix: FactorizedMatrix
 
     @property
-    @abstractmethod
-    def host(self) -> str:
-        """The registered name of the host that built this layer."""
-
-    @property
-    @abstractmethod
-    def replaces(self) -> str:
-        """The type of the dense layer that this one replaces, as used in rules."""
-
-    @property
     def matrices(self) -> dict[str, FactorizedMatrix]:
-        """The factorised matrices (out, in), by the names of the weights in the dense layer."""
         return {"weight": self.matrix}
-
-    def options(self) -> dict[str, Any]:
-        """Returns JSON-serialisable options that the host needs, besides the dense layer, to build this layer again."""
-        return {}
 
     @property
     def weight(self) -> Tensor:
         """The dense weight in the layout of the replaced layer; computed on first use."""
         return lazy_weight(self.matrix)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":  # for a Parameter nn.Module would raise "attribute already exists"
-            raise AttributeError(
-                f"the weight of a {type(self).__name__} is read-only, built from its factors: change the factors in "
-                "`matrix`, or put a dense layer in its place"
-            )
-        super().__setattr__(name, value)
 
 
 class Host(ABC):
@@ -68,10 +122,21 @@ class Host(ABC):
     entry-point group ``tdkit.hosts``. The other methods default to a layer with one weight (out, in) called
     ``weight`` that returns ``x @ weight.T``. `tdkit.testing.host_checks` tests a host.
 
+    Attributes:
+        name: the registered name.
+        layer: the layer type, where its subclasses shall be factorised as well: see `InPlaceHost`.
+        factorized: the factorised layer, if `layer` is set. A subclass of it and of `layer` calls its ``forward``
+            without its ``__init__`` having run: it may use attributes of the dense layer, its `matrix`, and those
+            that `adopt` sets.
+        in_place: whether the module becomes the layer that `build` returns, instead of being replaced by it.
+
     `accepts` must not accept subclasses: they may override ``forward``, which the factorised layer would not call.
     """
 
     name: ClassVar[str]
+    layer: ClassVar[type[nn.Module] | None] = None
+    factorized: ClassVar[type[FactorizedLayer] | None] = None
+    in_place: ClassVar[bool] = False
 
     @abstractmethod
     def accepts(self, module: nn.Module) -> bool:
@@ -104,7 +169,7 @@ class Host(ABC):
     @abstractmethod
     def build(
         self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
-    ) -> FactorizedLayer:
+    ) -> FactorizedModule:
         """Returns the factorised layer that replaces `module`.
 
         Args:
@@ -114,7 +179,7 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def undo(self, layer: FactorizedLayer) -> nn.Module:
+    def undo(self, layer: FactorizedModule) -> nn.Module:
         """Returns the dense layer with the outputs of a factorised one: the inverse of `build`.
 
         Biases are reused, not copied. Weights are new parameters in the dense layout, with the dtype and device of
@@ -125,11 +190,23 @@ class Host(ABC):
         """Returns JSON-serialisable facts about the dense weights for `build`; they are stored in a saved model."""
         return {}
 
+    def adopt(self, layer: nn.Module, options: Mapping[str, Any]) -> None:
+        """Set the attributes that `factorized` has in addition to those of `layer`, on a layer of a subclass."""
+        return
+
+    def computed(self, module: nn.Module, weight: str) -> str:
+        """Returns how the factorised layer computes: "by factors", or "dense" if it builds the dense weight."""
+        return "by factors"
+
+    def params(self, module: nn.Module, weight: str) -> int:
+        """Returns the number of parameters of the module that vanish when the weight is factorised."""
+        return int(getattr(module, weight).numel())
+
     def multiplications(self, module: nn.Module, weight: str) -> int:
         """Returns the number of products with the weight per row of the layer's input; 0 for a look-up of rows."""
         return 1
 
-    def attach(self, module: nn.Module, weight: str, observe: Observer) -> RemovableHandle:
+    def attach(self, module: nn.Module, weight: str, observe: Observer) -> Removable:
         """Call ``observe(x, y)`` at each product of `module` with a weight, and replace y by the result.
 
         x is (\\*batch, in) and y (\\*batch, out), with one row per product, so that the rows of the gradient of y
@@ -145,6 +222,20 @@ class Host(ABC):
 
         return module.register_forward_hook(hook, with_kwargs=True)
 
+    def attach_gradient(self, module: nn.Module, weight: str, observe: Callable[[Tensor], None]) -> Removable:
+        """Call ``observe(gradient)`` with the gradient of a weight, in the layout of the layer, in each backward pass.
+
+        For weights whose products are not seen by `attach`. The ``grad`` of the parameter stays as it is.
+
+        Returns:
+            A handle whose ``remove()`` removes the observer.
+        """
+        parameter = parameters_of(module).get(weight)
+        return Handles() if parameter is None else ObservedParameter(parameter, observe)
+
+    def __deepcopy__(self, memo: Any) -> Host:
+        return self
+
 
 def unsupported(tensor: Tensor) -> str | None:
     """Returns why a parameter of this tensor type and dtype cannot be factorised, or None when it can."""
@@ -159,7 +250,7 @@ def unsupported(tensor: Tensor) -> str | None:
     return None
 
 
-def install(module: nn.Module, layer: FactorizedLayer) -> FactorizedLayer:
+def install(module: nn.Module, layer: FactorizedModule) -> FactorizedModule:
     """Copy mode, hooks and `requires_grad` from `module` to the `layer` that replaces it; returns `layer`.
 
     The dictionaries of hooks are shared, so that existing handles still remove their hooks.
@@ -167,8 +258,19 @@ def install(module: nn.Module, layer: FactorizedLayer) -> FactorizedLayer:
     transfer(module, layer)
     for name, matrix in layer.matrices.items():
         matrix.train(module.training)
-        matrix.requires_grad_(bool(cast(Tensor, getattr(module, name)).requires_grad))
+        with torch.inference_mode(False), torch.enable_grad():  # a parametrized weight is computed here
+            trained = bool(cast(Tensor, getattr(module, name)).requires_grad)
+        matrix.requires_grad_(trained)
     return layer
+
+
+def become(module: nn.Module, other: nn.Module) -> None:
+    """Give `module` the class and the state of `other`, which must not be used afterwards."""
+    state = dict(vars(other))
+    module.__class__ = type(other)
+    vars(module).clear()
+    vars(module).update(state)
+    rebind_hooked_forward(module)
 
 
 def transfer(module: nn.Module, other: nn.Module) -> None:

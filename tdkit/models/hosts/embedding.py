@@ -9,48 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tdkit.decompositions.base import FactorizedMatrix
-from tdkit.models.hosts.base import FactorizedLayer, Host
-
-
-class EmbeddingHost(Host):
-    """Host of ``torch.nn.Embedding``: weight (num_embeddings, embedding_dim), looked up by row."""
-
-    name = "embedding"
-
-    def accepts(self, module: nn.Module) -> bool:
-        return type(module) is nn.Embedding
-
-    def refusal(self, module: nn.Module, weight: str) -> str | None:
-        module = cast(nn.Embedding, module)
-        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-            if getattr(module, option):
-                return f"nn.Embedding with {option}={getattr(module, option)} works on dense rows"
-        return None
-
-    def build(
-        self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
-    ) -> FactorizedLayer:
-        module = cast(nn.Embedding, module)
-        return FactorizedEmbedding(matrices["weight"], module.padding_idx, **options)
-
-    def undo(self, layer: FactorizedLayer) -> nn.Module:
-        layer = cast(FactorizedEmbedding, layer)
-        rows, columns = layer.matrix.shape
-        dense = nn.Embedding(rows, columns, padding_idx=layer.padding_idx, device="meta")
-        weight = layer.matrix.dense().detach().clone()
-        if layer.zero_padding:
-            weight[layer.padding_idx] = 0.0
-        dense.weight = nn.Parameter(weight)
-        return dense
-
-    def options(self, module: nn.Module) -> dict[str, Any]:
-        module = cast(nn.Embedding, module)
-        if module.padding_idx is None:
-            return {}
-        return {} if bool(module.weight[module.padding_idx].any()) else {"zero_padding": True}
-
-    def multiplications(self, module: nn.Module, weight: str) -> int:
-        return 0
+from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule, Host
 
 
 class FactorizedEmbedding(FactorizedLayer):
@@ -106,3 +65,50 @@ class FactorizedEmbedding(FactorizedLayer):
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}"
+
+
+class EmbeddingHost(Host):
+    """Host of ``torch.nn.Embedding``: weight (num_embeddings, embedding_dim), looked up by row."""
+
+    name = "embedding"
+    layer = nn.Embedding
+    factorized = FactorizedEmbedding
+
+    def accepts(self, module: nn.Module) -> bool:
+        return type(module) is nn.Embedding
+
+    def refusal(self, module: nn.Module, weight: str) -> str | None:
+        module = cast(nn.Embedding, module)
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(module, option):
+                return f"nn.Embedding with {option}={getattr(module, option)} works on dense rows"
+        return None
+
+    def build(
+        self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
+    ) -> FactorizedLayer:
+        module = cast(nn.Embedding, module)
+        return FactorizedEmbedding(matrices["weight"], module.padding_idx, **options)
+
+    def undo(self, layer: FactorizedModule) -> nn.Module:
+        layer = cast(FactorizedEmbedding, layer)
+        rows, columns = layer.matrix.shape
+        dense = nn.Embedding(rows, columns, padding_idx=layer.padding_idx, device="meta")
+        weight = layer.matrix.dense().detach().clone()
+        if layer.zero_padding:
+            weight[layer.padding_idx] = 0.0
+        dense.weight = nn.Parameter(weight)
+        return dense
+
+    def options(self, module: nn.Module) -> dict[str, Any]:
+        module = cast(nn.Embedding, module)
+        if module.padding_idx is None:
+            return {}
+        return {} if bool(module.weight[module.padding_idx].any()) else {"zero_padding": True}
+
+    def adopt(self, layer: nn.Module, options: Mapping[str, Any]) -> None:
+        cast(FactorizedEmbedding, layer).zero_padding = bool(options.get("zero_padding", False))
+        cast(FactorizedEmbedding, layer).matrix.lay_out_for_rows()
+
+    def multiplications(self, module: nn.Module, weight: str) -> int:
+        return 0

@@ -9,65 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tdkit.decompositions.base import FactorizedMatrix
-from tdkit.models.hosts.base import FactorizedLayer, Host
+from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule, Host
 from tdkit.models.lazy_weight import lazy_weight
 from tdkit.support.compatibility import submodules_of
-
-
-class LinearHost(Host):
-    """Host of ``torch.nn.Linear``: weight (out, in)."""
-
-    name = "linear"
-
-    def accepts(self, module: nn.Module) -> bool:
-        return type(module) is nn.Linear
-
-    def build(
-        self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
-    ) -> FactorizedLayer:
-        return FactorizedLinear(matrices["weight"], cast("nn.Parameter | None", module.bias))
-
-    def undo(self, layer: FactorizedLayer) -> nn.Module:
-        layer = cast(FactorizedLinear, layer)
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        return _with_tensors(dense, layer.matrix.dense(), cast("nn.Parameter | None", layer.bias))
-
-
-class Conv1DHost(Host):
-    """Host of transformers' ``Conv1D``: weight (in, out). Compared by name, so that transformers is not imported."""
-
-    name = "conv1d"
-
-    def accepts(self, module: nn.Module) -> bool:
-        kind = type(module)
-        return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-    def canonical(self, stored: Tensor, weight: str) -> Tensor:
-        return stored.T
-
-    def stored(self, canonical: Tensor, weight: str) -> Tensor:
-        return canonical.T.contiguous()
-
-    def build(
-        self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
-    ) -> FactorizedLayer:
-        return FactorizedConv1D(matrices["weight"], cast("nn.Parameter | None", module.bias))
-
-    def undo(self, layer: FactorizedLayer) -> nn.Module:
-        from transformers.pytorch_utils import Conv1D  # the layer came from a model of this library
-
-        layer = cast(FactorizedConv1D, layer)
-        with torch.device("meta"):
-            dense = Conv1D(layer.nf, layer.nx)
-        return _with_tensors(
-            dense, self.stored(layer.matrix.dense(), "weight"), cast("nn.Parameter | None", layer.bias)
-        )
-
-
-def _with_tensors(dense: nn.Module, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
-    dense.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
-    dense.register_parameter("bias", bias)
-    return dense
 
 
 class FactorizedLinear(FactorizedLayer):
@@ -129,3 +73,61 @@ class FactorizedConv1D(FactorizedLinear):
     ) -> Tensor:  # (*batch, nf)
         y: Tensor = submodules_of(self)["matrix"](x, self.bias)
         return y
+
+
+class LinearHost(Host):
+    """Host of ``torch.nn.Linear``: weight (out, in)."""
+
+    name = "linear"
+    layer = nn.Linear
+    factorized = FactorizedLinear
+
+    def accepts(self, module: nn.Module) -> bool:
+        return type(module) is nn.Linear
+
+    def build(
+        self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
+    ) -> FactorizedLayer:
+        return FactorizedLinear(matrices["weight"], cast("nn.Parameter | None", module.bias))
+
+    def undo(self, layer: FactorizedModule) -> nn.Module:
+        layer = cast(FactorizedLinear, layer)
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        return _with_tensors(dense, layer.matrix.dense(), cast("nn.Parameter | None", layer.bias))
+
+
+class Conv1DHost(Host):
+    """Host of transformers' ``Conv1D``: weight (in, out). Compared by name, so that transformers is not imported."""
+
+    name = "conv1d"
+
+    def accepts(self, module: nn.Module) -> bool:
+        kind = type(module)
+        return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+    def canonical(self, stored: Tensor, weight: str) -> Tensor:
+        return stored.T
+
+    def stored(self, canonical: Tensor, weight: str) -> Tensor:
+        return canonical.T.contiguous()
+
+    def build(
+        self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
+    ) -> FactorizedLayer:
+        return FactorizedConv1D(matrices["weight"], cast("nn.Parameter | None", module.bias))
+
+    def undo(self, layer: FactorizedModule) -> nn.Module:
+        from transformers.pytorch_utils import Conv1D  # the layer came from a model of this library
+
+        layer = cast(FactorizedConv1D, layer)
+        with torch.device("meta"):
+            dense = Conv1D(layer.nf, layer.nx)
+        return _with_tensors(
+            dense, self.stored(layer.matrix.dense(), "weight"), cast("nn.Parameter | None", layer.bias)
+        )
+
+
+def _with_tensors(dense: nn.Module, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
+    dense.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+    dense.register_parameter("bias", bias)
+    return dense

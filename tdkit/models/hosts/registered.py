@@ -8,8 +8,10 @@ from functools import cache
 from torch import nn
 
 from tdkit.errors import RegistryError
-from tdkit.models.hosts.base import FactorizedLayer, Host, transfer
+from tdkit.models.hosts.base import FactorizedModule, Host, transfer
+from tdkit.models.hosts.in_place import MATRIX, InPlaceHost
 from tdkit.registry import Registry, subclass_fault
+from tdkit.support.compatibility import buffers_of, parameters_of, submodules_of
 
 hosts: Registry[type[Host]] = Registry(
     "tdkit.hosts",
@@ -24,9 +26,11 @@ hosts: Registry[type[Host]] = Registry(
 
 
 def host_of(module: nn.Module) -> Host | None:
-    """Returns the host that accepts a module, or None.
+    """Returns the host that accepts a module, else an `InPlaceHost`; None for a factorised layer.
 
-    A host of another package that fails to import is skipped with a warning.
+    A layer type of torch that has more state than its class gives it, such as another parameter, gets an
+    `InPlaceHost` as well, which keeps that state. A host of another package that fails to import is skipped with a
+    warning.
 
     Raises:
         RegistryError: when two hosts accept the module, or two packages provide a host of the same name.
@@ -35,16 +39,47 @@ def host_of(module: nn.Module) -> Host | None:
     if len(found) > 1:
         names = " and ".join(f"'{host.name}'" for host in found)
         raise RegistryError(f"the hosts {names} both accept {type(module).__name__}: uninstall one of their packages")
-    return found[0] if found else None
+    if not found:
+        in_place = InPlaceHost(_base_of(module))
+        return in_place if in_place.accepts(module) else None
+    host = found[0]
+    if host.layer is None or not (_is_special(module, host) or host.refusal(module, "weight")):
+        return host
+    return InPlaceHost(_base_of(module))
 
 
-def dense_layer(layer: FactorizedLayer) -> nn.Module:
+def builder_of(layer: FactorizedModule) -> Host:
+    """Returns the host that built a factorised layer.
+
+    Raises:
+        RegistryError: when it is not installed.
+    """
+    return layer.builder or hosts.get(layer.host)()
+
+
+def _base_of(module: nn.Module) -> Host | None:
+    """Returns the host of the nearest layer type that a module is an instance of."""
+    by_layer: dict[type, Host] = {host.layer: host for host in _all() if host.layer is not None}
+    base = next((by_layer[kind] for kind in type(module).__mro__ if kind in by_layer), None)
+    if base is None or hasattr(module, MATRIX) or "weight" not in InPlaceHost(base).weights(module):
+        return None
+    return None if base.refusal(module, "weight") else base
+
+
+def _is_special(module: nn.Module, host: Host) -> bool:
+    """Returns whether a layer has other state than its type, or a replaced ``forward``."""
+    own = {*parameters_of(module), *buffers_of(module), *submodules_of(module)}
+    usual = {*host.weights(module), "bias"}
+    return not own <= usual or "weight" not in own or "forward" in vars(module)
+
+
+def dense_layer(layer: FactorizedModule) -> nn.Module:
     """Returns the dense equivalent of a factorised layer, with the same mode, hooks and `requires_grad`.
 
     Raises:
         RegistryError: when the host that built the layer is not installed.
     """
-    dense = hosts.get(layer.host)().undo(layer)
+    dense = builder_of(layer).undo(layer)
     transfer(layer, dense)
     for name, matrix in layer.matrices.items():
         getattr(dense, name).requires_grad_(any(factor.requires_grad for factor in matrix.parameters()))
