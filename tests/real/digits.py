@@ -25,7 +25,8 @@ def digits() -> Task:
     train, test = order[:TRAIN], order[TRAIN:]
     return Task(
         name="digit network",
-        what=f"digits of scikit-learn, enlarged to 20 x 20 of 28 x 28 pixels as MNIST's are; {len(train)} to calibrate and train on, {len(test)} to test",
+        what=f"digits of scikit-learn, enlarged to 20 x 20 of 28 x 28 pixels as MNIST's are; "
+        f"{len(train)} to calibrate and train on, {len(test)} to test",
         metric="accuracy",
         model=model,
         train={"x": images[train], "labels": labels[train]},

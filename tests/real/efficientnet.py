@@ -42,8 +42,8 @@ def efficientnet() -> Task:
         right[number * TEST_CROPS : (number + 1) * TEST_CROPS, list(classes)] = True
     return Task(
         name="EfficientNet-lite0",
-        what=f"ImageNet's classes of {len(SHOWN)} photographs, {TEST_CROPS} random crops of each; calibrated and trained "
-        f"on {TRAIN_CROPS} crops of each of {len(OTHERS)} other pictures without labels",
+        what=f"ImageNet's classes of {len(SHOWN)} photographs, {TEST_CROPS} random crops of each; calibrated and "
+        f"trained on {TRAIN_CROPS} crops of each of {len(OTHERS)} other pictures without labels",
         metric="accuracy",
         model=model,
         train={"inputs": train},

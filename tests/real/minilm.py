@@ -51,8 +51,8 @@ def minilm() -> Task:
     test = ids[TRAIN:], mask[TRAIN:]
     return Task(
         name="MiniLM",
-        what=f"spam or ham by frozen embeddings and a logistic regression, {LENGTH} tokens of each mail's body; {TRAIN} "
-        f"mails to calibrate and train on, {TEST} to test",
+        what=f"spam or ham by frozen embeddings and a logistic regression, {LENGTH} tokens of each mail's body; "
+        f"{TRAIN} mails to calibrate and train on, {TEST} to test",
         metric="accuracy",
         model=model,
         train={"input_ids": ids[:TRAIN], "attention_mask": mask[:TRAIN], "labels": labels[:TRAIN]},

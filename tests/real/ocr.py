@@ -78,8 +78,8 @@ def ocr() -> Task:
     train, test = rendered(learned, seed=0), rendered(asked, seed=1)
     return Task(
         name="OCR network",
-        what=f"phrases of {WORDS[0]} or {WORDS[1]} words in {len(FONTS)} fonts, read without a wrong letter; {TRAIN} to "
-        f"calibrate and train on, {TEST} of other texts to test",
+        what=f"phrases of {WORDS[0]} or {WORDS[1]} words in {len(FONTS)} fonts, read without a wrong letter; {TRAIN} "
+        f"to calibrate and train on, {TEST} of other texts to test",
         metric="phrases read exactly",
         model=model,
         train={"image": train, "labels": spelled(learned)},

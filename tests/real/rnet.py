@@ -52,8 +52,8 @@ def rnet() -> Task:
     answers = [labels[part].long().repeat_interleave(2 * len(SHIFTS)) for part in (order[:100], order[100:])]
     return Task(
         name="RNet",
-        what="face or not, on scikit-image's lfw_subset; 100 images to calibrate and train on, 100 others to test, each "
-        f"in {2 * len(SHIFTS)} windows (shifted, mirrored)",
+        what="face or not, on scikit-image's lfw_subset; 100 images to calibrate and train on, 100 others to test, "
+        f"each in {2 * len(SHIFTS)} windows (shifted, mirrored)",
         metric="accuracy",
         model=model,
         train={"x": train, "labels": answers[0]},

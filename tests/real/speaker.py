@@ -53,8 +53,8 @@ def speaker() -> Task:
 
     return Task(
         name="Resemblyzer",
-        what=f"whether two utterances are of one voice, of eSpeak NG's voices; {half} voices to calibrate and train on, "
-        f"{len(voices) - half} others with other sentences to test, {UTTERANCES} utterances of 1.6 s each",
+        what=f"whether two utterances are of one voice, of eSpeak NG's voices; {half} voices to calibrate and train "
+        f"on, {len(voices) - half} others with other sentences to test, {UTTERANCES} utterances of 1.6 s each",
         metric="100 - equal error rate",
         model=model,
         train={"mels": train, "labels": train_voices},
