@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.real import packages
-from tests.real.task import Task, outputs, percent
+from tests.real.task import Task, percent
 
 RATE, WINDOW = 16000, 1024  # Hz, samples
 TRAIN, TEST = 500, 1000
@@ -61,8 +61,8 @@ def crepe(size: str = "tiny") -> Task:
         metric="within 50 cents",
         model=model,
         train={"x": train, "labels": blurred(pitches)},
-        score=lambda m: percent((cents(outputs(m, test)) - truth).abs() <= 50),
-        example=(test[:1],),
+        test=(test,),
+        judge=lambda logits: percent((cents(logits) - truth).abs() <= 50),
         loss=lambda output, batch: F.binary_cross_entropy_with_logits(output, batch["labels"], reduction="sum"),
         distillation={"logits": {"kind": "mse"}},
     )
@@ -72,8 +72,8 @@ def tones(count: int, *, seed: int) -> tuple[Tensor, Tensor]:
     """Returns standardised windows (count, 1024) of tones, and their pitches (count,) in cents above 10 Hz."""
     generator = torch.Generator().manual_seed(seed)
     uniform = functools.partial(torch.rand, count, 1, generator=generator, dtype=torch.float64)
-    cents_of = lambda hertz: 1200 * math.log2(hertz / 10)  # noqa: E731
-    pitch = cents_of(LOWEST) + (cents_of(HIGHEST) - cents_of(LOWEST)) * uniform()
+    lowest, highest = (1200 * math.log2(hertz / 10) for hertz in (LOWEST, HIGHEST))
+    pitch = lowest + (highest - lowest) * uniform()
     time = (torch.arange(WINDOW, dtype=torch.float64) - WINDOW / 2) / RATE
     depth, rate = 0.003 * uniform(), 4 + 3 * uniform()
     turns = 10 * 2 ** (pitch / 1200) * (time + depth * (2 * math.pi * rate * time).sin() / (2 * math.pi * rate))

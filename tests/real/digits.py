@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.real import packages
-from tests.real.task import Task, outputs, percent
+from tests.real.task import Task, percent
 
 TRAIN = 797
 MEAN, DEVIATION = 0.1307, 0.3081  # of the pixels that the network was trained on
@@ -30,8 +30,8 @@ def digits() -> Task:
         metric="accuracy",
         model=model,
         train={"x": images[train], "labels": labels[train]},
-        score=lambda m: percent(outputs(m, images[test]).argmax(-1) == labels[test]),
-        example=(images[:1],),
+        test=(images[test],),
+        judge=lambda logits: percent(logits.argmax(-1) == labels[test]),
         distillation={"logits": {"temperature": 2.0}},
     )
 

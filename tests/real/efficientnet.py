@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.real import packages
-from tests.real.task import Task, outputs, percent
+from tests.real.task import Task, percent
 
 SIDE, TEST_CROPS, TRAIN_CROPS = 224, 20, 8
 SKIMAGE, SKLEARN = "packages/skimage/data", "packages/sklearn/datasets/images"
@@ -47,8 +47,8 @@ def efficientnet() -> Task:
         metric="accuracy",
         model=model,
         train={"inputs": train},
-        score=lambda m: percent(right.gather(1, outputs(m, test, batch=20).argmax(-1, keepdim=True))),
-        example=(test[:1],),
+        test=(test,),
+        judge=lambda logits: percent(right.gather(1, logits.argmax(-1, keepdim=True))),
         labels="sampled",
         distillation={"logits": {"temperature": 2.0}},
         batch_size=10,

@@ -48,7 +48,6 @@ def minilm() -> Task:
     rows = tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
     ids, mask = rows["input_ids"], rows["attention_mask"]
     fit_head(model, ids[:TRAIN], mask[:TRAIN], labels[:TRAIN])
-    test = ids[TRAIN:], mask[TRAIN:]
     return Task(
         name="MiniLM",
         what=f"spam or ham by frozen embeddings and a logistic regression, {LENGTH} tokens of each mail's body; "
@@ -56,8 +55,8 @@ def minilm() -> Task:
         metric="accuracy",
         model=model,
         train={"input_ids": ids[:TRAIN], "attention_mask": mask[:TRAIN], "labels": labels[:TRAIN]},
-        score=lambda m: percent(outputs(m, *test).argmax(-1) == labels[TRAIN:]),
-        example=(ids[:1], mask[:1]),
+        test=(ids[TRAIN:], mask[TRAIN:]),
+        judge=lambda logits: percent(logits.argmax(-1) == labels[TRAIN:]),
         distillation={"logits": {"temperature": 2.0}, "hidden": 1.0},
         batch_size=16,
         steps=60,

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from tdkit.sources.texts import load_texts
 from tests.real import packages
-from tests.real.task import Task, outputs, percent
+from tests.real.task import Task, percent
 
-CHARACTERS = "0123456789!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ €ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # class n + 1 is character n; class 0 is CTC's blank
+# class n + 1 is character n; class 0 is the blank of CTC
+CHARACTERS = "0123456789!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ €ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 HEIGHT, WIDTH = 64, 320
 TRAIN, TEST, WORDS = 300, 300, (1, 2)
 FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSans-Bold", "STIXGeneral", "DejaVuSansMono")
@@ -83,8 +84,8 @@ def ocr() -> Task:
         metric="phrases read exactly",
         model=model,
         train={"image": train, "labels": spelled(learned)},
-        score=lambda m: percent(torch.tensor([a == b for a, b in zip(read(outputs(m, test)), asked, strict=True)])),
-        example=(test[:1],),
+        test=(test,),
+        judge=lambda logits: percent(torch.tensor([a == b for a, b in zip(read(logits), asked, strict=True)])),
         loss=ctc,
         distillation={"logits": {"temperature": 1.0}},
         batch_size=20,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.real import packages
-from tests.real.task import Task, outputs, percent
+from tests.real.task import Task, percent
 
 SHIFTS = ((0, 0), (0, 2), (2, 0), (2, 2), (1, 1))  # of the 24 x 24 windows of a 26 x 26 image
 
@@ -57,8 +57,8 @@ def rnet() -> Task:
         metric="accuracy",
         model=model,
         train={"x": train, "labels": answers[0]},
-        score=lambda m: percent(outputs(m, test).argmax(-1) == answers[1]),
-        example=(test[:1],),
+        test=(test,),
+        judge=lambda logits: percent(logits.argmax(-1) == answers[1]),
         distillation={"logits": {"temperature": 2.0}},
     )
 

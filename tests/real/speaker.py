@@ -58,8 +58,8 @@ def speaker() -> Task:
         metric="100 - equal error rate",
         model=model,
         train={"mels": train, "labels": train_voices},
-        score=lambda m: 100 - equal_error_rate(outputs(m, test), test_voices),
-        example=(test[:1],),
+        test=(test,),
+        judge=lambda embedded: 100 - equal_error_rate(embedded, test_voices),
         loss=loss,
         distillation={"logits": {"kind": "mse"}},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tdkit.calibration.losses import Labels
-
-Score = Callable[[nn.Module], float]
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,8 @@ class Task:
         metric: what the score is called; always in percent, larger is better.
         model: the dense model, in eval mode.
         train: columns of equal length; what does not end in ``labels`` is given to the model by name.
-        score: percent on examples of which none is in `train`.
-        example: the inputs of one example, on which multiply-adds are counted.
+        test: the inputs of the examples to score, of which none is in `train`.
+        judge: the score in percent of the outputs for `test`.
         loss: (output, batch) -> loss summed over examples; the cross-entropy with the labels when None.
         labels: of that cross-entropy: those in `train`, or "sampled" from the model's predictions.
         distillation: losses by name, of the distillation after the compression.
@@ -40,14 +39,22 @@ class Task:
     metric: str
     model: nn.Module
     train: Mapping[str, Tensor]
-    score: Score
-    example: tuple[Tensor, ...]
+    test: tuple[Tensor, ...]
+    judge: Callable[[Tensor], float]
     loss: Callable[[Any, Any], Tensor] | None = None
     labels: Labels = "data"
     distillation: Mapping[str, Any] = field(default_factory=lambda: {"logits": 1.0})
     batch_size: int = 32
     steps: int = 200
     lr: float = 1e-3
+
+    def score(self, model: nn.Module) -> float:
+        """Returns the score of a model in percent."""
+        return self.judge(outputs(model, *self.test))
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Returns the inputs of one example, on which multiply-adds are counted."""
+        return tuple(column[:1] for column in self.test)
 
     def batches(self) -> list[dict[str, Tensor]]:
         """Returns the training rows as calibration batches."""
@@ -56,7 +63,7 @@ class Task:
         return [{name: column[i : i + self.batch_size] for name, column in self.train.items()} for i in starts]
 
 
-def outputs(model: nn.Module, *columns: Tensor, batch: int = 64) -> Tensor:
+def outputs(model: nn.Module, *columns: Tensor, batch: int = 50) -> Tensor:
     """Returns the outputs of `model` on rows of inputs, in eval mode and without gradients."""
     training = model.training
     model.eval()
@@ -74,6 +81,7 @@ def percent(right: Tensor) -> float:
 def multiply_adds(model: nn.Module, example: tuple[Tensor, ...]) -> int:
     """Returns the multiply-adds of matrix products and convolutions in one forward pass, as torch counts them."""
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), counter:  # oneDNN's LSTM is not counted
-        model(*example)
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # flags() warns of settings of Intel's GPUs
+        with torch.backends.mkldnn.flags(enabled=False), counter:  # oneDNN's LSTM is one operator, not counted
+            model(*example)
     return int(counter.get_total_flops()) // 2
