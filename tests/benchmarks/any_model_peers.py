@@ -24,8 +24,8 @@ HALVINGS = 12
 def serving(model: nn.Module) -> list[str]:
     """Returns the peers that can compress most weights of a model.
 
-    tensorly-torch factorises ungrouped convolutions. torch-pruning follows channels from a convolution to a linear layer
-    only where nothing but a flattening is between them.
+    tensorly-torch factorises ungrouped convolutions. torch-pruning follows channels from a convolution to a linear
+    layer only where nothing but a flattening is between them.
     """
     weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     mine = [module for module in model.modules() if isinstance(module, (*_CONVOLUTIONS, nn.Linear))]

@@ -14,13 +14,13 @@ TARGETS = (("calibrated", 0.7, 1.0), ("auto", 0.7, 1.0), ("distilled", 0.5, 2.0)
 COLUMNS = ("method", "kept", "score", "points lost", "output error", "params", "multiply-adds", "x dense time", "CPU s")
 METHODS = """\
 - **plain**: `LowRank` without calibration, every weight cut to the same share.
-- **calibrated**: `LowRank`, fitted in the metric of inputs and output gradients, the budget allocated by estimated loss.
+- **calibrated**: `LowRank` in the metric of inputs and output gradients, the budget allocated by estimated loss.
 - **auto**: `Auto`, which picks the decomposition of each weight; calibrated and allocated as well.
 - **distilled**: that of *auto*, trained by the dense model on the examples that it was calibrated on.
-- **tensorly-torch Tucker**: its `FactorizedConv` (Tucker, kernel sizes left) for ungrouped convolutions, truncated SVD \
-for linear layers, one share for all. **torch-pruning**: channels of small norm removed until that share of the \
-*multiply-adds* is left. **SVD-LLM**: truncated SVD whitened by the inputs, each weight cut to the same share; for models \
-whose weights are mostly not in convolutions. *, distilled*: with the same distillation.
+- **tensorly-torch Tucker**: its `FactorizedConv` (Tucker, kernel sizes left) for ungrouped convolutions and truncated \
+SVD for linear layers, one share for all. **torch-pruning**: channels of small norm are removed until that share of \
+the *multiply-adds* is left. **SVD-LLM**: truncated SVD whitened by the inputs, each weight cut to the same share; for \
+models whose weights are mostly not in convolutions. *, distilled*: with the same distillation.
 """
 
 
@@ -44,9 +44,10 @@ def markdown(every: dict[str, Any]) -> str:
         "# Any model: real weights, compressed",
         "",
         "Made by `PYTHONPATH=. python tests/benchmarks/any_model.py`; seed 0, shared CPU cores. Rows of one model were",
-        "measured on the same examples, of which none was used to calibrate, choose or train. *kept*: parameters after /",
-        "before, of the whole model. *multiply-adds*: of one example, counted by torch. *time*: of 8 examples, next to the",
-        'dense model, after `tdkit.prepare(prefer="speed")`. *output error*: norm of the change of the outputs, relative.',
+        "measured on the same examples, of which none was used to calibrate, choose or train. *kept*: parameters",
+        "after / before, of the whole model. *output error*: norm of the change of the outputs, relative to theirs.",
+        "*multiply-adds*: of one example, counted by torch. *x dense time*: of 8 examples, in turn with the dense model,",
+        'after `tdkit.prepare(prefer="speed")`. *CPU s*: to compress, on one thread.',
         "",
         METHODS,
         "![Score and parameters kept](any-model.png)",

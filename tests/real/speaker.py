@@ -88,10 +88,12 @@ def utterances(espeak: Speaker, voices: list[str], texts: list[str], *, seed: in
 def equal_error_rate(embedded: Tensor, voices: Tensor) -> float:
     """Returns the percentage at which as many pairs of one voice are refused as pairs of two voices are accepted."""
     pairs = torch.triu_indices(len(embedded), len(embedded), 1)
-    likeness = (embedded @ embedded.T)[pairs[0], pairs[1]]
     same = voices[pairs[0]] == voices[pairs[1]]
-    order = likeness.argsort()
-    refused = same[order].double().cumsum(0) / same.sum()
-    accepted = 1 - (~same[order]).double().cumsum(0) / (~same).sum()
-    nearest = (refused - accepted).abs().argmin()
-    return 50 * float(refused[nearest] + accepted[nearest])
+    same = same[(embedded @ embedded.T)[pairs[0], pairs[1]].argsort()]  # from the least to the most alike
+    none = torch.zeros(1, dtype=torch.float64)
+    refused = torch.cat([none, same.double().cumsum(0) / same.sum()])
+    accepted = torch.cat([none, (~same).double().cumsum(0) / (~same).sum()]).neg() + 1
+    gap = refused - accepted
+    after = int((gap >= 0).nonzero()[0])
+    share = float(gap[after - 1] / (gap[after - 1] - gap[after]))  # where a line between both points crosses zero
+    return 100 * float(refused[after - 1].lerp(refused[after], share))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +82,10 @@ def percent(right: Tensor) -> float:
 def multiply_adds(model: nn.Module, example: tuple[Tensor, ...]) -> int:
     """Returns the multiply-adds of matrix products and convolutions in one forward pass, as torch counts them."""
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # flags() warns of settings of Intel's GPUs
-        with torch.backends.mkldnn.flags(enabled=False), counter:  # oneDNN's LSTM is one operator, not counted
-            model(*example)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # flags() warns of settings of Intel's GPUs
+        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))  # oneDNN's LSTM is one operator, not counted
+        stack.enter_context(counter)
+        model(*example)
     return int(counter.get_total_flops()) // 2
