@@ -37,11 +37,12 @@ from tests.real.minilm import minilm
 from tests.real.ocr import ocr
 from tests.real.rnet import rnet
 from tests.real.speaker import speaker
-from tests.real.task import Task, multiply_adds, outputs
+from tests.real.task import Task, outputs
 
 SEED = 0
 KEEP = (0.7, 0.5)  # params after / params before of the whole model
 DISTILLED_AT = 0.5
+EQUAL_WORK = "auto, by multiply-adds"
 TIMED_ROWS = 8
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
@@ -62,7 +63,7 @@ class Bench:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.dense_outputs = outputs(task.model, *task.test)
-        self.dense_multiply_adds = multiply_adds(task.model, task.example())
+        self.dense_multiply_adds = task.multiply_adds(task.model)
         self.dense_params = num_params(task.model)
 
     @functools.cached_property
@@ -74,6 +75,7 @@ class Bench:
         """The names and sizes of all rows."""
         every = [(name, keep) for name in ("plain", "calibrated", "auto") for keep in KEEP]
         every += [("distilled", DISTILLED_AT)]
+        every += [(EQUAL_WORK, keep) for keep in KEEP if peers.PRUNED in peers.serving(self.task.model)]
         every += [(name, keep) for name in peers.serving(self.task.model) for keep in KEEP]
         return every + [(f"{name}, distilled", DISTILLED_AT) for name in peers.serving(self.task.model)]
 
@@ -86,9 +88,22 @@ class Bench:
         model = copy.deepcopy(self.task.model)
         if name in peers.PEERS:
             return peers.PEERS[name](model, self, keep)
+        if name == EQUAL_WORK:
+            return self.at_multiply_adds(keep)
         kind = Auto() if name == "auto" else LowRank()
         policy = Policy([Rule("*", kind)], budget=keep)
         return tdkit.compress(model, policy, calibration=None if name == "plain" else self.calibration, progress=False)
+
+    def at_multiply_adds(self, share: float) -> nn.Module:
+        """A copy whose convolutions are compressed until that share of the multiply-adds is left."""
+        kinds = tuple({type(module).__name__ for module in self.task.model.modules() if peers.is_convolution(module)})
+
+        def at(keep: float) -> nn.Module:
+            policy = Policy([Rule("*", Auto(), types=kinds, budget=keep)])
+            model = copy.deepcopy(self.task.model)
+            return tdkit.compress(model, policy, calibration=self.calibration, progress=False)
+
+        return peers.largest(at, lambda m: self.task.multiply_adds(m) <= share * self.dense_multiply_adds, halvings=6)
 
     def distill(self, model: nn.Module) -> None:
         """Train a compressed model by the dense one, on the rows that it was calibrated on."""
@@ -114,7 +129,7 @@ class Bench:
             "score": self.task.judge(found),
             "output_error": float((found - self.dense_outputs).norm() / self.dense_outputs.norm()),
             "params": num_params(model),
-            "multiply_adds": multiply_adds(tdkit.prepare(model, prefer="memory"), self.task.example()),
+            "multiply_adds": self.task.multiply_adds(tdkit.prepare(model, prefer="memory")),
             "time_ratio": times["it"].ratio,
         }
 

@@ -29,7 +29,7 @@ def serving(model: nn.Module) -> list[str]:
     """
     weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     mine = [module for module in model.modules() if isinstance(module, (*_CONVOLUTIONS, nn.Linear))]
-    if sum(module.weight.numel() for module in mine) < 0.8 * weights or not any(_is_convolution(m) for m in mine):
+    if sum(module.weight.numel() for module in mine) < 0.8 * weights or not any(is_convolution(m) for m in mine):
         return [SVD_LLM]
     return [TUCKER, PRUNED] if _flattens_only(model) else [TUCKER]
 
@@ -53,12 +53,12 @@ def tucker(model: nn.Module, bench: Bench, keep: float) -> nn.Module:
     def at(share: float) -> nn.Module:
         made = copy.deepcopy(model)
         for name, module in list(made.named_modules()):
-            smaller = _tucker(module, share) if _is_convolution(module) else _svd(module, share)
+            smaller = _tucker(module, share) if is_convolution(module) else _svd(module, share)
             if smaller is not None and num_params(smaller) < num_params(module):
                 made.set_submodule(name, smaller)
         return made
 
-    return _largest(at, lambda made: num_params(made) <= keep * bench.dense_params)
+    return largest(at, lambda made: num_params(made) <= keep * bench.dense_params)
 
 
 def pruned(model: nn.Module, bench: Bench, keep: float) -> nn.Module:
@@ -69,9 +69,7 @@ def pruned(model: nn.Module, bench: Bench, keep: float) -> nn.Module:
     packages.use("peers")
     import torch_pruning  # type: ignore[import-not-found, unused-ignore]
 
-    from tests.real.task import multiply_adds
-
-    example = bench.task.example()
+    example = tuple(column[:1] for column in bench.task.test)
 
     def at(share: float) -> nn.Module:
         made = copy.deepcopy(model)
@@ -81,7 +79,7 @@ def pruned(model: nn.Module, bench: Bench, keep: float) -> nn.Module:
         torch_pruning.pruner.MagnitudePruner(made, example, importance=importance, **options).step()
         return made
 
-    return _largest(at, lambda made: multiply_adds(made, example) <= keep * bench.dense_multiply_adds)
+    return largest(at, lambda made: bench.task.multiply_adds(made) <= keep * bench.dense_multiply_adds)
 
 
 PEERS: dict[str, Callable[[nn.Module, Bench, float], nn.Module]] = {SVD_LLM: svd_llm, TUCKER: tucker, PRUNED: pruned}
@@ -89,7 +87,8 @@ PEERS: dict[str, Callable[[nn.Module, Bench, float], nn.Module]] = {SVD_LLM: svd
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _is_convolution(module: nn.Module) -> bool:
+def is_convolution(module: nn.Module) -> bool:
+    """Returns whether a module is an ungrouped convolution."""
     return isinstance(module, _CONVOLUTIONS) and module.groups == 1
 
 
@@ -97,10 +96,12 @@ def _flattens_only(model: nn.Module) -> bool:
     return type(model).__name__ in ("CNN", "EfficientNet")
 
 
-def _largest(at: Callable[[float], nn.Module], fits: Callable[[nn.Module], bool]) -> nn.Module:
-    """Returns the model of the largest share that fits, by bisection."""
-    low, high, best = 0.01, 1.0, at(0.01)
-    for _ in range(HALVINGS):
+def largest(
+    at: Callable[[float], nn.Module], fits: Callable[[nn.Module], bool], *, halvings: int = HALVINGS
+) -> nn.Module:
+    """Returns the model of the largest share that fits, by bisection from a tenth upwards."""
+    low, high, best = 0.1, 1.0, at(0.1)
+    for _ in range(halvings):
         middle = (low + high) / 2
         made = at(middle)
         if fits(made):

@@ -17,6 +17,7 @@ METHODS = """\
 - **calibrated**: `LowRank` in the metric of inputs and output gradients, the budget allocated by estimated loss.
 - **auto**: `Auto`, which picks the decomposition of each weight; calibrated and allocated as well.
 - **distilled**: that of *auto*, trained by the dense model on the examples that it was calibrated on.
+- **auto, by multiply-adds**: `Auto` on ungrouped convolutions, until that share of the *multiply-adds* is left.
 - **tensorly-torch Tucker**: its `FactorizedConv` (Tucker, kernel sizes left) for ungrouped convolutions and truncated \
 SVD for linear layers, one share for all. **torch-pruning**: channels of small norm are removed until that share of \
 the *multiply-adds* is left. **SVD-LLM**: truncated SVD whitened by the inputs, each weight cut to the same share; for \
@@ -46,8 +47,8 @@ def markdown(every: dict[str, Any]) -> str:
         "Made by `PYTHONPATH=. python tests/benchmarks/any_model.py`; seed 0, shared CPU cores. Rows of one model were",
         "measured on the same examples, of which none was used to calibrate, choose or train. *kept*: parameters",
         "after / before, of the whole model. *output error*: norm of the change of the outputs, relative to theirs.",
-        "*multiply-adds*: of one example, counted by torch. *x dense time*: of 8 examples, in turn with the dense model,",
-        'after `tdkit.prepare(prefer="speed")`. *CPU s*: to compress, on one thread.',
+        "*multiply-adds*: of one more example, counted by torch from the factors. *x dense time*: of 8 examples, in turn",
+        'with the dense model, after `tdkit.prepare(prefer="speed")`. *CPU s*: to compress, on one thread.',
         "",
         METHODS,
         "![Score and parameters kept](any-model.png)",
@@ -143,6 +144,7 @@ _COLOURS = {
     "calibrated": "#4477aa",
     "auto": "#228833",
     "distilled": "#66cc55",
+    "auto, by multiply-adds": "#117744",
     "tensorly-torch Tucker": "#ee6677",
     "tensorly-torch Tucker, distilled": "#ffaaaa",
     "torch-pruning": "#aa3377",

@@ -52,6 +52,7 @@ def efficientnet() -> Task:
         labels="sampled",
         distillation={"logits": {"temperature": 2.0}},
         batch_size=10,
+        calibration_batch=10,
         steps=60,
         lr=3e-4,
     )

@@ -89,6 +89,7 @@ def ocr() -> Task:
         loss=ctc,
         distillation={"logits": {"temperature": 1.0}},
         batch_size=20,
+        calibration_batch=4,
         steps=60,
     )
 

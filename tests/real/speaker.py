@@ -62,6 +62,7 @@ def speaker() -> Task:
         judge=lambda embedded: 100 - equal_error_rate(embedded, test_voices),
         loss=loss,
         distillation={"logits": {"kind": "mse"}},
+        calibration_batch=2,
     )
 
 

@@ -30,7 +30,9 @@ class Task:
         loss: (output, batch) -> loss summed over examples; the cross-entropy with the labels when None.
         labels: of that cross-entropy: those in `train`, or "sampled" from the model's predictions.
         distillation: losses by name, of the distillation after the compression.
-        batch_size: of calibration and distillation.
+        batch_size: of the distillation.
+        calibration_batch: rows of a calibration batch; a weight whose products are not seen, as an LSTM's, is
+            calibrated by one gradient per batch.
         steps: of the distillation.
         lr: of the distillation.
     """
@@ -46,6 +48,7 @@ class Task:
     labels: Labels = "data"
     distillation: Mapping[str, Any] = field(default_factory=lambda: {"logits": 1.0})
     batch_size: int = 32
+    calibration_batch: int = 32
     steps: int = 200
     lr: float = 1e-3
 
@@ -53,15 +56,16 @@ class Task:
         """Returns the score of a model in percent."""
         return self.judge(outputs(model, *self.test))
 
-    def example(self) -> tuple[Tensor, ...]:
-        """Returns the inputs of one example, on which multiply-adds are counted."""
-        return tuple(column[:1] for column in self.test)
+    def multiply_adds(self, model: nn.Module) -> int:
+        """Returns the multiply-adds of one more example; what a call does once, as building weights, is left out."""
+        three, two = (multiply_adds(model, tuple(column[:n] for column in self.test)) for n in (3, 2))
+        return three - two
 
     def batches(self) -> list[dict[str, Tensor]]:
         """Returns the training rows as calibration batches."""
         rows = len(next(iter(self.train.values())))
-        starts = range(0, rows, self.batch_size)
-        return [{name: column[i : i + self.batch_size] for name, column in self.train.items()} for i in starts]
+        starts = range(0, rows, self.calibration_batch)
+        return [{name: column[i : i + self.calibration_batch] for name, column in self.train.items()} for i in starts]
 
 
 def outputs(model: nn.Module, *columns: Tensor, batch: int = 50) -> Tensor:
@@ -79,7 +83,7 @@ def percent(right: Tensor) -> float:
     return 100 * float(right.double().mean())
 
 
-def multiply_adds(model: nn.Module, example: tuple[Tensor, ...]) -> int:
+def multiply_adds(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     """Returns the multiply-adds of matrix products and convolutions in one forward pass, as torch counts them."""
     counter = FlopCounterMode(display=False)
     with ExitStack() as stack:
@@ -87,5 +91,5 @@ def multiply_adds(model: nn.Module, example: tuple[Tensor, ...]) -> int:
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # flags() warns of settings of Intel's GPUs
         stack.enter_context(torch.backends.mkldnn.flags(enabled=False))  # oneDNN's LSTM is one operator, not counted
         stack.enter_context(counter)
-        model(*example)
+        model(*inputs)
     return int(counter.get_total_flops()) // 2

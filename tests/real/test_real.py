@@ -47,7 +47,7 @@ def test_calibration_keeps_the_outputs_of_a_real_model(make: Callable[[], Task])
     task = make()
     shown = tuple(column[:SHOWN] for column in task.test)
     exact = outputs(task.model, *shown)
-    batches = task.batches()[: -(-CALIBRATED_ON // task.batch_size)]
+    batches = task.batches()[: -(-CALIBRATED_ON // task.calibration_batch)]
     calibration = tdkit.calibrate(task.model, batches, loss=task.loss, labels=task.labels)
     policy = Policy([Rule("*", LowRank())], budget=0.6)
 
