@@ -9,7 +9,17 @@ tdkit.save(model, "smaller")
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.measure import calibrate
 from tdkit.compression.apply import compress
-from tdkit.decompositions import Decomposition, FactorizedMatrix, Kronecker, LowRank, PermutedKronecker, TTMatrix
+from tdkit.decompositions import (
+    CP,
+    Decomposition,
+    FactorizedMatrix,
+    Kronecker,
+    LowRank,
+    PermutedKronecker,
+    SpatialLowRank,
+    TTMatrix,
+    Tucker,
+)
 from tdkit.decompositions.auto import Auto
 from tdkit.errors import TdkitError
 from tdkit.fitting.metric import Metric
@@ -17,11 +27,13 @@ from tdkit.models.checkpoint import load, save
 from tdkit.models.preparation import prepare
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import applied_plan, plan
-from tdkit.planning.policy import Policy, Rule
+from tdkit.planning.policy import Policy
+from tdkit.planning.rule import Rule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CP",
     "Auto",
     "Calibration",
     "Decomposition",
@@ -33,8 +45,10 @@ __all__ = [
     "Plan",
     "Policy",
     "Rule",
+    "SpatialLowRank",
     "TTMatrix",
     "TdkitError",
+    "Tucker",
     "applied_plan",
     "calibrate",
     "compress",

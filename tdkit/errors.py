@@ -23,7 +23,11 @@ class BudgetError(TdkitError, ValueError):
 
 
 class CalibrationError(TdkitError, ValueError):
-    """Calibration batches or moments do not fit the model."""
+    """Batches, or the moments measured on them, do not fit the model."""
+
+
+class EvaluationError(TdkitError, ValueError):
+    """A model cannot be measured in the way asked for."""
 
 
 class CheckpointError(TdkitError, ValueError):

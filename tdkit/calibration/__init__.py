@@ -1,6 +1,7 @@
 """Second moments of each layer's inputs and output gradients, measured on calibration batches."""
 
-from tdkit.calibration.calibration import Batch, Calibration, Loss
+from tdkit.calibration.batches import Batch
+from tdkit.calibration.calibration import Calibration, Loss
 from tdkit.calibration.measure import calibrate
 
 __all__ = ["Batch", "Calibration", "Loss", "calibrate"]

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tdkit.calibration.batches import Batch
 from tdkit.calibration.losses import Labels, check_labels
 from tdkit.decompositions.base import Decomposition, Point
 from tdkit.errors import CalibrationError
@@ -25,8 +26,6 @@ from tdkit.support.files import whole_folder
 FORMAT_VERSION = 1
 
 DESCRIPTION = "calibration.json"
-
-Batch = Any  # the input of a model: a tensor, a tuple of arguments or a mapping of keyword arguments
 
 Loss = Callable[[Any, Batch], Tensor]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tdkit.calibration.calibration import Batch, Calibration, Loss
-from tdkit.calibration.losses import Labels, attention_mask, check_labels, token_ids
+from tdkit.calibration.batches import Batch, call_of, check_batches
+from tdkit.calibration.calibration import Calibration, Loss
+from tdkit.calibration.losses import Labels, check_labels
 from tdkit.calibration.moments import Reach, Recorder, SharingBrokeError, groups_within, reaching
 from tdkit.calibration.runner import Runner, as_it_was
 from tdkit.errors import CalibrationError, did_you_mean
 from tdkit.fitting.metric import Metric
 from tdkit.models.sites import Site, survey
-from tdkit.sources.positions import check_positions
 from tdkit.sources.texts import spread_windows
 from tdkit.support.compatibility import uncompiled
 from tdkit.support.devices import check_device
@@ -53,14 +53,20 @@ def calibrate(
     The model runs in eval mode. Its training mode, ``requires_grad`` flags, device and the random state are restored.
 
     Args:
-        batches: an iterable of model inputs, each a tensor (of token ids), a tuple of arguments or a mapping of
-            keyword arguments (padding according to ``attention_mask`` is ignored). Or the name of a text, as in
+        batches: an iterable of batches, such as a DataLoader; all are kept in memory, so take as many as are needed.
+            A batch is one tensor, a tuple or list of arguments, (inputs, labels), or a mapping of keyword arguments,
+            with the labels in an entry called ``labels``, ``label``, ``targets`` or ``target``. The last entry of a
+            tuple is the labels if forward has no parameter for it; labels in a mapping are passed to forward only if
+            it has a parameter of that name. Padding according to ``attention_mask`` is ignored, except where the
+            encoder and the decoder of a model have the same number of tokens. Or the name of a text, as in
             `tdkit.sources.load_texts`; windows spread over the whole text are used.
         gradients: also measure S, which takes a backward pass; otherwise S is None.
         names: the sites to measure, by the name of any of their layers; all sites when None.
-        loss: a function (model output, batch) -> scalar tensor. It should sum over tokens rather than average, so
-            that each token has the same weight. When None: the model's own ``loss`` where the output has one, else
-            the next-token cross-entropy of a causal language model.
+        loss: a function (model output, batch) -> scalar tensor. It should sum over examples and tokens rather than
+            average, so that each has the same weight. When None: the model's own ``loss`` where the output has one;
+            with integer labels the cross-entropy of classes; with floating-point labels of the output's shape the
+            squared error; without labels the next-token cross-entropy of a causal language model, which is tested by
+            running the model. See `tdkit.calibration.losses.data_loss`.
         labels: the labels of the default loss: "data", or "sampled" from the model's predictions, for which S is the
             Fisher information. "sampled" estimates the cost of small changes better (up to a tenth of the parameters
             removed); with two fifths of the parameters removed, "data" gave far better results.
@@ -75,8 +81,8 @@ def calibrate(
         The moments by site name.
 
     Raises:
-        CalibrationError: when there are no batches, `names` are unknown, no loss can be computed, or a loss or a
-            moment is not finite.
+        CalibrationError: when there are no batches, the model does not take them, `names` are unknown, it is not
+            clear what the loss is, labels are missing, or a loss or a moment is not finite.
 
     Source of the two-sided moments: Martens and Grosse, K-FAC (2015), section 3; of the labels, see `sampled_loss`.
     """
@@ -157,6 +163,7 @@ def measured(
     progress: bool | None = None,
 ) -> Calibration:
     """Returns the moments of `sites`, measured while `runner` runs the batches; see `calibrate`."""
+    check_batches(batches)
     chosen = list(batches)
     if not chosen:
         raise CalibrationError("there are no calibration batches: give at least one")
@@ -164,8 +171,9 @@ def measured(
         raise CalibrationError("the model has no layer that can be rewritten, so there is nothing to calibrate")
     device = check_device(device)
     _check_weights(runner)
-    _check_positions(runner, chosen)
+    runner.check_batches(chosen)
     with torch.inference_mode(False), as_it_was(runner.model, device), _without_fast_path():
+        runner.find_causality(chosen)
         with reaching(sites) as reach, torch.no_grad():
             runner.forward(chosen[0])
         if not reach.sites and not runner.gradients:
@@ -185,13 +193,6 @@ def _without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-def _check_positions(runner: Runner, batches: Sequence[Batch]) -> None:
-    """Raise if a batch has more tokens than the model's position table has rows, before anything runs."""
-    rows = [ids for ids in map(token_ids, batches) if ids is not None and not ids.is_floating_point()]
-    if rows:
-        check_positions(runner.model, max(ids.shape[1] for ids in rows))
 
 
 def _check_weights(runner: Runner) -> None:
@@ -245,15 +246,5 @@ def _pass(runner: Runner, recorder: Recorder, batches: list[Batch], bar: Bar, la
             output = runner.forward(batch)
             if runner.gradients:
                 runner.backward(output, batch, number)
-            recorder.end_batch(units(batch))
+            recorder.end_batch(call_of(runner.model, batch).units)
             bar.advance()
-
-
-def units(batch: Batch) -> int:
-    """Returns the number of tokens of a batch of token ids, without padding, or of examples of any other batch."""
-    ids = token_ids(batch)
-    if ids is not None and not ids.is_floating_point():
-        mask = attention_mask(batch)
-        return int(ids.numel() if mask is None or mask.shape != ids.shape else mask.sum())
-    tensors = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
-    return next((len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.ndim), 1)

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tdkit.calibration.stacks import StackSums
 from tdkit.errors import CalibrationError
 from tdkit.fitting.metric import Metric
 from tdkit.models.hosts.base import Observer, Removable
+from tdkit.models.hosts.routing import Routing
 from tdkit.models.sites import Site, User
 from tdkit.support.compatibility import parameters_of, version_of
 
@@ -193,7 +195,11 @@ class Recorder:
         self.gradients = gradients
         self.shared = shared or {}
         self.sums: dict[str, SiteSums] = {}
+        self.stacks: dict[str, StackSums] = {}
         for site in sites:
+            if site.stacked:
+                self.stacks[site.name] = StackSums(site)
+                continue
             leader = self.sums.get(self.shared.get(site.name, ""))
             self.sums[site.name] = SiteSums(site, leader.multiply_input if leader else None)
         self.mask: Tensor | None = None  # (batch, length) of the current batch; False for padding
@@ -205,7 +211,8 @@ class Recorder:
         Raises:
             CalibrationError: when a moment is NaN or infinite.
         """
-        found = {site.name: self.sums[site.name].metric(max(self.units, 1)) for site in self.sites}
+        units = max(self.units, 1)
+        found = {site.name: (self.sums | self.stacks)[site.name].metric(units) for site in self.sites}
         known = {name: metric for name, metric in found.items() if metric is not None}
         for name, metric in known.items():
             for what, moment in (("inputs", metric.input), ("output gradients", metric.output)):
@@ -223,9 +230,8 @@ class Recorder:
         try:
             for site in self.sites:
                 for user in distinct_users(site):
-                    observe = self._observer(site, looks_up=user.multiplications == 0)
-                    handles.append(user.host.attach(user.module, user.weight, observe))
-                if site.name in self.unseen:
+                    handles.append(self._attach(site, user))
+                if site.name in self.unseen and not site.stacked:
                     handles += self._gradient_handles(site)
             yield
         finally:
@@ -254,6 +260,17 @@ class Recorder:
 
             yield user.host.attach_gradient(user.module, user.weight, add)
 
+    def _attach(self, site: Site, user: User) -> Removable:
+        if not site.stacked:
+            observe = self._observer(site, looks_up=user.multiplications == 0)
+            return user.host.attach(user.module, user.weight, observe)
+        sums = self.stacks[site.name]
+
+        def observe_stack(routing: Routing, x: Tensor, y: Tensor) -> Tensor:
+            return sums.observe(routing, x, y, mask=self.mask, gradients=self.gradients)
+
+        return user.host.attach_stack(user.module, user.weight, observe_stack)
+
     def _observer(self, site: Site, *, looks_up: bool) -> Observer:
         sums = self.sums[site.name]
 
@@ -267,7 +284,7 @@ class Recorder:
             if not self.gradients:
                 return y
             if not y.requires_grad:
-                y = y.detach().clone().requires_grad_()
+                y = y.detach().requires_grad_().clone()  # no leaf: the next layer may change it in place
             side = sums.lookup_output if looks_up else sums.multiply_output
             y.register_hook(lambda gradient: side.add(token_rows(gradient.detach(), mask)))  # type: ignore[no-untyped-call]
             return y
@@ -364,7 +381,7 @@ def groups_within(sites: Sequence[Site], shared: Mapping[str, str], gradients: b
     groups: list[list[Site]] = []
     held = math.inf
     for site in sites:
-        sums = SiteSums(site)
+        sums = StackSums(site) if site.stacked else SiteSums(site)
         size = (0 if site.name in shared else sums.multiply_input.bytes) + gradients * sums.multiply_output.bytes
         if held + size > limit:
             groups.append([])

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tdkit.calibration.calibration import Batch, Calibration, Loss
-from tdkit.calibration.losses import Labels, attention_mask, data_loss, sampled_loss
+from tdkit.calibration.batches import Batch, Call, call_of, check_decoder_inputs, decoder_lengths, moved
+from tdkit.calibration.calibration import Calibration, Loss
+from tdkit.calibration.causality import is_causal
+from tdkit.calibration.losses import Labels, data_loss, sampled_loss
 from tdkit.errors import CalibrationError
+from tdkit.sources.positions import check_positions
 from tdkit.support.compatibility import buffers_of, move_own_tensors, parameters_of
 
 T = TypeVar("T")
 
 
 class Runner:
-    """Runs a model forward and backward on batches that are tensors, tuples or mappings."""
+    """Runs a model forward and backward on batches; `call_of` says what a batch can be.
+
+    Attributes:
+        causal: whether the model is a causal language model; False until `find_causality` has found that it is.
+    """
 
     def __init__(self, model: nn.Module, *, gradients: bool, loss: Loss | None = None, labels: Labels = "data") -> None:
         self.model = model
         self.loss = loss
         self.labels = labels
         self.gradients = gradients
+        self.causal = False
 
     def calibration(self, batches: list[Batch]) -> Calibration:
         """Returns an empty calibration with the batches, loss and labels of this runner."""
@@ -32,17 +40,49 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        return _device_of(self.model)
+        return device_of(self.model)
+
+    def call(self, batch: Batch) -> Call:
+        """Returns the batch, divided, on the device of the model."""
+        return call_of(self.model, moved(batch, self.device))
+
+    def check_batches(self, batches: Sequence[Batch]) -> None:
+        """Check, without running the model, that it takes the batches.
+
+        Raises:
+            CalibrationError: when it does not take one of them; the message has its number.
+            SourceError: when a batch has more tokens than the model has positions.
+        """
+        for number, batch in enumerate(batches):
+            try:
+                call = call_of(self.model, batch)
+                check_decoder_inputs(self.model, call)
+            except CalibrationError as error:
+                raise CalibrationError(f"calibration batch {number}: {error}") from None
+            if call.token_ids is not None:
+                check_positions(self.model, call.token_ids.shape[1])
+
+    def find_causality(self, batches: Sequence[Batch]) -> None:
+        """Run the model on the first batch without labels to find whether the next tokens can be the labels.
+
+        Nothing is run when no default loss needs to know.
+        """
+        if not self.gradients or self.loss is not None:
+            return
+        first = next((batch for batch in batches if call_of(self.model, batch).labels is None), None)
+        if first is not None:
+            self.causal = is_causal(lambda call: call.run(self.model), self.call(first))
 
     def forward(self, batch: Batch) -> Any:
-        batch = self._moved(batch)
-        if isinstance(batch, Mapping):
-            return self.model(**batch)
-        return self.model(*batch) if isinstance(batch, tuple | list) else self.model(batch)
+        return self.call(batch).run(self.model)
 
     def backward(self, output: Any, batch: Batch, number: int) -> None:
-        batch = self._moved(batch)
-        value = self._loss(output, batch, number)
+        try:
+            value = self._loss(output, batch, number)
+        except CalibrationError as error:
+            raise CalibrationError(f"calibration batch {number}: {error}") from None
+        if not isinstance(value, Tensor):
+            raise CalibrationError(f"the loss function returned a {type(value).__name__}, not a scalar tensor")
         if value.ndim or not bool(torch.isfinite(value)):
             raise CalibrationError(
                 f"the loss of calibration batch {number} is {value.tolist()!r}: it must be one finite number"
@@ -53,19 +93,20 @@ class Runner:
 
     def _loss(self, output: Any, batch: Batch, number: int) -> Tensor:
         if self.loss is not None:
-            return self.loss(output, batch)
-        return data_loss(output, batch) if self.labels == "data" else sampled_loss(output, batch, seed=number)
+            return self.loss(output, moved(batch, self.device))
+        call = self.call(batch)
+        if self.labels == "data":
+            return data_loss(output, call, causal=self.causal)
+        return sampled_loss(output, call, seed=number, causal=self.causal)
 
     def mask(self, batch: Batch) -> Tensor | None:
-        mask = attention_mask(batch)
-        return None if mask is None else mask.to(self.device)
+        """Returns the attention mask (n, tokens) of a batch on the device of the model, or None.
 
-    def _moved(self, batch: Batch) -> Batch:
-        if isinstance(batch, Tensor):
-            return batch.to(self.device)
-        if isinstance(batch, Mapping):
-            return {key: self._moved(value) for key, value in batch.items()}
-        return tuple(self._moved(value) for value in batch) if isinstance(batch, tuple | list) else batch
+        None too when the decoder of an encoder-decoder has as many tokens: the mask would be taken for its mask.
+        """
+        call = call_of(self.model, batch)
+        ambiguous = call.mask is not None and call.mask.shape[1] in decoder_lengths(self.model, call)
+        return None if call.mask is None or ambiguous else call.mask.to(self.device)
 
 
 @contextmanager
@@ -81,7 +122,7 @@ def as_it_was(model: nn.Module, device: torch.device | str | None, *, freeze: bo
     modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
     frozen = [p for p in model.parameters() if freeze and p.requires_grad and not p.is_inference()]
     homes = {} if device is None else _homes(model)
-    on_cuda = {home for home in (*homes.values(), _device_of(model)) if home.type == "cuda"}
+    on_cuda = {home for home in (*homes.values(), device_of(model)) if home.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(home.index or 0 for home in on_cuda)):
         try:
             model.eval()
@@ -99,13 +140,14 @@ def as_it_was(model: nn.Module, device: torch.device | str | None, *, freeze: bo
                 parameter.requires_grad_(True)
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Returns the device of the first parameter; the CPU for a model without parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _homes(model: nn.Module) -> dict[str, torch.device]:
     """Returns the device of each module that owns tensors, by module name, and under ``""`` that of the model."""
-    homes = {"": _device_of(model)}
+    homes = {"": device_of(model)}
     for name, module in model.named_modules(remove_duplicate=False):
         own = next((t for t in (*parameters_of(module).values(), *buffers_of(module).values()) if t is not None), None)
         if own is not None:

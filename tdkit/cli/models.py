@@ -20,8 +20,9 @@ from tdkit.errors import CheckpointError, OptionError, PolicyError
 from tdkit.evaluation.language_models import PROTOCOL, evaluate
 from tdkit.models.checkpoint import DESCRIPTION, read_description, save
 from tdkit.planning.planner import applied_plan, calibrated, planned
-from tdkit.planning.policy import Policy, Rule
+from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
+from tdkit.planning.rule import Rule
 from tdkit.sources.models import DTYPES, load_model
 from tdkit.sources.positions import check_positions
 from tdkit.sources.source import Source
@@ -78,7 +79,7 @@ def plan(
     source = load_model(model, dtype=dtype_of(dtype))
     resolved = resolve(source.model, chosen)
     made = planned(resolved, _calibration(source, texts, calibration_tokens, context, labels, resolved))
-    show(made.table(every=every), made.to_dict(), as_json)
+    show(made.report(every=every), made.to_dict(), as_json)
 
 
 def compress(
@@ -123,9 +124,9 @@ def compress(
         what = resolved.following(made) if passes == 1 else resolved
         compress_resolved(what, known, sequential=sequential, passes=passes, device=device)
         save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite)
-        made = applied_plan(source.model)
+        made = replace(applied_plan(source.model), warnings=made.warnings)
         note(f"saved to {folder}")
-    show(made.table(every=every), made.to_dict(), as_json)
+    show(made.report(every=every), made.to_dict(), as_json)
 
 
 def eval_(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from tdkit.calibration.calibration import Batch, Calibration
+from tdkit.calibration.batches import Batch
+from tdkit.calibration.calibration import Calibration, Loss
 from tdkit.calibration.measure import recalibrate
 from tdkit.compression.blockwise import fit_in_order
 from tdkit.compression.fit import fit_step
@@ -22,8 +24,10 @@ from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
 from tdkit.planning.step import Step
 from tdkit.support.devices import check_device
-from tdkit.support.processes import failing_together, processes, shared
+from tdkit.support.processes import failing_together, is_main_process, processes, shared
 from tdkit.support.progress import progress_bar
+
+_log = logging.getLogger(__name__)
 
 
 def compress(
@@ -31,6 +35,7 @@ def compress(
     policy: Policy | Plan,
     *,
     calibration: Calibration | Iterable[Batch] | str | Path | None = None,
+    loss: Loss | None = None,
     sequential: bool = False,
     passes: int = 1,
     device: torch.device | str | None = None,
@@ -41,13 +46,14 @@ def compress(
     An exception, Ctrl-C included, restores the original model. The same model, policy and calibration give the same
     factors. Layers are fitted and replaced one by one, and the replaced weights of a large model are spilled to disk
     until the end, so that memory does not grow. The processes of a ``torch.distributed`` group distribute the layers
-    among them, and all end with the same model.
+    among them, and all end with the same model. The warnings of the plan are logged.
 
     Args:
         model: any torch module.
         policy: a policy, or a plan made from one.
         calibration: a result of `calibrate`, or batches or the name of a text to calibrate on. Layers are then fitted
             in the metric of their inputs and output gradients instead of the Frobenius norm.
+        loss: a function (model output, batch) -> scalar tensor for the batches; see `calibrate`.
         sequential: fit block by block, each with the inputs that the already compressed blocks before it produce.
             Requires the batches of the calibration and a model whose blocks form one chain.
         passes: the number of fits. Each pass after the first measures the moments of the compressed model on the
@@ -67,7 +73,9 @@ def compress(
     resolved = resolve(model, policy)
     _check_weights(resolved)
     check_device(device)
-    known = calibrated(resolved, calibration, progress=progress)
+    if resolved.plan is not None:
+        _log_warnings(resolved.plan)
+    known = calibrated(resolved, calibration, loss=loss, progress=progress)
     compress_resolved(resolved, known, sequential=sequential, passes=passes, device=device, progress=progress)
     return model
 
@@ -81,13 +89,19 @@ def compress_resolved(
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
-    """Like `compress`, for an already resolved model and policy, and a calibration; returns the model."""
+    """Like `compress`, for an already resolved model and policy, and a calibration; returns the model.
+
+    The warnings of a plan that it makes are logged, those of a given plan are not.
+    """
     _check_options(calibration, sequential, passes)
     _check_weights(resolved)
     device = check_device(device)
     model, known = resolved.model, calibration
     for number in range(passes):
-        pairs = resolved.pairs(planned(resolved, known, progress=progress))
+        made = planned(resolved, known, progress=progress)
+        if resolved.plan is None and number + 1 == passes:
+            _log_warnings(made)
+        pairs = resolved.pairs(made)
         with failing_together(), swapping(model, [site for _, site in pairs]) as swap:
             if sequential:
                 assert known is not None
@@ -100,6 +114,12 @@ def compress_resolved(
                 known = recalibrate(model, sites, calibration, device=device, progress=progress)
                 swap.undo()
     return model
+
+
+def _log_warnings(plan: Plan) -> None:
+    if is_main_process():
+        for text in plan.warnings:
+            _log.warning("%s", text)
 
 
 def _check_options(calibration: object, sequential: bool, passes: int) -> None:

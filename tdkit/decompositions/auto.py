@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Point
+from tdkit.decompositions.error_curve import lowest
 from tdkit.decompositions.registered import decomposition, spec_of
 from tdkit.errors import OptionError
 from tdkit.fitting.metric import Metric
 from tdkit.shapes import Shape
 
-AMONG = ("low_rank", "kronecker", "tt_matrix")
+AMONG = ("low_rank", "kronecker", "tt_matrix", "tucker", "spatial_low_rank", "cp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,8 @@ class Auto(Decomposition):
     It fits nothing itself: the plan replaces it by the decomposition picked.
 
     Args:
-        among: decompositions, names, or ``{name: {option: value}}``.
+        among: decompositions, names, or ``{name: {option: value}}``. Each must take the weight's number of
+            dimensions; of the default ones, those of tensors are for kernels of more than one position only.
     """
 
     name: ClassVar[str] = "auto"
@@ -64,19 +67,14 @@ class Auto(Decomposition):
     def best_within(self, weight: Tensor, metric: Metric | None, max_params: int) -> Decomposition | None:
         """Of each member's richest choice with at most `max_params`, the one with the least error."""
         shape = tuple(weight.shape)
-        richest = (member.complete(member.shape_of(shape), max_params) for member in self.alternatives(shape))
+        richest = (member.best_within(member.view(weight), metric, max_params) for member in self.alternatives(shape))
         choices = [choice for choice in richest if choice is not None]
         return min(choices, key=lambda c: c.error(weight, c.fit(c.view(weight), metric), metric), default=None)
 
     def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
         """The members' curves merged: each point is less in error than all smaller ones of every member."""
         members = self.alternatives(tuple(weight.shape))
-        points = [point for member in members for point in member.curve(member.view(weight), metric)]
-        merged: list[Point] = []
-        for point in sorted(points, key=lambda point: (point.params, point.error)):
-            if not merged or point.error < merged[-1].error:
-                merged.append(point)
-        return merged
+        return lowest(point for member in members for point in member.curve(member.view(weight), metric))
 
     def empty(
         self, shape: Shape, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -94,11 +92,19 @@ class Auto(Decomposition):
         return f"auto({', '.join(member.describe() for member in self.members)})"
 
     def alternatives(self, shape: Shape) -> list[Decomposition]:
-        """The members that have a choice for `shape`; the first one's OptionError when none has."""
+        """The members that have a choice for `shape`; the first one's OptionError when none has.
+
+        Raises:
+            OptionError: also when a member that was asked for does not take the order of `shape`.
+        """
+        members = self.members
+        if not self.options():
+            members = tuple(member for member in members if _is_default_for(member, shape))
+        takes = [(member, member.shape_of(shape)) for member in members]
         possible, complaints = [], []
-        for member in self.members:
+        for member, own in takes:
             try:
-                member.check(member.shape_of(shape))
+                member.check(own)
                 possible.append(member)
             except OptionError as error:
                 complaints.append(error)
@@ -108,3 +114,8 @@ class Auto(Decomposition):
 
     def _open(self) -> OptionError:
         return OptionError("auto: a plan with a budget picks the decomposition: fit the one it names")
+
+
+def _is_default_for(member: Decomposition, shape: Shape) -> bool:
+    """Whether a default member suits weights of `shape`: one of tensors is no better than a matrix for one position."""
+    return 2 in member.orders or (len(shape) in member.orders and math.prod(shape[2:]) > 1)

@@ -17,7 +17,7 @@ from tdkit.decompositions.options import integers, pair, positive
 from tdkit.errors import OptionError
 from tdkit.fitting.linalg import relative_error, working
 from tdkit.fitting.metric import Metric
-from tdkit.products.convolution import Stage
+from tdkit.products.convolution import Geometry, Stage
 from tdkit.products.cost import DENSE, Path, Product
 from tdkit.products.dispatch import Dispatcher, Preference, check_loaded
 from tdkit.products.structure import Structure
@@ -90,10 +90,12 @@ class FactorizedMatrix(nn.Module, ABC):
 
     def forward(
         self,
-        x: Tensor,  # (*batch, in), or (*n,) integers below out
+        x: Tensor,  # (*batch, in), (*n,) integers below out, or (batch, channels, *spatial)
         bias: Tensor | None = None,  # (out,)
-    ) -> Tensor:  # (*batch, out), or (*n, in)
-        """`linear` for floating-point x, `rows` for integers.
+        geometry: Geometry | None = None,
+    ) -> Tensor:  # (*batch, out), (*n, in), or (batch, out, *spatial)
+        """`linear` for floating-point x, `rows` for integers; the convolution with a weight that is the matrix, if
+        its `geometry` is given.
 
         Layers call the matrix as a module, so that hooks on it run, such as those by which accelerate loads its
         factors.
@@ -101,6 +103,8 @@ class FactorizedMatrix(nn.Module, ABC):
         Raises:
             TdkitError: when the factors are on the meta device and x is not.
         """
+        if geometry is not None:
+            return self.dispatcher.convolution(self, x, bias, geometry)
         if x.is_floating_point():
             return self.dispatcher.linear(self, x, bias)
         check_loaded(self.tensors(), x)
@@ -276,6 +280,11 @@ class Decomposition(ABC):
     def view(self, weight: Tensor) -> Tensor:
         """Returns `weight` (out, in, *kernel) in the shape that `shape_of` returns."""
         return weight.reshape(self.shape_of(tuple(weight.shape)))
+
+    @property
+    def family(self) -> str:
+        """The name of the decomposition whose factors it makes: its own, unless it applies another one."""
+        return self.name
 
     def is_complete(self) -> bool:
         """Whether every option is given, so that `fit` knows what to do for any shape it accepts."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from tdkit.decompositions.base import Decomposition, Point
+
+T = TypeVar("T")
 
 SHARES = (0.08, 0.22, 0.4, 0.6, 0.8, 0.95)  # of the dense size, at which to fit
 BETWEEN = 8  # points from one fit to the next
@@ -19,6 +22,28 @@ def exact_curve(smaller: Sequence[tuple[int, Decomposition]], errors: Sequence[f
         if not points or (params > points[-1].params and error < points[-1].error):
             points.append(Point(choice, params, error))
     return points
+
+
+def frontier(points: Iterable[Point], most: int = 64) -> list[Point]:
+    """At most `most` of the points with less error than all that are no larger, by rising params."""
+    return spread(lowest(points), most)
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most `most` of the items, spread evenly, the first and the last among them."""
+    last = len(items) - 1
+    if last < most:
+        return list(items)
+    return [items[round(last * i / (most - 1))] for i in range(most)]
+
+
+def lowest(points: Iterable[Point]) -> list[Point]:
+    """Several curves merged: each point is less in error than all smaller ones of every curve."""
+    merged: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.params, point.error)):
+        if not merged or point.error < merged[-1].error:
+            merged.append(point)
+    return merged
 
 
 def sampled_curve(

@@ -18,6 +18,7 @@ from tdkit.errors import OptionError
 from tdkit.fitting.linalg import nearest_kronecker, rearrange, singular_values, working
 from tdkit.fitting.metric import Metric
 from tdkit.fitting.train_in_metric import kronecker_in_metric, train_errors
+from tdkit.products.convolution import Stage, pointwise
 from tdkit.products.train import KroneckerStructure
 from tdkit.shapes import Shape, divisors
 from tdkit.support.compatibility import parameters_of
@@ -63,6 +64,24 @@ class KroneckerMatrix(StructuredMatrix):
         lower = self.b[:, flat % b1]  # (terms, n, b2)
         rows = upper.permute(1, 2, 0) @ lower.permute(1, 0, 2)  # (n, a2, b2)
         return rows.reshape(*ids.shape, self.shape[1])
+
+    def convolutions(self, kernel: tuple[int, ...], groups: int) -> list[Stage] | None:
+        """B on the inner channels and the kernel, then A on the outer channels; None where B holds part of a kernel.
+
+        Source: Hameed et al. (2022), "Convolutional neural network compression through generalized Kronecker product
+        decomposition", section 3.
+        """
+        a, b = self.factors()
+        terms, rows, outer = a.shape
+        inner, rest = divmod(b.shape[2], math.prod(kernel))
+        if rest or rows % groups:
+            return None
+        first = b.reshape(terms * b.shape[1], inner, *kernel)  # channels (outer, inner) to (outer, term, row of B)
+        second = a.permute(1, 2, 0).reshape(rows, outer * terms)
+        return [
+            Stage(first, axes=tuple(range(len(kernel))), leading=groups * outer),
+            Stage(pointwise(second, len(kernel)), groups=groups, trailing=b.shape[1]),
+        ]
 
 
 @cache

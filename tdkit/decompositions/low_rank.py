@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -18,6 +19,7 @@ from tdkit.fitting.low_rank import squared_singular_values, truncated_in_metric
 from tdkit.fitting.metric import Metric
 from tdkit.products import onednn
 from tdkit.products.autograd import autocast_dtype
+from tdkit.products.convolution import Stage, pointwise
 from tdkit.products.cost import DENSE, Path
 from tdkit.products.low_rank import LowRankStructure, padded_rank, padding_pays
 from tdkit.shapes import Shape
@@ -75,6 +77,15 @@ class LowRankMatrix(StructuredMatrix):
 
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.left) @ self.right
+
+    def convolutions(self, kernel: tuple[int, ...], groups: int) -> list[Stage] | None:
+        """The whole kernel to `rank` channels, then 1 x 1. Source: Denton et al. (2014)."""
+        left, right = self.factors()
+        inner, rest = divmod(right.shape[1], math.prod(kernel))
+        if rest:
+            return None
+        first = Stage(right.reshape(-1, inner, *kernel), axes=tuple(range(len(kernel))), leading=groups)
+        return [first, Stage(pointwise(left, len(kernel)), groups=groups)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from tdkit.fitting.permutations.search import search
 from tdkit.fitting.permutations.search_in_metric import search_in_metric
 from tdkit.products.autograd import reorder
 from tdkit.products.cached_tensor import CachedTensor
+from tdkit.products.convolution import Stage
 from tdkit.products.cost import FUSED, Path
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import buffers_of
@@ -84,6 +85,12 @@ class PermutedKroneckerMatrix(KroneckerMatrix):
     def rows(self, ids: Tensor) -> Tensor:
         rows = super().rows(ids if self.row_order is None else self.row_order[ids].long())
         return rows if self.column_source is None else rows.index_select(-1, self.column_source.argsort())
+
+    def convolutions(self, kernel: tuple[int, ...], groups: int) -> list[Stage] | None:
+        """Those of the Kronecker sum where nothing is reordered; None otherwise: an order mixes positions."""
+        if self.row_order is not None or self.column_source is not None:
+            return None
+        return super().convolutions(kernel, groups)
 
 
 def _in_order(size: int, device: torch.device | str | None) -> Tensor:

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdkit.errors import SourceError
+from tdkit.calibration.batches import Call, is_encoder_decoder
+from tdkit.calibration.causality import is_causal
+from tdkit.calibration.losses import next_token_logits
+from tdkit.calibration.runner import device_of
+from tdkit.errors import EvaluationError, SourceError
 from tdkit.models.sites import num_bytes, num_params
 from tdkit.sources.positions import check_positions
 from tdkit.sources.texts import windows
@@ -64,10 +68,13 @@ def evaluate(
         progress: show a progress bar; when None, only on a terminal.
 
     Raises:
+        EvaluationError: when the model does not take text, or is no causal language model, which is tested by running
+            it; the message says how to measure it.
         SourceError: when the text does not fill one window, or the context is shorter than 2 tokens or longer than
             the position table of the model.
     """
-    device = next(model.parameters()).device
+    check_language_model(model)
+    device = device_of(model)
     rows = windows(ids, context)
     if context < 2:
         raise SourceError(f"a context of {context} predicts nothing: give at least 2 tokens")
@@ -76,12 +83,13 @@ def evaluate(
     model.eval()
     loss, seconds = torch.zeros((), dtype=torch.float64), 0.0
     try:
+        _check_causal(model, rows[:1].to(device))
         with progress_bar("perplexity", len(rows), progress) as bar:
             for start in range(0, len(rows), batch):
                 chunk = rows[start : start + batch].to(device)
                 started = time.perf_counter()
                 output = model(chunk)
-                logits = output if isinstance(output, Tensor) else output.logits
+                logits = _logits(model, output, chunk)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 seconds += time.perf_counter() - started
@@ -102,6 +110,52 @@ def evaluate(
         context=context,
         tokens_per_second=rows.numel() / seconds if seconds else math.inf,
     )
+
+
+MEASURE_OTHERWISE = (
+    "measure it in Python on batches of its inputs, with labels by tdkit.evaluation.score(model, batches, metric) or "
+    "against the dense model by tdkit.evaluation.agreement(model, dense, batches)"
+)
+
+TESTED_TOKENS = 64
+
+
+def check_language_model(model: nn.Module, doing: str = "perplexity is measured on text") -> None:
+    """Check, without running it, that a model can be a causal language model.
+
+    Args:
+        doing: the beginning of the message of an error: what is done with text.
+
+    Raises:
+        EvaluationError: when it is a model of transformers that takes other inputs than text, or an encoder-decoder.
+    """
+    name, takes = type(model).__name__, getattr(model, "main_input_name", "input_ids")
+    if takes != "input_ids":
+        raise EvaluationError(f"{doing}, and {name} takes {takes}: {MEASURE_OTHERWISE}")
+    if is_encoder_decoder(model):
+        raise EvaluationError(
+            f"{doing} by a causal language model, and {name} is an encoder-decoder: {MEASURE_OTHERWISE}"
+        )
+
+
+def _check_causal(model: nn.Module, ids: Tensor) -> None:
+    call = Call((ids[:, :TESTED_TOKENS],), {})
+    _logits(model, call.run(model), call.args[0])
+    if not is_causal(lambda other: other.run(model), call):
+        raise EvaluationError(
+            f"perplexity is that of the next tokens, and {type(model).__name__} is no causal language model, because "
+            f"its logits depend on later tokens: {MEASURE_OTHERWISE}"
+        )
+
+
+def _logits(model: nn.Module, output: Any, ids: Tensor) -> Tensor:
+    logits = next_token_logits(output, Call((ids,), {}))
+    if logits is None:
+        raise EvaluationError(
+            f"{type(model).__name__} returns no logits (batch, context, vocabulary) for token ids of shape "
+            f"{tuple(ids.shape)}, so it is no causal language model: {MEASURE_OTHERWISE}"
+        )
+    return logits
 
 
 def perplexity(model: nn.Module, ids: Tensor, *, context: int = 1024, batch: int = 1) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tdkit.decompositions.base import Preference
 from tdkit.errors import PolicyError
 from tdkit.evaluation.timing import peak_bytes, side_by_side
 from tdkit.models.hosts.base import FactorizedLayer
+from tdkit.models.hosts.convolution import FactorizedConvolution
 from tdkit.models.hosts.embedding import FactorizedEmbedding
 from tdkit.models.hosts.linear import FactorizedLinear
 from tdkit.models.hosts.registered import dense_layer
@@ -24,6 +26,7 @@ from tdkit.models.sites import factorized_groups, factorized_layers, num_bytes, 
 from tdkit.models.swap import Fitted, swapping
 from tdkit.models.ties import follow_ties
 from tdkit.planning.plan import Plan
+from tdkit.shapes import by
 from tdkit.support.progress import progress_bar
 from tdkit.support.tables import table_of
 
@@ -135,7 +138,8 @@ def benchmark(
 
     Args:
         model: a model with factorised layers.
-        tokens: the numbers of tokens per call, each timed separately.
+        tokens: the numbers of tokens per call, each timed separately; of a convolution, about that many positions
+            of one image.
         train: time a forward and a backward pass instead of inference.
         prefer: as in `tdkit.prepare`; has no effect on training.
         call: a function (model, number of tokens) that runs the model and returns its output: a tensor, or an object
@@ -163,9 +167,7 @@ def benchmark(
             dense_layer = dense_model.get_submodule(names[0])
             for count in tokens:
                 bar.now(what)
-                path = layer.matrix.path(count, prefer="memory" if train else prefer).name
-                if isinstance(layer, FactorizedEmbedding):
-                    path = "rows"
+                path = _path(layer, count, "memory" if train else prefer)
                 run = _layer_call(layer, count)
                 rows.append(_row(what, len(names), count, path, dense_layer, layer, run, train, seconds, device))
                 bar.advance()
@@ -216,7 +218,8 @@ def unfitted(model: nn.Module, plan: Plan) -> nn.Module:
     for step in plan.rewritten:
         site = sites[step.name]
         assert step.decomposition is not None
-        matrix = step.decomposition.empty(site.shape, device=site.weight.device, dtype=site.weight.dtype)
+        shape = step.decomposition.shape_of(site.shape)
+        matrix = step.decomposition.empty(shape, device=site.weight.device, dtype=site.weight.dtype)
         for factor in matrix.parameters():
             values = torch.randn(factor.shape, generator=generator) * 0.02
             factor.data.copy_(values)
@@ -237,14 +240,39 @@ def _kinds(model: nn.Module) -> tuple[dict[tuple[str, bool], list[str]], list[st
     kinds: dict[tuple[str, bool], list[str]] = {}
     others = []
     for name, layer in factorized_layers(model):
-        if not isinstance(layer, FactorizedLinear | FactorizedEmbedding):
+        if not isinstance(layer, FactorizedLinear | FactorizedEmbedding | FactorizedConvolution):
             others.append(name)
             continue
-        rows, columns = layer.matrix.shape
-        what = f"{layer.replaces} {rows}x{columns} {layer.matrix.decomposition.describe()}"
+        what = f"{layer.replaces} {_shape(layer)} {layer.matrix.decomposition.describe()}"
         has_bias = getattr(layer, "bias", None) is not None
         kinds.setdefault((what, has_bias), []).append(name)
     return kinds, others
+
+
+def _shape(layer: FactorizedLayer) -> str:
+    """Format the shape of a layer's weight, with the stride and groups of a convolution."""
+    if not isinstance(layer, FactorizedConvolution):
+        return by(layer.matrix.shape)
+    shape = by((layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size))
+    stride = f", stride {by(layer.stride)}" if max(layer.stride) > 1 else ""
+    return shape + stride + (f", {layer.groups} groups" if layer.groups > 1 else "")
+
+
+def _path(layer: FactorizedLayer, tokens: int, prefer: Preference) -> str:
+    if isinstance(layer, FactorizedEmbedding):
+        return "rows"
+    if isinstance(layer, FactorizedConvolution):
+        return layer.path(_image_size(layer, tokens), prefer=prefer)
+    return layer.matrix.path(tokens, prefer=prefer).name
+
+
+def _image_size(layer: FactorizedConvolution, positions: int) -> tuple[int, ...]:
+    """The size (1, in, *spatial) of an image for which a convolution has about that many positions."""
+    side = math.ceil(positions ** (1 / len(layer.kernel_size)))
+    axes = zip(layer.stride, layer.dilation, layer.kernel_size, strict=True)
+    least = [step * (kernel - 1) + 1 for _, step, kernel in axes]
+    stride = (1,) * len(least) if layer.transposed else layer.stride
+    return 1, layer.in_channels, *(max(low, side * each) for low, each in zip(least, stride, strict=True))
 
 
 def _layer_call(layer: FactorizedLayer, tokens: int) -> Callable[[nn.Module], object]:
@@ -252,7 +280,10 @@ def _layer_call(layer: FactorizedLayer, tokens: int) -> Callable[[nn.Module], ob
     if isinstance(layer, FactorizedEmbedding):
         ids = torch.randint(layer.num_embeddings, (1, tokens), device=of.device)
         return lambda module: module(ids)
-    x = torch.randn(1, tokens, layer.matrix.shape[1], device=of.device, dtype=of.dtype)
+    size = (
+        _image_size(layer, tokens) if isinstance(layer, FactorizedConvolution) else (1, tokens, layer.matrix.shape[1])
+    )
+    x = torch.randn(size, device=of.device, dtype=of.dtype)
     return lambda module: module(x.detach().requires_grad_(torch.is_grad_enabled()))
 
 

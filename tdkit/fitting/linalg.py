@@ -29,32 +29,37 @@ def principal(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The leading right singular vectors and singular values of `matrix`, from its Gram matrix (n, n).
 
     Args:
-        matrix: (m, n) float64; fastest for n <= m.
+        matrix: (*batch, m, n) float64; fastest for n <= m.
         rank: how many to return, 1 <= rank <= n.
 
     Returns:
-        Vectors (n, rank) with orthonormal columns, and values (rank,), descending and non-negative.
+        Vectors (*batch, n, rank) with orthonormal columns, and values (*batch, rank), descending and non-negative.
     """
     if _lanczos_pays(matrix, rank):
         array: np.ndarray = matrix.numpy()
         vectors, squares = _lanczos(lambda v: array.T @ (array @ v), matrix.shape[1], rank)
     else:
-        vectors, squares = leading(matrix.T @ matrix, rank)
+        vectors, squares = leading(matrix.mT @ matrix, rank)
     return vectors, squares.clamp_min(0).sqrt()
 
 
 def leading(symmetric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The leading eigenvectors (n, rank) and eigenvalues (rank,), descending, of a symmetric float64 matrix (n, n)."""
+    """The leading eigenvectors (*batch, n, rank) and eigenvalues (*batch, rank), descending.
+
+    Args:
+        symmetric: (*batch, n, n) float64.
+        rank: 1 <= rank <= n.
+    """
     if _lanczos_pays(symmetric, rank):
         array: np.ndarray = symmetric.numpy()
         return _lanczos(lambda v: array @ v, symmetric.shape[0], rank)
     values, vectors = torch.linalg.eigh(symmetric)
-    return vectors[:, -rank:].flip(1), values[-rank:].flip(0)
+    return vectors[..., -rank:].flip(-1), values[..., -rank:].flip(-1)
 
 
 def _lanczos_pays(matrix: Tensor, rank: int) -> bool:
-    n = matrix.shape[1]
-    return n >= LANCZOS_SIDE and rank <= LANCZOS_SHARE * n and matrix.device.type == "cpu"
+    n = matrix.shape[-1]
+    return matrix.ndim == 2 and n >= LANCZOS_SIDE and rank <= LANCZOS_SHARE * n and matrix.device.type == "cpu"
 
 
 def _lanczos(product: Callable[[np.ndarray], np.ndarray], n: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -84,21 +89,21 @@ def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     matrix is projected onto the singular vectors of its smaller side, so that the product is exact at full rank.
 
     Args:
-        matrix: (m, n), any float dtype.
+        matrix: (*batch, m, n), any float dtype.
         rank: 1 <= rank <= min(m, n).
 
     Returns:
-        left (m, rank) and right (rank, n), float64.
+        left (*batch, m, rank) and right (*batch, rank, n), float64.
 
     Source: Eckart and Young (1936).
     """
     matrix = working(matrix)
-    if matrix.shape[1] > matrix.shape[0]:
-        right, left = truncated(matrix.T, rank)
-        return left.T, right.T
+    if matrix.shape[-1] > matrix.shape[-2]:
+        right, left = truncated(matrix.mT, rank)
+        return left.mT, right.mT
     vectors, values = principal(matrix, rank)
-    root = values.clamp_min(values.max() * 1e-8 + torch.finfo(values.dtype).tiny).sqrt()
-    return (matrix @ vectors) / root, vectors.T * root[:, None]
+    root = values.maximum(values[..., :1] * 1e-8 + torch.finfo(values.dtype).tiny).sqrt()
+    return (matrix @ vectors) / root[..., None, :], vectors.mT * root[..., :, None]
 
 
 def orthogonal_split(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

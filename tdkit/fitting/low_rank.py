@@ -19,12 +19,12 @@ def truncated_in_metric(weight: Tensor, rank: int, metric: Metric) -> tuple[Tens
     computed. Each factor gets the square roots of the singular values.
 
     Args:
-        weight: (out, in), any float dtype.
+        weight: (out, in), or a stack (members, out, in) whose members are approximated each; any float dtype.
         rank: 1 <= rank <= min(out, in).
         metric: S and C; with neither, the fit is that of the Frobenius norm.
 
     Returns:
-        left (out, rank) and right (rank, in), float64.
+        left (out, rank) and right (rank, in), or (members, out, rank) and (members, rank, in); float64.
 
     Sources: Eckart and Young (1936); input whitening, Wang et al., SVD-LLM (2024), section 3.1.
     """
@@ -34,18 +34,25 @@ def truncated_in_metric(weight: Tensor, rank: int, metric: Metric) -> tuple[Tens
     gram = _whitened_gram(weight, metric)
     vectors, squares = leading(gram.matrix, rank)
     tiny = torch.finfo(squares.dtype).tiny
-    level = squares.clamp_min(float(squares[0]) * 1e-16 + tiny) ** 0.25
+    level = (squares.maximum(squares[..., :1] * 1e-16 + tiny) ** 0.25)[..., None, :]
     out = times_left(gram.inverse, vectors) * level
     kept = times_left(gram.root, vectors) / level
     if gram.transposed:
-        return weight @ kept, out.T
-    return out, kept.T @ weight
+        return weight @ kept, out.mT
+    return out, kept.mT @ weight
 
 
 def squared_singular_values(weight: Tensor, metric: Metric) -> Tensor:
-    """The squared singular values of S^(1/2) W C^(1/2) for a weight W (out, in), descending, float64."""
+    """The squared singular values of S^(1/2) W C^(1/2), descending, float64.
+
+    Args:
+        weight: (\\*members, out, in).
+
+    Returns:
+        (\\*members, min(out, in)).
+    """
     values: Tensor = torch.linalg.eigvalsh(_whitened_gram(working(weight), metric).matrix)
-    return values.flip(0).clamp_min(0)
+    return values.flip(-1).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,11 @@ class _WhitenedGram:
 
 
 def _whitened_gram(weight: Tensor, metric: Metric) -> _WhitenedGram:
-    transposed = weight.shape[0] > weight.shape[1]
+    transposed = weight.shape[-2] > weight.shape[-1]
     near, far = metric.ridged_output(), metric.ridged_input()
     if transposed:
-        weight, near, far = weight.T, far, near
+        weight, near, far = weight.mT, far, near
     root, inverse = root_and_inverse(near.to(weight.device)) if near is not None else (None, None)
-    gram = times_right(weight, far) @ weight.T
+    gram = times_right(weight, far) @ weight.mT
     gram = times_right(times_left(root, gram), root)
-    return _WhitenedGram((gram + gram.T) / 2, root, inverse, transposed)
+    return _WhitenedGram((gram + gram.mT) / 2, root, inverse, transposed)

@@ -26,24 +26,33 @@ class Metric:
     negative counts as absent; one that is not finite raises a `CalibrationError` when it is used. `squared_error` is
     the objective of every calibrated fit.
 
+    The metric of a stack of matrices, such as the experts of a layer, has moments (members, n, n), one for each
+    member; errors are then sums over the members.
+
     Attributes:
-        input: C = E[x x^T], (in, in), or its diagonal (in,); any float dtype.
-        output: S = E[g g^T], (out, out), or its diagonal (out,), such as the token frequencies of an embedding.
+        input: C = E[x x^T], (in, in), or its diagonal (in,), or (members, in, in) of a stack; any float dtype.
+        output: S = E[g g^T], (out, out), or its diagonal (out,), such as the token frequencies of an embedding, or
+            (members, out, out) of a stack.
     """
 
     input: Tensor | None = None
     output: Tensor | None = None
 
+    def of(self, members: int | slice) -> Metric:
+        """The metric of one member of a stack, or of some of them; one without moments (members, n, n) is unchanged."""
+        sides = (m if m is None or m.ndim < 3 else m[members] for m in (self.input, self.output))
+        return Metric(*sides)
+
     def ridged_input(self) -> Tensor | None:
-        """C plus its ridge, float64, (in, in) or (in,); None if it is absent."""
+        """C plus its ridge, float64, in its shape; None if it is absent."""
         return ridged(self.input, INPUT_RIDGE)
 
     def ridged_output(self) -> Tensor | None:
-        """S plus its ridge, float64, (out, out) or (out,); None if it is absent."""
+        """S plus its ridge, float64, in its shape; None if it is absent."""
         return ridged(self.output, OUTPUT_RIDGE)
 
     def squared_error(self, difference: Tensor) -> float:
-        """tr(S D C D^T) for the difference D = W - What, (out, in), any float dtype."""
+        """tr(S D C D^T) for the difference D = W - What, (out, in) or (members, out, in), any float dtype."""
         difference = working(difference)
         return max(float((difference * self.weighted(difference)).sum()), 0.0)
 
@@ -58,7 +67,7 @@ class Metric:
         return Metric(_reordered(self.input, columns), _reordered(self.output, rows))
 
     def weighted(self, matrix: Tensor) -> Tensor:
-        """S D C for a matrix D (out, in), with its dtype and device."""
+        """S D C for a matrix D (out, in) or a stack (members, out, in), with its shape, dtype and device."""
         return times_right(times_left(self.ridged_output(), matrix), self.ridged_input())
 
 
@@ -72,25 +81,28 @@ def _reordered(moment: Tensor | None, order: Tensor) -> Tensor | None:
 def ridged(moment: Tensor | None, share: float) -> Tensor | None:
     """`moment` plus `share` times its mean diagonal, float64; None if it is absent or its trace is not positive.
 
+    In a stack (members, n, n) each gets its own ridge, and one whose trace is not positive becomes the identity.
+
     Raises:
         CalibrationError: if the diagonal is not finite.
     """
     if moment is None:
         return None
     moment = working(moment)
-    diagonal = moment if moment.ndim == 1 else moment.diagonal()
-    ridge = share * diagonal.mean()
-    if not bool(torch.isfinite(ridge)):
+    diagonal = moment if moment.ndim == 1 else moment.diagonal(dim1=-2, dim2=-1)
+    ridge = share * diagonal.mean(-1, keepdim=True)
+    if not bool(torch.isfinite(ridge).all()):
         raise CalibrationError(
-            f"a second moment of {len(diagonal)} features holds NaN or infinite values: calibrate on batches whose "
-            "activations and gradients are finite"
+            f"a second moment of {diagonal.shape[-1]} features holds NaN or infinite values: calibrate on batches "
+            "whose activations and gradients are finite"
         )
-    if not bool(ridge > 0):
+    present = ridge > 0
+    if not bool(present.any()):
         return None
     if moment.ndim == 1:
         return moment.clamp_min(0) + ridge
-    raised = (moment + moment.T) / 2
-    raised.diagonal().add_(ridge)
+    raised = (moment + moment.mT) / 2 * present[..., None]
+    raised.diagonal(dim1=-2, dim2=-1).add_(ridge.where(present, torch.ones_like(ridge)))
     return raised
 
 
@@ -98,7 +110,7 @@ def root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
     """The symmetric square root of a moment, and the inverse of that root.
 
     Args:
-        moment: (n, n), positive definite, or its diagonal (n,); float64.
+        moment: (*batch, n, n), positive definite, or its diagonal (n,); float64.
 
     Returns:
         Root and inverse root, each of the shape of `moment`. Eigenvalues below 1e-12 times the largest, which come
@@ -107,8 +119,8 @@ def root_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
     if moment.ndim == 1:
         return moment.sqrt(), moment.rsqrt()
     values, vectors = torch.linalg.eigh(moment)
-    values = values.clamp_min(float(values[-1]) * 1e-12)
-    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+    values = values.maximum(values[..., -1:] * 1e-12)[..., None, :]
+    return (vectors * values.sqrt()) @ vectors.mT, (vectors * values.rsqrt()) @ vectors.mT
 
 
 def extended(moment: Tensor, extra: int, value: float) -> Tensor:
@@ -139,7 +151,7 @@ def factor_and_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def times_left(moment: Tensor | None, matrix: Tensor) -> Tensor:
-    """``moment @ matrix``, for a moment that is a matrix, a diagonal or None (the identity)."""
+    """``moment @ matrix``, for a moment that is a matrix, a stack, a diagonal or None (the identity)."""
     if moment is None:
         return matrix
     moment = moment.to(matrix)
@@ -147,7 +159,7 @@ def times_left(moment: Tensor | None, matrix: Tensor) -> Tensor:
 
 
 def times_right(matrix: Tensor, moment: Tensor | None) -> Tensor:
-    """``matrix @ moment``, for a moment that is a matrix, a diagonal or None (the identity)."""
+    """``matrix @ moment``, for a moment that is a matrix, a stack, a diagonal or None (the identity)."""
     if moment is None:
         return matrix
     moment = moment.to(matrix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -48,6 +48,10 @@ class User:
         """The module that has the layer's name now."""
         return self.model.get_submodule(self.layer)
 
+    def is_of(self, types: Collection[str]) -> bool:
+        """Returns whether the class of the layer, or one that it is derived from, has one of these names."""
+        return self.kind in types or any(base.__name__ in types for base in type(self.module).__mro__)
+
     @property
     def tensor(self) -> Tensor:
         """The weight as a view (out, in) or (out, in, *kernel)."""
@@ -62,11 +66,13 @@ class Site:
         users: the layers, in the model's order.
         shape: (out, in) or (out, in, *kernel).
         stored: the number of parameters that vanish with the weight, if not those of `shape`.
+        stacked: whether the weight is a stack of matrices (members, out, in), such as those of experts.
     """
 
     users: tuple[User, ...]
     shape: Shape
     stored: int | None = None
+    stacked: bool = False
 
     @property
     def name(self) -> str:
@@ -91,6 +97,11 @@ class Site:
         """The layer types of the users, as used in rules."""
         return tuple(user.kind for user in self.users)
 
+    @property
+    def multiply_adds(self) -> int:
+        """The multiply-adds of the dense weight for one row of the input, which meets one member of a stack."""
+        return math.prod(self.shape[self.stacked :])
+
     def multiplications(self) -> int:
         """Returns the sum of `User.multiplications` over the users; look-ups count as 0."""
         return sum(user.multiplications for user in self.users)
@@ -105,20 +116,35 @@ class Untouchable:
         kind: the type of the layer.
         params: the number of parameters of the weight; 0 while it is uninitialised.
         reason: why it cannot be factorised.
+        shape: as the layer stores it; empty while it is uninitialised.
+        others: the names of the other layers that share it.
     """
 
     name: str
     kind: str
     params: int
     reason: str
+    shape: Shape = ()
+    others: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.others)
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The weights of a model: those that can be factorised and those that cannot."""
+    """The weights of a model.
+
+    Attributes:
+        sites: the weights that can be factorised.
+        untouchable: the weights that cannot.
+        factorized: the names of the weights that are factorised already, each once.
+    """
 
     sites: tuple[Site, ...]
     untouchable: tuple[Untouchable, ...]
+    factorized: tuple[str, ...] = ()
 
 
 def survey(model: nn.Module) -> Survey:
@@ -142,12 +168,16 @@ def survey(model: nn.Module) -> Survey:
         name, module, attribute = found[0]
         if reason is None:
             shape, stored = tuple(users[0].tensor.shape), users[0].host.params(module, attribute)
-            sites.append(Site(users, shape, None if stored == math.prod(shape) else stored))
+            stacked = users[0].host.stacked(module, attribute)
+            sites.append(Site(users, shape, None if stored == math.prod(shape) else stored, stacked))
         else:
             parameter = getattr(module, attribute)
-            params = 0 if is_lazy(parameter) else parameter.numel()
-            untouchable.append(Untouchable(weight_name(name, attribute), type(module).__name__, params, reason))
-    return Survey(tuple(sites), tuple(untouchable))
+            shape = () if is_lazy(parameter) else tuple(parameter.shape)
+            first, *others = (weight_name(layer, weight) for layer, _, weight in found)
+            params = math.prod(shape) if shape else 0
+            untouchable.append(Untouchable(first, type(module).__name__, params, reason, shape, tuple(others)))
+    factorized = tuple(users[0].name for _, users in factorized_groups(model))
+    return Survey(tuple(sites), tuple(untouchable), factorized)
 
 
 def weight_name(layer: str, weight: str) -> str:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tdkit.errors import PolicyError, TdkitError
+from tdkit.models.sites import Untouchable
 from tdkit.planning.step import Step
-from tdkit.shapes import by
-from tdkit.support.tables import render, table_of
+from tdkit.planning.table import plan_table
+from tdkit.support.tables import render
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
-FORMAT_VERSION = 1
-GROUP_ABOVE = 40  # longer plans show similar layers of different depth in one row
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -27,20 +29,42 @@ class Plan:
         steps: one per weight matrix, in the model's order; includes those that stay dense.
         params_before: parameters of the dense model, tied weights counted once.
         params_after: parameters of the compressed model, tied weights counted once.
-        kept: maps the name of each layer that tdkit cannot rewrite to the reason.
+        untouchable: the weights that tdkit cannot rewrite, with size and reason.
         budget: the budget of the policy, params after / params before; None when it has none.
+        warnings: what the plan does that may not be meant, such as layers of which little is left.
     """
 
     steps: tuple[Step, ...]
     params_before: int
     params_after: int
-    kept: Mapping[str, str]
+    untouchable: tuple[Untouchable, ...] = ()
     budget: float | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
         """Params after / params before of the whole model."""
         return self.params_after / self.params_before if self.params_before else 1.0
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Maps the name of each weight that tdkit cannot rewrite to the reason."""
+        return {weight.name: weight.reason for weight in self.untouchable}
+
+    @property
+    def weights(self) -> int:
+        """Number of parameters in tensors of two or more dimensions, tied ones counted once, without factors."""
+        return sum(step.params_before for step in self.steps) + sum(weight.params for weight in self.untouchable)
+
+    @property
+    def share_rewritable(self) -> float:
+        """Share of `weights` in tensors that tdkit can rewrite."""
+        return sum(step.params_before for step in self.steps) / self.weights if self.weights else 1.0
+
+    @property
+    def share_rewritten(self) -> float:
+        """Share of `weights` in tensors that the plan replaces."""
+        return sum(step.params_before for step in self.rewritten) / self.weights if self.weights else 0.0
 
     @property
     def rewritten(self) -> tuple[Step, ...]:
@@ -71,7 +95,19 @@ class Plan:
             "params_before": self.params_before,
             "params_after": self.params_after,
             "steps": [step.to_dict() for step in self.steps],
-            "kept": dict(self.kept),
+            "kept": {
+                weight.name: {
+                    "kind": weight.kind,
+                    "shape": list(weight.shape),
+                    "reason": weight.reason,
+                    "others": list(weight.others),
+                }
+                for weight in self.untouchable
+            },
+            "weights": self.weights,
+            "share_rewritable": self.share_rewritable,
+            "share_rewritten": self.share_rewritten,
+            "warnings": list(self.warnings),
         }
 
     def to_json(self) -> str:
@@ -98,9 +134,15 @@ class Plan:
                 steps.append(Step.from_dict(step, f"step {number}"))
             except TdkitError as error:
                 faults.append(str(error) if isinstance(error, PolicyError) else f"step {number}: {error}")
+        try:
+            untouchable = _untouchable_of(form["kept"])
+        except PolicyError as error:
+            faults.append(str(error))
         if faults:
             raise PolicyError("not a tdkit plan:\n" + "\n".join(faults))
-        return cls(tuple(steps), form["params_before"], form["params_after"], dict(form["kept"]), form.get("budget"))
+        warnings = tuple(str(text) for text in form.get("warnings", ()))
+        sizes = form["params_before"], form["params_after"]
+        return cls(tuple(steps), *sizes, untouchable, form.get("budget"), warnings)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -110,11 +152,18 @@ class Plan:
             raise PolicyError(f"not a tdkit plan: {error}") from None
 
     def summary(self) -> str:
-        """Returns one line with the parameters before and after, the ratio and the budget."""
+        """Returns two lines: the share of the weights that is rewritten, and the size of the whole model."""
+        rewritten = sum(step.params_before for step in self.rewritten)
+        after = sum(step.params_after for step in self.rewritten)
+        unknown = sum(not weight.params for weight in self.untouchable)
         asked = f", budget {self.budget:g}" if self.budget is not None else ""
         return (
-            f"{self.params_before:,} -> {self.params_after:,} params (ratio {self.ratio:.4f}{asked}), "
-            f"{len(self.rewritten)} of {len(self.steps)} matrices rewritten"
+            f"of {self.weights:,} weights {percent(self.share_rewritable)} can be rewritten: "
+            f"{percent(self.share_rewritten)} are ({rewritten:,} -> {after:,}), "
+            f"{percent(1 - self.share_rewritten, up=True)} are kept ({self.weights - rewritten:,})"
+            + (f", and {unknown} tensors of unknown size are kept" if unknown else "")
+            + f"\n{self.params_before:,} -> {self.params_after:,} params (ratio {self.ratio:.4f}{asked}), "
+            f"{len(self.rewritten)} of {len(self.steps) + len(self.untouchable)} tensors rewritten"
         )
 
     def table(self, *, every: bool = False) -> Table:
@@ -126,89 +175,46 @@ class Plan:
             every: one row per layer even in a long plan; otherwise layers that differ only in their depth
                 and have the same shape and decomposition share a row, with the range of their ranks.
         """
-        columns = ["layer", "shape", "becomes", "params", "of dense", "multiply-adds / token", "path at 1 | 512 tokens"]
-        with_error = any(step.error is not None for step in self.steps)
-        with_loss = any(step.loss is not None for step in self.steps)
-        with_choice = any(step.runner_up is not None for step in self.steps)
-        extra = {"relative error": with_error, "loss, estimated": with_loss, "runner-up": with_choice}
-        shown = [len(columns) + i for i, wanted in enumerate(extra.values()) if wanted]
-        table = table_of(self.summary(), [*columns, *(name for name, wanted in extra.items() if wanted)])
-        table.columns[2].justify = "left"
-        one_by_one = every or len(self.steps) <= GROUP_ABOVE
-        for group in [[s] for s in self.steps] if one_by_one else _groups(self.steps):
-            row = _row(group)
-            cells = [*row[: len(columns)], *(row[i] for i in shown)]
-            table.add_row(*cells, style=None if group[0].decomposition else "dim")
-        for name, reason in self.kept.items():
-            table.add_row(name, "", f"kept: {reason}", *[""] * (len(table.columns) - 3), style="dim")
-        return table
+        return plan_table(self.steps, self.untouchable, every=every)
 
-    def __rich__(self) -> Table:
-        return self.table()
+    def report(self, *, every: bool = False) -> Group:
+        """Returns what a plan prints: its summary, table and warnings.
+
+        Args:
+            every: as in `table`.
+        """
+        from rich.console import Group
+        from rich.text import Text
+
+        warnings = [Text(f"warning: {text}", style="yellow") for text in self.warnings]
+        return Group(Text(self.summary(), style="bold"), self.table(every=every), *warnings)
+
+    def __rich__(self) -> Group:
+        return self.report()
 
     def __str__(self) -> str:
-        return render(self.table())
+        return render(self.report())
 
 
-def _row(group: Sequence[Step]) -> list[str]:
-    first = group[0]
-    before, after = sum(s.params_before for s in group), sum(s.params_after for s in group)
-    adds_before = sum(s.multiply_adds_before for s in group)
-    adds_after = sum(s.multiply_adds_after for s in group)
-    indices = sum(s.indices for s in group)
-    params = f"{before:,}" if before == after else f"{before:,} -> {after:,}"
-    errors = [s.error for s in group if s.error is not None]
-    losses = [s.loss for s in group if s.loss is not None]
-    return [
-        _common_name(group) + (f" ({len(group)} layers)" if len(group) > 1 else ""),
-        by(first.shape),
-        _becomes(group),
-        params + (f" (+{indices:,} indices)" if indices else ""),
-        f"{after / before:.1%}" if before else "",
-        f"{adds_before:,}" if adds_before == adds_after else f"{adds_before:,} -> {adds_after:,}",
-        _paths(group),
-        f"{sum(errors) / len(errors):.4f}" if errors else "",
-        f"{sum(losses):.3g}" if losses else "",
-        (first.runner_up or "") if len(group) == 1 else "",
-    ]
+def percent(share: float, *, up: bool = False) -> str:
+    """Format a share with one decimal, rounded down, or `up`, so that 100.0% and 0.0% are exact."""
+    tenths = round(share * 1000, 6)  # of floating-point noise
+    return f"{(math.ceil(tenths) if up else math.floor(tenths)) / 10:.1f}%"
 
 
-def _paths(group: Sequence[Step]) -> str:
-    """Format the paths at 1 and at 512 tokens, as one if they are equal; lists all where the steps differ."""
-    found = [" or ".join(dict.fromkeys(step.paths[k] for step in group if step.paths)) for k in (0, 1)]
-    return found[0] if found[0] == found[1] else " | ".join(found)
-
-
-def _becomes(group: Sequence[Step]) -> str:
-    """Format the decomposition with its options, or with their ranges where they differ within the group."""
-    first = group[0].decomposition
-    if first is None:
-        return f"kept: {group[0].reason}"
-    others = [step.decomposition.options() for step in group if step.decomposition is not None]
-    if all(options == others[0] for options in others):
-        return first.describe()
-    ranges = []
-    for option in others[0]:
-        values: list[Any] = [options.get(option) for options in others]
-        if all(value == values[0] for value in values):
-            ranges.append(f"{option}={'x'.join(map(str, values[0])) if isinstance(values[0], list) else values[0]}")
-        elif all(isinstance(value, int) for value in values):
-            ranges.append(f"{option}={min(values)}..{max(values)}")
-        else:
-            ranges.append(f"{option} varies")
-    return f"{first.name}({', '.join(ranges)})"
-
-
-def _groups(steps: Sequence[Step]) -> list[list[Step]]:
-    groups: dict[tuple[object, ...], list[Step]] = {}
-    for step in steps:
-        pattern = tuple("*" if part.isdigit() else part for part in step.name.split("."))
-        key = (pattern, step.shape, step.decomposition.name if step.decomposition else None, step.reason)
-        groups.setdefault(key, []).append(step)
-    return list(groups.values())
-
-
-def _common_name(group: Sequence[Step]) -> str:
-    if len(group) == 1:
-        return " = ".join(group[0].names)
-    return ".".join("*" if part.isdigit() else part for part in group[0].name.split("."))
+def _untouchable_of(kept: Mapping[str, Any]) -> tuple[Untouchable, ...]:
+    """Returns the weights that cannot be rewritten; version 1 wrote their reasons alone."""
+    found, faults = [], []
+    for name, entry in kept.items():
+        if isinstance(entry, str):
+            found.append(Untouchable(name, "", 0, entry))
+            continue
+        try:
+            shape, others = tuple(entry["shape"]), tuple(entry["others"])
+            params = math.prod(shape) if shape else 0
+            found.append(Untouchable(name, entry["kind"], params, entry["reason"], shape, others))
+        except (KeyError, TypeError):
+            faults.append(f"kept '{name}': {entry!r} must have kind, shape, reason and others")
+    if faults:
+        raise PolicyError("\n".join(faults))
+    return tuple(found)

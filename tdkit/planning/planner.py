@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
-from tdkit.calibration.calibration import Batch, Calibration
+from tdkit.calibration.batches import Batch
+from tdkit.calibration.calibration import Calibration, Loss
 from tdkit.calibration.losses import Labels
 from tdkit.calibration.measure import measured, text_batches
 from tdkit.calibration.runner import Runner
 from tdkit.decompositions.base import FactorizedMatrix
-from tdkit.errors import BudgetError
+from tdkit.decompositions.stacks import FactorizedStack
+from tdkit.errors import BudgetError, CalibrationError
+from tdkit.models.hosts.base import Host
+from tdkit.models.hosts.registered import builder_of
 from tdkit.models.sites import Site, factorized_groups, num_params, survey
 from tdkit.planning.allocation import Choice
 from tdkit.planning.allocators import Request, allocate
@@ -20,6 +25,8 @@ from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
 from tdkit.planning.step import Step
+from tdkit.planning.warnings import warnings_of, warnings_of_applied
+from tdkit.products.cost import DENSE
 from tdkit.support.compatibility import uncompiled
 from tdkit.support.processes import failing_together
 
@@ -29,6 +36,7 @@ def plan(
     policy: Policy,
     *,
     calibration: Calibration | Iterable[Batch] | str | Path | None = None,
+    loss: Loss | None = None,
     progress: bool | None = None,
 ) -> Plan:
     """Returns the plan of `policy` for `model`, without changing the model.
@@ -38,6 +46,7 @@ def plan(
         policy: the rules and the budget.
         calibration: a result of `calibrate`, or batches or the name of a text to calibrate on. With gradients, the
             budget is allocated by estimated loss, for which the error curve of every layer is computed.
+        loss: a function (model output, batch) -> scalar tensor for the batches; see `calibrate`.
         progress: show a progress bar; when None, only on a terminal.
 
     Raises:
@@ -47,13 +56,14 @@ def plan(
         CalibrationError: as `calibrate`.
     """
     resolved = resolve(model, policy)
-    return planned(resolved, calibrated(resolved, calibration, progress=progress), progress=progress)
+    return planned(resolved, calibrated(resolved, calibration, loss=loss, progress=progress), progress=progress)
 
 
 def calibrated(
     resolved: Resolved,
     given: Calibration | Iterable[Batch] | str | Path | None,
     *,
+    loss: Loss | None = None,
     labels: Labels = "data",
     progress: bool | None = None,
 ) -> Calibration | None:
@@ -62,15 +72,22 @@ def calibrated(
     Returns None when nothing is given or no site is to be rewritten.
 
     Args:
-        labels: as in `calibrate`.
+        loss, labels: as in `calibrate`.
+
+    Raises:
+        CalibrationError: when there is a `loss` and no batches to apply it to; else as `calibrate`.
     """
+    if loss is not None and (given is None or isinstance(given, Calibration)):
+        what = "there are none" if given is None else "the calibration has been measured with a loss already"
+        raise CalibrationError(f"loss= is for the batches of calibration=, and {what}: give batches, or leave it out")
     if given is None or isinstance(given, Calibration):
         return given
     sites = resolved.rewritten
     if not sites:
         return None
     batches = text_batches(given, None) if isinstance(given, str | Path) else given
-    return measured(Runner(resolved.model, gradients=True, labels=labels), sites, batches, progress=progress)
+    runner = Runner(resolved.model, gradients=True, loss=loss, labels=labels)
+    return measured(runner, sites, batches, progress=progress)
 
 
 def planned(resolved: Resolved, calibration: Calibration | None = None, *, progress: bool | None = None) -> Plan:
@@ -93,7 +110,8 @@ def planned(resolved: Resolved, calibration: Calibration | None = None, *, progr
         steps.append(_step(site, choice, policy.allow_growth))
     before = num_params(resolved.model)
     after = before - sum(s.params_before - s.params_after for s in steps)
-    return Plan(tuple(steps), before, after, {u.name: u.reason for u in resolved.survey.untouchable}, policy.budget)
+    made = Plan(tuple(steps), before, after, resolved.survey.untouchable, policy.budget)
+    return replace(made, warnings=warnings_of(made, resolved))
 
 
 def applied_plan(model: nn.Module) -> Plan:
@@ -103,6 +121,8 @@ def applied_plan(model: nn.Module) -> Plan:
     for matrix, users in factorized_groups(model):
         size = matrix.shape[0] * matrix.shape[1]
         times = sum(user.multiplications for user in users)
+        computed = _computed((builder_of(user.module), user.module, user.weight) for user in users)
+        dense_adds = size // (matrix.sizes[0] if isinstance(matrix, FactorizedStack) else 1)
         steps.append(
             Step(
                 names=tuple(user.name for user in users),
@@ -113,17 +133,19 @@ def applied_plan(model: nn.Module) -> Plan:
                 params_before=size,
                 params_after=matrix.params,
                 indices=matrix.indices,
-                multiply_adds_before=times * size,
-                multiply_adds_after=times * matrix.multiply_adds(),
+                multiply_adds_before=times * dense_adds,
+                multiply_adds_after=times * (dense_adds if computed == DENSE else matrix.multiply_adds()),
                 error=matrix.error,
-                paths=_paths_of(matrix) if times else None,
+                paths=_paths_of(matrix) if times and computed != DENSE else None,
+                computed=computed,
             )
         )
     found = survey(model)
     steps += [_step(site, Choice(None, "dense"), allow_growth=False) for site in found.sites]
     after = num_params(model)
     before = after + sum(s.params_before - s.params_after for s in steps)
-    return Plan(tuple(steps), before, after, {u.name: u.reason for u in found.untouchable})
+    made = Plan(tuple(steps), before, after, found.untouchable)
+    return replace(made, warnings=warnings_of_applied(made, model))
 
 
 def _choose(
@@ -147,9 +169,12 @@ def _choose(
         available = int(policy.budget * whole) - elsewhere
         place = f"policy budget={policy.budget}"
         if available <= 0:
+            lost = sum(weight.params for weight in resolved.survey.untouchable) / whole
             raise BudgetError(
                 f"{place} cannot be met: what the open rules do not match already holds "
                 f"{elsewhere / whole:.3f} of the parameters"
+                + (f", {lost:.3f} in weights that cannot be rewritten" if lost else "")
+                + ": raise the budget or match more layers"
             )
         choices |= allocate(policy.allocation, Request(sites, available, place, calibration, progress))
     return choices
@@ -157,7 +182,7 @@ def _choose(
 
 def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
     kind, reason = choice.decomposition, choice.reason
-    params, indices, multiply_adds, paths = site.params, 0, site.params, None
+    params, indices, multiply_adds, paths, computed = site.params, 0, site.multiply_adds, None, None
     times = site.multiplications()
     if kind is not None:
         matrix = kind.empty(kind.shape_of(site.shape), device="meta")
@@ -167,6 +192,9 @@ def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
         else:
             params, indices, multiply_adds = matrix.params, matrix.indices, matrix.multiply_adds()
             paths = _paths_of(matrix) if times else None
+            computed = _computed((user.host, user.module, user.weight) for user in site.users)
+            if computed == DENSE:
+                multiply_adds, paths = site.multiply_adds, None
     return Step(
         names=site.names,
         kinds=site.kinds,
@@ -176,17 +204,24 @@ def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
         params_before=site.params,
         params_after=params,
         indices=indices,
-        multiply_adds_before=times * site.params,
+        multiply_adds_before=times * site.multiply_adds,
         multiply_adds_after=times * multiply_adds,
         loss=None if choice.error is None else choice.error / 2,
         runner_up=None
         if kind is None or choice.runner_up is None
         else f"{choice.runner_up.decomposition.describe()}: {choice.runner_up.error / 2:.3g}",
         paths=paths,
+        computed=computed,
     )
+
+
+def _computed(users: Iterable[tuple[Host, nn.Module, str]]) -> str:
+    """Returns 'dense' if every user builds the dense weight, and 'by factors' otherwise."""
+    return DENSE if all(host.computed(module, weight) == DENSE for host, module, weight in users) else "by factors"
 
 
 def _paths_of(matrix: FactorizedMatrix) -> tuple[str, str]:
     """Returns the names of the paths with the least estimated time for 1 and for 512 tokens."""
-    few, many = (min(matrix.paths(tokens), key=lambda path: path.seconds()) for tokens in (1, 512))
+    paths = matrix.member_paths if isinstance(matrix, FactorizedStack) else matrix.paths
+    few, many = (min(paths(tokens), key=lambda path: path.seconds()) for tokens in (1, 512))
     return few.name, many.name

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
+from tdkit.decompositions.base import Decomposition
+from tdkit.decompositions.stacked import Stacked, stacked
 from tdkit.errors import OptionError, PolicyError
 from tdkit.models.sites import Site, Survey, survey, uninitialized
-from tdkit.planning.allocation import Choice, OpenSite
+from tdkit.planning.allocation import FLOOR, Choice, OpenSite
 from tdkit.planning.plan import Plan
-from tdkit.planning.policy import Policy, Rule
+from tdkit.planning.policy import Policy
+from tdkit.planning.rule import Rule
 from tdkit.planning.step import Step
-from tdkit.shapes import by
+from tdkit.shapes import Shape, by
 from tdkit.support.compatibility import uncompiled
 
 
@@ -26,7 +29,8 @@ class Resolved:
         survey: the weights of the model.
         policy: the policy; None when a plan was given.
         rules: by site name, the rule that applies to the site.
-        fixed: by site name, the choices of rules whose decomposition has its rank set.
+        fixed: by site name, the choices that need no budget: of rules whose decomposition has its rank set, and of
+            weights that cannot become smaller.
         open: the sites whose rank is chosen from a budget. The key is the index of the rule whose own budget applies,
             or None for the budget of the policy.
         plan: the plan to follow; None when there is none yet.
@@ -45,7 +49,8 @@ class Resolved:
         """The sites that are to be replaced by a decomposition."""
         if self.plan is not None:
             return tuple(site for _, site in self.pairs(self.plan))
-        names = {name for name, rule in self.rules.items() if not rule.keep}
+        settled = {name for name, choice in self.fixed.items() if choice.decomposition is None}
+        names = {name for name, rule in self.rules.items() if not rule.keep} - settled
         return tuple(site for site in self.survey.sites if site.name in names)
 
     def following(self, plan: Plan) -> Resolved:
@@ -103,6 +108,19 @@ def resolve(model: nn.Module, policy: Policy | Plan) -> Resolved:
     return Resolved(model, found, policy, rules, fixed, open_sites)
 
 
+def decomposition_at(site: Site, kind: Decomposition) -> Decomposition:
+    """Returns what the decomposition of a rule stands for at a site: at a stack of matrices, itself for each of them.
+
+    Raises:
+        OptionError: when a decomposition of stacks is given for another weight.
+    """
+    if site.stacked:
+        return stacked(kind)
+    if isinstance(kind, Stacked):
+        raise OptionError(f"{kind.describe()} is for stacks of matrices, such as experts; this weight is none")
+    return kind
+
+
 def _no_policy(given: object) -> str:
     remedy = {
         Rule: "put it into one: Policy([rule], budget=...)",
@@ -118,27 +136,44 @@ def _no_policy(given: object) -> str:
 def _sorted(
     policy: Policy, found: Survey, assigned: Mapping[str, Rule]
 ) -> tuple[dict[str, Choice], dict[int | None, list[OpenSite]]]:
-    """Returns the choices of rules whose rank is set, and the sites whose rank is chosen from a budget."""
+    """Returns the choices that need no budget, and the sites whose rank is chosen from a budget."""
     fixed: dict[str, Choice] = {}
     open_sites: dict[int | None, list[OpenSite]] = {}
     problems: list[str] = []
     unbudgeted: dict[str, list[str]] = {}
+    shrinks: dict[tuple[int, Shape, int], bool] = {}  # by rule, shape and size
     for site in found.sites:
         rule = assigned.get(site.name)
         if rule is None or rule.decomposition is None:
             continue
-        kind = rule.decomposition
         try:
-            kind.check(kind.shape_of(site.shape))
+            kind = decomposition_at(site, rule.decomposition)
         except OptionError as error:
             problems.append(f"{site.name}: {error}")
+            continue
+        problem = _problem(kind, site)
+        if problem is not None and not any(rule.spells_out(name) for name in site.names):
+            reason = _unfit(kind, site)
+            if reason is not None:
+                fixed[site.name] = Choice(None, reason)
+                continue
+        if problem is not None:
+            problems.append(f"{site.name}: {problem}")
+            continue
+        key = id(rule), site.shape, site.params
+        if key not in shrinks:
+            shrinks[key] = kind.is_complete() or policy.allow_growth or _can_shrink(kind, site)
+        if not shrinks[key]:
+            fixed[site.name] = Choice(None, f"no {kind.name} decomposition holds fewer parameters")
             continue
         if kind.is_complete():
             fixed[site.name] = Choice(kind)
         elif rule.budget is None and policy.budget is None:
             unbudgeted.setdefault(kind.describe(), []).append(site.name)
         else:
-            open_site = OpenSite(site, kind, rule.min_keep, rule.max_keep)
+            least = policy.min_keep if rule.min_keep is None else rule.min_keep
+            floor = min(FLOOR, rule.max_keep or 1.0) if least is None else 0.0
+            open_site = OpenSite(site, kind, least, rule.max_keep, floor)
             place = next(number for number, own in enumerate(policy.rules) if own is rule)
             open_sites.setdefault(place if rule.budget is not None else None, []).append(open_site)
     for what, names in unbudgeted.items():
@@ -150,3 +185,33 @@ def _sorted(
     if problems:
         raise OptionError("\n".join(problems))
     return fixed, open_sites
+
+
+def _problem(kind: Decomposition, site: Site) -> str | None:
+    """Returns why a decomposition has no choice for a site, or None."""
+    try:
+        kind.check(kind.shape_of(site.shape))
+    except OptionError as error:
+        return str(error)
+    return None
+
+
+def _unfit(kind: Decomposition, site: Site) -> str | None:
+    """Returns why no decomposition of this type is for a site, or None when its options are at fault.
+
+    A pattern with wildcards matches such weights too: they stay dense, for this reason.
+    """
+    try:
+        kind.shape_of(site.shape)
+    except OptionError as error:
+        return str(error)
+    unset = replace(kind, **{field.name: None for field in fields(kind) if field.default is None})
+    if _problem(unset, site) is None and _can_shrink(unset, site):
+        return None
+    return f"no {kind.name} decomposition holds fewer parameters"
+
+
+def _can_shrink(kind: Decomposition, site: Site) -> bool:
+    """Returns whether a choice holds fewer parameters than the dense weight."""
+    shape, most = kind.shape_of(site.shape), site.params - 1
+    return any(each.complete(each.shape_of(shape), most) is not None for each in kind.alternatives(shape))

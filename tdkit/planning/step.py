@@ -32,7 +32,9 @@ class Step:
         runner_up: text that names the best other decomposition of at most the same size and its estimated
             loss; None when there was no alternative.
         paths: the names of the fastest paths for 1 and for 512 tokens, estimated for float32 on this machine's CPU
-            without a cached weight (see `tdkit.prepare`); None when nothing is multiplied.
+            without a cached weight (see `tdkit.prepare`); None when nothing is multiplied by factors.
+        computed: 'by factors', or 'dense' when the layer builds the dense weight from its factors and computes with
+            that; None when the matrix stays dense.
     """
 
     names: tuple[str, ...]
@@ -49,6 +51,7 @@ class Step:
     loss: float | None = None
     runner_up: str | None = None
     paths: tuple[str, str] | None = None
+    computed: str | None = None
 
     @property
     def name(self) -> str:
@@ -70,6 +73,7 @@ class Step:
             "loss": self.loss,
             "runner_up": self.runner_up,
             "paths": None if self.paths is None else list(self.paths),
+            "computed": self.computed,
         }
 
     @classmethod
@@ -147,4 +151,5 @@ ENTRIES: dict[str, tuple[str, Callable[[Any], bool], bool]] = {  # description, 
     "loss": ("a number or null", _is_number, True),
     "runner_up": ("a text or null", _is_text, True),
     "paths": ("two names or null", lambda value: value is None or (_are_names(value) and len(value) == 2), True),
+    "computed": ("a text or null", _is_text, True),
 }

@@ -12,10 +12,14 @@ from tdkit.errors import TdkitError
 from tdkit.products import kernels, onednn
 from tdkit.products.autograd import autocast_dtype
 from tdkit.products.cached_tensor import CachedTensor, can_cache
-from tdkit.products.cost import CACHED, FEW, FUSED, GRAPH, Path, PathTable, cached_path, lookup, path_table
+from tdkit.products.convolution import Geometry, Stage, chain, merged
+from tdkit.products.convolution_cost import CHAIN, Choice, choose, dense_shape, multiply_adds, shape_of
+from tdkit.products.cost import CACHED, DENSE, FEW, FUSED, GRAPH, Path, PathTable, cached_path, lookup, path_table
 from tdkit.products.structure import Structure
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import constant_for_compile
+
+CHOICES = 256  # sizes of images for which the path is remembered
 
 Preference = Literal["speed", "memory"]
 
@@ -37,6 +41,8 @@ class Factorized(Protocol):
 
     def multiply(self, x: Tensor, bias: Tensor | None, path: Path) -> Tensor: ...
 
+    def convolutions(self, kernel: tuple[int, ...], groups: int) -> list[Stage] | None: ...
+
 
 class Dispatcher:
     """Takes the cheapest path for each product of one matrix. The matrix owns it and passes itself to every call.
@@ -50,8 +56,10 @@ class Dispatcher:
         self.prefer: Preference = "memory"
         self.graphs = False
         self._weight = CachedTensor()
-        self._caches = [self._weight]
+        self._kernel = CachedTensor()  # the dense weight in the layout of a convolution
+        self._caches = [self._weight, self._kernel]
         self._tables: dict[tuple[object, ...], PathTable] = {}
+        self._choices: dict[tuple[object, ...], Choice] = {}
 
     def configure(self, prefer: Preference, *, graphs: bool = False) -> None:
         """Set `prefer` and `graphs` and empty the cache."""
@@ -122,6 +130,69 @@ class Dispatcher:
             )
         return found
 
+    def convolution(
+        self,
+        matrix: Factorized,
+        x: Tensor,  # (batch, in, *spatial)
+        bias: Tensor | None,  # (out,)
+        geometry: Geometry,
+    ) -> Tensor:  # (batch, out, *spatial)
+        """The convolution with the weight that is the matrix, by its stages or by the dense weight."""
+        if torch.compiler.is_compiling():
+            stages = _stages(matrix, geometry)
+            if stages is not None and _needs_fewer(stages, matrix.shape, geometry):
+                return chain(x, stages, bias, geometry)
+            return geometry.convolve(x, _kernel_of(matrix, geometry), bias)
+        tensors = matrix.tensors()
+        check_loaded(tensors, x)
+        training = _needs_gradients(tensors)
+        cached = self.prefer == "speed" and not matrix.training and not training and can_cache(tensors)
+        choice = self.choice(
+            matrix, geometry, tuple(x.shape), dtype=x.dtype, device=x.device.type, cached=cached, training=training
+        )
+        if choice.path.name == CHAIN:
+            stages = _stages(matrix, geometry)
+            assert stages is not None
+            return chain(x, stages, bias, geometry, images=choice.images)
+        if cached:
+            dtype = autocast_dtype(x.device.type) or x.dtype
+            weight = self._kernel.get(tensors, dtype, lambda: _kernel_of(matrix, geometry))
+            if weight is not None:
+                return geometry.convolve(x, weight, bias)
+        return geometry.convolve(x, _kernel_of(matrix, geometry), bias)
+
+    def choice(
+        self,
+        matrix: Factorized,
+        geometry: Geometry,
+        size: Shape,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        cached: bool,
+        training: bool = False,
+    ) -> Choice:
+        """How `convolution` computes for an input of `size` (batch, in, *spatial)."""
+        device = GRAPH if self.graphs and device == "cuda" else device
+        key = (geometry, size, dtype, device, cached, training)
+        found = self._choices.get(key)
+        if found is None:
+            stages = _stages(matrix, geometry)
+            if len(self._choices) >= CHOICES:  # images of ever new sizes
+                self._choices.clear()
+            found = self._choices[key] = choose(
+                None if stages is None else [shape_of(stage) for stage in stages],
+                dense_shape(matrix.shape, geometry),
+                geometry,
+                size,
+                Path(DENSE, (), 0) if matrix.structure is None else matrix.structure.build_path(),
+                dtype=dtype,
+                device=device,
+                cached=cached,
+                training=training,
+            )
+        return found
+
     def may_cache(self, matrix: Factorized) -> bool:
         """Whether a product may cache what it computes from the factors: it is wanted, in eval mode, no gradients."""
         return self.prefer == "speed" and not matrix.training and not _needs_gradients(matrix.tensors())
@@ -155,7 +226,7 @@ class Dispatcher:
         return sum(cache.bytes for cache in self._caches)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_tables": {}}
+        return {**vars(self), "_tables": {}, "_choices": {}}
 
 
 def check_loaded(tensors: Sequence[Tensor], x: Tensor) -> None:
@@ -174,6 +245,22 @@ def check_loaded(tensors: Sequence[Tensor], x: Tensor) -> None:
 
 def _needs_gradients(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _stages(matrix: Factorized, geometry: Geometry) -> list[Stage] | None:
+    stages = matrix.convolutions(geometry.kernel, geometry.groups)
+    return None if stages is None else merged(stages)
+
+
+def _kernel_of(matrix: Factorized, geometry: Geometry) -> Tensor:
+    """The dense weight as torch takes it."""
+    return geometry.stored(matrix.dense().reshape(matrix.shape[0], -1, *geometry.kernel))
+
+
+def _needs_fewer(stages: Sequence[Stage], shape: Shape, geometry: Geometry) -> bool:
+    """Whether the stages need fewer multiply-adds than the dense weight; by sizes that torch.compile knows."""
+    dense = [dense_shape(shape, geometry)]
+    return multiply_adds([shape_of(stage) for stage in stages], geometry) < multiply_adds(dense, geometry)
 
 
 def _compiled_path(matrix: Factorized, x: Tensor) -> Path:

@@ -23,8 +23,9 @@ from tdkit.models.huggingface import is_transformers
 from tdkit.models.sites import num_params
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import plan, planned
-from tdkit.planning.policy import Policy, Rule
+from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import resolve
+from tdkit.planning.rule import Rule
 from tdkit.recipes.recipe import RECIPE_FILE, STATE, Recipe, Run, StepConfig
 from tdkit.support.plain import say
 from tdkit.support.processes import on_main_process

@@ -19,6 +19,9 @@ __all__ = [
     "RecurrentWeights",
     "buffers_of",
     "constant_for_compile",
+    "convolve_its_own_way",
+    "convolves_its_own_way",
+    "has_experts_interface",
     "in_functional_transform",
     "move_own_tensors",
     "offloads",
@@ -30,6 +33,7 @@ __all__ = [
     "pre_hooks_of",
     "rebind_hooked_forward",
     "recurrent_weights_again",
+    "replace_forward",
     "reset_accelerate_state",
     "shallow_copy",
     "storage_id",
@@ -132,6 +136,27 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return inner if type(model).__name__ == "OptimizedModule" and isinstance(inner, nn.Module) else model
 
 
+def replace_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Make a module call `forward`, or that of its class again when None; hooks of accelerate still run around it."""
+    if "_old_forward" in vars(module) and hasattr(module, "_hf_hook"):
+        vars(module)["_old_forward"] = forward or MethodType(type(module).forward, module)
+    elif forward is not None:
+        vars(module)["forward"] = forward
+    else:
+        vars(module).pop("forward", None)
+
+
+def has_experts_interface(module: nn.Module) -> bool:
+    """Returns whether transformers' ``use_experts_implementation`` decorates the class of a module, not a base class.
+
+    Such a layer has parameters ``gate_up_proj`` or ``up_proj`` and ``down_proj`` of three dimensions, and says with
+    ``has_gate``, ``has_bias``, ``is_transposed`` and ``_apply_gate`` how they are used.
+    """
+    is_replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    forward = None if is_replaced else vars(type(module)).get("forward")
+    return getattr(forward, "__globals__", {}).get("__name__") == "transformers.integrations.moe"
+
+
 def move_own_tensors(module: nn.Module, device: torch.device) -> None:
     """``module.to(device)`` without its submodules; parameters stay the same objects."""
     module._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
@@ -145,6 +170,19 @@ def pre_hooks_of(module: nn.Module) -> list[Any]:
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own buffers by name."""
     return module._buffers
+
+
+def convolves_its_own_way(module: nn.Module) -> bool:
+    """Returns whether a convolution is of a subclass with a ``_conv_forward`` of its own, which ``forward`` calls."""
+    layers = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d  # what transposed ones inherit is never called
+    own = getattr(type(module), "_conv_forward", None)
+    return own is not None and own not in [layer._conv_forward for layer in layers]
+
+
+def convolve_its_own_way(module: nn.Module, x: Tensor) -> Tensor:
+    """Returns what ``_conv_forward`` of such a subclass does, as ``forward`` of ``torch.nn.Conv2d`` calls it."""
+    y: Tensor = cast(Any, module)._conv_forward(x, module.weight, module.bias)
+    return y
 
 
 def onednn_enabled() -> bool:

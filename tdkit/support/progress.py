@@ -30,12 +30,12 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(title: str, total: float, show: bool | None = None) -> Iterator[Bar]:
+def progress_bar(title: str, total: float | None, show: bool | None = None) -> Iterator[Bar]:
     """A context manager that yields a bar on standard error with title, progress, times and current item.
 
     Args:
         title: the text before the bar.
-        total: the amount at which the bar is full.
+        total: the amount at which the bar is full; None when it is not known.
         show: whether to show the bar; when None, only on a terminal.
     """
     from rich.console import Console

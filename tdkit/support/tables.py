@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
 
-def render(table: Table, width: int = 160) -> str:
-    """Returns a rich table as plain text, without trailing blanks.
+def render(table: RenderableType, width: int = 160) -> str:
+    """Returns a rich table, or a group of them, as plain text, without trailing blanks.
 
     Args:
         width: the maximum width in characters.
@@ -32,7 +33,7 @@ def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]] =
     """Returns a rich table, the first column left and the others right aligned, without interpreted markup."""
     from tdkit.support.plain import PlainTable
 
-    table = PlainTable(title=title, title_justify="left", title_style="bold")
+    table = PlainTable(title=title or None, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in rows:

@@ -35,13 +35,25 @@ from tdkit.decompositions.registered import decomposition, spec_of
 from tdkit.errors import OptionError, TdkitError
 from tdkit.fitting.metric import Metric
 from tdkit.models.preparation import prepare
-from tdkit.shapes import Shape
+from tdkit.shapes import Shape, by
 from tdkit.support.compatibility import tree_leaves
 from tdkit.testing.check import Check, close, require, run_all
+from tdkit.testing.convolutions import chain, convolution
 
 SHAPES: tuple[Shape, ...] = ((12, 18), (18, 12), (16, 16), (15, 9), (7, 11), (1, 10), (10, 1), (1, 1))
+TENSOR_SHAPES: tuple[Shape, ...] = (
+    (6, 4, 3, 3),
+    (4, 6, 5),
+    (5, 7, 3, 2),
+    (1, 6, 3, 3),
+    (7, 1, 2, 3),
+    (6, 5, 1, 1),
+    (3, 4, 2, 1, 3),
+    (1, 1, 1),
+)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-HUGE: Shape = (1 << 16, 1 << 16)  # dense, this is 32 GiB in float64
+HUGE: Shape = (1 << 16, 1 << 16)  # dense, this is 32 GiB in float64,
+HUGE_TENSOR: Shape = (1 << 13, 1 << 13, 8, 8)  # and so is this
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 BATCHES = ((), (1,), (5,), (2, 3), (0,), (2, 0))
 MANY_TOKENS = 300  # enough for paths that only large batches use
@@ -51,7 +63,7 @@ USED = 0.95  # maximum error of a fit in the metric relative to a plain fit; the
 def checks(
     kind: type[Decomposition] | Decomposition,
     *,
-    shapes: Sequence[Shape] = SHAPES,
+    shapes: Sequence[Shape] | None = None,
     dtypes: Sequence[torch.dtype] = DTYPES,
     exact: bool = True,
     metric: Literal["used", "ignored"] | None = None,
@@ -60,7 +72,8 @@ def checks(
 
     Args:
         kind: a registered decomposition class, or an instance whose rank or other size is not set.
-        shapes: the shapes (out, in) of the matrices to test.
+        shapes: of the weights to test, (out, in) or (out, in, \\*kernel), of orders that `kind` takes; those of `SHAPES`
+            and `TENSOR_SHAPES` that it takes when None.
         dtypes: the dtypes of the matrices to test; gradients are always checked in float64.
         exact: whether the largest candidate represents every matrix exactly; False for families such as
             circulant matrices.
@@ -69,6 +82,8 @@ def checks(
             neither. That the metric does no harm is always checked.
     """
     open_kind = kind if isinstance(kind, Decomposition) else kind()
+    if shapes is None:
+        shapes = [shape for shape in (*SHAPES, *TENSOR_SHAPES) if len(shape) in open_kind.orders]
     listed = []
     for clause in (
         candidates_are_sorted,
@@ -98,8 +113,15 @@ def checks(
             for shape in shapes
             for dtype in dtypes
         ]
-    listed.append(Check("empty_costs_nothing", partial(empty_costs_nothing, open_kind)))
-    listed.append(Check("bad_options_are_told", partial(bad_options_are_told, open_kind)))
+    for shape in (shape for shape in (HUGE, HUGE_TENSOR) if len(shape) in open_kind.orders):
+        listed.append(Check(_label(empty_costs_nothing, shape), partial(empty_costs_nothing, open_kind, shape)))
+    for shape in TENSOR_SHAPES:
+        if len(shape) in open_kind.orders or 2 in open_kind.orders:
+            listed.append(
+                Check(_label(convolutions_are_dense, shape), partial(convolutions_are_dense, open_kind, shape))
+            )
+    listed.append(Check("bad_options_are_told", partial(bad_options_are_told, open_kind, shapes[0])))
+    listed.append(Check("foreign_orders_are_told", partial(foreign_orders_are_told, open_kind)))
     listed.append(Check("foreign_shapes_are_told", partial(foreign_shapes_are_told, open_kind, shapes)))
     listed.append(Check("compiles_whole", partial(compiles_whole, open_kind, shapes[0])))
     return listed
@@ -169,7 +191,9 @@ def claimed_params_are_real(kind: Decomposition, shape: Shape) -> None:
             f"{choice} of {shape} claims {claimed} params; empty has {empty.params}, fitted holds {held}",
         )
         require(empty.indices == fitted.indices, f"{choice} of {shape}: indices {empty.indices}, {fitted.indices}")
-        require(fitted.shape == shape and empty.shape == shape, f"{choice}: shape {fitted.shape}, not {shape}")
+        flat = (shape[0], _columns(shape))
+        require(fitted.shape == flat and empty.shape == flat, f"{choice}: shape {fitted.shape}, not {flat}")
+        require(fitted.sizes == shape and empty.sizes == shape, f"{choice}: sizes {fitted.sizes}, not {shape}")
         require(fitted.multiply_adds() == empty.multiply_adds() > 0, f"{choice} of {shape}: multiply-adds differ")
 
 
@@ -178,9 +202,9 @@ def matmul_is_dense(kind: Decomposition, shape: Shape) -> None:
     for choice in _choices(kind, shape):
         matrix = choice.fit(_weight(shape))
         for batch in BATCHES:
-            x = _random(*batch, shape[1], seed=1)
+            x = _random(*batch, _columns(shape), seed=1)
             close(matrix.matmul(x), x @ matrix.dense().T, f"{choice} of {shape}: matmul of a batch {batch}")
-        strided = _random(shape[1], 3, seed=2).T
+        strided = _random(_columns(shape), 3, seed=2).T
         close(matrix.matmul(strided), strided @ matrix.dense().T, f"{choice} of {shape}: matmul of a strided x")
 
 
@@ -221,7 +245,7 @@ def every_path_is_dense(kind: Decomposition, shape: Shape) -> None:
     for choice in _choices(kind, shape):
         matrix, bias = choice.fit(_weight(shape)), _random(shape[0], seed=12)
         for tokens in (1, 3, MANY_TOKENS):
-            x = _random(tokens, shape[1], seed=1)
+            x = _random(tokens, _columns(shape), seed=1)
             paths = matrix.paths(tokens)
             names = [path.name for path in paths]
             require(len(set(names)) == len(names), f"{choice} of {shape}: two paths of one name among {names}")
@@ -256,7 +280,10 @@ def products_stay_on_the_device(kind: Decomposition, shape: Shape) -> None:
     """With factors and x on another device (``meta``) every product and look-up allocates its tensors there."""
     for choice in _choices(kind, shape):
         matrix = choice.empty(shape, device="meta", dtype=torch.float64).requires_grad_(False).eval()
-        x, bias = torch.empty(3, shape[1], device="meta", dtype=torch.float64), matrix.dense().new_empty(shape[0])
+        x, bias = (
+            torch.empty(3, _columns(shape), device="meta", dtype=torch.float64),
+            matrix.dense().new_empty(shape[0]),
+        )
         with _Devices() as devices:
             matrix.dense()
             matrix.matmul(x)
@@ -283,7 +310,7 @@ class _Devices(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def gradients_are_right(kind: Decomposition, shape: Shape) -> None:
     """Float64 gradients of `matmul`, `linear`, `rows` and `dense` agree with finite differences, for every factor."""
     bias = _random(shape[0], seed=12).requires_grad_()
-    x = _random(3, shape[1], seed=4).requires_grad_()
+    x = _random(3, _columns(shape), seed=4).requires_grad_()
     ids = torch.tensor([0, shape[0] - 1, shape[0] // 2])
     for choice in _choices(kind, shape)[:2]:
         matrix = choice.fit(_weight(shape))
@@ -305,7 +332,7 @@ def curve_is_monotone(kind: Decomposition, shape: Shape) -> None:
         require(choice.is_complete(), f"{choice} on the curve of {shape} is not complete")
         require(point.params == choice.num_params(shape), f"{choice} on the curve claims {point.params} params")
         require(point.params < weight.numel(), f"{choice} on the curve of {shape} is not smaller than dense")
-        real = float((weight - choice.fit(weight).dense()).detach().square().sum())
+        real = float((weight.flatten(1) - choice.fit(weight).dense()).detach().square().sum())
         size = float(weight.square().sum())
         require(
             abs(real - point.error) <= 1e-6 * size,
@@ -344,25 +371,25 @@ def fit_takes_any_layout(kind: Decomposition, shape: Shape) -> None:
     """A transposed view (transformers' ``Conv1D``) is fitted as well as a contiguous copy."""
     choice = _choices(kind, shape)[-1]
     weight = _weight(shape)
-    view = weight.T.contiguous().T
-    gaps = [float((weight - choice.fit(w).dense()).detach().norm()) for w in (weight, view)]
+    view = weight.transpose(0, 1).contiguous().transpose(0, 1)
+    gaps = [float((weight.flatten(1) - choice.fit(w).dense()).detach().norm()) for w in (weight, view)]
     require(abs(gaps[0] - gaps[1]) <= 1e-6 * float(weight.norm()), f"{choice} of {shape}: errors {gaps} by layout")
 
 
 def fit_survives_degenerate_weights(kind: Decomposition, shape: Shape) -> None:
     """Zero, constant, rank-one, very large and very small matrices are fitted without NaN."""
-    column, row = _random(shape[0], 1, seed=5), _random(1, shape[1], seed=6)
+    column, row = _random(shape[0], 1, seed=5), _random(1, _columns(shape), seed=6)
     for label, weight in (
         ("zero", torch.zeros(shape, dtype=torch.float64)),
         ("constant", torch.ones(shape, dtype=torch.float64)),
-        ("rank-one", column @ row),
+        ("rank-one", (column @ row).reshape(shape)),
         ("float32 of size 1e15", _weight(shape).float() * 1e15),
         ("float32 of size 1e-15", _weight(shape).float() * 1e-15),
     ):
         for choice in _choices(kind, shape):
             dense = choice.fit(weight).dense().detach()
             require(bool(torch.isfinite(dense).all()), f"{choice} of a {label} {shape} matrix gives NaN or infinity")
-            size, gap = float(weight.norm()), float((weight - dense).norm())
+            size, gap = float(weight.norm()), float((weight.flatten(1) - dense).norm())
             require(gap <= size * (1 + 1e-4), f"{choice} of a {label} {shape} matrix is worse than nothing ({gap})")
 
 
@@ -372,7 +399,7 @@ def metric_does_no_harm(kind: Decomposition, shape: Shape) -> None:
     for label, metric in _metrics(shape).items():
         for choice in _choices(kind, shape)[:2]:
             plain, calibrated = _errors_in(metric, choice, weight)
-            slack = 1e-4 * metric.squared_error(weight)  # floors under small eigenvalues cost a little
+            slack = 1e-4 * metric.squared_error(weight.flatten(1))  # floors under small eigenvalues cost a little
             require(
                 calibrated <= plain + slack,
                 f"{choice} of {shape} with {label}: {calibrated:.6g} calibrated, {plain:.6g} plain",
@@ -385,12 +412,13 @@ def metric_is_used(kind: Decomposition, shape: Shape) -> None:
     Both sides are checked: moments of inputs for more than one column, of output gradients for more than one row.
     """
     weight, metrics = _weight(shape), _metrics(shape)
-    sides = {"C": shape[1] > 1, "S of half rank": shape[0] > 1, "C and S": min(shape) > 1}
+    rows, columns = shape[0], _columns(shape)
+    sides = {"C": columns > 1, "S of half rank": rows > 1, "C and S": min(rows, columns) > 1}
     for label in (label for label, told in sides.items() if told):
         metric = metrics[label]
         for choice in _choices(kind, shape)[:2]:
             plain, calibrated = _errors_in(metric, choice, weight)
-            if plain > 1e-9 * metric.squared_error(weight):
+            if plain > 1e-9 * metric.squared_error(weight.flatten(1)):
                 require(
                     calibrated <= USED * plain,
                     f"{choice} of {shape} makes no use of {label}: {calibrated:.6g} calibrated, {plain:.6g} plain",
@@ -408,7 +436,7 @@ def metric_is_ignored(kind: Decomposition, shape: Shape) -> None:
 
 def copies_are_equal(kind: Decomposition, shape: Shape) -> None:
     """A deep copy, and a matrix cast to another dtype and back, give the same results as the matrix."""
-    x = _random(3, shape[1], seed=9).float()
+    x = _random(3, _columns(shape), seed=9).float()
     for choice in _choices(kind, shape):
         matrix = choice.fit(_weight(shape).float())
         expected = matrix.matmul(x)
@@ -440,7 +468,7 @@ def dtype_is_kept(kind: Decomposition, shape: Shape, dtype: torch.dtype) -> None
         matrix = choice.fit(weight)
         results = (
             matrix.dense(),
-            matrix.matmul(weight.new_zeros(2, shape[1])),
+            matrix.matmul(weight.new_zeros(2, _columns(shape))),
             matrix.rows(torch.zeros(2, dtype=torch.long)),
         )
         for result in results:
@@ -449,7 +477,7 @@ def dtype_is_kept(kind: Decomposition, shape: Shape, dtype: torch.dtype) -> None
 
 def state_round_trips(kind: Decomposition, shape: Shape, dtype: torch.dtype) -> None:
     """Factors written to safetensors and read into `empty` give the same results, bit for bit."""
-    x = _random(3, shape[1], seed=10).to(dtype)
+    x = _random(3, _columns(shape), seed=10).to(dtype)
     for choice in _choices(kind, shape):
         fitted = choice.fit(_weight(shape).to(dtype))
         state = {name: tensor.contiguous() for name, tensor in fitted.state_dict().items()}
@@ -468,24 +496,24 @@ def exact_at_full_size(kind: Decomposition, shape: Shape, dtype: torch.dtype) ->
     """The largest candidate represents any matrix up to rounding error."""
     weight = _weight(shape).to(dtype)
     choice = kind.candidates(shape)[-1]
-    gap = float((weight - choice.fit(weight).dense()).detach().double().norm() / weight.double().norm())
+    gap = float((weight.flatten(1) - choice.fit(weight).dense()).detach().double().norm() / weight.double().norm())
     require(gap <= TOLERANCE[dtype], f"{choice} of {shape} in {dtype}: relative error {gap:.2g} at full size")
 
 
-def empty_costs_nothing(kind: Decomposition) -> None:
-    """On the ``meta`` device a huge matrix allocates no memory."""
-    dense = math.prod(HUGE)
-    choice = kind.complete(HUGE, dense // 100)
+def empty_costs_nothing(kind: Decomposition, shape: Shape) -> None:
+    """On the ``meta`` device a huge weight allocates no memory."""
+    dense = math.prod(shape)
+    choice = kind.complete(shape, dense // 100)
     if choice is None:
         return
-    matrix = choice.empty(HUGE, device="meta")
+    matrix = choice.empty(shape, device="meta")
     for name, tensor in (*matrix.named_parameters(), *matrix.named_buffers()):
         require(tensor.device.type == "meta", f"{choice}: {name} is on {tensor.device}, not on meta")
-    require(0 < matrix.params <= dense // 100, f"{choice} of {HUGE} has {matrix.params} params")
-    require(matrix.multiply_adds() > 0, f"{choice} of {HUGE}: no multiply-adds")
+    require(0 < matrix.params <= dense // 100, f"{choice} of {shape} has {matrix.params} params")
+    require(matrix.multiply_adds() > 0, f"{choice} of {shape}: no multiply-adds")
 
 
-def bad_options_are_told(kind: Decomposition) -> None:
+def bad_options_are_told(kind: Decomposition, shape: Shape) -> None:
     """Options of a wrong type or name, and a fit with an option not set, raise OptionError."""
     for option in dataclasses.fields(kind):
         _raises(
@@ -494,7 +522,7 @@ def bad_options_are_told(kind: Decomposition) -> None:
         )
     _raises(lambda: decomposition({kind.name: {"no_such_option": 1}}), f"{kind.name}: an unknown option")
     if not kind.is_complete():
-        _raises(lambda: kind.fit(_weight((12, 18))), f"a fit by {kind}, which leaves an option open")
+        _raises(lambda: kind.fit(_weight(shape)), f"a fit by {kind}, which leaves an option open")
 
 
 def foreign_shapes_are_told(kind: Decomposition, shapes: Sequence[Shape]) -> None:
@@ -511,14 +539,40 @@ def foreign_shapes_are_told(kind: Decomposition, shapes: Sequence[Shape]) -> Non
                     choice.empty(shape, device="meta")
 
 
+def foreign_orders_are_told(kind: Decomposition) -> None:
+    """A weight with a number of dimensions that the decomposition does not take raises OptionError."""
+    for shape in (shape for shape in (*SHAPES[:1], *TENSOR_SHAPES) if len(shape) not in kind.orders):
+        if 2 not in kind.orders:
+            _raises(lambda s=shape: kind.shape_of(s), f"{kind}: the shape of {shape}")
+
+
+def convolutions_are_dense(kind: Decomposition, shape: Shape) -> None:
+    """`convolutions`, where it is not None, equals the convolution with the dense weight, also for groups.
+
+    The stages are those of `Stage`: together they cover each spatial axis once.
+    """
+    for choice in _choices(kind, kind.shape_of(shape)):
+        matrix = choice.fit(kind.view(_weight(shape)))
+        for groups in (each for each in (1, 2, 3) if shape[0] % each == 0):
+            stages = matrix.convolutions(shape[2:], groups)
+            if stages is None:
+                continue
+            what = f"{choice} of {shape} in {groups} groups"
+            axes = sorted(axis for stage in stages for axis in stage.axes)
+            require(axes == list(range(len(shape) - 2)), f"{what}: the stages extend along the axes {axes}")
+            x = _random(2, groups * shape[1], *[5] * (len(shape) - 2), seed=13)
+            expected = convolution(x, matrix.dense().reshape(shape), groups)
+            close(chain(x, stages), expected, f"{what}: the chain of convolutions")
+
+
 def compiles_whole(kind: Decomposition, shape: Shape) -> None:
     """``torch.compile(fullgraph=True)`` traces `linear`, `matmul` and `rows` without a graph break."""
     for choice in _choices(kind, shape)[:2]:
         matrix = choice.fit(_weight(shape))
         bias = _random(shape[0], seed=12)
         inputs: dict[str, list[tuple[Tensor, ...]]] = {
-            "linear": [(_random(n, shape[1], seed=11), bias) for n in (2, 7)],
-            "matmul": [(_random(n, shape[1], seed=11),) for n in (2, 7)],
+            "linear": [(_random(n, _columns(shape), seed=11), bias) for n in (2, 7)],
+            "matmul": [(_random(n, _columns(shape), seed=11),) for n in (2, 7)],
             "rows": [(torch.arange(n) % shape[0],) for n in (2, 7)],
         }
         for method, batches in inputs.items():
@@ -565,7 +619,7 @@ def _choices(kind: Decomposition, shape: Shape) -> list[Decomposition]:
 
 def _metrics(shape: Shape) -> dict[str, Metric]:
     """Second moments of inputs (C) and of output gradients (S): one direction dominates, as in real activations."""
-    inputs, gradients = _random(40, shape[1], seed=7), _random(max(1, shape[0] // 2), shape[0], seed=8)
+    inputs, gradients = _random(40, _columns(shape), seed=7), _random(max(1, shape[0] // 2), shape[0], seed=8)
     inputs[:, 0] *= 30
     return {
         "C": Metric(input=inputs.T @ inputs / len(inputs)),
@@ -577,12 +631,19 @@ def _metrics(shape: Shape) -> dict[str, Metric]:
 
 def _errors_in(metric: Metric, choice: Decomposition, weight: Tensor) -> tuple[float, float]:
     """Squared error of the plain fit and of the one in the metric."""
-    plain, calibrated = (metric.squared_error(weight - choice.fit(weight, given).dense()) for given in (None, metric))
+    plain, calibrated = (
+        metric.squared_error(weight.flatten(1) - choice.fit(weight, given).dense()) for given in (None, metric)
+    )
     return plain, calibrated
 
 
 def _random(*size: int, seed: int) -> Tensor:
     return torch.randn(*size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _columns(shape: Shape) -> int:
+    """Returns the columns of the matrix of a weight."""
+    return math.prod(shape[1:])
 
 
 def _weight(shape: Shape) -> Tensor:
@@ -591,7 +652,7 @@ def _weight(shape: Shape) -> Tensor:
 
 def _label(clause: Callable[..., None], shape: Shape, dtype: torch.dtype | None = None) -> str:
     kind = "" if dtype is None else f"-{str(dtype).removeprefix('torch.')}"
-    return f"{clause.__name__}[{shape[0]}x{shape[1]}{kind}]"
+    return f"{clause.__name__}[{by(shape)}{kind}]"
 
 
 def _raises(act: Callable[..., object], what: str) -> None:

@@ -16,6 +16,7 @@ from tdkit.decompositions.low_rank import LowRank
 from tdkit.errors import RegistryError
 from tdkit.models.hosts.base import FactorizedModule, Host, Observer, install
 from tdkit.models.hosts.registered import host_of, hosts
+from tdkit.models.hosts.routing import Routing, StackObserver
 from tdkit.testing.check import Check, close, require, run_all
 
 MakeLayer = Callable[[], nn.Module]
@@ -180,12 +181,15 @@ def _check_observers(case: _Case, dense: nn.Module, layer: nn.Module, parameters
     expected = layer(*case.inputs()).detach()
     slopes = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     layer.requires_grad_(True)
-    for weight in host.weights(dense):
-        shape = host.canonical(getattr(dense, weight), weight).flatten(1).shape
+    for weight in _seen(host, dense):
+        canonical = host.canonical(getattr(dense, weight), weight)
         looks_up = host.multiplications(dense, weight) == 0
-        found = torch.zeros(shape, dtype=torch.float64)
+        found = torch.zeros(canonical.flatten(1).shape, dtype=torch.float64)
         calls: list[int] = []
-        handle = host.attach(layer, weight, _adding(found, looks_up, calls))
+        if host.stacked(dense, weight):
+            handle = host.attach_stack(layer, weight, _adding_members(found.view(canonical.shape), calls))
+        else:
+            handle = host.attach(layer, weight, _adding(found, looks_up, calls))
         output = layer(*case.inputs())
         close(output, expected, f"the output while '{weight}' is observed")
         layer.zero_grad()
@@ -204,12 +208,18 @@ def _adding(total: Tensor, looks_up: bool, calls: list[int]) -> Observer:
 
     def observe(x: Tensor, y: Tensor) -> Tensor:
         calls.append(x.numel())
+        groups = x.shape[-2] if x.ndim > y.ndim else 1
         rows = x.detach().reshape(-1) if looks_up else x.detach().reshape(-1, x.shape[-1])
 
         def add(gradient: Tensor) -> None:
             gradient = gradient.reshape(-1, gradient.shape[-1])
             if looks_up:
                 total.index_add_(0, rows, gradient)
+            elif x.ndim > y.ndim:
+                for part, own, block in zip(
+                    total.chunk(groups), x.detach().unbind(-2), gradient.chunk(groups, 1), strict=True
+                ):
+                    part.add_(block.T @ own.reshape(-1, own.shape[-1]))
             else:
                 total.add_(gradient.T @ rows)
 
@@ -221,11 +231,35 @@ def _adding(total: Tensor, looks_up: bool, calls: list[int]) -> Observer:
     return observe
 
 
+def _adding_members(total: Tensor, calls: list[int]) -> StackObserver:
+    """As `_adding`, for a stack (members, out, in)."""
+
+    def observe(routing: Routing, x: Tensor, y: Tensor) -> Tensor:
+        calls.append(x.numel())
+        rows = x.detach().split(list(routing.counts))  # type: ignore[no-untyped-call]
+
+        def add(gradient: Tensor) -> None:
+            parts = gradient.split(list(routing.counts))  # type: ignore[no-untyped-call]
+            for member, (of_y, of_x) in enumerate(zip(parts, rows, strict=True)):
+                total[member] += of_y.T @ of_x
+
+        y = y if y.requires_grad else y.detach().clone().requires_grad_()
+        y.register_hook(add)  # type: ignore[no-untyped-call]
+        return y
+
+    return observe
+
+
+def _seen(host: Host, layer: nn.Module) -> list[str]:
+    """Returns the weights whose products are to be seen: those that the layer does not just read as dense ones."""
+    return [weight for weight in host.weights(layer) if host.computed(layer, weight) != "dense"]
+
+
 def what_observers_return_is_used_until_they_are_removed(case: _Case) -> None:
     """The layer uses the result of an observer in place of y, and no longer calls it after ``remove()``."""
     layer = case.layer()
     expected = layer(*case.inputs())
-    for weight in case.host(layer).weights(layer):
+    for weight in _seen(case.host(layer), layer):
         handle = case.host(layer).attach(layer, weight, lambda _, y: y + 1.0)
         changed = layer(*case.inputs())
         handle.remove()

@@ -1,6 +1,6 @@
 """Speed of the factorised product, against dense layers and other libraries; writes docs/results/speed.md.
 
-    python tests/benchmarks/speed.py [--threads 2] [--seconds 0.5] [--parts eval,decode,train,model,peers]
+    python tests/benchmarks/speed.py [--threads 2] [--seconds 0.5] [--parts eval,decode,train,convolution,...]
     python tests/benchmarks/speed.py --device cuda --dtype bfloat16  # the grid under CUDA graphs: speed-cuda.md
 
 Calls alternate in one process and ratios are medians of paired ratios, so that other load on the machine slows both
@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import speed_convolutions  # beside this script
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,7 +47,7 @@ DECODING = 3  # times as long as other calls, since those of one token are short
 Row = dict[str, Any]
 
 
-def filled(kind: Decomposition, shape: tuple[int, int]) -> FactorizedMatrix:
+def filled(kind: Decomposition, shape: tuple[int, ...]) -> FactorizedMatrix:
     """Random factors: the time does not depend on their values."""
     matrix = kind.empty(shape).eval()
     with torch.no_grad():
@@ -302,6 +303,7 @@ def write(results: dict[str, Any]) -> None:
             "Training, 768 to 3072, 512 tokens",
             ["decomposition", "how", "ms", "ratio", "saved_mib", "saved_ratio"],
         ),
+        "convolution": ("Convolutions, 8 images, at half the multiply-adds", speed_convolutions.COLUMNS),
         "model": (
             "GPT-2 small's size at 66%",
             ["decomposition", "params_ratio", "what", "dense_ms", "ms", "ratio", "cached_mib"],
@@ -346,6 +348,10 @@ def bars(results: dict[str, Any]) -> list[list[str]]:
         bar(f"1 token, low-rank at {share:.0%}, / dense ({times:g} x faster)", round(1 / times, 3), picked)
     square = [r["memory"] for r in one if r["decomposition"] == SQUARE_KRONECKER.describe()]
     bar("1 token, 4 terms of 64x64 and 64x64 at 4096, / dense (15 x faster)", round(1 / 15, 3), square)
+    convolutions = results.get("convolution", [])
+    bar("convolutions, 8 images, prefer=speed, any, / dense", 1.1, [r["speed"] for r in convolutions])
+    name = "3x3 convolutions at half the multiply-adds, low rank and Tucker, / dense"
+    bar(name, 0.75, speed_convolutions.half_of_3x3(convolutions))
     ours = [r for r in train if r["how"] == "ours" and r["decomposition"].startswith("tt_matrix")]
     bar("training step, TT-matrix rank 16, / dense", 1.4, [r["ratio"] for r in ours])
     bar("saved for backward, TT-matrix rank 16, / dense", 0.25, [r["saved_ratio"] for r in ours])
@@ -367,7 +373,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each timed call")
     parser.add_argument(
-        "--parts", default="train,model,peers,eval,decode", help="what to measure again; the rest is kept"
+        "--parts", default="train,convolution,model,peers,eval,decode", help="what to measure again; the rest is kept"
     )
     parser.add_argument("--largest", type=int, default=4096, help="leave larger shapes out of the grid")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -407,12 +413,14 @@ def main() -> None:
                 write(results)
         elif part == "train":
             results["train"] = training(options.seconds)
+        elif part == "convolution":
+            results["convolution"] = speed_convolutions.measure(options.seconds, filled)
         elif part == "model":
             results["model"] = whole_model(options.seconds)
         elif part == "peers":
             results["peers"], results["absent"] = peers(options.seconds)
         else:
-            parser.error(f"--parts {part} is none of eval, decode, train, model, peers")
+            parser.error(f"--parts {part} is none of eval, decode, train, convolution, model, peers")
         write(results)
 
 

@@ -14,7 +14,7 @@ import tdkit
 from tdkit import Auto, Calibration, Kronecker, LowRank, Metric, Policy, Rule, TTMatrix
 from tdkit.calibration.measure import measured
 from tdkit.calibration.runner import Runner
-from tdkit.compression.blockwise import block_names, trace
+from tdkit.compression.chains import blocks_of, trace
 from tdkit.errors import CalibrationError, OptionError, PolicyError
 from tdkit.models.sites import Site, replace_module, survey
 from tests.conftest import make_gpt2, make_llama
@@ -196,7 +196,8 @@ def test_the_first_block_is_fitted_on_the_dense_inputs(llama: Any) -> None:
 
 def test_the_chain_of_blocks(llama: Any) -> None:
     batches = text()
-    names = block_names(llama, [s for s in survey(llama).sites if "layers" in s.name])
+    (blocks,) = blocks_of(llama, survey(llama).sites)
+    (names,) = blocks.choices
     assert names == ("model.layers.0", "model.layers.1")
     with torch.no_grad():
         chain = trace(llama, names, batches)
@@ -234,7 +235,7 @@ def test_sequential_faults_leave_the_model_alone() -> None:
         tdkit.compress(model, policy, sequential=True)
     flat = nn.ModuleDict({"a": nn.Linear(6, 6)})
     with pytest.raises(CalibrationError, match=r"this model has none"):
-        block_names(flat, list(survey(flat).sites))
+        blocks_of(flat, survey(flat).sites)
 
 
 def test_an_interrupted_sequential_run_leaves_the_model_as_it_was(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 from tdkit.decompositions.registered import decompositions
 from tdkit.testing import Check, checks
 
-BUILT_IN = ("low_rank", "kronecker", "permuted_kronecker", "tt_matrix", "auto")
+BUILT_IN = ("low_rank", "kronecker", "permuted_kronecker", "tt_matrix", "tucker", "cp", "spatial_low_rank", "auto")
 EVERY = [
     pytest.param(check, id=f"{name}-{check}")
     for name in decompositions.names()

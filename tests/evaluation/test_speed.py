@@ -105,6 +105,22 @@ def test_a_plan_is_tried_without_a_fit() -> None:
     assert torch.isfinite(call(model, 5)).all()
 
 
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+def test_convolutions_are_timed_on_images(train: bool) -> None:
+    layers = nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.Conv2d(16, 16, 3, groups=4), nn.ConvTranspose2d(16, 8, 3)
+    model = nn.Sequential(*layers)
+    unfitted(model, tdkit.plan(model, Policy([Rule("*", LowRank(rank=2))])))
+    result = benchmark(model, tokens=(1, 100), train=train, seconds=0.01, progress=False)
+    assert [row.what for row in result.rows[::2]] == [
+        "Conv2d 16x8x3x3, stride 2x2 low_rank(rank=2)",
+        "Conv2d 16x4x3x3, 4 groups low_rank(rank=2)",
+        "ConvTranspose2d 8x16x3x3 low_rank(rank=2)",
+    ]
+    assert {row.path for row in result.rows} <= {"chain", "dense", "dense, cached"}
+    assert result.rows[1].dense_peak_bytes > result.rows[0].dense_peak_bytes
+    assert result.skipped == ()
+
+
 class Clock:
     """Goes on only when a call takes its time, and is twice as slow in every second round, as a busy machine is."""
 

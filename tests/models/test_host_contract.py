@@ -44,6 +44,37 @@ def ids() -> list[Any]:
     return [torch.tensor([[0, 3, 8], [3, 1, 1]])]
 
 
+def images(*size: int) -> Callable[[], list[Any]]:
+    return lambda: [torch.randn(*size)]
+
+
+def experts() -> nn.Module:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(hidden_size=6, intermediate_size=5, num_local_experts=4, experts_implementation="eager")
+    return filled(MixtralExperts(config))
+
+
+def transposed_experts() -> nn.Module:
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    config = GptOssConfig(hidden_size=6, intermediate_size=5, num_local_experts=4, experts_implementation="eager")
+    return filled(GptOssExperts(config))
+
+
+def filled(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+def routed() -> list[Any]:
+    index = torch.tensor([[0, 3], [3, 1], [1, 0], [3, 0], [0, 1]])  # no token goes to expert 2
+    return [torch.randn(5, 6), index, torch.rand(5, 2)]
+
+
 SHIPPED = {
     "linear": (lambda: nn.Linear(8, 6), floats),
     "linear without bias": (lambda: nn.Linear(8, 13, bias=False), floats),
@@ -51,6 +82,27 @@ SHIPPED = {
     "embedding": (lambda: nn.Embedding(9, 4), ids),
     "embedding, zero padding": (lambda: nn.Embedding(9, 4, padding_idx=5), ids),
     "embedding, other padding": (padded, ids),
+    "conv1d of torch": (lambda: nn.Conv1d(4, 6, 3, padding=1), images(2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), images(2, 4, 9, 8)),
+    "conv2d, one position": (lambda: nn.Conv2d(4, 6, 3, bias=False), images(1, 4, 3, 3)),
+    "conv2d, 1 x 1": (lambda: nn.Conv2d(4, 6, 1), images(2, 4, 5, 5)),
+    "conv2d, groups": (lambda: nn.Conv2d(8, 6, 3, groups=2), images(2, 8, 6, 5)),
+    "conv2d, depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1), images(2, 4, 6, 5)),
+    "conv2d, same": (lambda: nn.Conv2d(4, 6, (4, 3), padding="same", dilation=(2, 1)), images(2, 4, 6, 5)),
+    "conv2d, valid": (lambda: nn.Conv2d(4, 6, 3, padding="valid"), images(2, 4, 6, 5)),
+    "conv2d, reflected": (lambda: nn.Conv2d(4, 6, 3, padding=2, padding_mode="reflect"), images(2, 4, 6, 5)),
+    "conv2d, replicated": (lambda: nn.Conv2d(4, 6, 3, 2, padding=1, padding_mode="replicate"), images(2, 4, 6, 5)),
+    "conv2d, circular": (lambda: nn.Conv2d(4, 6, (4, 3), padding="same", padding_mode="circular"), images(2, 4, 6, 5)),
+    "conv2d, one image without batch": (lambda: nn.Conv2d(4, 6, 3), images(4, 6, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, (2, 3, 2), padding=1, groups=1), images(2, 2, 4, 5, 4)),
+    "conv_transpose1d": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1), images(2, 4, 5)),
+    "conv_transpose2d": (
+        lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 3), (1, 2), (1, 2), dilation=(2, 1)),
+        images(2, 4, 5, 6),
+    ),
+    "conv_transpose3d": (lambda: nn.ConvTranspose3d(2, 3, 2, padding=1, bias=False), images(2, 3, 4, 3)),
+    "experts": (experts, routed),
+    "transposed experts": (transposed_experts, routed),
 }
 
 

@@ -69,7 +69,7 @@ def test_layers_that_cannot_be_rewritten_are_listed() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 99}, r"plan version 99 is newer than 1: update tdkit"),
+        ({"version": 99}, r"plan version 99 is newer than 2: update tdkit"),
         ({"steps": None}, r"not a tdkit plan"),
         ({"steps": [{"names": ["a"]}]}, r"not a tdkit plan"),
         ({"version": "one"}, r"not a tdkit plan"),

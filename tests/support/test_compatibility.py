@@ -14,6 +14,8 @@ from tdkit.support.compatibility import (
     RecurrentWeights,
     buffers_of,
     constant_for_compile,
+    convolve_its_own_way,
+    convolves_its_own_way,
     in_functional_transform,
     move_own_tensors,
     offloads,
@@ -203,6 +205,22 @@ def test_accelerates_state_is_forgotten() -> None:
     finally:
         reset_accelerate_state(processes=True)
     assert not PartialState._shared_state
+
+
+def test_a_convolution_calls_what_a_subclass_convolves_with() -> None:
+    class Doubled(nn.Conv2d):
+        def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # noqa: A002
+            return super()._conv_forward(input, 2 * weight, bias)
+
+    plain, doubled = nn.Conv2d(3, 4, 2, bias=False), Doubled(3, 4, 2, bias=False)
+    doubled.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 5, 5)
+    torch.testing.assert_close(doubled(x), 2 * plain(x))
+    torch.testing.assert_close(convolve_its_own_way(doubled, x), doubled(x))
+    assert convolves_its_own_way(doubled)
+    for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+        assert not convolves_its_own_way(layer(3, 4, 2))
+    assert not convolves_its_own_way(nn.Linear(3, 4))
 
 
 def test_the_hooks_before_forward_are_listed() -> None:

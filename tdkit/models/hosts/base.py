@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.errors import TdkitError
+from tdkit.models.hosts.routing import StackObserver
 from tdkit.models.lazy_weight import lazy_weight
 from tdkit.support.compatibility import parameters_of, rebind_hooked_forward
 
@@ -206,12 +208,26 @@ class Host(ABC):
         """Returns the number of products with the weight per row of the layer's input; 0 for a look-up of rows."""
         return 1
 
+    def stacked(self, module: nn.Module, weight: str) -> bool:
+        """Returns whether a weight is a stack of matrices (members, out, in), each multiplied by rows of its own."""
+        return False
+
+    def attach_stack(self, module: nn.Module, weight: str, observe: StackObserver) -> Removable:
+        """Like `attach`, for a weight that is `stacked`: ``observe(routing, x, y)`` also gets the member of each row.
+
+        Raises:
+            TdkitError: when the host has no such weights.
+        """
+        raise TdkitError(f"{weight} of a {type(module).__name__} is no stack of matrices for its host '{self.name}'")
+
     def attach(self, module: nn.Module, weight: str, observe: Observer) -> Removable:
         """Call ``observe(x, y)`` at each product of `module` with a weight, and replace y by the result.
 
         x is (\\*batch, in) and y (\\*batch, out), with one row per product, so that the rows of the gradient of y
-        correspond to the rows of x. For a look-up x is (\\*n,) integer ids and y is (\\*n, in). A layer that applies
-        its weight in another way, such as a convolution, must reshape x and y to this form.
+        correspond to the rows of x. Where each group of outputs multiplies rows of its own, as in a grouped
+        convolution, x is (\\*batch, groups, in / groups) and y (\\*batch, out). For a look-up x is (\\*n,) integer ids
+        and y is (\\*n, in). A layer that applies its weight in another way, such as a convolution, must reshape x and
+        y to one of these forms.
 
         Returns:
             A handle whose ``remove()`` removes the observer.

@@ -199,7 +199,8 @@ class InPlaceLayer(FactorizedModule):
         matrix = cast(FactorizedMatrix, submodules_of(self)[self.matrix_name(weight)])
         dense = matrix.dispatcher.dense(matrix)
         if self.base is not None and weight == "weight":
-            dense = self.base.stored(dense.reshape(matrix.sizes), weight)
+            stored = torch.empty(state["_stored"][weight], device="meta")
+            dense = self.base.stored(dense.reshape(self.base.canonical(stored, weight).shape), weight)
         dense = dense.reshape(state["_stored"][weight])
         for observe in state.get("_observers", {}).get(weight, ()):
             dense = _with_gradient_seen(dense, observe)

@@ -1,0 +1,196 @@
+"""Factorised stacks of matrices: the weights of the experts of a layer, each of which multiplies alone."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cache, cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tdkit.decompositions.base import Decomposition, FactorizedMatrix, factor
+from tdkit.products.autograd import autocast_dtype
+from tdkit.products.cost import CACHED, Path, PathTable, lookup, path_table
+from tdkit.products.low_rank import LowRankStructure
+from tdkit.shapes import Shape
+from tdkit.support.compatibility import parameters_of
+
+
+class FactorizedStack(FactorizedMatrix):
+    """A stack of matrices (members, out, in) held as factors.
+
+    As a `FactorizedMatrix` it is the matrix (members, out * in) of its flattened members.
+
+    Args:
+        decomposition: the complete decomposition that makes it.
+        shape: (members, out, in).
+    """
+
+    @abstractmethod
+    def stack(self) -> Tensor:
+        """The matrices themselves, (members, out, in)."""
+
+    @abstractmethod
+    def grouped(
+        self,
+        x: Tensor,  # (rows, in), the rows of the first member first
+        counts: Sequence[int],  # rows of each member
+        bias: Tensor | None = None,  # (members, out)
+    ) -> Tensor:  # (rows, out)
+        """The product of each row with the matrix of its member; members without rows are not computed."""
+
+    @abstractmethod
+    def member_paths(self, rows: int) -> tuple[Path, ...]:
+        """The paths to multiply `rows` rows by one member without a cached weight."""
+
+    def dense(self) -> Tensor:
+        return self.stack().flatten(1)
+
+
+def dense_grouped(
+    weight: Tensor,  # (members, out, in)
+    x: Tensor,  # (rows, in), the rows of the first member first
+    counts: Sequence[int],  # rows of each member
+    bias: Tensor | None = None,  # (members, out)
+) -> Tensor:  # (rows, out)
+    """As `FactorizedStack.grouped`, for dense matrices."""
+    parts = [F.linear(rows, weight[e], None if bias is None else bias[e]) for e, rows in _reached(x, counts)]
+    return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
+
+
+def _reached(x: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """The members with rows, each with its rows of x."""
+    start = 0
+    for member, count in enumerate(counts):
+        if count:
+            yield member, x[start : start + count]
+            start += count
+
+
+class MemberStack(FactorizedStack):
+    """A stack whose members are factorised matrices of their own."""
+
+    def __init__(
+        self,
+        decomposition: Decomposition,
+        each: Decomposition,
+        shape: Shape,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(decomposition, shape)
+        self.members = nn.ModuleList(each.empty(shape[1:], device=device, dtype=dtype) for _ in range(shape[0]))
+
+    def stack(self) -> Tensor:
+        return torch.stack([member.dense() for member in self._matrices()])
+
+    def grouped(self, x: Tensor, counts: Sequence[int], bias: Tensor | None = None) -> Tensor:
+        members = self.members
+        parts = [members[e](rows, None if bias is None else bias[e]) for e, rows in _reached(x, counts)]
+        return torch.cat(parts) if parts else x.new_zeros(0, self.sizes[1])
+
+    def multiply_adds(self) -> int:
+        return self._matrices()[0].multiply_adds()
+
+    def member_paths(self, rows: int) -> tuple[Path, ...]:
+        return self._matrices()[0].paths(rows)
+
+    def _matrices(self) -> list[FactorizedMatrix]:
+        return [member for member in self.members if isinstance(member, FactorizedMatrix)]
+
+
+class LowRankStack(FactorizedStack):
+    """left (members, out, rank) times right (members, rank, in), one of which all members may share.
+
+    Args:
+        decomposition: the complete decomposition that makes it.
+        shape: (members, out, in).
+        rank: columns of each left factor.
+        shared: "input" for one right factor (rank, in), "output" for one left factor (out, rank), or None.
+    """
+
+    def __init__(
+        self,
+        decomposition: Decomposition,
+        shape: Shape,
+        rank: int,
+        shared: str | None,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(decomposition, shape)
+        members, out, width = shape
+        self.rank = rank
+        own = {"device": device, "dtype": dtype}
+        # in memory along the longer side, as in LowRankMatrix
+        if shared == "output":
+            self.left = factor(out, rank, axes=(1, 0), **own)  # type: ignore[arg-type]
+        else:
+            self.left = factor(members, out, rank, axes=(0, 2, 1), **own)  # type: ignore[arg-type]
+        self.right = factor(*(() if shared == "input" else (members,)), rank, width, **own)  # type: ignore[arg-type]
+        self._weight = self.dispatcher.new_cache()
+
+    @cached_property
+    def structure_of_each(self) -> LowRankStructure:
+        """The shapes of one member."""
+        return LowRankStructure(self.sizes[1:], self.rank)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        parameters = parameters_of(self)
+        return parameters["left"], parameters["right"]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.factors()
+
+    def stack(self) -> Tensor:
+        left, right = self.factors()
+        return left @ right
+
+    def multiply_adds(self) -> int:
+        return self.structure_of_each.multiply_adds()
+
+    def member_paths(self, rows: int) -> tuple[Path, ...]:
+        return self.structure_of_each.factor_paths(rows)
+
+    def grouped(self, x: Tensor, counts: Sequence[int], bias: Tensor | None = None) -> Tensor:
+        weight = self._cached(x, counts)
+        if weight is not None:
+            return dense_grouped(weight, x, counts, bias)
+        left, right = self.factors()
+        if right.ndim == 2:
+            return dense_grouped(left, F.linear(x, right), counts, bias)
+        if left.ndim == 2:
+            y = F.linear(dense_grouped(right, x, counts), left)
+            return y if bias is None else y + _of_rows(bias, counts)
+        parts = [
+            F.linear(F.linear(rows, right[e]), left[e], None if bias is None else bias[e])
+            for e, rows in _reached(x, counts)
+        ]
+        return torch.cat(parts) if parts else x.new_zeros(0, self.sizes[1])
+
+    def _cached(self, x: Tensor, counts: Sequence[int]) -> Tensor | None:
+        """The cached dense stack, where the product is faster by it; None where it is not, or may not be cached."""
+        if torch.compiler.is_compiling() or not self.dispatcher.may_cache(self):
+            return None
+        reached = [count for count in counts if count]
+        table = _table(self.structure_of_each, x.dtype, x.device.type, torch.get_num_threads())
+        if not reached or lookup(table, sum(reached) // len(reached)).name != CACHED:
+            return None
+        return self._weight.get(self.factors(), autocast_dtype(x.device.type) or x.dtype, self.stack)
+
+
+@cache
+def _table(structure: LowRankStructure, dtype: torch.dtype, device: str, threads: int) -> PathTable:
+    return path_table(structure.factor_paths, structure.shape, dtype=dtype, device=device, threads=threads, cached=True)
+
+
+def _of_rows(
+    values: Tensor,  # (members, n)
+    counts: Sequence[int],  # rows of each member
+) -> Tensor:  # (rows, n)
+    """The value of each row's member."""
+    return values.repeat_interleave(torch.tensor(counts, device=values.device), dim=0, output_size=sum(counts))

@@ -1,0 +1,158 @@
+"""transformers' layers of experts, whose weights are stacks (experts, out, in), held as stacks of factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.models.hosts.base import FactorizedModule, Host, Observer, Removable
+from tdkit.models.hosts.in_place import InPlaceHost, InPlaceLayer, in_place_class
+from tdkit.models.hosts.routing import StackObserver, experts_forward, weights_of
+from tdkit.support.compatibility import has_experts_interface, parameters_of, replace_forward
+
+STACKS = ("gate_up_proj", "up_proj", "down_proj")
+OBSERVERS = "_observers"  # the attribute with the observers of a layer, by the name of the weight
+
+
+class ExpertsHost(InPlaceHost):
+    """Host of the layers of experts that transformers decorates with ``use_experts_implementation``.
+
+    The factorised layer computes only the experts that tokens are routed to, by their factors, with the layer's own
+    activation, gate and biases, whatever ``experts_implementation`` is set. It is not traced as one graph by
+    torch.compile: the numbers of rows are read.
+    """
+
+    name = "experts"
+    is_transposed: ClassVar[bool] = False  # whether the stacks are stored as (experts, in, out)
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def accepts(self, module: nn.Module) -> bool:
+        if not (has_experts_interface(module) and super().accepts(module)):
+            return False
+        held = (parameters_of(module).get(name) for name in weights_of(module))
+        is_stack = all(parameter is not None and parameter.ndim == 3 for parameter in held)
+        return is_stack and bool(module.is_transposed) == self.is_transposed
+
+    def stacked(self, module: nn.Module, weight: str) -> bool:
+        return weight in STACKS
+
+    def canonical(self, stored: Tensor, weight: str) -> Tensor:
+        if weight not in STACKS:
+            return super().canonical(stored, weight)
+        return stored.mT if self.is_transposed else stored
+
+    def stored(self, canonical: Tensor, weight: str) -> Tensor:
+        return canonical.mT.contiguous() if self.is_transposed and weight in STACKS else canonical
+
+    def computed(self, module: nn.Module, weight: str) -> str:
+        return "by factors" if weight in STACKS else "dense"
+
+    def build(
+        self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
+    ) -> FactorizedModule:
+        layer = cast(InPlaceLayer, super().build(module, matrices, options))
+        layer.__class__ = _experts_class(layer.dense_class, self.name, layer.weight_names)
+        return layer
+
+    def multiplications(self, module: nn.Module, weight: str) -> int:
+        """Returns the number of experts of a token, of which each row is multiplied by one."""
+        return int(getattr(module.config, "num_experts_per_tok", None) or 1) if weight in STACKS else 1
+
+    def attach(self, module: nn.Module, weight: str, observe: Observer) -> Removable:
+        if weight not in STACKS:
+            return super().attach(module, weight, observe)
+        return self.attach_stack(module, weight, lambda _, x, y: observe(x, y))
+
+    def attach_stack(self, module: nn.Module, weight: str, observe: StackObserver) -> Removable:
+        return _Attached(module, weight, observe)
+
+
+class TransposedExpertsHost(ExpertsHost):
+    """The same for layers that store their stacks as (experts, in, out), such as those of GPT-OSS."""
+
+    name = "transposed_experts"
+    is_transposed = True
+
+
+HOSTS: dict[str, type[ExpertsHost]] = {host.name: host for host in (ExpertsHost, TransposedExpertsHost)}
+
+
+class ExpertsLayer(InPlaceLayer):
+    """A layer of experts with stacks held as factors.
+
+    Attributes:
+        host_name: the name of its host.
+    """
+
+    host_name: ClassVar[str]
+
+    @property
+    def host(self) -> str:
+        return self.host_name
+
+    @property
+    def builder(self) -> Host:
+        return HOSTS[self.host_name]()
+
+    def dense_weight(self, weight: str) -> Tensor:
+        if weight not in STACKS:
+            return super().dense_weight(weight)
+        matrix, host = self.matrices[weight], cast(ExpertsHost, self.builder)
+        experts, *sides = vars(self)["_stored"][weight]
+        canonical = (experts, *(reversed(sides) if host.is_transposed else sides))
+        return host.stored(matrix.dispatcher.dense(matrix).reshape(canonical), weight)
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # (tokens, in)
+        top_k_index: Tensor,  # (tokens, k)
+        top_k_weights: Tensor,  # (tokens, k)
+    ) -> Tensor:  # (tokens, in)
+        observers = vars(self).get(OBSERVERS, {})
+        return experts_forward(self, self.matrices, observers, hidden_states, top_k_index, top_k_weights)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _restored, (self.dense_class, self.host_name, self.weight_names), vars(self)
+
+
+_classes: dict[tuple[object, ...], type[ExpertsLayer]] = {}
+
+
+def _experts_class(dense_class: type[nn.Module], host: str, weights: tuple[str, ...]) -> type[ExpertsLayer]:
+    key = dense_class, host, weights
+    if key not in _classes:
+        in_place = in_place_class(dense_class, None, weights)
+        _classes[key] = type(in_place.__name__, (ExpertsLayer, in_place), {"host_name": host})
+    return _classes[key]
+
+
+def _restored(dense_class: type[nn.Module], host: str, weights: tuple[str, ...]) -> nn.Module:
+    kind = _experts_class(dense_class, host, weights)
+    return kind.__new__(kind)
+
+
+class _Attached:
+    """An observer of a layer of experts; a dense layer computes by `experts_forward` while it has one."""
+
+    def __init__(self, module: nn.Module, weight: str, observe: StackObserver) -> None:
+        self.module = module
+        self.weight = weight
+        self.observe = observe
+        observers: dict[str, list[StackObserver]] = vars(module).setdefault(OBSERVERS, {})
+        observers.setdefault(weight, []).append(observe)
+        if not isinstance(module, ExpertsLayer):
+            replace_forward(module, lambda *args, **kwargs: experts_forward(module, {}, observers, *args, **kwargs))
+
+    def remove(self) -> None:
+        observers: dict[str, list[StackObserver]] = vars(self.module).get(OBSERVERS, {})
+        if self.observe in observers.get(self.weight, ()):
+            observers[self.weight].remove(self.observe)
+            if not any(observers.values()):
+                del vars(self.module)[OBSERVERS]
+                if not isinstance(self.module, ExpertsLayer):
+                    replace_forward(self.module, None)

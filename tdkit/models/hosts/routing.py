@@ -1,0 +1,92 @@
+"""Compute the experts of a mixture-of-experts layer, each on the tokens that are routed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.decompositions.stacks import FactorizedStack, dense_grouped
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The rows of one call of a layer of experts: one for each expert of each token, those of expert 0 first.
+
+    Attributes:
+        tokens: the token of each row, (rows,) int64.
+        counts: the number of rows of each expert.
+        of: the number of tokens.
+    """
+
+    tokens: Tensor
+    counts: Sequence[int]
+    of: int
+
+
+StackObserver = Callable[[Routing, Tensor, Tensor], Tensor]
+"""``(routing, x, y) -> y``: called with the inputs (rows, in) and outputs (rows, out) of the products of a call with
+a stack of matrices; its result replaces y."""
+
+Observers = Mapping[str, Sequence[StackObserver]]
+
+
+def experts_forward(
+    module: nn.Module,
+    matrices: Mapping[str, FactorizedMatrix],
+    observers: Observers,
+    hidden_states: Tensor,  # (*tokens, in)
+    top_k_index: Tensor,  # (tokens, k) integers; experts at or above the number of experts are skipped
+    top_k_weights: Tensor,  # (tokens, k)
+) -> Tensor:  # (*tokens, in)
+    """Returns the sum over the experts of each token, weighted: down(act(up(x))), as transformers computes it.
+
+    Args:
+        module: a layer of experts of transformers, which gives the activation, the biases and the layout.
+        matrices: the factorised weights, by name; the others are those of `module`.
+        observers: of the products, by the name of the weight.
+    """
+    given: Any = module
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    ids = top_k_index.reshape(-1)
+    up, down = weights_of(module)
+    experts = matrices[up].sizes[0] if up in matrices else len(getattr(module, up))
+    order = ids.argsort(stable=True)
+    counts: list[int] = torch.bincount(ids, minlength=experts)[:experts].tolist()
+    order = order[: sum(counts)]
+    routing = Routing(order // top_k_index.shape[-1], counts, len(flat))
+
+    def product(name: str, x: Tensor) -> Tensor:
+        bias = getattr(module, f"{name}_bias") if given.has_bias else None
+        y = _grouped(module, name, matrices.get(name), x, counts, bias)
+        for observe in observers.get(name, ()):
+            y = observe(routing, x, y)
+        return y
+
+    inner = product(up, flat[routing.tokens])
+    inner = given._apply_gate(inner) if given.has_gate else given.act_fn(inner)
+    outer = product(down, inner)
+    if getattr(given, "has_post_expert_norm", False):
+        outer = given.post_expert_norm(outer)
+    weighted = outer * top_k_weights.reshape(-1)[order, None]
+    every = weighted.new_zeros(len(ids), weighted.shape[-1]).index_copy(0, order, weighted)
+    summed = every.view(len(flat), -1, every.shape[-1]).sum(1)  # deterministic on CUDA, which index_add is not
+    return summed.to(hidden_states.dtype).view(hidden_states.shape)
+
+
+def weights_of(module: nn.Module) -> tuple[str, str]:
+    """Returns the names of the two stacks of weights of a layer of experts, the first one first."""
+    return ("gate_up_proj" if cast(Any, module).has_gate else "up_proj"), "down_proj"
+
+
+def _grouped(
+    module: nn.Module, name: str, matrix: FactorizedMatrix | None, x: Tensor, counts: Sequence[int], bias: Tensor | None
+) -> Tensor:
+    if isinstance(matrix, FactorizedStack):
+        return matrix.grouped(x, counts, bias)
+    stored: Tensor = getattr(module, name)
+    return dense_grouped(stored.mT if cast(Any, module).is_transposed else stored, x, counts, bias)

@@ -1,0 +1,128 @@
+"""Convolutions of ResNet-18 and MobileNetV2, batch 8, at half the multiply-adds: the part of speed.py about them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tdkit import Decomposition, LowRank
+from tdkit.decompositions.cp import CP
+from tdkit.decompositions.spatial_low_rank import SpatialLowRank
+from tdkit.decompositions.tucker import Tucker
+from tdkit.evaluation.timing import peak_bytes, side_by_side
+from tdkit.models.hosts.convolution import Convolution2dHost, geometry_of
+from tdkit.models.preparation import cached_bytes, prepare
+from tdkit.products.convolution_cost import dense_shape, multiply_adds, shape_of
+
+IMAGES = 8
+SHARE = 0.5  # of the multiply-adds
+COLUMNS = ["layer", "decomposition", "share", "dense_ms", "memory_path", "memory", "speed_path", "speed", "peak"]
+ROUNDS = 15
+Row = dict[str, Any]
+
+
+class Case(NamedTuple):
+    """A convolution and the height and width of its input."""
+
+    inner: int
+    out: int
+    size: int
+    kernel: int = 3
+    stride: int = 1
+    groups: int = 1
+
+    def __str__(self) -> str:
+        stride = f", stride {self.stride}" if self.stride > 1 else ""
+        groups = ", depthwise" if self.groups > 1 else ""
+        return f"{self.inner} to {self.out}, {self.kernel}x{self.kernel}{stride}{groups}, on {self.size}x{self.size}"
+
+    def layer(self) -> nn.Conv2d:
+        """The dense layer, without gradients."""
+        padding = self.kernel // 2
+        layer = nn.Conv2d(self.inner, self.out, self.kernel, self.stride, padding, groups=self.groups)
+        return layer.requires_grad_(False).eval()
+
+
+RESNET = (
+    *(Case(64, 64, 56), Case(64, 128, 56, stride=2), Case(128, 128, 28), Case(128, 256, 28, stride=2)),
+    *(Case(256, 256, 14), Case(256, 512, 14, stride=2), Case(512, 512, 7)),
+)
+POINTWISE = tuple(Case(*each, kernel=1) for each in ((144, 24, 56), (192, 32, 28), (384, 96, 14), (960, 160, 7)))
+DEPTHWISE = tuple(Case(n, n, size, groups=n) for n, size in ((144, 56), (384, 14), (960, 7)))
+KINDS = (LowRank(), Tucker(), SpatialLowRank(), CP())
+
+
+def cases() -> list[tuple[Case, Decomposition]]:
+    """Every layer with the decompositions that make sense for it."""
+    return [
+        *((case, kind) for case in RESNET for kind in KINDS),
+        *((case, LowRank()) for case in (*POINTWISE, *DEPTHWISE)),
+    ]
+
+
+def halved(kind: Decomposition, case: Case) -> tuple[Decomposition, float]:
+    """The largest choice with at most `SHARE` of the multiply-adds, or the smallest, and its share."""
+    layer = case.layer()
+    shape, geometry = kind.shape_of(tuple(layer.weight.shape)), geometry_of(layer)
+    whole = multiply_adds([dense_shape((case.out, layer.weight[0].numel()), geometry)], geometry)
+
+    def share(choice: Decomposition) -> float:
+        stages = choice.empty(shape, device="meta").convolutions(geometry.kernel, geometry.groups)
+        assert stages is not None
+        return multiply_adds([shape_of(stage) for stage in stages], geometry) / whole
+
+    choices = kind.candidates(shape)
+    found = next((choice for choice in reversed(choices) if share(choice) <= SHARE), choices[0])
+    return found, share(found)
+
+
+def measure(seconds: float, filled: Callable[[Decomposition, tuple[int, ...]], Any]) -> list[Row]:
+    """The time of each case, preferring memory and preferring speed, as ratios to the dense layer's."""
+    rows = []
+    for case, kind in cases():
+        dense, host, (choice, share) = case.layer(), Convolution2dHost(), halved(kind, case)
+        matrix = filled(choice, choice.shape_of(tuple(dense.weight.shape))).requires_grad_(False)
+        small = host.build(dense, {"weight": matrix}, {}).eval()
+        fast = prepare(copy.deepcopy(small), prefer="speed")
+        x = torch.randn(IMAGES, case.inner, case.size, case.size)
+        layers = {"dense": dense, "memory": small, "speed": fast}
+        calls = {name: inferring(layer, x) for name, layer in layers.items()}
+        timings = side_by_side(calls, seconds=seconds, min_rounds=ROUNDS)
+        peaks = {name: peak_bytes(calls[name]) for name in ("dense", "speed")}
+        rows.append(
+            {
+                "layer": str(case),
+                "decomposition": choice.describe(),
+                "share": share,
+                "dense_ms": timings["dense"].seconds * 1e3,
+                "memory_path": small.path(tuple(x.shape)),
+                "memory": timings["memory"].ratio,
+                "speed_path": fast.path(tuple(x.shape)),
+                "speed": timings["speed"].ratio,
+                "peak": peaks["speed"] / peaks["dense"],
+                "cached_mib": cached_bytes(fast) / 2**20,
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def inferring(layer: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    """A call of the layer without gradients."""
+
+    def run() -> object:
+        with torch.inference_mode():
+            return layer(x)
+
+    return run
+
+
+def half_of_3x3(rows: list[Row]) -> list[float]:
+    """The ratios of low rank and Tucker on the convolutions of ResNet-18."""
+    names = {str(case) for case in RESNET}
+    kinds = ("low_rank", "tucker")
+    return [row["speed"] for row in rows if row["layer"] in names and row["decomposition"].startswith(kinds)]
