@@ -58,7 +58,7 @@ def tucker(model: nn.Module, bench: Bench, keep: float) -> nn.Module:
                 made.set_submodule(name, smaller)
         return made
 
-    return largest(at, lambda made: num_params(made) <= keep * bench.dense_params)
+    return _largest(at, lambda made: num_params(made) <= keep * bench.dense_params)
 
 
 def pruned(model: nn.Module, bench: Bench, keep: float) -> nn.Module:
@@ -79,7 +79,7 @@ def pruned(model: nn.Module, bench: Bench, keep: float) -> nn.Module:
         torch_pruning.pruner.MagnitudePruner(made, example, importance=importance, **options).step()
         return made
 
-    return largest(at, lambda made: bench.task.multiply_adds(made) <= keep * bench.dense_multiply_adds)
+    return _largest(at, lambda made: bench.task.multiply_adds(made) <= keep * bench.dense_multiply_adds)
 
 
 PEERS: dict[str, Callable[[nn.Module, Bench, float], nn.Module]] = {SVD_LLM: svd_llm, TUCKER: tucker, PRUNED: pruned}
@@ -96,12 +96,10 @@ def _flattens_only(model: nn.Module) -> bool:
     return type(model).__name__ in ("CNN", "EfficientNet")
 
 
-def largest(
-    at: Callable[[float], nn.Module], fits: Callable[[nn.Module], bool], *, halvings: int = HALVINGS
-) -> nn.Module:
+def _largest(at: Callable[[float], nn.Module], fits: Callable[[nn.Module], bool]) -> nn.Module:
     """Returns the model of the largest share that fits, by bisection from a tenth upwards."""
     low, high, best = 0.1, 1.0, at(0.1)
-    for _ in range(halvings):
+    for _ in range(HALVINGS):
         middle = (low + high) / 2
         made = at(middle)
         if fits(made):

@@ -17,7 +17,8 @@ METHODS = """\
 - **calibrated**: `LowRank` in the metric of inputs and output gradients, the budget allocated by estimated loss.
 - **auto**: `Auto`, which picks the decomposition of each weight; calibrated and allocated as well.
 - **distilled**: that of *auto*, trained by the dense model on the examples that it was calibrated on.
-- **auto, by multiply-adds**: `Auto` on ungrouped convolutions, until that share of the *multiply-adds* is left.
+- **auto, by multiply-adds**: `Auto` of low rank, Tucker and spatial pairs on ungrouped convolutions alone, \
+as large as that share of the *multiply-adds* permits.
 - **tensorly-torch Tucker**: its `FactorizedConv` (Tucker, kernel sizes left) for ungrouped convolutions and truncated \
 SVD for linear layers, one share for all. **torch-pruning**: channels of small norm are removed until that share of \
 the *multiply-adds* is left. **SVD-LLM**: truncated SVD whitened by the inputs, each weight cut to the same share; for \
@@ -47,8 +48,8 @@ def markdown(every: dict[str, Any]) -> str:
         "Made by `PYTHONPATH=. python tests/benchmarks/any_model.py`; seed 0, shared CPU cores. Rows of one model were",
         "measured on the same examples, of which none was used to calibrate, choose or train. *kept*: parameters",
         "after / before, of the whole model. *output error*: norm of the change of the outputs, relative to theirs.",
-        "*multiply-adds*: of one more example, counted by torch from the factors. *x dense time*: of 8 examples, in",
-        'turn with the dense model, after `tdkit.prepare(prefer="speed")`. *CPU s*: to compress, on one thread.',
+        "*multiply-adds*: of one example in a call on 8, counted by torch with nothing cached. *x dense time*: of that",
+        'call, in turn with the dense model, after `tdkit.prepare(prefer="speed")`. *CPU s*: to compress, one thread.',
         "",
         METHODS,
         "![Score and parameters kept](any-model.png)",
@@ -59,15 +60,9 @@ def markdown(every: dict[str, Any]) -> str:
     ]
     for name, entry in every.items():
         one = 100 / entry["tested"]
-        lines += [
-            f"## {name}",
-            "",
-            f"{entry['what'][0].upper()}{entry['what'][1:]}. Score: {entry['metric']}, in %.",
-            "",
-        ]
-        lines += [
-            f"One of {entry['tested']} tested examples is {one:.2f} points; {entry['steps']} steps of distillation."
-        ]
+        what = f"{entry['what'][0].upper()}{entry['what'][1:]}. Score: {entry['metric']}, in %"
+        lines += [f"## {name}", "", f"{what}; one of {entry['tested']} tested examples"]
+        lines += [f"is {one:.2f} points. {entry['steps']} steps of distillation."]
         lines += ["", table(entry["rows"])]
     return "\n".join(lines)
 

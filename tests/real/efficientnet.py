@@ -53,7 +53,7 @@ def efficientnet() -> Task:
         distillation={"logits": {"temperature": 2.0}},
         batch_size=10,
         calibration_batch=10,
-        steps=60,
+        steps=25,
         lr=3e-4,
     )
 

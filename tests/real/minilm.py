@@ -59,7 +59,7 @@ def minilm() -> Task:
         judge=lambda logits: percent(logits.argmax(-1) == labels[TRAIN:]),
         distillation={"logits": {"temperature": 2.0}, "hidden": 1.0},
         batch_size=16,
-        steps=60,
+        steps=40,
         lr=3e-4,
     )
 

@@ -18,7 +18,7 @@ from tests.real.task import Task, percent
 # class n + 1 is character n; class 0 is the blank of CTC
 CHARACTERS = "0123456789!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ €ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 HEIGHT, WIDTH = 64, 320
-TRAIN, TEST, WORDS = 300, 300, (1, 2)
+TRAIN, TEST, WORDS = 200, 200, (1, 2)
 FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSans-Bold", "STIXGeneral", "DejaVuSansMono")
 
 
@@ -90,7 +90,7 @@ def ocr() -> Task:
         distillation={"logits": {"temperature": 1.0}},
         batch_size=20,
         calibration_batch=4,
-        steps=60,
+        steps=25,
     )
 
 

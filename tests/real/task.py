@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tdkit.calibration.losses import Labels
 
+COUNTED = 8  # examples of a call whose multiply-adds and time are measured
+
 
 @dataclass(frozen=True)
 class Task:
@@ -56,16 +58,14 @@ class Task:
         """Returns the score of a model in percent."""
         return self.judge(outputs(model, *self.test))
 
-    def multiply_adds(self, model: nn.Module) -> int:
-        """Returns the multiply-adds of one more example; what a call does once, as building weights, is left out."""
-        three, two = (multiply_adds(model, tuple(column[:n] for column in self.test)) for n in (3, 2))
-        return three - two
+    def multiply_adds(self, model: nn.Module) -> float:
+        """Returns the multiply-adds of a call on COUNTED examples, divided by their number."""
+        return multiply_adds(model, tuple(column[:COUNTED] for column in self.test)) / COUNTED
 
     def batches(self) -> list[dict[str, Tensor]]:
         """Returns the training rows as calibration batches."""
-        rows = len(next(iter(self.train.values())))
-        starts = range(0, rows, self.calibration_batch)
-        return [{name: column[i : i + self.calibration_batch] for name, column in self.train.items()} for i in starts]
+        rows, size = len(next(iter(self.train.values()))), self.calibration_batch
+        return [{name: column[i : i + size] for name, column in self.train.items()} for i in range(0, rows, size)]
 
 
 def outputs(model: nn.Module, *columns: Tensor, batch: int = 50) -> Tensor:
@@ -88,8 +88,9 @@ def multiply_adds(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     counter = FlopCounterMode(display=False)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(warnings.catch_warnings(action="ignore"))  # flags() warns of settings of Intel's GPUs
-        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))  # oneDNN's LSTM is one operator, not counted
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):  # one operator of oneDNN, not counted
+            stack.enter_context(warnings.catch_warnings(action="ignore"))  # flags() warns of settings of Intel's GPUs
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         stack.enter_context(counter)
         model(*inputs)
     return int(counter.get_total_flops()) // 2
