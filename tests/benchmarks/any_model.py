@@ -127,7 +127,9 @@ class Bench:
         found = outputs(model, *self.task.test)
         batch = tuple(column[:COUNTED] for column in self.task.test)
         with torch.inference_mode():
-            times = side_by_side({"dense": lambda: self.task.model(*batch), "it": lambda: model(*batch)}, seconds=0.5, min_rounds=5)
+            times = side_by_side(
+                {"dense": lambda: self.task.model(*batch), "it": lambda: model(*batch)}, seconds=0.5, min_rounds=5
+            )
         return {
             "score": self.task.judge(found),
             "output_error": float((found - self.dense_outputs).norm() / self.dense_outputs.norm()),

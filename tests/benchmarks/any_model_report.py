@@ -50,6 +50,7 @@ def markdown(every: dict[str, Any]) -> str:
         "after / before, of the whole model. *output error*: norm of the change of the outputs, relative to theirs.",
         "*multiply-adds*: of one example in a call on 8, counted by torch with nothing cached. *x dense time*: of that",
         'call, in turn with the dense model, after `tdkit.prepare(prefer="speed")`. *CPU s*: to compress, one thread.',
+        "The machine was shared: how far the time of the dense row is from 1 shows how much of a ratio is noise.",
         "",
         METHODS,
         "![Score and parameters kept](any-model.png)",
@@ -111,7 +112,7 @@ def draw(every: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot  # type: ignore[import-not-found, unused-ignore]
 
     across = 4
-    down = -(-len(every) // across)
+    down = -(-(len(every) + 1) // across)  # one for the legend
     figure, panels = pyplot.subplots(down, across, figsize=(4 * across, 3.2 * down), squeeze=False)
     known: dict[str, Any] = {}
     for panel, (name, entry) in zip(panels.flat, every.items(), strict=False):
