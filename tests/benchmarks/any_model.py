@@ -37,7 +37,7 @@ from tests.real.minilm import minilm
 from tests.real.ocr import ocr
 from tests.real.rnet import rnet
 from tests.real.speaker import speaker
-from tests.real.task import COUNTED, Task, outputs
+from tests.real.task import COUNTED, Task, outputs, signed_outputs
 
 SEED = 0
 KEEP = (0.7, 0.5)  # params after / params before of the whole model
@@ -69,7 +69,7 @@ class Bench:
     @functools.cached_property
     def calibration(self) -> Calibration:
         task = self.task
-        return tdkit.calibrate(task.model, task.batches(), loss=task.loss, labels=task.labels)
+        return tdkit.calibrate(task.model, task.batches(), loss=signed_outputs())
 
     def rows(self) -> list[tuple[str, float]]:
         """The names and sizes of all rows."""
@@ -126,10 +126,9 @@ class Bench:
         model = tdkit.prepare(model)
         found = outputs(model, *self.task.test)
         batch = tuple(column[:COUNTED] for column in self.task.test)
+        calls = {"dense": lambda: self.task.model(*batch), "compressed": lambda: model(*batch)}
         with torch.inference_mode():
-            times = side_by_side(
-                {"dense": lambda: self.task.model(*batch), "it": lambda: model(*batch)}, seconds=0.5, min_rounds=5
-            )
+            times = side_by_side(calls, seconds=0.5, min_rounds=5)
         return {
             "score": self.task.judge(found),
             "output_error": float((found - self.dense_outputs).norm() / self.dense_outputs.norm()),
@@ -160,8 +159,8 @@ def run(name: str, make: Callable[[], Task], out: Path, wanted: Callable[[str], 
     bench = Bench(make())
     task, found = bench.task, report.read(out).get(name, {})
     known = {(row["method"], row["keep"]) for row in found.get("rows", [])}
-    if not found:
-        about = {"what": task.what, "metric": task.metric, "steps": task.steps, "tested": len(task.test[0])}
+    about = {"what": task.what, "metric": task.metric, "steps": task.steps, "tested": len(task.test[0])}
+    if not known:
         store(out, name, about, {"method": "dense", "keep": 1.0, **bench.measured(copy.deepcopy(task.model))})
     for method, keep in bench.rows():
         if (method, keep) in known or not wanted(method):
@@ -173,13 +172,13 @@ def run(name: str, make: Callable[[], Task], out: Path, wanted: Callable[[str], 
             row = {"cpu_seconds": time.process_time() - started, **bench.measured(model)}
         except TdkitError as error:
             row = {"failed": str(error).splitlines()[0]}
-        store(out, name, {}, {"method": method, "keep": keep, **row})
+        store(out, name, about, {"method": method, "keep": keep, **row})
 
 
 def store(out: Path, name: str, about: dict[str, Any], row: dict[str, Any]) -> None:
     every = report.read(out)
-    entry = every.setdefault(name, {**about, "rows": []})
-    entry["rows"].append(row)
+    rows = every.get(name, {}).get("rows", [])
+    every[name] = {**about, "rows": [*rows, row]}
     write_text(out / "any-model.json", json.dumps(every, indent=1) + "\n")
     said = f"{row['score']:.1f}" if "score" in row else row["failed"]
     print(f"{name:20} {row['method']:32} {row['keep']:.1f} {said}", flush=True)

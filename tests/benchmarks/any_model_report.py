@@ -14,7 +14,8 @@ TARGETS = (("calibrated", 0.7, 1.0), ("auto", 0.7, 1.0), ("distilled", 0.5, 2.0)
 COLUMNS = ("method", "kept", "score", "points lost", "output error", "params", "multiply-adds", "x dense time", "CPU s")
 METHODS = """\
 - **plain**: `LowRank` without calibration, every weight cut to the same share.
-- **calibrated**: `LowRank` in the metric of inputs and output gradients, the budget allocated by estimated loss.
+- **calibrated**: `LowRank` in the metric of inputs and output gradients, the budget allocated by estimated loss. The \
+loss is the sum of the outputs with random signs, which estimates their squared error; no labels are used.
 - **auto**: `Auto`, which picks the decomposition of each weight; calibrated and allocated as well.
 - **distilled**: that of *auto*, trained by the dense model on the examples that it was calibrated on.
 - **auto, by multiply-adds**: `Auto` of low rank, Tucker and spatial pairs on ungrouped convolutions alone, \

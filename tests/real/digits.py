@@ -29,7 +29,7 @@ def digits() -> Task:
         f"{len(train)} to calibrate and train on, {len(test)} to test",
         metric="accuracy",
         model=model,
-        train={"x": images[train], "labels": labels[train]},
+        train={"x": images[train]},
         test=(images[test],),
         judge=lambda logits: percent(logits.argmax(-1) == labels[test]),
         distillation={"logits": {"temperature": 2.0}},

@@ -49,7 +49,6 @@ def efficientnet() -> Task:
         train={"inputs": train},
         test=(test,),
         judge=lambda logits: percent(right.gather(1, logits.argmax(-1, keepdim=True))),
-        labels="sampled",
         distillation={"logits": {"temperature": 2.0}},
         batch_size=10,
         calibration_batch=10,

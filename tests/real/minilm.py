@@ -54,7 +54,7 @@ def minilm() -> Task:
         f"{TRAIN} mails to calibrate and train on, {TEST} to test",
         metric="accuracy",
         model=model,
-        train={"input_ids": ids[:TRAIN], "attention_mask": mask[:TRAIN], "labels": labels[:TRAIN]},
+        train={"input_ids": ids[:TRAIN], "attention_mask": mask[:TRAIN]},
         test=(ids[TRAIN:], mask[TRAIN:]),
         judge=lambda logits: percent(logits.argmax(-1) == labels[TRAIN:]),
         distillation={"logits": {"temperature": 2.0}, "hidden": 1.0},

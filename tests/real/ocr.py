@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy
 import torch
@@ -83,10 +82,9 @@ def ocr() -> Task:
         f"to calibrate and train on, {TEST} of other texts to test",
         metric="phrases read exactly",
         model=model,
-        train={"image": train, "labels": spelled(learned)},
+        train={"image": train},
         test=(test,),
         judge=lambda logits: percent(torch.tensor([a == b for a, b in zip(read(logits), asked, strict=True)])),
-        loss=ctc,
         distillation={"logits": {"temperature": 1.0}},
         batch_size=20,
         calibration_batch=4,
@@ -123,12 +121,6 @@ def rendered(texts: Sequence[str], *, seed: int) -> Tensor:
     return (stacked / 255 - 0.5) / 0.5
 
 
-def spelled(texts: Sequence[str]) -> Tensor:
-    """Returns the classes (n, longest) of the characters of texts, padded with zeros."""
-    rows = [torch.tensor([CHARACTERS.index(letter) + 1 for letter in text]) for text in texts]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-
 def read(logits: Tensor) -> list[str]:
     """Returns the texts of logits (n, steps, 97): the largest of each step, repetitions and blanks left out."""
     texts = []
@@ -136,11 +128,3 @@ def read(logits: Tensor) -> list[str]:
         best = best.unique_consecutive()
         texts.append("".join(CHARACTERS[n - 1] for n in best[best > 0].tolist()).strip())
     return texts
-
-
-def ctc(output: Tensor, batch: Any) -> Tensor:
-    """Connectionist temporal classification (Graves et al. 2006), summed over the phrases."""
-    labels = batch["labels"]
-    steps = torch.full((len(output),), output.shape[1])
-    chances = output.log_softmax(-1).transpose(0, 1)
-    return F.ctc_loss(chances, labels, steps, (labels > 0).sum(1), reduction="sum", zero_infinity=True)

@@ -49,16 +49,16 @@ def rnet() -> Task:
     labels = torch.arange(200) < 100  # the first half are faces
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
     train, test = windows(grey[order[:100]]), windows(grey[order[100:]])
-    answers = [labels[part].long().repeat_interleave(2 * len(SHIFTS)) for part in (order[:100], order[100:])]
+    answers = labels[order[100:]].long().repeat_interleave(2 * len(SHIFTS))
     return Task(
         name="RNet",
         what="face or not, on scikit-image's lfw_subset; 100 images to calibrate and train on, 100 others to test, "
         f"each in {2 * len(SHIFTS)} windows (shifted, mirrored)",
         metric="accuracy",
         model=model,
-        train={"x": train, "labels": answers[0]},
+        train={"x": train},
         test=(test,),
-        judge=lambda logits: percent(logits.argmax(-1) == answers[1]),
+        judge=lambda logits: percent(logits.argmax(-1) == answers),
         distillation={"logits": {"temperature": 2.0}},
     )
 

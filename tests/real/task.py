@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tdkit.calibration.losses import Labels
-
 COUNTED = 8  # examples of a call whose multiply-adds and time are measured
 
 
@@ -29,8 +27,6 @@ class Task:
         train: columns of equal length; what does not end in ``labels`` is given to the model by name.
         test: the inputs of the examples to score, of which none is in `train`.
         judge: the score in percent of the outputs for `test`.
-        loss: (output, batch) -> loss summed over examples; the cross-entropy with the labels when None.
-        labels: of that cross-entropy: those in `train`, or "sampled" from the model's predictions.
         distillation: losses by name, of the distillation after the compression.
         batch_size: of the distillation.
         calibration_batch: rows of a calibration batch; a weight whose products are not seen, as an LSTM's, is
@@ -46,8 +42,6 @@ class Task:
     train: Mapping[str, Tensor]
     test: tuple[Tensor, ...]
     judge: Callable[[Tensor], float]
-    loss: Callable[[Any, Any], Tensor] | None = None
-    labels: Labels = "data"
     distillation: Mapping[str, Any] = field(default_factory=lambda: {"logits": 1.0})
     batch_size: int = 32
     calibration_batch: int = 32
@@ -66,6 +60,22 @@ class Task:
         """Returns the training rows as calibration batches."""
         rows, size = len(next(iter(self.train.values()))), self.calibration_batch
         return [{name: column[i : i + size] for name, column in self.train.items()} for i in range(0, rows, size)]
+
+
+def signed_outputs(seed: int = 0) -> Callable[[Any, Any], Tensor]:
+    """Returns the loss to calibrate with: the sum of the outputs, each times a random sign.
+
+    The second moment of its gradients is the Gauss-Newton matrix of the squared error of the outputs, whatever the
+    labels are. The gradients of a loss on labels nearly vanish where a model is nearly always right.
+    Source: Hutchinson, A stochastic estimator of the trace of the influence matrix (1990).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        signs = torch.randint(0, 2, output.shape, generator=generator).mul(2).sub(1)
+        return (output * signs).sum()
+
+    return loss
 
 
 def outputs(model: nn.Module, *columns: Tensor, batch: int = 50) -> Tensor:

@@ -22,7 +22,7 @@ from tests.real.ocr import ocr
 from tests.real.rnet import rnet
 from tests.real.speaker import equal_error_rate, speaker
 from tests.real.speech import mel_spectrogram
-from tests.real.task import Task, multiply_adds, outputs
+from tests.real.task import Task, multiply_adds, outputs, signed_outputs
 
 pytestmark = pytest.mark.real
 SHOWN, CALIBRATED_ON = 40, 60  # rows of the test, rows of the calibration
@@ -48,7 +48,7 @@ def test_calibration_keeps_the_outputs_of_a_real_model(make: Callable[[], Task])
     shown = tuple(column[:SHOWN] for column in task.test)
     exact = outputs(task.model, *shown)
     batches = task.batches()[: -(-CALIBRATED_ON // task.calibration_batch)]
-    calibration = tdkit.calibrate(task.model, batches, loss=task.loss, labels=task.labels)
+    calibration = tdkit.calibrate(task.model, batches, loss=signed_outputs())
     policy = Policy([Rule("*", LowRank())], budget=0.6)
 
     def error_of(given: tdkit.Calibration | None) -> float:
