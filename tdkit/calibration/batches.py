@@ -49,6 +49,13 @@ class Call:
         return ids if is_ids else None
 
     @property
+    def is_text(self) -> bool:
+        """Whether token ids and masks are all of the inputs: no images, sounds or embeddings beside them."""
+        others = [*self.args, *(value for name, value in self.kwargs.items() if not name.endswith("mask"))]
+        floats = any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_leaves(others))
+        return self.token_ids is not None and not floats
+
+    @property
     def mask(self) -> Tensor | None:
         """The attention mask (n, tokens), bool, True for real tokens; None when there is no 2-D mask."""
         mask = self.kwargs.get("attention_mask")
@@ -176,7 +183,8 @@ def _by_position(known: _Parameters, entries: tuple[Any, ...]) -> Call:
     if known.any_position:
         return Call(entries, {})
     if not known.required <= count <= most + 1 or not count:
-        raise CalibrationError(f"a batch has {count} entries, which {known.shown} does not take")
+        plural = "entry" if count == 1 else "entries"
+        raise CalibrationError(f"a batch has {count} {plural}, which {known.shown} does not take")
     if count == most + 1 and count > 1:
         return Call(entries[:-1], {}, entries[-1])
     last = known.leading[count - 1]

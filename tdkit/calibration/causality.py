@@ -6,11 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tdkit.calibration.batches import Call
 from tdkit.calibration.losses import next_token_logits
-from tdkit.support.compatibility import tree_leaves
 
 TOLERANCE = 1e-4  # of the change of the later logits; random models without causality change by 1e-3 and more
 
@@ -28,7 +26,7 @@ def is_causal(run: Callable[[Call], Any], call: Call) -> bool:
         call: a batch with token ids (n, tokens); two tokens of a row at least must be unmasked.
     """
     ids = call.token_ids
-    if ids is None or _has_other_inputs(call):
+    if ids is None or not call.is_text:
         return False
     mask = torch.ones_like(ids, dtype=torch.bool) if call.mask is None or call.mask.shape != ids.shape else call.mask
     rank = mask.cumsum(1)
@@ -43,9 +41,3 @@ def is_causal(run: Callable[[Call], Any], call: Call) -> bool:
         return False
     change = (after - before).float().nan_to_num().square().mean(-1).sqrt()
     return bool(change[earlier].median() <= TOLERANCE * change[later].median())
-
-
-def _has_other_inputs(call: Call) -> bool:
-    """Returns whether a batch has floating-point inputs beside its token ids and masks."""
-    others: list[Any] = [*call.args, *(value for name, value in call.kwargs.items() if not name.endswith("mask"))]
-    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_leaves(others))

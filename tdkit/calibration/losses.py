@@ -32,10 +32,11 @@ def check_labels(labels: str) -> Labels:
     raise CalibrationError(f"no labels '{labels}'{did_you_mean(labels, known) or '.'} Known: {', '.join(known)}")
 
 
-def data_loss(output: Any, call: Call, *, causal: bool = False) -> Tensor:
+def data_loss(output: Any, call: Call, *, causal: bool = False, sums_sequences: bool = False) -> Tensor:
     """Returns the loss on the labels of the data, summed so that each prediction has the same weight.
 
-    - The model's own loss, where the output has one, times the number of labels that it is the mean of.
+    - The model's own loss, where the output has one, times the number of labels that it is the mean of: all that are
+      not ignored or, where they do not have the shape of the predictions, one for each example.
     - Else, with integer labels, the cross-entropy of the predictions (..., classes) or (n, classes, ...); labels of
       -100 are ignored.
     - Else, with floating-point labels of the predictions' shape, the squared error.
@@ -45,6 +46,8 @@ def data_loss(output: Any, call: Call, *, causal: bool = False) -> Tensor:
         output: what the model returned.
         call: the batch.
         causal: whether the model is a causal language model, so that token ids are labels of the predictions before.
+        sums_sequences: whether the model's own loss of labels of another shape is a sum over the examples rather than
+            their mean, such as connectionist temporal classification with ``config.ctc_loss_reduction="sum"``.
 
     Raises:
         CalibrationError: when there are no labels and the model is not causal, or it is not clear from the output and
@@ -52,7 +55,7 @@ def data_loss(output: Any, call: Call, *, causal: bool = False) -> Tensor:
     """
     own = own_loss(output, call)
     if own is not None:
-        return own.reshape(()) * _averaged(own, output, call)
+        return own.reshape(()) * _averaged(own, output, call, sums_sequences)
     if call.labels is None:
         return _next_token_loss(output, call, causal)
     found, labels = one_prediction(output, REMEDY), tensor_labels(call, REMEDY)
@@ -101,10 +104,12 @@ def tensor_labels(call: Call, remedy: str) -> Tensor:
     """Returns the labels of a batch.
 
     Raises:
-        CalibrationError: when they are no tensor.
+        CalibrationError: when there are none, or they are no tensor.
     """
     if isinstance(call.labels, Tensor):
         return call.labels
+    if call.labels is None:
+        raise CalibrationError(f"there are no labels: give batches (inputs, labels), or an entry 'labels', or {remedy}")
     raise CalibrationError(f"the labels of a batch are a {type(call.labels).__name__}, not a tensor: {remedy}")
 
 
@@ -151,8 +156,8 @@ def class_rows(found: Prediction, labels: Tensor, remedy: str) -> tuple[Tensor, 
     return rows, classes
 
 
-def _averaged(own: Tensor, output: Any, call: Call) -> int:
-    """Returns the number of predictions that a model's own mean loss averages over."""
+def _averaged(own: Tensor, output: Any, call: Call, sums_sequences: bool) -> int:
+    """Returns the number of predictions that a model's own loss averages over."""
     labels, found = call.labels, predictions(output)
     logits = found[0].value if len(found) == 1 else None
     if not isinstance(labels, Tensor):
@@ -160,7 +165,7 @@ def _averaged(own: Tensor, output: Any, call: Call) -> int:
     if labels.is_floating_point():
         return labels.numel()
     if logits is not None and labels.shape not in (logits.shape[:-1], logits.shape[:1] + logits.shape[2:]):
-        return call.examples  # a loss over sequences, boxes or spans
+        return 1 if sums_sequences else call.examples  # a loss over sequences, boxes or spans
     shifted = logits is not None and predicts_next(logits, labels, own)
     return int(((labels[:, 1:] if shifted else labels) != IGNORED).sum())
 

@@ -18,6 +18,7 @@ from tdkit.calibration.moments import Reach, Recorder, SharingBrokeError, groups
 from tdkit.calibration.runner import Runner, as_it_was
 from tdkit.errors import CalibrationError, did_you_mean
 from tdkit.fitting.metric import Metric
+from tdkit.models.preparation import drop_caches
 from tdkit.models.sites import Site, survey
 from tdkit.sources.texts import spread_windows
 from tdkit.support.compatibility import uncompiled
@@ -242,9 +243,12 @@ def _pass(runner: Runner, recorder: Recorder, batches: list[Batch], bar: Bar, la
     bar.now(label)
     with recorder.attached(), torch.set_grad_enabled(runner.gradients):
         for number, batch in enumerate(batches):
+            if runner.gradients:
+                drop_caches(runner.model)  # they would hold the graph of the batch before
             recorder.mask = runner.mask(batch)
             output = runner.forward(batch)
             if runner.gradients:
                 runner.backward(output, batch, number)
             recorder.end_batch(call_of(runner.model, batch).units)
             bar.advance()
+    drop_caches(runner.model)

@@ -284,7 +284,8 @@ class Recorder:
             if not self.gradients:
                 return y
             if not y.requires_grad:
-                y = y.detach().requires_grad_().clone()  # no leaf: the next layer may change it in place
+                with torch.enable_grad():  # no leaf: the next layer may change it in place
+                    y = y.detach().requires_grad_().clone()
             side = sums.lookup_output if looks_up else sums.multiply_output
             y.register_hook(lambda gradient: side.add(token_rows(gradient.detach(), mask)))  # type: ignore[no-untyped-call]
             return y

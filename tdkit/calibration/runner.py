@@ -59,7 +59,7 @@ class Runner:
                 check_decoder_inputs(self.model, call)
             except CalibrationError as error:
                 raise CalibrationError(f"calibration batch {number}: {error}") from None
-            if call.token_ids is not None:
+            if call.token_ids is not None and call.is_text:  # a table of positions can be that of another input
                 check_positions(self.model, call.token_ids.shape[1])
 
     def find_causality(self, batches: Sequence[Batch]) -> None:
@@ -96,7 +96,8 @@ class Runner:
             return self.loss(output, moved(batch, self.device))
         call = self.call(batch)
         if self.labels == "data":
-            return data_loss(output, call, causal=self.causal)
+            sums = getattr(getattr(self.model, "config", None), "ctc_loss_reduction", None) == "sum"
+            return data_loss(output, call, causal=self.causal, sums_sequences=sums)
         return sampled_loss(output, call, seed=number, causal=self.causal)
 
     def mask(self, batch: Batch) -> Tensor | None:

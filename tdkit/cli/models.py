@@ -17,12 +17,13 @@ from tdkit.cli.output import AsJson, Device, DryRun, note, show
 from tdkit.compression.apply import compress_resolved
 from tdkit.decompositions.registered import decomposition
 from tdkit.errors import CheckpointError, OptionError, PolicyError
-from tdkit.evaluation.language_models import PROTOCOL, evaluate
+from tdkit.evaluation.language_models import PROTOCOL, check_causal, check_takes_text, evaluate
 from tdkit.models.checkpoint import DESCRIPTION, read_description, save
 from tdkit.planning.planner import applied_plan, calibrated, planned
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
 from tdkit.planning.rule import Rule
+from tdkit.shapes import by
 from tdkit.sources.models import DTYPES, load_model
 from tdkit.sources.positions import check_positions
 from tdkit.sources.source import Source
@@ -54,6 +55,10 @@ CalibrationLabels = Annotated[
         "--labels", help="Calibrate on the text's own next tokens, or on ones the model draws (light compression)."
     ),
 ]
+InputsOnly = Annotated[
+    bool,
+    typer.Option("--inputs-only", help="Calibrate on the inputs of layers alone; for encoders, which have no loss."),
+]
 Context = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
 Every = Annotated[bool, typer.Option("--every", help="One row per layer, also in a long table.")]
 
@@ -67,6 +72,7 @@ def plan(
     calibration: CalibrationText = None,
     calibration_tokens: CalibrationTokens = 16384,
     labels: CalibrationLabels = "data",
+    inputs_only: InputsOnly = False,
     context: Context = 512,
     dtype: Dtype = "float32",
     every: Every = False,
@@ -74,11 +80,11 @@ def plan(
 ) -> None:
     """Show what a policy would do to every layer of a model; nothing is changed."""
     chosen = policy_of(policy, with_, match, budget)
-    _check_calibration(calibration, {f"--labels {labels}": labels != "data"})
+    _check_calibration(calibration, {f"--labels {labels}": labels != "data", "--inputs-only": inputs_only})
     texts = None if calibration is None else load_texts(calibration)
     source = load_model(model, dtype=dtype_of(dtype))
     resolved = resolve(source.model, chosen)
-    made = planned(resolved, _calibration(source, texts, calibration_tokens, context, labels, resolved))
+    made = planned(resolved, _calibration(source, texts, calibration_tokens, context, labels, inputs_only, resolved))
     show(made.report(every=every), made.to_dict(), as_json)
 
 
@@ -92,6 +98,7 @@ def compress(
     calibration: CalibrationText = None,
     calibration_tokens: CalibrationTokens = 16384,
     labels: CalibrationLabels = "data",
+    inputs_only: InputsOnly = False,
     context: Context = 512,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Fit block by block on what the compressed prefix produces.")
@@ -110,7 +117,12 @@ def compress(
     chosen = policy_of(policy, with_, match, budget)
     _check_calibration(
         calibration,
-        {"--sequential": sequential, f"--passes {passes}": passes > 1, f"--labels {labels}": labels != "data"},
+        {
+            "--sequential": sequential,
+            f"--passes {passes}": passes > 1,
+            f"--labels {labels}": labels != "data",
+            "--inputs-only": inputs_only,
+        },
     )
     if not dry_run:
         _check_folder(folder, overwrite)
@@ -118,7 +130,7 @@ def compress(
     texts = None if calibration is None else load_texts(calibration)
     source = load_model(model, dtype=dtype_of(dtype))
     resolved = resolve(source.model, chosen)
-    known = _calibration(source, texts, calibration_tokens, context, labels, resolved)
+    known = _calibration(source, texts, calibration_tokens, context, labels, inputs_only, resolved)
     made = planned(resolved, known)
     if not dry_run:
         what = resolved.following(made) if passes == 1 else resolved
@@ -149,6 +161,7 @@ def eval_(
         show(f"would measure {model} on up to {tokens:,} tokens of {size:,} characters", plan_of, as_json)
         return
     source = load_model(model, dtype=kind, device=device)
+    check_takes_text(source.model)
     check_positions(source.model, context)
     measured = evaluate(source.model, encode(texts, source.tokenizer, tokens), context=context)
     columns = ["model", "params", "MB", "perplexity", "tokens", "context", "tokens/s"]
@@ -178,9 +191,9 @@ def info(
             rows.append(
                 [
                     " = ".join(layer["names"]),
-                    "x".join(str(n) for n in layer["shape"]),
+                    by(layer["shape"]),
                     kind.describe(),
-                    f"{kind.num_params((layer['shape'][0], layer['shape'][1])):,}",
+                    f"{kind.num_params(kind.shape_of(tuple(layer['shape']))):,}",
                     "" if layer.get("error") is None else f"{layer['error']:.4f}",
                 ]
             )
@@ -211,13 +224,23 @@ def _check_calibration(calibration: list[str] | None, given: Mapping[str, bool])
 
 
 def _calibration(
-    source: Source, texts: list[str] | None, tokens: int, context: int, labels: Labels, resolved: Resolved
+    source: Source,
+    texts: list[str] | None,
+    tokens: int,
+    context: int,
+    labels: Labels,
+    inputs_only: bool,
+    resolved: Resolved,
 ) -> Calibration | None:
-    batches = None
-    if texts is not None:
-        check_positions(source.model, context)
-        batches = torch.split(windows(encode(texts, source.tokenizer, tokens), context), 1)
-    return calibrated(resolved, batches, labels=labels)
+    if texts is None:
+        return None
+    doing, remedy = "--calibration", "calibrate it in Python on batches with labels, tdkit.calibrate(model, batches)"
+    check_takes_text(source.model, doing, remedy)
+    check_positions(source.model, context)
+    ids = encode(texts, source.tokenizer, tokens)
+    if not inputs_only and labels == "data":
+        check_causal(source.model, ids, doing, f"give --inputs-only, or {remedy}")
+    return calibrated(resolved, torch.split(windows(ids, context), 1), gradients=not inputs_only, labels=labels)
 
 
 def dtype_of(name: str) -> torch.dtype:

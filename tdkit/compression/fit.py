@@ -10,6 +10,7 @@ from tdkit.errors import PolicyError
 from tdkit.fitting.metric import Metric
 from tdkit.models.sites import Site
 from tdkit.planning.step import Step
+from tdkit.support.threads import threads_for
 
 
 def fit_step(
@@ -30,8 +31,9 @@ def fit_step(
         raise PolicyError(f"{site.name} holds NaN or infinite weights: repair it, or keep it with a rule")
     at = weight if device is None else weight.to(device)
     there = None if metric is None else Metric(_to(metric.input, at.device), _to(metric.output, at.device))
-    matrix = step.decomposition.fit(at, there)
-    matrix.error = step.decomposition.error(at, matrix, there)
+    with threads_for(at.numel()):
+        matrix = step.decomposition.fit(at, there)
+        matrix.error = step.decomposition.error(at, matrix, there)
     return matrix.to(weight.device)
 
 

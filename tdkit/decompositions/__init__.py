@@ -1,7 +1,7 @@
 """The decompositions that tdkit ships, and what a new one is made of."""
 
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Point
-from tdkit.decompositions.cp import CP
+from tdkit.decompositions.cp import CanonicalPolyadic
 from tdkit.decompositions.kronecker import Kronecker
 from tdkit.decompositions.low_rank import LowRank
 from tdkit.decompositions.permuted_kronecker import PermutedKronecker
@@ -10,7 +10,7 @@ from tdkit.decompositions.tt_matrix import TTMatrix
 from tdkit.decompositions.tucker import Tucker
 
 __all__ = [
-    "CP",
+    "CanonicalPolyadic",
     "Decomposition",
     "FactorizedMatrix",
     "Kronecker",

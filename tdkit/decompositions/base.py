@@ -232,10 +232,13 @@ class Decomposition(ABC):
 
     Attributes:
         orders: the numbers of dimensions that it takes.
+        stacks: whether it takes stacks of matrices (members, out, in), each multiplied by rows of its own, and the
+            metrics of stacks.
     """
 
     name: ClassVar[str]
     orders: ClassVar[frozenset[int]] = frozenset({2})
+    stacks: ClassVar[bool] = False
 
     @abstractmethod
     def candidates(self, shape: Shape) -> list[Self]:
@@ -339,11 +342,15 @@ class Decomposition(ABC):
         picked = sorted({round(len(smaller) ** ((i + 1) / count)) - 1 for i in range(count)}) if count else []
         points: list[Point] = []
         for params, candidate in (smaller[i] for i in picked):
-            gap = working(weight.flatten(1)) - working(candidate.fit(weight, metric).dense())
-            error = metric.squared_error(gap) if metric else float(gap.square().sum())
+            error = candidate.squared_error(weight, metric)
             if not points or (params > points[-1].params and error < points[-1].error):
                 points.append(Point(candidate, params, error))
         return points
+
+    def squared_error(self, weight: Tensor, metric: Metric | None = None) -> float:
+        """The error of a fit, as on a curve (see `Point`)."""
+        gap = working(weight.flatten(1)) - working(self.fit(weight, metric).dense())
+        return metric.squared_error(gap) if metric else float(gap.square().sum())
 
     def error(self, weight: Tensor, matrix: FactorizedMatrix, metric: Metric | None = None) -> float:
         """Relative error of `matrix` as an approximation of `weight`, in the metric when there is one."""

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Point, assign, factor
-from tdkit.decompositions.error_curve import sampled_curve
+from tdkit.decompositions.error_curve import SHARES, anchored, exact_curve, sampled_curve
 from tdkit.decompositions.options import positive
 from tdkit.decompositions.tt_matrix import Cores
 from tdkit.errors import OptionError
 from tdkit.fitting.canonical_polyadic import cp_errors, fit_cp, full_rank
 from tdkit.fitting.metric import Metric
+from tdkit.fitting.row_space import SINGLE_FROM
 from tdkit.products.convolution import Stage, pointwise
 from tdkit.shapes import Shape, by
 from tdkit.support.compatibility import submodules_of
+
+FEW_SHARES = (0.1, 0.3, 0.5, 0.75)  # of the dense size, at which to fit large weights for an error curve
 
 
 class CPMatrix(FactorizedMatrix):
@@ -74,7 +77,7 @@ class CPMatrix(FactorizedMatrix):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CP(Decomposition):
+class CanonicalPolyadic(Decomposition):
     """A sum of `rank` outer products of vectors, one for each mode of the weight.
 
     As convolutions these are 1 x 1 to `rank` channels, one along each axis for each channel by itself, and 1 x 1.
@@ -125,19 +128,21 @@ class CP(Decomposition):
     def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
         """See `Decomposition.curve`.
 
-        In the metric a few points are fitted with few steps, so that `fit` does no worse, and the others lie between
+        A few points are fitted, in the metric with few steps, so that `fit` does no worse; then others lie between
         them.
         """
-        shape = tuple(weight.shape)
-        if metric is None:
-            return super().curve(weight)
+        shape, size = tuple(weight.shape), weight.numel()
+        shares = SHARES if size < SINGLE_FROM else FEW_SHARES
         smaller = [(c.num_params(shape), c) for c in self.candidates(shape)]
-        smaller = [(params, c) for params, c in smaller if params < weight.numel()]
+        smaller = [(params, c) for params, c in smaller if params < size]
+        if metric is None:
+            few = [smaller[place] for place in anchored([params for params, _ in smaller], size, shares)]
+            return exact_curve(few, [kind.squared_error(weight) for _, kind in few])
 
         def errors(params: list[int]) -> list[float]:
             return cp_errors(weight, metric, [count // sum(shape) for count in params])
 
-        return sampled_curve(smaller, weight.numel(), errors)
+        return sampled_curve(smaller, size, errors, shares)
 
     def _full_rank(self, shape: Shape) -> int:
         full = full_rank(self.shape_of(shape))

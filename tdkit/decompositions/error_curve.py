@@ -12,6 +12,8 @@ from tdkit.decompositions.base import Decomposition, Point
 T = TypeVar("T")
 
 SHARES = (0.08, 0.22, 0.4, 0.6, 0.8, 0.95)  # of the dense size, at which to fit
+ANCHORS = (0.0, 0.25, 0.5, 0.75, 1.0)  # places along a curve of upper estimates, at which to fit
+LEAST_SHARE = 1e-3  # of an estimate, to which it may be lowered: below, it is all rounding error
 BETWEEN = 8  # points from one fit to the next
 
 
@@ -24,9 +26,25 @@ def exact_curve(smaller: Sequence[tuple[int, Decomposition]], errors: Sequence[f
     return points
 
 
-def frontier(points: Iterable[Point], most: int = 64) -> list[Point]:
-    """At most `most` of the points with less error than all that are no larger, by rising params."""
-    return spread(lowest(points), most)
+def corrected_curve(points: Sequence[Point], error: Callable[[Decomposition], float]) -> list[Point]:
+    """A curve of upper estimates lowered to fits at a few sizes, by shares that are interpolated between them.
+
+    Args:
+        points: by strictly rising params, with strictly falling, positive errors but for the last, which may be zero.
+        error: of the fit of a choice.
+    """
+    anchors = []
+    for place in sorted({round((len(points) - 1) * share) for share in ANCHORS} if points else ()):
+        estimate = points[place].error
+        share = error(points[place].decomposition) / estimate if estimate > 0 else 1.0
+        anchors.append((points[place].params, min(max(share, LEAST_SHARE), 1.0)))
+    lowered = []
+    for point in points:
+        after = bisect.bisect_left(anchors, (point.params, 0.0))
+        (low, first), (high, second) = anchors[max(after - 1, 0)], anchors[min(after, len(anchors) - 1)]
+        part = (point.params - low) / (high - low) if high > low else 0.0
+        lowered.append((point.params, point.decomposition, point.error * first ** (1 - part) * second**part))
+    return exact_curve([(params, kind) for params, kind, _ in lowered], [each for _, _, each in lowered])
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
@@ -35,6 +53,11 @@ def spread(items: Sequence[T], most: int) -> list[T]:
     if last < most:
         return list(items)
     return [items[round(last * i / (most - 1))] for i in range(most)]
+
+
+def anchored(params: Sequence[int], size: int, shares: Sequence[float]) -> list[int]:
+    """The places of the largest of some params, ascending, that are within each share of the dense `size`."""
+    return sorted({max(bisect.bisect_right(params, share * size) - 1, 0) for share in shares} if params else ())
 
 
 def lowest(points: Iterable[Point]) -> list[Point]:
@@ -47,7 +70,10 @@ def lowest(points: Iterable[Point]) -> list[Point]:
 
 
 def sampled_curve(
-    smaller: Sequence[tuple[int, Decomposition]], size: int, errors: Callable[[list[int]], list[float]]
+    smaller: Sequence[tuple[int, Decomposition]],
+    size: int,
+    errors: Callable[[list[int]], list[float]],
+    shares: Sequence[float] = SHARES,
 ) -> list[Point]:
     """A whole error curve from fits at a few sizes: between them the logarithm of the error is interpolated.
 
@@ -55,9 +81,10 @@ def sampled_curve(
         smaller: (params, choice), ascending, all below the dense `size`.
         size: entries of the dense matrix.
         errors: from the params of a few choices, ascending, to their errors as fitted.
+        shares: of the dense size, at which to fit.
     """
     params = [count for count, _ in smaller]
-    wanted = sorted({max(bisect.bisect_right(params, share * size) - 1, 0) for share in SHARES} if params else ())
+    wanted = anchored(params, size, shares)
     anchors: list[tuple[int, float]] = []
     for index, error in zip(wanted, errors([params[i] for i in wanted]) if wanted else [], strict=True):
         if not anchors or (params[index] > params[anchors[-1][0]] and 0 < error < anchors[-1][1]):

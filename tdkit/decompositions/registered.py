@@ -19,7 +19,7 @@ decompositions: Registry[type[Decomposition]] = Registry(
         "permuted_kronecker": "tdkit.decompositions.permuted_kronecker:PermutedKronecker",
         "tt_matrix": "tdkit.decompositions.tt_matrix:TTMatrix",
         "tucker": "tdkit.decompositions.tucker:Tucker",
-        "cp": "tdkit.decompositions.cp:CP",
+        "cp": "tdkit.decompositions.cp:CanonicalPolyadic",
         "spatial_low_rank": "tdkit.decompositions.spatial_low_rank:SpatialLowRank",
         "stacked": "tdkit.decompositions.stacked:Stacked",
         "auto": "tdkit.decompositions.auto:Auto",

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Point, assign, factor
-from tdkit.decompositions.error_curve import exact_curve, frontier
+from tdkit.decompositions.error_curve import corrected_curve, exact_curve, lowest
 from tdkit.decompositions.options import positive
 from tdkit.errors import OptionError
 from tdkit.fitting.linalg import leading
 from tdkit.fitting.metric import Metric
-from tdkit.fitting.tucker import fit_tucker, tucker_errors
+from tdkit.fitting.row_space import SINGLE_FROM
+from tdkit.fitting.tucker import fit_tucker, span_errors
 from tdkit.products.convolution import Stage
 from tdkit.shapes import Shape, by
 
@@ -128,18 +129,22 @@ class SpatialLowRank(Decomposition):
     def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
         """See `Decomposition.curve`.
 
-        One factorisation for each order of the axes gives every point: exact without a metric, else the error of the
-        closed form that starts `fit`, which does no worse.
+        One factorisation for each order of the axes gives every point. In a metric it is the error of the closed form
+        that starts `fit`, which does no worse; for all but large weights it is lowered as that of a few fits.
         """
-        shape, points = tuple(weight.shape), []
+        shape = tuple(weight.shape)
+        points: list[Point] = []
         self._full_rank(shape)
         for first in (0, 1) if self.first is None else (self.first,):
             kind = replace(self, first=first)
-            ranks = [c.rank for c in kind.candidates(shape) if c.num_params(shape) < weight.numel()]
-            errors = tucker_errors(*_along(weight, metric, first), [rank for rank in ranks if rank is not None])
-            found = [(kind._params_per_rank(shape) * rank, replace(kind, rank=rank)) for rank in ranks if rank]
-            points += exact_curve(found, [float(each[-1]) for each in errors])
-        return frontier(points, most=len(points) or 1)
+            errors = span_errors(*_along(weight, metric, first)).tolist()
+            smaller = [(c.num_params(shape), c) for c in kind.candidates(shape)]
+            smaller = [(params, c) for params, c in smaller if params < weight.numel()]
+            points += exact_curve(smaller, [errors[(c.rank or 1) - 1] for _, c in smaller])
+        points = lowest(points)
+        if metric is None or weight.numel() > SINGLE_FROM:
+            return points
+        return corrected_curve(points, lambda kind: kind.squared_error(weight, metric))
 
     def _full_rank(self, shape: Shape) -> int:
         out, inner, *kernel = self.shape_of(shape)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from tdkit.decompositions.auto import Auto
-from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Point, assign
+from tdkit.decompositions.base import Decomposition, Point, assign
 from tdkit.decompositions.error_curve import exact_curve, lowest
 from tdkit.decompositions.low_rank import LowRank
 from tdkit.decompositions.registered import decomposition, spec_of
 from tdkit.decompositions.stacks import FactorizedStack, LowRankStack, MemberStack
-from tdkit.errors import OptionError
+from tdkit.errors import OptionError, TdkitError
 from tdkit.fitting.low_rank import squared_singular_values, truncated_in_metric
 from tdkit.fitting.metric import Metric
 from tdkit.fitting.shared_basis import SharedBasis
@@ -44,6 +44,7 @@ class Stacked(Decomposition):
 
     name: ClassVar[str] = "stacked"
     orders: ClassVar[frozenset[int]] = frozenset({3})
+    stacks: ClassVar[bool] = True
     each: Decomposition | str | Mapping[str, Any] = "low_rank"
     shared: bool = False
     side: Side | None = None
@@ -51,9 +52,9 @@ class Stacked(Decomposition):
     def __post_init__(self) -> None:
         try:
             kind = decomposition(self.each)
-        except OptionError as error:
+        except TdkitError as error:
             raise OptionError(f"stacked: each={self.each!r}: {error}") from None
-        if isinstance(kind, Stacked | Auto):
+        if kind.stacks or isinstance(kind, Auto):
             raise OptionError(f"stacked: each={kind.describe()} must be a decomposition of matrices other than auto")
         object.__setattr__(self, "each", kind)
         if not isinstance(self.shared, bool):
@@ -146,10 +147,6 @@ class Stacked(Decomposition):
             assign(stack.left[members], left)
             assign(stack.right[members], right)
 
-    def error(self, weight: Tensor, matrix: FactorizedMatrix, metric: Metric | None = None) -> float:
-        dense = matrix.dense().reshape(weight.shape)
-        return (metric or Metric()).relative_error(weight, dense)
-
     def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
         metric = metric or Metric()
         shape = tuple(weight.shape)
@@ -227,7 +224,7 @@ def stacked(kind: Decomposition) -> Decomposition:
 
     `Auto` stands for its members applied to each matrix and, if `LowRank` is among them, for shared factors as well.
     """
-    if isinstance(kind, Stacked):
+    if kind.stacks:
         return kind
     if not isinstance(kind, Auto):
         return Stacked(each=kind)

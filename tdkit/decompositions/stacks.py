@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import cache, cached_property
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdkit.decompositions.base import Decomposition, FactorizedMatrix, factor
+from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Preference, factor
 from tdkit.products.autograd import autocast_dtype
-from tdkit.products.cost import CACHED, Path, PathTable, lookup, path_table
+from tdkit.products.cost import CACHED, Path, PathTable, cached_path, lookup, path_table
 from tdkit.products.low_rank import LowRankStructure
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import parameters_of
@@ -44,6 +44,10 @@ class FactorizedStack(FactorizedMatrix):
     @abstractmethod
     def member_paths(self, rows: int) -> tuple[Path, ...]:
         """The paths to multiply `rows` rows by one member without a cached weight."""
+
+    @abstractmethod
+    def member_path(self, rows: int, *, prefer: Preference | None = None) -> Path:
+        """The path of `grouped` in eval mode where each member has `rows` rows; `prefer` as it is set when None."""
 
     def dense(self) -> Tensor:
         return self.stack().flatten(1)
@@ -98,6 +102,9 @@ class MemberStack(FactorizedStack):
     def member_paths(self, rows: int) -> tuple[Path, ...]:
         return self._matrices()[0].paths(rows)
 
+    def member_path(self, rows: int, *, prefer: Preference | None = None) -> Path:
+        return self._matrices()[0].path(rows, prefer=prefer)
+
     def _matrices(self) -> list[FactorizedMatrix]:
         return [member for member in self.members if isinstance(member, FactorizedMatrix)]
 
@@ -125,6 +132,7 @@ class LowRankStack(FactorizedStack):
         super().__init__(decomposition, shape)
         members, out, width = shape
         self.rank = rank
+        self.member_structure = LowRankStructure((out, width), rank)
         own = {"device": device, "dtype": dtype}
         # in memory along the longer side, as in LowRankMatrix
         if shared == "output":
@@ -133,11 +141,6 @@ class LowRankStack(FactorizedStack):
             self.left = factor(members, out, rank, axes=(0, 2, 1), **own)  # type: ignore[arg-type]
         self.right = factor(*(() if shared == "input" else (members,)), rank, width, **own)  # type: ignore[arg-type]
         self._weight = self.dispatcher.new_cache()
-
-    @cached_property
-    def structure_of_each(self) -> LowRankStructure:
-        """The shapes of one member."""
-        return LowRankStructure(self.sizes[1:], self.rank)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         parameters = parameters_of(self)
@@ -151,10 +154,16 @@ class LowRankStack(FactorizedStack):
         return left @ right
 
     def multiply_adds(self) -> int:
-        return self.structure_of_each.multiply_adds()
+        return self.member_structure.multiply_adds()
 
     def member_paths(self, rows: int) -> tuple[Path, ...]:
-        return self.structure_of_each.factor_paths(rows)
+        return self.member_structure.factor_paths(rows)
+
+    def member_path(self, rows: int, *, prefer: Preference | None = None) -> Path:
+        device = "cpu" if self.left.is_meta else self.left.device.type
+        if (prefer or self.prefer) == "speed" and self._is_faster_cached(rows, self.left.dtype, device):
+            return cached_path(rows, self.member_structure.shape)
+        return self.member_paths(rows)[0]
 
     def grouped(self, x: Tensor, counts: Sequence[int], bias: Tensor | None = None) -> Tensor:
         weight = self._cached(x, counts)
@@ -177,10 +186,13 @@ class LowRankStack(FactorizedStack):
         if torch.compiler.is_compiling() or not self.dispatcher.may_cache(self):
             return None
         reached = [count for count in counts if count]
-        table = _table(self.structure_of_each, x.dtype, x.device.type, torch.get_num_threads())
-        if not reached or lookup(table, sum(reached) // len(reached)).name != CACHED:
+        if not reached or not self._is_faster_cached(sum(reached) // len(reached), x.dtype, x.device.type):
             return None
         return self._weight.get(self.factors(), autocast_dtype(x.device.type) or x.dtype, self.stack)
+
+    def _is_faster_cached(self, rows: int, dtype: torch.dtype, device: str) -> bool:
+        table = _table(self.member_structure, dtype, device, torch.get_num_threads())
+        return lookup(table, rows).name == CACHED
 
 
 @cache

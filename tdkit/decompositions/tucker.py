@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Point, assign, factor
-from tdkit.decompositions.error_curve import exact_curve, frontier, spread
+from tdkit.decompositions.error_curve import corrected_curve, exact_curve, lowest, spread
 from tdkit.decompositions.options import positive
 from tdkit.errors import OptionError
 from tdkit.fitting.metric import Metric
+from tdkit.fitting.row_space import SINGLE_FROM
 from tdkit.fitting.tucker import HOOI_ENTRIES, fit_tucker, tucker_errors
 from tdkit.products.convolution import Stage, pointwise
 from tdkit.shapes import Shape, by
@@ -21,6 +22,7 @@ from tdkit.shapes import Shape, by
 Pair = tuple[int, int]  # (rank_out, rank_in)
 
 INNER_RANKS = 16  # values of rank_in that an error curve compares
+POINTS = 64  # of an error curve
 FITS = 8  # of a curve whose closed form is not that of the fits
 
 
@@ -123,15 +125,17 @@ class Tucker(Decomposition):
     def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
         """See `Decomposition.curve`.
 
-        One factorisation gives the errors of a closed form for all pairs of ranks, of which the best are taken. In
-        the metric `fit` does no worse. Without one a few of them are fitted, except for large weights, whose fits are
-        the closed form.
+        One factorisation gives the errors of a closed form for all pairs of ranks, of which the best are taken. A few
+        of these are fitted: without a metric no others are returned, in the metric the others are lowered as these.
+        For large weights the closed form stands, than which `fit` does no worse, and no better without a metric.
         """
-        points = self._frontier(weight, metric)
-        if metric is not None or weight.numel() > HOOI_ENTRIES:
+        points = spread(self._frontier(weight, metric), POINTS)
+        if weight.numel() > (HOOI_ENTRIES if metric is None else SINGLE_FROM):
             return points
+        if metric is not None:
+            return corrected_curve(points, lambda kind: kind.squared_error(weight, metric))
         kinds = [(point.params, point.decomposition) for point in spread(points, FITS)]
-        return exact_curve(kinds, [_squared_error(kind, weight) for _, kind in kinds])
+        return exact_curve(kinds, [kind.squared_error(weight) for _, kind in kinds])
 
     def _frontier(self, weight: Tensor, metric: Metric | None) -> list[Point]:
         """The pairs of ranks below the dense size that no smaller pair beats, with the error of the closed form."""
@@ -148,7 +152,7 @@ class Tucker(Decomposition):
                 pair = (rank_out, rank_in)
                 kind = replace(self, rank_out=rank_out, rank_in=rank_in)
                 points.append(Point(kind, _params(shape, pair), values[rank_out - 1]))
-        return frontier([point for point in points if point.params < weight.numel()])
+        return lowest([point for point in points if point.params < weight.numel()])
 
     def _bounds(self, shape: Shape) -> tuple[Pair, Pair]:
         """The least and the largest (rank_out, rank_in) for a weight of `shape`.
@@ -202,8 +206,3 @@ class Tucker(Decomposition):
 def _params(shape: Shape, pair: Pair) -> int:
     rank_out, rank_in = pair
     return shape[0] * rank_out + rank_out * rank_in * math.prod(shape[2:]) + rank_in * shape[1]
-
-
-def _squared_error(kind: Decomposition, weight: Tensor) -> float:
-    gap = weight.detach().to(torch.float64).flatten(1) - kind.fit(weight).dense().detach()
-    return float(gap.square().sum())

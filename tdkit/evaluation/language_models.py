@@ -73,7 +73,7 @@ def evaluate(
         SourceError: when the text does not fill one window, or the context is shorter than 2 tokens or longer than
             the position table of the model.
     """
-    check_language_model(model)
+    check_takes_text(model)
     device = device_of(model)
     rows = windows(ids, context)
     if context < 2:
@@ -83,7 +83,7 @@ def evaluate(
     model.eval()
     loss, seconds = torch.zeros((), dtype=torch.float64), 0.0
     try:
-        _check_causal(model, rows[:1].to(device))
+        check_causal(model, rows[0])
         with progress_bar("perplexity", len(rows), progress) as bar:
             for start in range(0, len(rows), batch):
                 chunk = rows[start : start + batch].to(device)
@@ -120,40 +120,57 @@ MEASURE_OTHERWISE = (
 TESTED_TOKENS = 64
 
 
-def check_language_model(model: nn.Module, doing: str = "perplexity is measured on text") -> None:
-    """Check, without running it, that a model can be a causal language model.
+def check_takes_text(model: nn.Module, doing: str = "perplexity", remedy: str = MEASURE_OTHERWISE) -> None:
+    """Check, without running it, that a model takes one text.
 
     Args:
-        doing: the beginning of the message of an error: what is done with text.
+        doing: what is done with text, for the message of an error.
+        remedy: what to do instead, for the message of an error.
 
     Raises:
         EvaluationError: when it is a model of transformers that takes other inputs than text, or an encoder-decoder.
     """
     name, takes = type(model).__name__, getattr(model, "main_input_name", "input_ids")
     if takes != "input_ids":
-        raise EvaluationError(f"{doing}, and {name} takes {takes}: {MEASURE_OTHERWISE}")
+        raise EvaluationError(f"{doing} is that of a language model on text, and {name} takes {takes}: {remedy}")
     if is_encoder_decoder(model):
-        raise EvaluationError(
-            f"{doing} by a causal language model, and {name} is an encoder-decoder: {MEASURE_OTHERWISE}"
-        )
+        raise EvaluationError(f"{doing} is that of a model on one text, and {name} is an encoder-decoder: {remedy}")
 
 
-def _check_causal(model: nn.Module, ids: Tensor) -> None:
-    call = Call((ids[:, :TESTED_TOKENS],), {})
-    _logits(model, call.run(model), call.args[0])
+@torch.inference_mode()
+def check_causal(
+    model: nn.Module,
+    ids: Tensor,  # (n,) token ids
+    doing: str = "perplexity",
+    remedy: str = MEASURE_OTHERWISE,
+) -> None:
+    """Check that a model, which is in eval mode, is a causal language model, by running it on the first tokens.
+
+    Args:
+        ids: some token ids.
+        doing: what is done with text, for the message of an error.
+        remedy: what to do instead, for the message of an error.
+
+    Raises:
+        EvaluationError: when it gives no logits for each token, or they depend on later tokens.
+    """
+    call = Call((ids[None, :TESTED_TOKENS].to(device_of(model)),), {})
+    _logits(model, call.run(model), call.args[0], doing, remedy)
     if not is_causal(lambda other: other.run(model), call):
         raise EvaluationError(
-            f"perplexity is that of the next tokens, and {type(model).__name__} is no causal language model, because "
-            f"its logits depend on later tokens: {MEASURE_OTHERWISE}"
+            f"{doing} is that of the next tokens, and {type(model).__name__} is no causal language model, because its "
+            f"logits depend on later tokens: {remedy}"
         )
 
 
-def _logits(model: nn.Module, output: Any, ids: Tensor) -> Tensor:
+def _logits(
+    model: nn.Module, output: Any, ids: Tensor, doing: str = "perplexity", remedy: str = MEASURE_OTHERWISE
+) -> Tensor:
     logits = next_token_logits(output, Call((ids,), {}))
     if logits is None:
         raise EvaluationError(
-            f"{type(model).__name__} returns no logits (batch, context, vocabulary) for token ids of shape "
-            f"{tuple(ids.shape)}, so it is no causal language model: {MEASURE_OTHERWISE}"
+            f"{doing} is that of the next tokens, and {type(model).__name__} returns no logits (batch, context, "
+            f"vocabulary) of these: {remedy}"
         )
     return logits
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from tdkit.decompositions.base import Preference
 from tdkit.errors import PolicyError
 from tdkit.evaluation.timing import peak_bytes, side_by_side
-from tdkit.models.hosts.base import FactorizedLayer
-from tdkit.models.hosts.convolution import FactorizedConvolution
+from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule
+from tdkit.models.hosts.convolution import FactorizedConvolution, image_size
 from tdkit.models.hosts.embedding import FactorizedEmbedding
+from tdkit.models.hosts.experts import ExpertsLayer, experts_of_a_token, stacks_of
 from tdkit.models.hosts.linear import FactorizedLinear
 from tdkit.models.hosts.registered import dense_layer
 from tdkit.models.preparation import cached_bytes, prepare
@@ -163,7 +164,7 @@ def benchmark(
         ready(model, train, prefer)
         ready(dense_model, train, prefer)
         for (what, _), names in groups.items():
-            layer = cast(FactorizedLayer, model.get_submodule(names[0]))
+            layer = cast(FactorizedModule, model.get_submodule(names[0]))
             dense_layer = dense_model.get_submodule(names[0])
             for count in tokens:
                 bar.now(what)
@@ -240,6 +241,12 @@ def _kinds(model: nn.Module) -> tuple[dict[tuple[str, bool], list[str]], list[st
     kinds: dict[tuple[str, bool], list[str]] = {}
     others = []
     for name, layer in factorized_layers(model):
+        if isinstance(layer, ExpertsLayer) and stacks_of(layer):
+            stacks = (
+                f"{key} {by(each.sizes)} {each.decomposition.describe()}" for key, each in stacks_of(layer).items()
+            )
+            kinds.setdefault((f"{layer.replaces} {', '.join(stacks)}", False), []).append(name)
+            continue
         if not isinstance(layer, FactorizedLinear | FactorizedEmbedding | FactorizedConvolution):
             others.append(name)
             continue
@@ -258,33 +265,38 @@ def _shape(layer: FactorizedLayer) -> str:
     return shape + stride + (f", {layer.groups} groups" if layer.groups > 1 else "")
 
 
-def _path(layer: FactorizedLayer, tokens: int, prefer: Preference) -> str:
+def _path(layer: FactorizedModule, tokens: int, prefer: Preference) -> str:
+    if isinstance(layer, ExpertsLayer):
+        stacks = list(stacks_of(layer).values())
+        rows = math.ceil(tokens * experts_of_a_token(layer) / stacks[0].sizes[0])
+        return ", ".join(dict.fromkeys(stack.member_path(rows, prefer=prefer).name for stack in stacks))
+    layer = cast(FactorizedLayer, layer)
     if isinstance(layer, FactorizedEmbedding):
         return "rows"
     if isinstance(layer, FactorizedConvolution):
-        return layer.path(_image_size(layer, tokens), prefer=prefer)
+        return layer.path(image_size(layer, tokens), prefer=prefer)
     return layer.matrix.path(tokens, prefer=prefer).name
 
 
-def _image_size(layer: FactorizedConvolution, positions: int) -> tuple[int, ...]:
-    """The size (1, in, *spatial) of an image for which a convolution has about that many positions."""
-    side = math.ceil(positions ** (1 / len(layer.kernel_size)))
-    axes = zip(layer.stride, layer.dilation, layer.kernel_size, strict=True)
-    least = [step * (kernel - 1) + 1 for _, step, kernel in axes]
-    stride = (1,) * len(least) if layer.transposed else layer.stride
-    return 1, layer.in_channels, *(max(low, side * each) for low, each in zip(least, stride, strict=True))
-
-
-def _layer_call(layer: FactorizedLayer, tokens: int) -> Callable[[nn.Module], object]:
+def _layer_call(layer: FactorizedModule, tokens: int) -> Callable[[nn.Module], object]:
     of = next(layer.parameters())
+    if isinstance(layer, ExpertsLayer):
+        return _routed_call(layer, tokens, of)
+    layer = cast(FactorizedLayer, layer)
     if isinstance(layer, FactorizedEmbedding):
         ids = torch.randint(layer.num_embeddings, (1, tokens), device=of.device)
         return lambda module: module(ids)
-    size = (
-        _image_size(layer, tokens) if isinstance(layer, FactorizedConvolution) else (1, tokens, layer.matrix.shape[1])
-    )
+    size = image_size(layer, tokens) if isinstance(layer, FactorizedConvolution) else (1, tokens, layer.matrix.shape[1])
     x = torch.randn(size, device=of.device, dtype=of.dtype)
     return lambda module: module(x.detach().requires_grad_(torch.is_grad_enabled()))
+
+
+def _routed_call(layer: ExpertsLayer, tokens: int, of: Tensor) -> Callable[[nn.Module], object]:
+    name, stack = next(iter(stacks_of(layer).items()))
+    width = stack.sizes[1] if name == "down_proj" else stack.sizes[2]
+    hidden = torch.randn(tokens, width, device=of.device, dtype=of.dtype)
+    scores = torch.rand(tokens, stack.sizes[0], device=of.device, dtype=of.dtype).topk(experts_of_a_token(layer))
+    return lambda module: module(hidden.detach().requires_grad_(torch.is_grad_enabled()), scores.indices, scores.values)
 
 
 def _model_call(call: Call, tokens: int) -> Callable[[nn.Module], object]:

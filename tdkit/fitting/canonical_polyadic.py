@@ -24,7 +24,7 @@ from tdkit.fitting.row_space import (
 
 # Tuned by hand for time and error together on the convolutions of a trained network.
 STEPS = 100  # of L-BFGS; twice as many lower the error by about 3%
-CURVE_STEPS = 12
+CURVE_STEPS, LARGE_CURVE_STEPS = 20, 8  # the second for weights of `SINGLE_FROM` entries and more
 RIDGE = 1e-6  # share of the squared norms of the terms added to the objective: none may grow while others cancel it
 
 
@@ -52,7 +52,8 @@ def fit_cp(
     parts = _refined(problem, rank, STEPS)
     if weight.numel() < SINGLE_FROM and not (problem.output is None and problem.pairs is None):
         plain = problem.whiten(_refined(_problem(weight, Metric()), rank, STEPS))
-        parts = min((parts, plain), key=problem.error)
+        again = problem.refine(plain, None, STEPS, ridge=RIDGE)
+        parts = min((parts, plain, again), key=problem.error)
     parts, x = problem.unwhiten(parts, problem.solve(parts).x)
     return _balanced([x, *parts])
 
@@ -60,7 +61,8 @@ def fit_cp(
 def cp_errors(weight: Tensor, metric: Metric, ranks: Sequence[int]) -> list[float]:
     """Upper estimates of the squared error of `fit_cp` at several ranks, after a few steps."""
     problem = _problem(weight, metric)
-    return [problem.error(_refined(problem, rank, CURVE_STEPS)) for rank in ranks]
+    steps = CURVE_STEPS if weight.numel() < SINGLE_FROM else LARGE_CURVE_STEPS
+    return [problem.error(_refined(problem, rank, steps)) for rank in ranks]
 
 
 def full_rank(shape: Sequence[int]) -> int:

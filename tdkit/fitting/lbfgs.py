@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def minimise(
     function: Callable[[Tensor], tuple[float, Tensor]],
     start: Tensor,  # (n,)
     *,
-    scale: Tensor,  # (n,)
+    scale: Tensor | None = None,  # (n,)
     first_step: float,
     max_steps: int,
     tolerance: float,
@@ -46,26 +46,37 @@ def minimise(
     Args:
         function: maps a point (n,) to its value and its gradient (n,).
         start: initial point, float32 or float64.
-        scale: estimate of the inverse Hessian's diagonal, positive.
+        scale: estimate of the inverse Hessian's diagonal, positive; the identity when None.
         first_step: factor of ``-scale * gradient`` in the first trial step.
         max_steps: upper bound on the steps; 0 returns `start`.
         tolerance: of the stopping test, relative to the value.
         history: how many pairs of steps and gradient differences approximate the inverse Hessian.
 
-    Source: Nocedal and Wright, Numerical Optimization (2006), algorithms 7.4 and 3.1.
+    Source: Nocedal and Wright, Numerical Optimization (2006), sections 3.1 and 7.2.
     """
+    if scale is not None:
+        root = scale.sqrt()
+
+        def scaled(point: Tensor) -> tuple[float, Tensor]:
+            value, gradient = function(point * root)
+            return value, gradient * root
+
+        found = minimise(
+            scaled, start / root, first_step=first_step, max_steps=max_steps, tolerance=tolerance, history=history
+        )
+        return Minimum(found.point * root, found.values, found.evaluations)
     point = start
     value, gradient = function(point)
     values, evaluations = [value], 1
-    memory: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=history)
+    memory = _Memory(start, min(history, max_steps))
     while len(values) <= max_steps and value > 0:
-        direction = _direction(gradient, memory, scale)
+        direction = memory.direction(gradient)
         slope = float(gradient @ direction)
         if not slope < 0:
             break
-        length = 1.0 if memory else first_step
+        length = 1.0 if memory.last else first_step
         for _ in range(MAX_BACKTRACKS):
-            trial = point + length * direction
+            trial = torch.add(point, direction, alpha=length)
             trial_value, trial_gradient = function(trial)
             evaluations += 1
             if trial_value <= value + SUFFICIENT * length * slope:
@@ -75,10 +86,7 @@ def minimise(
             length = min(max(wanted, 0.1 * length), 0.5 * length)
         else:
             break
-        step, change = trial - point, trial_gradient - gradient
-        curvature = float(step @ change)
-        if curvature > 1e-10 * float(step.norm() * change.norm()):
-            memory.append((step, change, 1 / curvature))
+        memory.add(direction * length, trial_gradient - gradient)
         point, value, gradient = trial, trial_value, trial_gradient
         values.append(value)
         if len(values) > WINDOW and values[-1 - WINDOW] - value < tolerance * value:
@@ -86,18 +94,54 @@ def minimise(
     return Minimum(point, tuple(values), evaluations)
 
 
-def _direction(gradient: Tensor, memory: deque[tuple[Tensor, Tensor, float]], scale: Tensor) -> Tensor:
-    """The search direction by the two-loop recursion, whose initial inverse Hessian is a multiple of `scale`."""
-    direction = -gradient
-    weights = []
-    for step, change, inverse in reversed(memory):
-        weight = inverse * float(step @ direction)
-        weights.append(weight)
-        direction = torch.add(direction, change, alpha=-weight)
-    direction = direction * scale
-    if memory:
-        _, change, inverse = memory[-1]
-        direction = direction / (inverse * float(change @ (scale * change)))
-    for (step, change, inverse), weight in zip(memory, reversed(weights), strict=True):
-        direction = torch.add(direction, step, alpha=weight - inverse * float(change @ direction))
-    return direction
+class _Memory:
+    """The last steps and gradient differences, and their inner products.
+
+    The search direction is computed from the inner products, with few operations on vectors of n entries: for small
+    vectors the number of operations is what takes the time.
+
+    Source: Byrd, Nocedal and Schnabel (1994), the compact form; Nocedal and Wright (2006), equation 7.24.
+    """
+
+    def __init__(self, like: Tensor, history: int) -> None:
+        self.history = history
+        self.first, self.last = 0, 0  # the pairs kept are those from `first` up to `last`, oldest first
+        self.pairs = like.new_empty(2 * history, 2, len(like))  # step and difference
+        self.inverse = np.zeros((2 * history, 2 * history))  # of the products of a step and a difference not older
+        self.inner = np.zeros((2 * history, 2 * history))  # products of two differences
+
+    def add(self, step: Tensor, change: Tensor) -> None:
+        """Add a pair, and drop the oldest above `history`; a pair that shows no positive curvature is left out."""
+        if self.last == len(self.pairs):
+            self._move_to_front()
+        new, first, last = self.last, max(self.first, self.last + 1 - self.history), self.last + 1
+        self.pairs[new, 0], self.pairs[new, 1] = step, change
+        products = (self.pairs[first:last].flatten(0, 1) @ change).double().cpu().numpy()
+        curvature, square = products[-2:].tolist()
+        if curvature > 1e-10 * (float(step @ step) * square) ** 0.5:
+            older = slice(first, new)
+            self.inverse[older, new] = self.inverse[older, older] @ products[0:-2:2] / -curvature
+            self.inverse[new, new] = 1 / curvature
+            self.inner[first:last, new] = self.inner[new, first:last] = products[1::2]
+            self.first, self.last = first, last
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The negative gradient times the approximate inverse Hessian."""
+        if not self.last:
+            return -gradient
+        kept = slice(self.first, self.last)
+        pairs, inverse, inner = self.pairs[kept].flatten(0, 1), self.inverse[kept, kept], self.inner[kept, kept]
+        along = (pairs @ gradient).double().cpu().numpy()
+        curvatures = 1 / inverse.diagonal()
+        level = float(curvatures[-1] / inner[-1, -1])
+        forwards = inverse @ along[0::2]
+        weights = np.empty_like(along)
+        weights[0::2] = (curvatures * forwards + level * (inner @ forwards - along[1::2])) @ -inverse
+        weights[1::2] = level * forwards
+        return torch.addmv(gradient, pairs.T, torch.from_numpy(weights).to(pairs), beta=-level)
+
+    def _move_to_front(self) -> None:
+        kept, front = slice(self.first, self.last), slice(0, self.last - self.first)
+        self.pairs[front] = self.pairs[kept]
+        self.inverse[front, front], self.inner[front, front] = self.inverse[kept, kept], self.inner[kept, kept]
+        self.first, self.last = front.start, front.stop

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tdkit.fitting.linalg import leading, truncated, working
 from tdkit.fitting.metric import Metric, root_and_inverse, times_left, times_right
+from tdkit.support.threads import threads_for
 
 
 def truncated_in_metric(weight: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
@@ -31,8 +32,9 @@ def truncated_in_metric(weight: Tensor, rank: int, metric: Metric) -> tuple[Tens
     weight = working(weight)
     if metric.input is None and metric.output is None:
         return truncated(weight, rank)
-    gram = _whitened_gram(weight, metric)
-    vectors, squares = leading(gram.matrix, rank)
+    with threads_for(weight.numel()):
+        gram = _whitened_gram(weight, metric)
+        vectors, squares = leading(gram.matrix, rank)
     tiny = torch.finfo(squares.dtype).tiny
     level = (squares.maximum(squares[..., :1] * 1e-16 + tiny) ** 0.25)[..., None, :]
     out = times_left(gram.inverse, vectors) * level
@@ -51,7 +53,8 @@ def squared_singular_values(weight: Tensor, metric: Metric) -> Tensor:
     Returns:
         (\\*members, min(out, in)).
     """
-    values: Tensor = torch.linalg.eigvalsh(_whitened_gram(working(weight), metric).matrix)
+    with threads_for(weight.numel()):
+        values: Tensor = torch.linalg.eigvalsh(_whitened_gram(working(weight), metric).matrix)
     return values.flip(-1).clamp_min(0)
 
 

@@ -52,7 +52,10 @@ class Metric:
         return ridged(self.output, OUTPUT_RIDGE)
 
     def squared_error(self, difference: Tensor) -> float:
-        """tr(S D C D^T) for the difference D = W - What, (out, in) or (members, out, in), any float dtype."""
+        """tr(S D C D^T) for the difference D = W - What, (out, in), any float dtype.
+
+        Those of a stack are (members, out, in) or (members, out * in).
+        """
         difference = working(difference)
         return max(float((difference * self.weighted(difference)).sum()), 0.0)
 
@@ -67,8 +70,10 @@ class Metric:
         return Metric(_reordered(self.input, columns), _reordered(self.output, rows))
 
     def weighted(self, matrix: Tensor) -> Tensor:
-        """S D C for a matrix D (out, in) or a stack (members, out, in), with its shape, dtype and device."""
-        return times_right(times_left(self.ridged_output(), matrix), self.ridged_input())
+        """S D C for D as in `squared_error`, with its shape, dtype and device."""
+        sizes = [m.shape[-1] if m is not None and m.ndim == 3 else -1 for m in (self.output, self.input)]
+        members = matrix if sizes == [-1, -1] else matrix.reshape(len(matrix), *sizes)
+        return times_right(times_left(self.ridged_output(), members), self.ridged_input()).reshape(matrix.shape)
 
 
 def _reordered(moment: Tensor | None, order: Tensor) -> Tensor | None:

@@ -217,8 +217,13 @@ class RowSpaceProblem:
         the singular values of Y take the place of all of it. The columns of Z must be linearly independent.
         """
         wanted, _, system = self._normal_equations(parts)
-        system.diagonal().mul_(1 + RIDGES[torch.float64])
-        return torch.linalg.solve_triangular(torch.linalg.cholesky(system), wanted.T, upper=False)
+        ridge, lower, failed = RIDGES[torch.float64], system, 1
+        while failed:  # rounding may leave a nearly singular system indefinite
+            raised = system + torch.diag(ridge * system.diagonal() + torch.finfo(system.dtype).tiny)
+            lower, info = torch.linalg.cholesky_ex(raised)
+            ridge, failed = 100 * ridge, int(info)
+        found: Tensor = torch.linalg.solve_triangular(lower, wanted.T, upper=False)
+        return found
 
     def _normal_equations(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """W C Z (out, q), C Z (n, q) and Z^T C Z (q, q)."""

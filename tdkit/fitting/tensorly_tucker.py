@@ -54,10 +54,10 @@ def _partial_tucker(tensor: Tensor, ranks: tuple[int, int]) -> tuple[Tensor, Ten
     from tensorly.decomposition import partial_tucker as iterate
 
     tensorly.set_backend("pytorch", local_threadsafe=True)
-    (_, (left, right)), _ = iterate(tensor, list(ranks), modes=[0, 1], n_iter_max=SWEEPS, tol=TOLERANCE, random_state=0)
-    if not isinstance(left, Tensor):
+    if not isinstance(tensorly.backend.tensor(0.0), Tensor):
         raise TdkitError(
-            "tensorly.use_static_dispatch() fixed a backend other than pytorch: call tensorly.use_dynamic_dispatch() "
-            "before the fit"
+            "tensorly.use_static_dispatch() fixed a backend other than pytorch for all threads: call "
+            "tensorly.use_dynamic_dispatch() before the fit"
         )
+    (_, (left, right)), _ = iterate(tensor, list(ranks), modes=[0, 1], n_iter_max=SWEEPS, tol=TOLERANCE, random_state=0)
     return left, right

@@ -15,14 +15,16 @@ from tdkit.fitting.metric import Metric, times_left, times_right
 from tdkit.fitting.tensor_train import Modes, bond_balanced, padded, truncated_train, tt_matrix, tt_pullback, tt_svd
 from tdkit.fitting.variable_projection import LARGE, SINGLE_FROM, BlockForm
 from tdkit.shapes import Shape
+from tdkit.support.threads import threads_for
 
 # Tuned by hand for time and error together; `python tests/benchmarks/fits.py --parts seconds,objective` measures both.
 MAX_STEPS = 500  # of L-BFGS
 STEPS_TIMES_ENTRIES = 2**26  # upper bound on steps times entries of the weight: large weights get fewer steps
 TOLERANCE = 2e-4  # relative, see `minimise`
 HISTORY = 30  # pairs that L-BFGS keeps; with 10 it takes half as many steps again
-SMALL = 1 << 16  # entries below which error curves take `SMALL_CURVE_STEPS`
+SMALL = 1 << 16  # entries below which error curves take more steps:
 CURVE_STEPS, SMALL_CURVE_STEPS = 3, 100
+BLOCK_CURVE_STEPS = 16  # of a `BlockForm`, after which the error is 2% above that of the fit on average
 DAMPING = 0.05  # share of a bond's mean singular value added to all of them before they are inverted
 
 
@@ -55,15 +57,16 @@ def fit_train(
         Cores (rank, out mode, in mode, next rank), float64, with balanced bonds (see `bond_balanced`).
     """
     form = BlockForm.of(weight, ranks, out_modes, in_modes)
-    if form is not None:
-        return form.fit(weight, metric, steps)
-    problem = whitened_problem(weight, metric, out_modes, in_modes)
-    start = tt_svd(problem.whitened_weight(), ranks, out_modes, in_modes)
-    if weight.numel() < LARGE:
-        plain = problem.whiten(tt_svd(weight, ranks, out_modes, in_modes))
-        start = min(start, plain, key=problem.error)
-    refined, first, last = problem.refine(start, min(steps, STEPS_TIMES_ENTRIES // weight.numel() + 1))
-    return bond_balanced(problem.unwhiten(refined if last < first else start))[0]
+    with threads_for(weight.numel()):
+        if form is not None:
+            return form.fit(weight, metric, steps)
+        problem = whitened_problem(weight, metric, out_modes, in_modes)
+        start = tt_svd(problem.weight, ranks, out_modes, in_modes)
+        if weight.numel() < LARGE:
+            plain = problem.whiten(tt_svd(weight, ranks, out_modes, in_modes))
+            start = min(start, plain, key=problem.error)
+        refined, first, last = problem.refine(start, min(steps, STEPS_TIMES_ENTRIES // weight.numel() + 1))
+        return bond_balanced(problem.unwhiten(refined if last < first else start))[0]
 
 
 def kronecker_in_metric(
@@ -97,25 +100,28 @@ def train_errors(
     Returns:
         tr(S (W - What) C (W - What)^T) per fit.
     """
-    steps = CURVE_STEPS if weight.numel() >= SMALL else SMALL_CURVE_STEPS
+    few = weight.numel() >= SMALL
+    steps, block_steps = (CURVE_STEPS, CURVE_STEPS) if few else (SMALL_CURVE_STEPS, BLOCK_CURVE_STEPS)
     forms = [BlockForm.of(weight, each, out_modes, in_modes) for each in ranks]
     blocks = [form for form in forms if form is not None]
-    found = iter(blocks[-1].errors(weight, metric, [form.rank for form in blocks], steps) if blocks else [])
     others = [each for each, form in zip(ranks, forms, strict=True) if form is None]
-    if others:
-        problem = whitened_problem(weight, metric, out_modes, in_modes)
-        largest, _ = bond_balanced(tt_svd(problem.whitened_weight(), others[-1], out_modes, in_modes))
-        rest = iter([problem.refine(truncated_train(largest, each), steps)[2] for each in others])
+    with threads_for(weight.numel()):
+        found = iter(blocks[-1].errors(weight, metric, [form.rank for form in blocks], block_steps) if blocks else [])
+        if others:
+            problem = whitened_problem(weight, metric, out_modes, in_modes)
+            largest, _ = bond_balanced(tt_svd(problem.weight, others[-1], out_modes, in_modes))
+            rest = iter([problem.refine(truncated_train(largest, each), steps)[2] for each in others])
     return [next(rest if form is None else found) for form in forms]
 
 
 @dataclass(frozen=True)
 class WhitenedProblem:
-    """``tr(S (W - What) C (W - What)^T)`` as a function of whitened cores, for which S and C are near the identity.
+    """``tr(S (W - What) C (W - What)^T)`` in whitened coordinates, in which S and C are near the identity.
 
     Attributes:
-        weight: W, zero-padded to (product of out modes, product of in modes); float64 like all tensors here.
-        output, input: S and C with zeros in the padding, or their diagonals; None for the identity.
+        weight: W, zero-padded to (product of out modes, product of in modes) and whitened; float64 like all tensors
+            here.
+        output, input: S and C with zeros in the padding, or their diagonals, whitened; None for the identity.
         out_factors, in_factors: per core the whitening factor of its mode and the inverse; None for the identity.
         size: tr(S W C W^T).
     """
@@ -129,25 +135,26 @@ class WhitenedProblem:
 
     def error(self, cores: Sequence[Tensor]) -> float:
         """The objective for whitened cores."""
-        gap = self.weight - tt_matrix(self.unwhiten(cores))
-        return max(float((gap * self._weighted(gap)).sum()), 0.0)
-
-    def whitened_weight(self) -> Tensor:
-        """W in the whitened coordinates."""
-        weight = self.weight
-        if self.out_factors is not None:
-            weight = along_modes(weight, [factor for factor, _ in self.out_factors])
-        if self.in_factors is not None:
-            weight = along_modes(weight.T, [factor for factor, _ in self.in_factors]).T
-        return weight
+        gap = self.weight - tt_matrix(cores)
+        return max(float((gap * times_right(times_left(self.output, gap), self.input)).sum()), 0.0)
 
     def whiten(self, cores: Sequence[Tensor]) -> list[Tensor]:
         """Multiply the modes of `cores` by the whitening factors."""
-        return _on_modes(cores, *(_picked(pairs, 0) for pairs in (self.out_factors, self.in_factors)))
+        return self._on_modes(cores, 0)
 
     def unwhiten(self, cores: Sequence[Tensor]) -> list[Tensor]:
         """The inverse of `whiten`."""
-        return _on_modes(cores, *(_picked(pairs, 1) for pairs in (self.out_factors, self.in_factors)))
+        return self._on_modes(cores, 1)
+
+    def _on_modes(self, cores: Sequence[Tensor], which: int) -> list[Tensor]:
+        changed = list(cores)
+        for axis, pairs in ((1, self.out_factors), (2, self.in_factors)):
+            if pairs is not None:
+                changed = [
+                    along_modes(core.transpose(0, axis), [pair[which]]).transpose(0, axis)
+                    for core, pair in zip(changed, pairs, strict=True)
+                ]
+        return changed
 
     def refine(self, cores: Sequence[Tensor], steps: int) -> tuple[list[Tensor], float, float]:
         """Minimise the objective by at most `steps` L-BFGS steps.
@@ -164,18 +171,16 @@ class WhitenedProblem:
         dtype = torch.float32 if self.weight.numel() >= SINGLE_FROM else torch.float64
         level = self.size**-0.5
         share = level ** (1 / len(cores))
-        problem = self._scaled(level, dtype)
-        outs, ins = (_picked(pairs, 1) for pairs in (problem.out_factors, problem.in_factors))
-        adjoint = tuple(None if each is None else [f.T if f.ndim == 2 else f for f in each] for each in (outs, ins))
+        weight = (self.weight * level).to(dtype)
+        output, inputs = (None if each is None else each.to(dtype) for each in (self.output, self.input))
         sizes = [core.numel() for core in cores]
         shapes = [core.shape for core in cores]
 
         def value_and_gradient(point: Tensor) -> tuple[float, Tensor]:
             parts = [part.reshape(shape) for part, shape in zip(torch.split(point, sizes), shapes, strict=True)]
-            plain = _on_modes(parts, outs, ins)
-            gap = problem.weight - tt_matrix(plain)
-            weighted = problem._weighted(gap)
-            slopes = _on_modes(tt_pullback(plain, weighted), *adjoint)
+            gap = weight - tt_matrix(parts)
+            weighted = times_right(times_left(output, gap), inputs)
+            slopes = tt_pullback(parts, weighted)
             return float((gap * weighted).sum()) / 2, -torch.cat([slope.reshape(-1) for slope in slopes])
 
         found = minimise(
@@ -191,18 +196,6 @@ class WhitenedProblem:
         refined = [part.reshape(shape) / share for part, shape in zip(parts, shapes, strict=True)]
         return refined, 2 * found.values[0] * self.size, 2 * found.values[-1] * self.size
 
-    def _weighted(self, gap: Tensor) -> Tensor:
-        return times_right(times_left(self.output, gap), self.input)
-
-    def _scaled(self, level: float, dtype: torch.dtype) -> WhitenedProblem:
-        def cast(pairs: Pairs | None) -> Pairs | None:
-            return None if pairs is None else [(factor.to(dtype), inverse.to(dtype)) for factor, inverse in pairs]
-
-        output = None if self.output is None else self.output.to(dtype)
-        inputs = None if self.input is None else self.input.to(dtype)
-        weight = (self.weight * level).to(dtype)
-        return WhitenedProblem(weight, output, inputs, cast(self.out_factors), cast(self.in_factors), 1.0)
-
 
 def whitened_problem(weight: Tensor, metric: Metric, out_modes: Modes, in_modes: Modes) -> WhitenedProblem:
     """The objective of `fit_train`, whose arguments these are, in whitened coordinates."""
@@ -211,23 +204,24 @@ def whitened_problem(weight: Tensor, metric: Metric, out_modes: Modes, in_modes:
     output, out_factors = whitening_modes(metric.ridged_output(), rows, out_modes, weight.device)
     inputs, in_factors = whitening_modes(metric.ridged_input(), columns, in_modes, weight.device)
     size = float((weight * times_right(times_left(output, weight), inputs)).sum())
+    if out_factors is not None:
+        weight, output = along_modes(weight, _picked(out_factors, 0)), _whitened(output, out_factors)
+    if in_factors is not None:
+        weight, inputs = along_modes(weight.T, _picked(in_factors, 0)).T, _whitened(inputs, in_factors)
     return WhitenedProblem(weight, output, inputs, out_factors, in_factors, size)
 
 
-def _picked(pairs: Pairs | None, which: int) -> list[Tensor] | None:
-    return None if pairs is None else [pair[which] for pair in pairs]
+def _whitened(moment: Tensor | None, pairs: Pairs) -> Tensor | None:
+    """F^-T M F^-1 for a moment M, or its diagonal, and F the Kronecker product of the whitening factors."""
+    if moment is None:
+        return None
+    inverses = [inverse if inverse.ndim == 1 else inverse.T for inverse in _picked(pairs, 1)]
+    half = along_modes(moment, inverses)
+    return along_modes(half, inverses) if moment.ndim == 1 else along_modes(half.T, inverses)
 
 
-def _on_modes(cores: Sequence[Tensor], outs: list[Tensor] | None, ins: list[Tensor] | None) -> list[Tensor]:
-    """Cores with the out mode of each multiplied by its matrix of `outs`, and the in mode by that of `ins`."""
-    changed = []
-    for k, core in enumerate(cores):
-        if outs is not None:
-            core = along_modes(core.transpose(0, 1), [outs[k]]).transpose(0, 1)
-        if ins is not None:
-            core = along_modes(core.transpose(0, 2), [ins[k]]).transpose(0, 2)
-        changed.append(core)
-    return changed
+def _picked(pairs: Pairs, which: int) -> list[Tensor]:
+    return [pair[which] for pair in pairs]
 
 
 def _newton_scale(shapes: Sequence[torch.Size], spectra: Sequence[Tensor]) -> Tensor:

@@ -88,8 +88,7 @@ def tucker_errors(
     """Upper estimates of the squared error of `fit_tucker` for several `rank_in` and every `rank_out`.
 
     They are the errors of its closed-form start, for all ranks from one factorisation: the leading columns of one
-    basis V serve every rank. Without a metric, of weights above `HOOI_ENTRIES` or for an unbounded rank of U, they are
-    those of the fits.
+    basis V serve every rank. Without a metric and for weights above `HOOI_ENTRIES` they are those of the fits.
 
     Returns:
         For each of `ranks_in` the errors (r,) for rank_out = 1 ... r, float64; r is the least of out and rank_in * t.
@@ -107,6 +106,20 @@ def tucker_errors(
         missed = max(problem.size - float(part.square().sum()), 0.0)
         found.append(missed + torch.cat([tails[1:], tails.new_zeros(1)]))
     return found
+
+
+def span_errors(weight: Tensor, metric: Metric) -> Tensor:
+    """As `tucker_errors` without a bound on the rank of U: the errors (r,) for rank_in = 1 ... r, float64.
+
+    Without a metric they are those of the fits. r is the least of m and out * t.
+    """
+    out, m, t = weight.shape
+    problem = _problem(weight, metric)
+    reached = problem.reached([_leading_basis(problem, t, m)])
+    squares = reached.square().reshape(m, -1).sum(1)
+    rest = max(problem.size - float(squares.sum()), 0.0)
+    tails = squares.flip(0).cumsum(0).flip(0)  # summed from the smallest up: the last keep their digits
+    return (torch.cat([tails[1:], tails.new_zeros(1)]) + rest)[: min(m, out * t)]
 
 
 def _problem(weight: Tensor, metric: Metric) -> RowSpaceProblem:
@@ -134,6 +147,7 @@ def _leading_basis(problem: RowSpaceProblem, t: int, rank_in: int) -> Tensor:
 def _column_space(matrix: Tensor, rank: int) -> Tensor:
     """Orthonormal columns (m, rank) that span those of a matrix of at most this rank."""
     matrix = working(matrix)
-    if matrix.shape[1] <= rank:
-        return torch.linalg.qr(matrix).Q[:, :rank]
-    return leading(matrix @ matrix.T, rank)[0]
+    if matrix.shape[1] > rank:
+        return leading(matrix @ matrix.T, rank)[0]
+    basis: Tensor = torch.linalg.qr(matrix).Q
+    return basis

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -40,27 +41,32 @@ class BlockProblem:
 
     Attributes:
         weight: W, zero-padded to a multiple of `blocks` rows; float64 like all tensors here.
-        weighted: S W.
-        output: S with zeros in the padding, or its diagonal; None for the identity.
-        input: C (n, n), or its diagonal (n,); None for the identity.
+        weighted: S W, as (p, blocks * n).
+        target: S W C^(1/2), likewise.
+        output: S with zeros in the padding, as (p, blocks, blocks, p): row, block, other block, other row; or its
+            diagonal (p, blocks).
         blocks: number of blocks of rows that share B.
         size: tr(S W C W^T).
+        exact: whether S is the identity, so that the starting point is the minimum.
         inverse: of the factor that whitens the p rows of a block, (p, p) or its diagonal (p,).
         basis: (p, ranks), orthonormal columns: the leading singular vectors of the whitened weight.
         values: (ranks,), the singular values, descending.
         energy: the squared Frobenius norm of the whitened weight.
+        known: by (rank, steps), what `error` has returned.
     """
 
     weight: Tensor
     weighted: Tensor
-    output: Tensor | None
-    input: Tensor | None
+    target: Tensor
+    output: Tensor
     blocks: int
     size: float
+    exact: bool
     inverse: Tensor
     basis: Tensor
     values: Tensor
     energy: float
+    known: dict[tuple[int, int], float] = field(default_factory=dict, repr=False)
 
     def fit(self, rank: int, steps: int = MAX_STEPS) -> tuple[Tensor, Tensor, float]:
         """Minimise over B and X, from the leading `rank` columns of `basis`.
@@ -72,11 +78,22 @@ class BlockProblem:
         Returns:
             B (p, rank) and X (blocks, rank, n), float64, and the objective.
         """
-        tiny = torch.finfo(torch.float64).tiny
-        level = (self.values[:rank] / max(self.size, tiny) ** 0.5).clamp_min(1e-8)
+        b, error = self._minimum(rank, steps)
+        x = _solved(b, self.output, self.weighted, self.blocks)[-1]
+        return b, x.reshape(self.blocks, rank, -1), error
+
+    def error(self, rank: int, steps: int) -> float:
+        """The objective of `fit`."""
+        if (rank, steps) not in self.known:
+            self.known[rank, steps] = self._minimum(rank, steps)[1]
+        return self.known[rank, steps]
+
+    def _minimum(self, rank: int, steps: int) -> tuple[Tensor, float]:
         start = self.basis[:, :rank]
         if not self.size > 0:
-            return times_left(self.inverse, start), self.weight.new_zeros(self.blocks, rank, self.weight.shape[1]), 0.0
+            return times_left(self.inverse, start), 0.0
+        tiny = torch.finfo(torch.float64).tiny
+        level = (self.values[:rank] / max(self.size, tiny) ** 0.5).clamp_min(1e-8)
         missed = 1 - float(self.values[:rank].square().sum()) / max(self.energy, tiny)
         single = self.weight.numel() >= SINGLE_FROM and missed >= SINGLE_ERROR
         most = LARGE_STEPS if self.weight.numel() >= LARGE else MAX_STEPS
@@ -84,69 +101,72 @@ class BlockProblem:
         found = minimise(
             reduced.value_and_gradient,
             (start * level).reshape(-1).to(reduced.dtype),
-            scale=torch.ones(start.numel(), dtype=reduced.dtype, device=start.device),
             first_step=1.0,
-            max_steps=0 if self.output is None else min(steps, most),
+            max_steps=0 if self.exact else min(steps, most),
             tolerance=TOLERANCE,
         )
-        b, x = reduced.factors(found.point)
-        return b, x, max(2 * found.values[-1], 0.0) * self.size
-
-
-Solved = tuple[Tensor, Tensor, Tensor, Tensor]  # see `_Reduced._solve`
+        b = reduced.unwhitened(found.point).to(torch.float64)
+        return b, max(2 * found.values[-1], 0.0) * self.size
 
 
 class _Reduced:
-    """The objective divided by 2 * size, as a function of the whitened B only."""
+    """The objective divided by 2 * size, as a function of the whitened B only.
+
+    Whitened by C^(1/2) from the right, W and X need no product with C. Each of the other products is one call for all
+    blocks: for small weights the number of calls is what takes the time.
+    """
 
     def __init__(self, problem: BlockProblem, level: Tensor, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.blocks = problem.blocks
         self.level = level.to(dtype)
         self.inverse = problem.inverse.to(dtype)
-        self.input = None if problem.input is None else problem.input.to(dtype)
-        self.output = None if problem.output is None else problem.output.to(dtype)
-        self.amplitude = problem.size**0.5
-        self.rows = problem.weight.shape[0] // self.blocks
-        self._last: tuple[Tensor, Solved] | None = None
-        self.target = (problem.weighted / self.amplitude).to(dtype).reshape(self.blocks, self.rows, -1)
+        self.adjoint = self.inverse if self.inverse.ndim == 1 else self.inverse.T
+        self.output = problem.output.to(dtype)
+        self.target = (problem.target / problem.size**0.5).to(dtype)
 
-    def factors(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """B and the best X for it, undoing the scaling by `amplitude`; float64."""
-        b, _, x, _ = self._last[1] if self._last is not None and self._last[0] is point else self._solve(point)
-        return b.to(torch.float64), x.to(torch.float64) * self.amplitude
+    def unwhitened(self, point: Tensor) -> Tensor:
+        """B, (p, rank)."""
+        return times_left(self.inverse, point.reshape(-1, len(self.level)) / self.level)
 
     def value_and_gradient(self, point: Tensor) -> tuple[float, Tensor]:
-        solved = self._solve(point)
-        self._last = point, solved  # `factors` usually needs the last point
-        _, spread, x, wanted = solved
-        weighted = times_right(x.flatten(0, 1), self.input)  # X C
-        value = 0.5 - 0.5 * float((wanted * weighted).sum(dtype=torch.float64))
-        moments = (x.flatten(0, 1) @ weighted.T).reshape(self.blocks, -1, self.blocks, x.shape[1])  # X_j C X_i^T
-        slope = torch.zeros_like(spread[0, :, 0])
-        for i, (target, block) in enumerate(zip(self.target, weighted.reshape(x.shape), strict=True)):
-            slope += spread[i].flatten(1) @ moments[:, :, i].reshape(-1, x.shape[1]) - target @ block.T
-        adjoint = self.inverse if self.inverse.ndim == 1 else self.inverse.T
-        return value, (times_left(adjoint, slope) / self.level).reshape(-1)
-
-    def _solve(self, point: Tensor) -> Solved:
-        """B, S (I kron B) as (block, row, block, rank), the best X (block, rank, n) and (I kron B)^T S W."""
         rank = len(self.level)
-        b = times_left(self.inverse, point.reshape(self.rows, rank) / self.level)
-        if self.output is not None and self.output.ndim == 2:
-            spread = (self.output.reshape(-1, self.rows) @ b).reshape(self.blocks, self.rows, self.blocks, rank)
-        else:
-            spread = b.new_zeros(self.blocks, self.rows, self.blocks, rank)
-            for i in range(self.blocks):
-                own = None if self.output is None else self.output.reshape(self.blocks, self.rows)[i]
-                spread[i, :, i] = times_left(own, b)
-        system = (b.T @ spread.reshape(self.blocks, self.rows, -1)).reshape(self.blocks * rank, self.blocks * rank)
-        system = (system + system.T) / 2
-        system.diagonal().add_(RIDGES[self.dtype] * system.diagonal().mean())
-        wanted = (b.T @ self.target).flatten(0, 1)
-        lower, failed = torch.linalg.cholesky_ex(system)
-        x = torch.linalg.pinv(system, hermitian=True) @ wanted if int(failed) else torch.cholesky_solve(wanted, lower)
-        return b, spread, x.reshape(self.blocks, rank, -1), wanted
+        spread, wanted, x = _solved(self.unwhitened(point), self.output, self.target, self.blocks)
+        value = 0.5 - 0.5 * float((wanted * x).sum(dtype=torch.float64))
+        moments = (x @ x.mT).reshape(self.blocks, rank, -1, rank).permute(0, 2, 3, 1)  # X_j X_i^T for each block i
+        rows = x.reshape(self.blocks, rank, -1).transpose(1, 2)
+        slope = spread @ moments.reshape(-1, rank) - self.target @ rows.reshape(-1, rank)
+        return value, (times_left(self.adjoint, slope) / self.level).reshape(-1)
+
+
+def _solved(b: Tensor, output: Tensor, target: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best X for B, which solves (I kron B)^T S (I kron B) X = (I kron B)^T T.
+
+    A diagonal S gives one system per block, a matrix one for all blocks.
+
+    Args:
+        b: B, (p, rank).
+        output: S, as in `BlockProblem`.
+        target: T, (p, blocks * n).
+        blocks: their number.
+
+    Returns:
+        S (I kron B) as (p, blocks * blocks * rank) or, for a diagonal, (p, blocks * rank); and the right side and X,
+        each (systems, unknowns, n).
+    """
+    rows, rank = b.shape
+    diagonal = output.ndim == 2
+    systems, unknowns = (blocks, rank) if diagonal else (1, blocks * rank)
+    spread = (output[:, :, None] * b[:, None] if diagonal else output.reshape(-1, rows) @ b).reshape(rows, -1)
+    system = (b.T @ spread).reshape(rank, blocks, -1).transpose(0, 1).reshape(systems, unknowns, unknowns)
+    pivots = system.diagonal(dim1=1, dim2=2)
+    pivots += RIDGES[b.dtype] * pivots.mean()
+    wanted = (b.T @ target).reshape(rank, blocks, -1).transpose(0, 1).reshape(systems, unknowns, -1)
+    lower, failed = torch.linalg.cholesky_ex(system)
+    if bool(failed.any()):
+        system = (system + system.mT) / 2
+        return spread, wanted, torch.linalg.pinv(system, hermitian=True) @ wanted
+    return spread, wanted, torch.cholesky_solve(wanted, lower)
 
 
 def block_problem(weight: Tensor, metric: Metric, blocks: int, rank: int, *, plain: bool = False) -> BlockProblem:
@@ -162,30 +182,55 @@ def block_problem(weight: Tensor, metric: Metric, blocks: int, rank: int, *, pla
         plain: start from the closed form without a metric instead.
     """
     weight = working(weight)
-    rows = -(-weight.shape[0] // blocks)
+    rows, columns = -(-weight.shape[0] // blocks), weight.shape[1]
     padded = F.pad(weight, (0, 0, 0, blocks * rows - weight.shape[0]))
     output, pairs = whitening_modes(metric.ridged_output(), weight.shape[0], (blocks, rows), weight.device)
     inputs = metric.ridged_input()
     inputs = None if inputs is None else inputs.to(weight.device)
+    far = None if inputs is None else factor_and_inverse(inputs)[0]
+    far = far if far is None or far.ndim == 1 else far.T
     inverse = torch.ones(rows, dtype=torch.float64, device=weight.device)
     whitened = padded
     if pairs is not None and not plain:
         (mixer, _), (factor, inverse) = pairs
         whitened = times_left(mixer, padded.reshape(blocks, -1)).reshape(blocks, rows, -1)
         whitened = torch.stack([times_left(factor, block) for block in whitened])
-    if inputs is not None and not plain:
-        far, _ = factor_and_inverse(inputs)
-        whitened = times_right(whitened.reshape(blocks * rows, -1), far if far.ndim == 1 else far.T)
-    stacked = whitened.reshape(blocks, rows, -1).transpose(0, 1).flatten(1)  # (p, blocks * n)
+    if not plain:
+        whitened = times_right(whitened.reshape(blocks * rows, -1), far)
+    stacked = _beside(whitened, blocks)
     if stacked.shape[0] <= stacked.shape[1]:
         basis, values = principal(stacked.T, rank)
     else:
         vectors, values = principal(stacked, rank)
         basis = torch.linalg.qr(stacked @ vectors).Q
     weighted = times_left(output, padded)
-    size = float((padded * times_right(weighted, inputs)).sum())
-    energy = float(stacked.square().sum())
-    return BlockProblem(padded, weighted, output, inputs, blocks, size, inverse, basis, values, energy)
+    target = times_right(weighted, far)
+    return BlockProblem(
+        weight=padded,
+        weighted=_beside(weighted, blocks),
+        target=_beside(target, blocks),
+        output=_by_rows(padded.new_ones(len(padded)) if output is None else output, blocks),
+        blocks=blocks,
+        size=float((padded * times_right(weighted, inputs)).sum()),
+        exact=output is None,
+        inverse=inverse,
+        basis=basis,
+        values=values,
+        energy=float(stacked.square().sum()),
+    )
+
+
+def _beside(matrix: Tensor, blocks: int) -> Tensor:
+    """The blocks of rows of a matrix side by side: (p, blocks * n)."""
+    return matrix.reshape(blocks, -1, matrix.shape[-1]).transpose(0, 1).flatten(1)
+
+
+def _by_rows(moment: Tensor, blocks: int) -> Tensor:
+    """S as in `BlockProblem.output`."""
+    if moment.ndim == 1:
+        return moment.reshape(blocks, -1).T.contiguous()
+    rows = len(moment) // blocks
+    return moment.reshape(blocks, rows, blocks, rows).permute(1, 0, 2, 3).contiguous()
 
 
 @dataclass(frozen=True)
@@ -224,16 +269,29 @@ class BlockForm:
                 return cls(core, blocks, ranks[-2], tuple(ranks), outs, ins, outs is not out_modes)
         return None
 
-    def problems(self, weight: Tensor, metric: Metric) -> list[BlockProblem]:
-        """The problem; below `SINGLE_FROM` entries also one that starts from the plain fit, so as to be never worse."""
-        starts = (False, True) if weight.numel() < SINGLE_FROM else (False,)
+    def problem(self, weight: Tensor, metric: Metric, *, plain: bool = False) -> BlockProblem:
+        """The problem; `plain` as for `block_problem`."""
         if self.transposed:
             weight, metric = weight.T, Metric(metric.output, metric.input)
-        return [block_problem(weight, metric, self.blocks, self.rank, plain=plain) for plain in starts]
+        return block_problem(weight, metric, self.blocks, self.rank, plain=plain)
+
+    def shared_problem(self, weight: Tensor, metric: Metric) -> BlockProblem:
+        """The problem, or the one that was set up last if it is the same: decompositions of one form share it."""
+        form, known = _latest.get(metric, (None, None))
+        if known is not None and form == (self.blocks, self.transposed) and known.basis.shape[1] >= self.rank:
+            side = working(weight.T if self.transposed else weight)
+            if side.device == known.weight.device and torch.equal(known.weight[: len(side)], side):
+                return known
+        problem = self.problem(weight, metric)
+        _latest.clear()
+        if weight.numel() < LARGE:
+            _latest[metric] = (self.blocks, self.transposed), problem
+        return problem
 
     def fit(self, weight: Tensor, metric: Metric, steps: int) -> list[Tensor]:
         """Cores of the fit, as those of `fit_train`."""
-        fits = [problem.fit(self.rank, steps) for problem in self.problems(weight, metric)]
+        starts = (False, True) if weight.numel() < SINGLE_FROM else (False,)  # the plain one: so as to be never worse
+        fits = [self.problem(weight, metric, plain=plain).fit(self.rank, steps) for plain in starts]
         b, x, _ = min(fits, key=lambda fit: fit[2])
         cores = []
         for k in range(self.core):
@@ -246,5 +304,8 @@ class BlockForm:
 
     def errors(self, weight: Tensor, metric: Metric, ranks: Sequence[int], steps: int) -> list[float]:
         """Squared errors as those of `train_errors`, for each rank of the bond between X and B."""
-        problems = self.problems(weight, metric)
-        return [min(problem.fit(rank, steps)[2] for problem in problems) for rank in ranks]
+        problem = self.shared_problem(weight, metric)
+        return [problem.error(rank, steps) for rank in ranks]
+
+
+_latest: WeakKeyDictionary[Metric, tuple[tuple[int, bool], BlockProblem]] = WeakKeyDictionary()  # at most one

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import TdkitError
 from tdkit.products.autograd import autocast_dtype
+from tdkit.products.convolution import Geometry
 from tdkit.support.compatibility import in_functional_transform, tree_map_only, wrapper_tensor
 
 METADATA = {
@@ -34,11 +35,16 @@ PRODUCTS = {
 }
 """Functions that only read the weight and return no view of it, so that they can use a cached weight."""
 
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+"""Functions that compute with the factors of a weight that is one of a convolution."""
+
 
 def lazy_weight(
     matrix: FactorizedMatrix,
     size: Sequence[int] | None = None,
     view: Callable[[Tensor], Tensor] = lambda dense: dense,
+    *,
+    convolves: bool = False,
 ) -> Tensor:
     """Returns ``view(matrix.dense())`` as a tensor of `size` whose values are computed by the first operation on it.
 
@@ -50,6 +56,8 @@ def lazy_weight(
         matrix: the factorised matrix (out, in).
         size: the shape of the result; (out, in) when None.
         view: a function that returns a view of shape `size` of a tensor (out, in).
+        convolves: `size` is that of a convolution, (out, in / groups, *kernel): ``torch.nn.functional.conv2d`` with
+            this weight computes as the factorised layer does.
     """
     if torch.compiler.is_compiling() or in_functional_transform():  # tracing does not keep the subclass
         return view(matrix.dense())
@@ -58,7 +66,7 @@ def lazy_weight(
     read = cast("Callable[..., LazyWeight]", _Read.apply if trained else _wrapper)
     weight = read(matrix, size, view, *trained)
     weight._matrix, weight._view, weight._built = matrix, view, None
-    weight._modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    weight._modes, weight._convolves = _modes(), convolves
     return weight
 
 
@@ -69,11 +77,14 @@ class LazyWeight(Tensor):
     _view: Callable[[Tensor], Tensor]
     _modes: tuple[bool, bool]  # inference mode, gradients
     _built: Tensor | None
+    _convolves: bool
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in METADATA:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        if func in CONVOLUTIONS:
+            return _convolved(func, *args, **(kwargs or {}))
         numbers = _lent if func in PRODUCTS else _numbers
         args, kwargs = tree_map_only(LazyWeight, numbers, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -136,6 +147,38 @@ def _lent(weight: LazyWeight) -> Tensor:
     matrix = weight._matrix
     cached = matrix.dispatcher.cached_weight(matrix, matrix.tensors()[0].dtype)
     return _numbers(weight) if cached is None else weight._view(cached)
+
+
+def _modes() -> tuple[bool, bool]:
+    return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+
+def _convolved(
+    func: Callable[..., Tensor],
+    input: Tensor,  # noqa: A002, the names that torch gives them
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """A convolution by the factors where they are those of its weight, with the dense weight otherwise."""
+    by_factors = isinstance(weight, LazyWeight) and weight._convolves and weight._modes == _modes()
+    others = any(isinstance(each, LazyWeight) for each in (input, bias))
+    if not by_factors or others or input.dim() != weight.dim():
+        x, w, b = tree_map_only(LazyWeight, _numbers, (input, weight, bias))
+        return func(x, w, b, stride, padding, dilation, groups)
+    kernel = tuple(weight.shape[2:])
+
+    def sizes(given: int | Sequence[int]) -> tuple[int, ...]:
+        given = (given,) if isinstance(given, int) else tuple(given)
+        return given * len(kernel) if len(given) == 1 else given
+
+    pads = padding if isinstance(padding, str) else sizes(padding)
+    geometry = Geometry(kernel, sizes(stride), pads, sizes(dilation), groups)
+    y: Tensor = cast(LazyWeight, weight)._matrix(input, bias, geometry)
+    return y
 
 
 def _without_autocast(device: str) -> AbstractContextManager[object]:

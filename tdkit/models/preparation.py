@@ -59,6 +59,14 @@ def prepare(model: M, *, prefer: Preference = "speed", graphs: bool = False) -> 
     return model.eval()
 
 
+def drop_caches(module: nn.Module) -> None:
+    """Drop what modules computed from their parameters and keep in eval mode, as they do on ``train()``."""
+    modes = [(each, each.training) for each in module.modules()]
+    module.train()
+    for each, training in modes:
+        each.training = training
+
+
 def cached_bytes(model: nn.Module) -> int:
     """Returns the number of bytes that the factorised matrices of `model` cache now, usually as dense weights."""
     return sum(matrix.dispatcher.cached_bytes for matrix in factorized_matrices(model))

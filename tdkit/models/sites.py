@@ -14,7 +14,7 @@ from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedModule, Host, become, unsupported
 from tdkit.models.hosts.in_place import parametrized
 from tdkit.models.hosts.registered import builder_of, host_of
-from tdkit.shapes import Shape, by
+from tdkit.shapes import Shape
 from tdkit.support.compatibility import COMPILED, offloads
 
 
@@ -204,9 +204,6 @@ def _users(model: nn.Module, found: list[tuple[str, nn.Module, str]]) -> tuple[t
             return (), refusal
         kind, times = type(module).__name__, host.multiplications(module, attribute)
         users.append(User(model, name, attribute, host, kind, times))
-    shape = tuple(users[0].tensor.shape)
-    if 1 in (shape[0], math.prod(shape[1:])):
-        return (), f"a {by(shape)} weight is a vector: no factors hold fewer parameters"
     if len({tuple(user.tensor.shape) for user in users}) > 1:
         return (), f"tied layers {', '.join(u.name for u in users)} hold it in different layouts"
     return tuple(users), None

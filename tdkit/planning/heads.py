@@ -15,8 +15,8 @@ def heads(model: nn.Module, steps: Sequence[Step]) -> dict[str, str]:
 
     A head is the layer that ``get_output_embeddings()`` (transformers) or ``get_classifier()`` (timm) returns, or one
     with as many outputs as the model has classes (``config.num_labels`` or ``num_classes``). If there is none, it is
-    the last layer that multiplies, provided that no other weight takes as many inputs as it has outputs: hidden
-    layers have a successor.
+    the last layer that multiplies, provided that no weight takes as many inputs as it has outputs: hidden layers have a
+    successor.
 
     Args:
         model: the model of the plan.
@@ -27,7 +27,7 @@ def heads(model: nn.Module, steps: Sequence[Step]) -> dict[str, str]:
     if found or not products:
         return found
     last = products[-1]
-    inputs = {step.shape[1] for step in steps if step is not last}
+    inputs = {step.shape[1] for step in steps}
     return {} if last.shape[0] in inputs else {last.name: "the last layer"}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from tdkit.decompositions.stacks import FactorizedStack
 from tdkit.errors import BudgetError, CalibrationError
 from tdkit.models.hosts.base import Host
 from tdkit.models.hosts.registered import builder_of
-from tdkit.models.sites import Site, factorized_groups, num_params, survey
+from tdkit.models.sites import FactorizedUser, Site, factorized_groups, num_params, survey
+from tdkit.planning.adapters import adapter_of
 from tdkit.planning.allocation import Choice
 from tdkit.planning.allocators import Request, allocate
 from tdkit.planning.plan import Plan
@@ -63,6 +65,7 @@ def calibrated(
     resolved: Resolved,
     given: Calibration | Iterable[Batch] | str | Path | None,
     *,
+    gradients: bool = True,
     loss: Loss | None = None,
     labels: Labels = "data",
     progress: bool | None = None,
@@ -72,7 +75,7 @@ def calibrated(
     Returns None when nothing is given or no site is to be rewritten.
 
     Args:
-        loss, labels: as in `calibrate`.
+        gradients, loss, labels: as in `calibrate`.
 
     Raises:
         CalibrationError: when there is a `loss` and no batches to apply it to; else as `calibrate`.
@@ -86,7 +89,7 @@ def calibrated(
     if not sites:
         return None
     batches = text_batches(given, None) if isinstance(given, str | Path) else given
-    runner = Runner(resolved.model, gradients=True, loss=loss, labels=labels)
+    runner = Runner(resolved.model, gradients=gradients, loss=loss, labels=labels)
     return measured(runner, sites, batches, progress=progress)
 
 
@@ -102,7 +105,7 @@ def planned(resolved: Resolved, calibration: Calibration | None = None, *, progr
     for site in resolved.survey.sites:
         rule = resolved.rules.get(site.name)
         if rule is None:
-            choice = Choice(None, "no rule matches it")
+            choice = Choice(None, _unselected(site, policy))
         elif rule.keep:
             choice = Choice(None, f"kept by rule '{rule.match}'")
         else:
@@ -114,37 +117,26 @@ def planned(resolved: Resolved, calibration: Calibration | None = None, *, progr
     return replace(made, warnings=warnings_of(made, resolved))
 
 
+def _unselected(site: Site, policy: Policy) -> str:
+    """Returns why no rule selects a site."""
+    part = adapter_of(site)
+    if part is not None and any(rule.names_match(name) for rule in policy.rules for name in site.names):
+        return f"it belongs to an adapter ({part}), which only a rule that names it rewrites"
+    return "no rule matches it"
+
+
 def applied_plan(model: nn.Module) -> Plan:
     """Returns the plan of a compressed model, read from its layers: decompositions, parameters and errors."""
     model = uncompiled(model)
-    steps = []
-    for matrix, users in factorized_groups(model):
-        size = matrix.shape[0] * matrix.shape[1]
-        times = sum(user.multiplications for user in users)
-        computed = _computed((builder_of(user.module), user.module, user.weight) for user in users)
-        dense_adds = size // (matrix.sizes[0] if isinstance(matrix, FactorizedStack) else 1)
-        steps.append(
-            Step(
-                names=tuple(user.name for user in users),
-                kinds=tuple(user.module.replaces for user in users),
-                shape=matrix.sizes,
-                decomposition=matrix.decomposition,
-                reason="",
-                params_before=size,
-                params_after=matrix.params,
-                indices=matrix.indices,
-                multiply_adds_before=times * dense_adds,
-                multiply_adds_after=times * (dense_adds if computed == DENSE else matrix.multiply_adds()),
-                error=matrix.error,
-                paths=_paths_of(matrix) if times and computed != DENSE else None,
-                computed=computed,
-            )
-        )
+    steps = {(users[0].layer, users[0].weight): _applied(matrix, users) for matrix, users in factorized_groups(model)}
     found = survey(model)
-    steps += [_step(site, Choice(None, "dense"), allow_growth=False) for site in found.sites]
+    for site in found.sites:
+        steps[site.users[0].layer, site.users[0].weight] = _step(site, Choice(None, "dense"), allow_growth=False)
+    places = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    ordered = [steps[key] for key in sorted(steps, key=lambda key: places[key[0]])]
     after = num_params(model)
-    before = after + sum(s.params_before - s.params_after for s in steps)
-    made = Plan(tuple(steps), before, after, found.untouchable)
+    before = after + sum(s.params_before - s.params_after for s in ordered)
+    made = Plan(tuple(ordered), before, after, found.untouchable)
     return replace(made, warnings=warnings_of_applied(made, model))
 
 
@@ -180,6 +172,29 @@ def _choose(
     return choices
 
 
+def _applied(matrix: FactorizedMatrix, users: Sequence[FactorizedUser]) -> Step:
+    size = math.prod(matrix.shape)
+    times = sum(user.multiplications for user in users)
+    computed = _computed((builder_of(user.module), user.module, user.weight) for user in users)
+    host, place = builder_of(users[0].module), (users[0].module, users[0].weight)
+    multiply_adds = size // (matrix.sizes[0] if isinstance(matrix, FactorizedStack) else 1)
+    return Step(
+        names=tuple(user.name for user in users),
+        kinds=tuple(user.module.replaces for user in users),
+        shape=matrix.sizes,
+        decomposition=matrix.decomposition,
+        reason="",
+        params_before=size,
+        params_after=matrix.params,
+        indices=matrix.indices,
+        multiply_adds_before=times * multiply_adds,
+        multiply_adds_after=times * (multiply_adds if computed == DENSE else host.multiply_adds(*place, matrix)),
+        error=matrix.error,
+        paths=_paths_of(matrix, host, *place) if times and computed != DENSE else None,
+        computed=computed,
+    )
+
+
 def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
     kind, reason = choice.decomposition, choice.reason
     params, indices, multiply_adds, paths, computed = site.params, 0, site.multiply_adds, None, None
@@ -190,8 +205,9 @@ def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
             reason = f"{kind.describe()} would hold {matrix.params:,} params, not fewer (allow_growth permits it)"
             kind = None
         else:
-            params, indices, multiply_adds = matrix.params, matrix.indices, matrix.multiply_adds()
-            paths = _paths_of(matrix) if times else None
+            host, place = site.users[0].host, (site.users[0].module, site.users[0].weight)
+            params, indices, multiply_adds = matrix.params, matrix.indices, host.multiply_adds(*place, matrix)
+            paths = _paths_of(matrix, host, *place) if times else None
             computed = _computed((user.host, user.module, user.weight) for user in site.users)
             if computed == DENSE:
                 multiply_adds, paths = site.multiply_adds, None
@@ -220,8 +236,9 @@ def _computed(users: Iterable[tuple[Host, nn.Module, str]]) -> str:
     return DENSE if all(host.computed(module, weight) == DENSE for host, module, weight in users) else "by factors"
 
 
-def _paths_of(matrix: FactorizedMatrix) -> tuple[str, str]:
+def _paths_of(matrix: FactorizedMatrix, host: Host, module: nn.Module, weight: str) -> tuple[str, str]:
     """Returns the names of the paths with the least estimated time for 1 and for 512 tokens."""
-    paths = matrix.member_paths if isinstance(matrix, FactorizedStack) else matrix.paths
-    few, many = (min(paths(tokens), key=lambda path: path.seconds()) for tokens in (1, 512))
-    return few.name, many.name
+    if isinstance(matrix, FactorizedStack):
+        few, many = (min(matrix.member_paths(tokens), key=lambda path: path.seconds()) for tokens in (1, 512))
+        return few.name, many.name
+    return host.path(module, weight, matrix, 1), host.path(module, weight, matrix, 512)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from torch import nn
 
 from tdkit.decompositions.base import Decomposition
-from tdkit.decompositions.stacked import Stacked, stacked
+from tdkit.decompositions.stacked import stacked
 from tdkit.errors import OptionError, PolicyError
 from tdkit.models.sites import Site, Survey, survey, uninitialized
 from tdkit.planning.allocation import FLOOR, Choice, OpenSite
@@ -116,7 +116,7 @@ def decomposition_at(site: Site, kind: Decomposition) -> Decomposition:
     """
     if site.stacked:
         return stacked(kind)
-    if isinstance(kind, Stacked):
+    if kind.stacks:
         raise OptionError(f"{kind.describe()} is for stacks of matrices, such as experts; this weight is none")
     return kind
 
@@ -146,14 +146,18 @@ def _sorted(
         rule = assigned.get(site.name)
         if rule is None or rule.decomposition is None:
             continue
+        named = any(rule.spells_out(name) for name in site.names)
         try:
             kind = decomposition_at(site, rule.decomposition)
         except OptionError as error:
-            problems.append(f"{site.name}: {error}")
+            if named:
+                problems.append(f"{site.name}: {error}")
+            else:
+                fixed[site.name] = Choice(None, str(error))
             continue
         problem = _problem(kind, site)
-        if problem is not None and not any(rule.spells_out(name) for name in site.names):
-            reason = _unfit(kind, site)
+        if problem is not None and not named:
+            reason = _unfit(rule.decomposition, site)
             if reason is not None:
                 fixed[site.name] = Choice(None, reason)
                 continue
@@ -164,7 +168,7 @@ def _sorted(
         if key not in shrinks:
             shrinks[key] = kind.is_complete() or policy.allow_growth or _can_shrink(kind, site)
         if not shrinks[key]:
-            fixed[site.name] = Choice(None, f"no {kind.name} decomposition holds fewer parameters")
+            fixed[site.name] = Choice(None, _no_smaller(rule.decomposition))
             continue
         if kind.is_complete():
             fixed[site.name] = Choice(kind)
@@ -201,13 +205,19 @@ def _unfit(kind: Decomposition, site: Site) -> str | None:
 
     A pattern with wildcards matches such weights too: they stay dense, for this reason.
     """
+    unset = replace(kind, **{field.name: None for field in fields(kind) if field.default is None})
     try:
+        kind = decomposition_at(site, unset)
         kind.shape_of(site.shape)
     except OptionError as error:
         return str(error)
-    unset = replace(kind, **{field.name: None for field in fields(kind) if field.default is None})
-    if _problem(unset, site) is None and _can_shrink(unset, site):
+    problem = _problem(kind, site)
+    if (problem and unset.options()) or (not problem and _can_shrink(kind, site)):
         return None
+    return _no_smaller(unset)
+
+
+def _no_smaller(kind: Decomposition) -> str:
     return f"no {kind.name} decomposition holds fewer parameters"
 
 

@@ -25,14 +25,16 @@ class Step:
         params_before: parameters of the dense weight.
         params_after: parameters after the replacement.
         indices: number of integers stored for permutations, which are not counted as parameters.
-        multiply_adds_before: multiply-adds per token of the dense weight, summed over the layers that use it.
-        multiply_adds_after: multiply-adds per token after the replacement, likewise.
+        multiply_adds_before: multiply-adds per token, or per output position of a convolution (input position if it is
+            transposed), of the dense weight, summed over the layers that use it.
+        multiply_adds_after: the same after the replacement.
         error: relative error of the fit, in the calibrated metric if there is one; None before the fit.
         loss: estimated increase of the loss in nats per token; None when it was not estimated.
         runner_up: text that names the best other decomposition of at most the same size and its estimated
             loss; None when there was no alternative.
-        paths: the names of the fastest paths for 1 and for 512 tokens, estimated for float32 on this machine's CPU
-            without a cached weight (see `tdkit.prepare`); None when nothing is multiplied by factors.
+        paths: the names of the fastest paths for 1 and for 512 tokens, or positions of one image, estimated for float32
+            on this machine's CPU without a cached weight (see `tdkit.prepare`); None when nothing is multiplied by
+            factors.
         computed: 'by factors', or 'dense' when the layer builds the dense weight from its factors and computes with
             that; None when the matrix stays dense.
     """

@@ -31,8 +31,11 @@ def plan_table(steps: Sequence[Step], untouchable: Sequence[Untouchable], *, eve
         "loss, estimated": any(step.loss is not None for step in steps),
         "runner-up": any(step.runner_up is not None for step in steps),
     }
+    columns = list(COLUMNS)
+    if any(step.shape[2:] and step.paths for step in steps):
+        columns = [name.replace("token", "token or position", 1) for name in columns]  # of a convolution's output
     shown = [len(COLUMNS) + i for i, wanted in enumerate(extra.values()) if wanted]
-    table = table_of("", [*COLUMNS, *(name for name, wanted in extra.items() if wanted)])
+    table = table_of("", [*columns, *(name for name, wanted in extra.items() if wanted)])
     table.columns[2].justify = "left"
     one_by_one = every or len(steps) + len(untouchable) <= GROUP_ABOVE
     for group in [[step] for step in steps] if one_by_one else _groups(steps):

@@ -15,7 +15,7 @@ from tdkit.planning.step import Step
 
 LITTLE = 0.1  # params after / params before of a layer, below which a plan warns
 LOST = 0.01  # share of the weights that rules match and that cannot be rewritten, above which a plan warns
-SMALL_PART = 0.5  # share of the parameters below which the rewritten weights are a small part of the model
+SMALL_PART = 0.5  # share of the parameters below which the weights whose size a budget chooses are a small part
 NAMED = 3  # layers that a warning names
 
 
@@ -25,7 +25,7 @@ def warnings_of(plan: Plan, resolved: Resolved) -> tuple[str, ...]:
         *_factorized(resolved),
         *_lost(plan, resolved),
         *_missed(plan),
-        *_crushed(plan),
+        *_crushed(plan, resolved),
         *_cut(plan.rewritten, _below_floor(plan, resolved)),
         *_heads(resolved.model, plan.steps),
     )
@@ -40,8 +40,8 @@ def _factorized(resolved: Resolved) -> Iterator[str]:
     names = resolved.survey.factorized
     if names:
         yield (
-            f"{len(names)} weights are factorised already ({_named(names)}) and are not compressed again; ratio and "
-            "budget are of the model as it is: compress the dense model for other sizes"
+            f"factorised already and not compressed again: {_named(names)}; ratio and budget are of the model as it "
+            "is; for other sizes compress the dense model"
         )
 
 
@@ -68,17 +68,18 @@ def _missed(plan: Plan) -> Iterator[str]:
         )
 
 
-def _crushed(plan: Plan) -> Iterator[str]:
+def _crushed(plan: Plan, resolved: Resolved) -> Iterator[str]:
     """Of a budget that is met by a small part of the model."""
-    before = sum(step.params_before for step in plan.rewritten)
-    after = sum(step.params_after for step in plan.rewritten)
+    chosen = {open_site.site.name for open_site in resolved.open.get(None, ())}
+    before = sum(step.params_before for step in plan.rewritten if step.name in chosen)
+    after = sum(step.params_after for step in plan.rewritten if step.name in chosen)
     if plan.budget is None or not before or before >= SMALL_PART * plan.params_before:
         return
     if after < plan.budget / 2 * before:
         part, left = before / plan.params_before, after / before
         yield (
             f"the budget {plan.budget:g} is met by cutting {percent(part)} of the parameters to {percent(left)} of "
-            f"their size, because {percent(1 - part, up=True)} are kept: match more layers or raise the budget"
+            f"their size; it does not choose the other {percent(1 - part, up=True)}: match more layers or raise it"
         )
 
 
@@ -113,7 +114,8 @@ def _heads(model: nn.Module, steps: Sequence[Step]) -> Iterator[str]:
         if step.name in found and step.decomposition is not None and rank_of(step) < outputs <= inputs:
             yield (
                 f"{step.name}, an output head ({found[step.name]}), has rank {rank_of(step)} for {outputs} outputs, "
-                f"which then span {rank_of(step)} dimensions: keep it by a first rule, Rule('{step.name}', keep=True)"
+                f"which then span {rank_of(step)} of {outputs} dimensions: keep it by a rule before the others, "
+                f"Rule('{step.name}', keep=True)"
             )
 
 

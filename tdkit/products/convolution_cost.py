@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +14,8 @@ from tdkit.shapes import Shape
 
 CHAIN = "chain"  # the path of the stages
 TRAFFIC = 2.0  # elements copied per element of an input, output or weight: oneDNN computes in layouts of its own
+POINTWISE = 49  # positions of an image whose time a 1 x 1 convolution loses
+HELD = 1.25  # of what a dense convolution holds that the stages may hold; an estimate, of which 0.9 is measured
 RECORDED = 4 / 3  # time of a training step of a chain, which is computed twice, by that of a dense one
 
 
@@ -58,6 +59,8 @@ def chain_path(stages: Sequence[StageShape], geometry: Geometry, size: Shape) ->
         before, after = batch * stage.outer * math.prod(entering), batch * stage.outer * math.prod(spatial)
         out, width, *kernel = stage.shape
         positions = before if geometry.transposed else after
+        if math.prod(kernel) == 1:
+            positions += batch * stage.outer * POINTWISE
         products.append(Product(positions, width * math.prod(kernel), out // stage.groups, stage.groups))
         moved += TRAFFIC * (before * width * stage.groups + after * out + math.prod(stage.shape))
     return Path(CHAIN, tuple(products), len(stages), round(moved))
@@ -85,15 +88,24 @@ def _output_size(size: Sequence[int], geometry: Geometry) -> list[int]:
     ]
 
 
-def hidden_elements(stages: Sequence[StageShape], geometry: Geometry, size: Shape) -> int:
-    """The most elements that a chain holds at once besides its input and output."""
-    batch, _, *spatial = size
-    sizes = []
-    for stage in stages:
+def images_at_once(stages: Sequence[StageShape], dense: StageShape, geometry: Geometry, size: Shape) -> int:
+    """The most images to send through the stages at once, so that they hold about as much as a dense convolution.
+
+    A dense convolution holds its output and copies of its input and weight. A stage with a kernel holds its input and
+    output and a copy of each in oneDNN's layout; a pointwise one makes no copies. With more than one part, the parts
+    are copied to the whole output.
+    """
+    batch, entering, *spatial = size
+    first = before = batch * entering * math.prod(spatial)
+    most = 0
+    for number, stage in enumerate(stages):
         spatial = _output_size(spatial, geometry.along(stage.axes, stage.groups))
-        sizes.append(batch * stage.outer * stage.shape[0] * math.prod(spatial))
-    hidden = [0, *sizes[:-1], 0]
-    return max(a + b for a, b in itertools.pairwise(hidden))
+        after = batch * stage.outer * stage.shape[0] * math.prod(spatial)
+        held = 2 * (before + after) if stage.axes else before + after
+        most = max(most, held - first if number == 0 else held)
+        before = after
+    whole, allowed = before, HELD * (first + before) + math.prod(dense.shape) - max(math.prod(s.shape) for s in stages)
+    return batch if most <= allowed else max(1, int(batch * (allowed - whole) / most))
 
 
 class Choice(NamedTuple):
@@ -101,15 +113,14 @@ class Choice(NamedTuple):
 
     Attributes:
         path: by the stages, or by the dense weight.
-        images: the most of a batch to send through the stages at once, so that they hold about as much as the copies
-            that a dense convolution makes of its input and output.
+        images: the most of a batch to send through the stages at once, see `images_at_once`.
     """
 
     path: Path
     images: int
 
 
-def choose(
+def faster_of(
     stages: Sequence[StageShape] | None,
     dense: StageShape,
     geometry: Geometry,
@@ -138,9 +149,7 @@ def choose(
     if stages is None:
         return Choice(by_dense, size[0])
     by_chain = chain_path(stages, geometry, size)
-    handicap = RECORDED if training else 1 / MARGIN if cached else 1.0
+    handicap = RECORDED if training else 1 / MARGIN if cached else MARGIN  # a weight that is built takes memory
     if by_chain.seconds(dtype, device) * handicap >= by_dense.seconds(dtype, device):
         return Choice(by_dense, size[0])
-    ends = math.prod(size) + size[0] * dense.shape[0] * math.prod(_output_size(size[2:], geometry))
-    hidden = hidden_elements(stages, geometry, size)
-    return Choice(by_chain, max(1, size[0] * ends // max(hidden, 1)) if hidden > ends else size[0])
+    return Choice(by_chain, images_at_once(stages, dense, geometry, size))

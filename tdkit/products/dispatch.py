@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,8 +14,20 @@ from tdkit.products import kernels, onednn
 from tdkit.products.autograd import autocast_dtype
 from tdkit.products.cached_tensor import CachedTensor, can_cache
 from tdkit.products.convolution import Geometry, Stage, chain, merged
-from tdkit.products.convolution_cost import CHAIN, Choice, choose, dense_shape, multiply_adds, shape_of
-from tdkit.products.cost import CACHED, DENSE, FEW, FUSED, GRAPH, Path, PathTable, cached_path, lookup, path_table
+from tdkit.products.convolution_cost import CHAIN, Choice, dense_shape, faster_of, multiply_adds, shape_of
+from tdkit.products.cost import (
+    CACHED,
+    DENSE,
+    FEW,
+    FUSED,
+    GRAPH,
+    Path,
+    PathTable,
+    Product,
+    cached_path,
+    lookup,
+    path_table,
+)
 from tdkit.products.structure import Structure
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import constant_for_compile
@@ -146,20 +159,22 @@ class Dispatcher:
         tensors = matrix.tensors()
         check_loaded(tensors, x)
         training = _needs_gradients(tensors)
-        cached = self.prefer == "speed" and not matrix.training and not training and can_cache(tensors)
-        choice = self.choice(
-            matrix, geometry, tuple(x.shape), dtype=x.dtype, device=x.device.type, cached=cached, training=training
+        cached = self.prefer == "speed" and not matrix.training and not training
+        choice_of = partial(
+            self.choice, matrix, geometry, tuple(x.shape), dtype=x.dtype, device=x.device.type, training=training
         )
-        if choice.path.name == CHAIN:
-            stages = _stages(matrix, geometry)
-            assert stages is not None
-            return chain(x, stages, bias, geometry, images=choice.images)
-        if cached:
+        choice = choice_of(cached=cached)
+        if cached and choice.path.name != CHAIN:
             dtype = autocast_dtype(x.device.type) or x.dtype
             weight = self._kernel.get(tensors, dtype, lambda: _kernel_of(matrix, geometry))
             if weight is not None:
                 return geometry.convolve(x, weight, bias)
-        return geometry.convolve(x, _kernel_of(matrix, geometry), bias)
+            choice = choice_of(cached=False)
+        if choice.path.name != CHAIN:
+            return geometry.convolve(x, _kernel_of(matrix, geometry), bias)
+        stages = _stages(matrix, geometry)
+        assert stages is not None
+        return chain(x, stages, bias, geometry, images=choice.images)
 
     def choice(
         self,
@@ -180,12 +195,12 @@ class Dispatcher:
             stages = _stages(matrix, geometry)
             if len(self._choices) >= CHOICES:  # images of ever new sizes
                 self._choices.clear()
-            found = self._choices[key] = choose(
+            found = self._choices[key] = faster_of(
                 None if stages is None else [shape_of(stage) for stage in stages],
                 dense_shape(matrix.shape, geometry),
                 geometry,
                 size,
-                Path(DENSE, (), 0) if matrix.structure is None else matrix.structure.build_path(),
+                _build_path(matrix),
                 dtype=dtype,
                 device=device,
                 cached=cached,
@@ -245,6 +260,14 @@ def check_loaded(tensors: Sequence[Tensor], x: Tensor) -> None:
 
 def _needs_gradients(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _build_path(matrix: Factorized) -> Path:
+    """What the dense weight costs; without a structure, as much as that of a low-rank pair of the same size."""
+    if matrix.structure is not None:
+        return matrix.structure.build_path()
+    (out, width), params = matrix.shape, sum(tensor.numel() for tensor in matrix.tensors())
+    return Path(DENSE, (Product(out, -(-params // (out + width)), width),))
 
 
 def _stages(matrix: Factorized, geometry: Geometry) -> list[Stage] | None:

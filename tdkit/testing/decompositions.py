@@ -43,7 +43,7 @@ from tdkit.testing.convolutions import chain, convolution
 SHAPES: tuple[Shape, ...] = ((12, 18), (18, 12), (16, 16), (15, 9), (7, 11), (1, 10), (10, 1), (1, 1))
 TENSOR_SHAPES: tuple[Shape, ...] = (
     (6, 4, 3, 3),
-    (4, 6, 5),
+    (6, 8, 5),
     (5, 7, 3, 2),
     (1, 6, 3, 3),
     (7, 1, 2, 3),
@@ -72,8 +72,8 @@ def checks(
 
     Args:
         kind: a registered decomposition class, or an instance whose rank or other size is not set.
-        shapes: of the weights to test, (out, in) or (out, in, \\*kernel), of orders that `kind` takes; those of `SHAPES`
-            and `TENSOR_SHAPES` that it takes when None.
+        shapes: of the weights to test, (out, in) or (out, in, \\*kernel), of orders that `kind` takes; those of
+            `SHAPES` and `TENSOR_SHAPES` that it takes when None.
         dtypes: the dtypes of the matrices to test; gradients are always checked in float64.
         exact: whether the largest candidate represents every matrix exactly; False for families such as
             circulant matrices.
@@ -142,9 +142,9 @@ def candidates_are_sorted(kind: Decomposition, shape: Shape) -> None:
     require(bool(candidates), f"no candidates for {shape}")
     last = 0
     for candidate in candidates:
-        candidate.check(shape)
+        candidate.check(candidate.shape_of(shape))
         require(candidate.is_complete(), f"candidate {candidate} of {shape} is not complete")
-        params = candidate.num_params(shape)
+        params = _num_params(candidate, shape)
         require(params >= last, f"candidate {candidate} of {shape} has {params} params, the one before it {last}")
         last = params
 
@@ -154,19 +154,22 @@ def alternatives_have_choices(kind: Decomposition, shape: Shape) -> None:
     alternatives = kind.alternatives(shape)
     require(bool(alternatives), f"{kind} stands for nothing at {shape}")
     for alternative in alternatives:
-        alternative.check(shape)
-        require(bool(alternative.candidates(shape)), f"{alternative}, for which {kind} stands, has no candidates")
-    budget = _choices(kind, shape)[-1].num_params(shape)
+        alternative.check(alternative.shape_of(shape))
+        require(
+            bool(alternative.candidates(alternative.shape_of(shape))),
+            f"{alternative}, for which {kind} stands, has no candidates",
+        )
+    budget = _num_params(_choices(kind, shape)[-1], shape)
     best = kind.best_within(_weight(shape), None, budget)
     require(best is not None and best.is_complete(), f"{kind} of {shape}: {best} is the best within {budget} params")
     assert best is not None
-    require(best.num_params(shape) <= budget, f"{best} of {shape} was chosen for {budget} params")
+    require(_num_params(best, shape) <= budget, f"{best} of {shape} was chosen for {budget} params")
 
 
 def complete_keeps_to_the_budget(kind: Decomposition, shape: Shape) -> None:
     """`complete` never exceeds its budget, and finds something whenever the smallest candidate fits."""
     candidates = kind.candidates(shape)
-    smallest, largest = candidates[0].num_params(shape), candidates[-1].num_params(shape)
+    smallest, largest = _num_params(candidates[0], shape), _num_params(candidates[-1], shape)
     for budget in {0, 1, smallest - 1, smallest, (smallest + largest) // 2, largest, 2 * largest}:
         chosen = kind.complete(shape, budget)
         if budget < smallest:
@@ -174,7 +177,7 @@ def complete_keeps_to_the_budget(kind: Decomposition, shape: Shape) -> None:
             continue
         require(chosen is not None, f"nothing was chosen for {budget} params; the smallest has {smallest}")
         assert chosen is not None
-        params = chosen.num_params(shape)
+        params = _num_params(chosen, shape)
         require(params <= budget, f"{chosen} has {params} params for a budget of {budget}")
         require(chosen.is_complete(), f"{chosen}, chosen for {budget} params of {shape}, is not complete")
 
@@ -182,9 +185,9 @@ def complete_keeps_to_the_budget(kind: Decomposition, shape: Shape) -> None:
 def claimed_params_are_real(kind: Decomposition, shape: Shape) -> None:
     """`num_params`, `params` of the empty matrix and the parameters of a fitted one are equal."""
     for choice in _choices(kind, shape):
-        claimed = choice.num_params(shape)
-        empty = choice.empty(shape, device="meta")
-        fitted = choice.fit(_weight(shape))
+        claimed = _num_params(choice, shape)
+        empty = choice.empty(choice.shape_of(shape), device="meta")
+        fitted = _fit(choice, _weight(shape))
         held = sum(p.numel() for p in fitted.parameters())
         require(
             claimed == empty.params == fitted.params == held,
@@ -193,14 +196,15 @@ def claimed_params_are_real(kind: Decomposition, shape: Shape) -> None:
         require(empty.indices == fitted.indices, f"{choice} of {shape}: indices {empty.indices}, {fitted.indices}")
         flat = (shape[0], _columns(shape))
         require(fitted.shape == flat and empty.shape == flat, f"{choice}: shape {fitted.shape}, not {flat}")
-        require(fitted.sizes == shape and empty.sizes == shape, f"{choice}: sizes {fitted.sizes}, not {shape}")
+        own = choice.shape_of(shape)
+        require(fitted.sizes == empty.sizes == own, f"{choice}: sizes {fitted.sizes} and {empty.sizes}, not {own}")
         require(fitted.multiply_adds() == empty.multiply_adds() > 0, f"{choice} of {shape}: multiply-adds differ")
 
 
 def matmul_is_dense(kind: Decomposition, shape: Shape) -> None:
     """``matmul(x) == x @ dense().T`` for any batch shape, empty and zero-dimensional ones included."""
     for choice in _choices(kind, shape):
-        matrix = choice.fit(_weight(shape))
+        matrix = _fit(choice, _weight(shape))
         for batch in BATCHES:
             x = _random(*batch, _columns(shape), seed=1)
             close(matrix.matmul(x), x @ matrix.dense().T, f"{choice} of {shape}: matmul of a batch {batch}")
@@ -214,7 +218,7 @@ def linear_is_dense(kind: Decomposition, shape: Shape) -> None:
     A second call may use the cache of the first, but not after the factors have changed in place.
     """
     for choice in _choices(kind, shape):
-        matrix, biases = choice.fit(_weight(shape)), (None, _random(shape[0], seed=12))
+        matrix, biases = _fit(choice, _weight(shape)), (None, _random(shape[0], seed=12))
         _linear_is_dense(matrix.train(), biases, f"{choice} of {shape} in training")
         for prefer in get_args(Preference):
             prepare(matrix, prefer=prefer)
@@ -243,7 +247,7 @@ def _linear_is_dense(matrix: FactorizedMatrix, biases: Sequence[Tensor | None], 
 def every_path_is_dense(kind: Decomposition, shape: Shape) -> None:
     """Each of `paths` computes ``x @ dense().T + bias`` and its gradients; `path` returns one of them."""
     for choice in _choices(kind, shape):
-        matrix, bias = choice.fit(_weight(shape)), _random(shape[0], seed=12)
+        matrix, bias = _fit(choice, _weight(shape)), _random(shape[0], seed=12)
         for tokens in (1, 3, MANY_TOKENS):
             x = _random(tokens, _columns(shape), seed=1)
             paths = matrix.paths(tokens)
@@ -268,7 +272,7 @@ def every_path_is_dense(kind: Decomposition, shape: Shape) -> None:
 def rows_are_dense(kind: Decomposition, shape: Shape) -> None:
     """``rows(ids) == dense()[ids]`` for any shape of ids, empty and zero-dimensional ones included."""
     for choice in _choices(kind, shape):
-        matrix = choice.fit(_weight(shape))
+        matrix = _fit(choice, _weight(shape))
         for batch in BATCHES:
             ids = torch.randint(shape[0], batch, generator=torch.Generator().manual_seed(3))
             close(matrix.rows(ids), matrix.dense()[ids], f"{choice} of {shape}: rows of ids {batch}")
@@ -279,7 +283,7 @@ def rows_are_dense(kind: Decomposition, shape: Shape) -> None:
 def products_stay_on_the_device(kind: Decomposition, shape: Shape) -> None:
     """With factors and x on another device (``meta``) every product and look-up allocates its tensors there."""
     for choice in _choices(kind, shape):
-        matrix = choice.empty(shape, device="meta", dtype=torch.float64).requires_grad_(False).eval()
+        matrix = choice.empty(choice.shape_of(shape), device="meta", dtype=torch.float64).requires_grad_(False).eval()
         x, bias = (
             torch.empty(3, _columns(shape), device="meta", dtype=torch.float64),
             matrix.dense().new_empty(shape[0]),
@@ -313,7 +317,7 @@ def gradients_are_right(kind: Decomposition, shape: Shape) -> None:
     x = _random(3, _columns(shape), seed=4).requires_grad_()
     ids = torch.tensor([0, shape[0] - 1, shape[0] // 2])
     for choice in _choices(kind, shape)[:2]:
-        matrix = choice.fit(_weight(shape))
+        matrix = _fit(choice, _weight(shape))
         _check_gradients(matrix, "matmul", x)
         _check_gradients(matrix, "linear", x, bias)
         _check_gradients(matrix, "rows", ids)
@@ -330,9 +334,9 @@ def curve_is_monotone(kind: Decomposition, shape: Shape) -> None:
     for point in points[:: max(1, len(points) // 3)]:
         choice = point.decomposition
         require(choice.is_complete(), f"{choice} on the curve of {shape} is not complete")
-        require(point.params == choice.num_params(shape), f"{choice} on the curve claims {point.params} params")
+        require(point.params == _num_params(choice, shape), f"{choice} on the curve claims {point.params} params")
         require(point.params < weight.numel(), f"{choice} on the curve of {shape} is not smaller than dense")
-        real = float((weight.flatten(1) - choice.fit(weight).dense()).detach().square().sum())
+        real = float((weight.flatten(1) - _fit(choice, weight).dense()).detach().square().sum())
         size = float(weight.square().sum())
         require(
             abs(real - point.error) <= 1e-6 * size,
@@ -345,9 +349,9 @@ def fit_is_deterministic(kind: Decomposition, shape: Shape) -> None:
     choice = _choices(kind, shape)[-1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        first = choice.fit(_weight(shape)).state_dict()
+        first = _fit(choice, _weight(shape)).state_dict()
         torch.manual_seed(1)
-        second = choice.fit(_weight(shape)).state_dict()
+        second = _fit(choice, _weight(shape)).state_dict()
     for name, tensor in first.items():
         require(torch.equal(tensor, second[name]), f"{choice} of {shape}: {name} differs between two fits")
 
@@ -357,7 +361,7 @@ def fit_leaves_no_trace(kind: Decomposition, shape: Shape) -> None:
     choice = _choices(kind, shape)[-1]
     weight = nn.Parameter(_weight(shape))
     state, default = torch.get_rng_state(), torch.get_default_dtype()
-    matrix = choice.fit(weight)
+    matrix = _fit(choice, weight)
     require(torch.equal(state, torch.get_rng_state()), f"{choice} of {shape}: the fit used the global random state")
     require(torch.get_default_dtype() == default, f"{choice} of {shape}: the fit changed the default dtype")
     require(torch.equal(weight, _weight(shape)), f"{choice} of {shape}: the fit changed the weight")
@@ -372,7 +376,7 @@ def fit_takes_any_layout(kind: Decomposition, shape: Shape) -> None:
     choice = _choices(kind, shape)[-1]
     weight = _weight(shape)
     view = weight.transpose(0, 1).contiguous().transpose(0, 1)
-    gaps = [float((weight.flatten(1) - choice.fit(w).dense()).detach().norm()) for w in (weight, view)]
+    gaps = [float((weight.flatten(1) - _fit(choice, w).dense()).detach().norm()) for w in (weight, view)]
     require(abs(gaps[0] - gaps[1]) <= 1e-6 * float(weight.norm()), f"{choice} of {shape}: errors {gaps} by layout")
 
 
@@ -387,7 +391,7 @@ def fit_survives_degenerate_weights(kind: Decomposition, shape: Shape) -> None:
         ("float32 of size 1e-15", _weight(shape).float() * 1e-15),
     ):
         for choice in _choices(kind, shape):
-            dense = choice.fit(weight).dense().detach()
+            dense = _fit(choice, weight).dense().detach()
             require(bool(torch.isfinite(dense).all()), f"{choice} of a {label} {shape} matrix gives NaN or infinity")
             size, gap = float(weight.norm()), float((weight.flatten(1) - dense).norm())
             require(gap <= size * (1 + 1e-4), f"{choice} of a {label} {shape} matrix is worse than nothing ({gap})")
@@ -396,7 +400,7 @@ def fit_survives_degenerate_weights(kind: Decomposition, shape: Shape) -> None:
 def metric_does_no_harm(kind: Decomposition, shape: Shape) -> None:
     """Measured in the metric, a fit in it is never worse than the plain fit, also with rank-deficient moments."""
     weight = _weight(shape)
-    for label, metric in _metrics(shape).items():
+    for label, metric in _metrics(kind, shape).items():
         for choice in _choices(kind, shape)[:2]:
             plain, calibrated = _errors_in(metric, choice, weight)
             slack = 1e-4 * metric.squared_error(weight.flatten(1))  # floors under small eigenvalues cost a little
@@ -411,8 +415,8 @@ def metric_is_used(kind: Decomposition, shape: Shape) -> None:
 
     Both sides are checked: moments of inputs for more than one column, of output gradients for more than one row.
     """
-    weight, metrics = _weight(shape), _metrics(shape)
-    rows, columns = shape[0], _columns(shape)
+    weight, metrics = _weight(shape), _metrics(kind, shape)
+    rows, columns = shape[1:] if kind.stacks else (shape[0], _columns(shape))
     sides = {"C": columns > 1, "S of half rank": rows > 1, "C and S": min(rows, columns) > 1}
     for label in (label for label, told in sides.items() if told):
         metric = metrics[label]
@@ -428,9 +432,9 @@ def metric_is_used(kind: Decomposition, shape: Shape) -> None:
 def metric_is_ignored(kind: Decomposition, shape: Shape) -> None:
     """A fit in the metric is bit-identical to the plain fit."""
     weight = _weight(shape)
-    for label, metric in _metrics(shape).items():
+    for label, metric in _metrics(kind, shape).items():
         for choice in _choices(kind, shape)[:2]:
-            plain, calibrated = choice.fit(weight).dense(), choice.fit(weight, metric).dense()
+            plain, calibrated = _fit(choice, weight).dense(), _fit(choice, weight, metric).dense()
             require(torch.equal(plain, calibrated), f"{choice} of {shape} makes use of {label}")
 
 
@@ -438,7 +442,7 @@ def copies_are_equal(kind: Decomposition, shape: Shape) -> None:
     """A deep copy, and a matrix cast to another dtype and back, give the same results as the matrix."""
     x = _random(3, _columns(shape), seed=9).float()
     for choice in _choices(kind, shape):
-        matrix = choice.fit(_weight(shape).float())
+        matrix = _fit(choice, _weight(shape).float())
         expected = matrix.matmul(x)
         twin = copy.deepcopy(matrix)
         require(torch.equal(twin.matmul(x), expected), f"{choice} of {shape}: a deep copy gives another result")
@@ -459,13 +463,13 @@ def dtype_is_kept(kind: Decomposition, shape: Shape, dtype: torch.dtype) -> None
     """Factors, products and rows have the dtype and device of the weight; buffers are integers."""
     weight = _weight(shape).to(dtype)
     for choice in _choices(kind, shape):
-        for matrix in (choice.fit(weight), choice.empty(shape, device="cpu", dtype=dtype)):
+        for matrix in (_fit(choice, weight), choice.empty(choice.shape_of(shape), device="cpu", dtype=dtype)):
             for name, parameter in matrix.named_parameters():
                 found = (parameter.dtype, parameter.device)
                 require(found == (dtype, weight.device), f"{choice} of {shape} in {dtype}: {name} is {found}")
             for name, buffer in matrix.named_buffers():
                 require(not buffer.is_floating_point(), f"{choice} of {shape}: buffer {name} holds floats")
-        matrix = choice.fit(weight)
+        matrix = _fit(choice, weight)
         results = (
             matrix.dense(),
             matrix.matmul(weight.new_zeros(2, _columns(shape))),
@@ -479,9 +483,9 @@ def state_round_trips(kind: Decomposition, shape: Shape, dtype: torch.dtype) -> 
     """Factors written to safetensors and read into `empty` give the same results, bit for bit."""
     x = _random(3, _columns(shape), seed=10).to(dtype)
     for choice in _choices(kind, shape):
-        fitted = choice.fit(_weight(shape).to(dtype))
+        fitted = _fit(choice, _weight(shape).to(dtype))
         state = {name: tensor.contiguous() for name, tensor in fitted.state_dict().items()}
-        loaded = choice.empty(shape, device="cpu", dtype=dtype)
+        loaded = choice.empty(choice.shape_of(shape), device="cpu", dtype=dtype)
         loaded.load_state_dict(load_tensors(save_tensors(state)))
         ids = torch.arange(shape[0])
         for name, ours, theirs in (
@@ -496,7 +500,7 @@ def exact_at_full_size(kind: Decomposition, shape: Shape, dtype: torch.dtype) ->
     """The largest candidate represents any matrix up to rounding error."""
     weight = _weight(shape).to(dtype)
     choice = kind.candidates(shape)[-1]
-    gap = float((weight.flatten(1) - choice.fit(weight).dense()).detach().double().norm() / weight.double().norm())
+    gap = float((weight.flatten(1) - _fit(choice, weight).dense()).detach().double().norm() / weight.double().norm())
     require(gap <= TOLERANCE[dtype], f"{choice} of {shape} in {dtype}: relative error {gap:.2g} at full size")
 
 
@@ -506,7 +510,7 @@ def empty_costs_nothing(kind: Decomposition, shape: Shape) -> None:
     choice = kind.complete(shape, dense // 100)
     if choice is None:
         return
-    matrix = choice.empty(shape, device="meta")
+    matrix = choice.empty(choice.shape_of(shape), device="meta")
     for name, tensor in (*matrix.named_parameters(), *matrix.named_buffers()):
         require(tensor.device.type == "meta", f"{choice}: {name} is on {tensor.device}, not on meta")
     require(0 < matrix.params <= dense // 100, f"{choice} of {shape} has {matrix.params} params")
@@ -531,12 +535,14 @@ def foreign_shapes_are_told(kind: Decomposition, shapes: Sequence[Shape]) -> Non
         for choice in _choices(kind, made_for):
             for shape in shapes:
                 try:
-                    choice.check(shape)
+                    choice.check(choice.shape_of(shape))
                 except OptionError:
-                    _raises(lambda c=choice, s=shape: c.fit(_weight(s)), f"a fit by {choice} of {shape}")
-                    _raises(lambda c=choice, s=shape: c.empty(s, device="meta"), f"an empty {choice} of {shape}")
+                    _raises(lambda c=choice, s=shape: _fit(c, _weight(s)), f"a fit by {choice} of {shape}")
+                    _raises(
+                        lambda c=choice, s=shape: c.empty(c.shape_of(s), device="meta"), f"an empty {choice} of {shape}"
+                    )
                 else:
-                    choice.empty(shape, device="meta")
+                    choice.empty(choice.shape_of(shape), device="meta")
 
 
 def foreign_orders_are_told(kind: Decomposition) -> None:
@@ -552,7 +558,7 @@ def convolutions_are_dense(kind: Decomposition, shape: Shape) -> None:
     The stages are those of `Stage`: together they cover each spatial axis once.
     """
     for choice in _choices(kind, kind.shape_of(shape)):
-        matrix = choice.fit(kind.view(_weight(shape)))
+        matrix = _fit(choice, _weight(shape))
         for groups in (each for each in (1, 2, 3) if shape[0] % each == 0):
             stages = matrix.convolutions(shape[2:], groups)
             if stages is None:
@@ -568,7 +574,7 @@ def convolutions_are_dense(kind: Decomposition, shape: Shape) -> None:
 def compiles_whole(kind: Decomposition, shape: Shape) -> None:
     """``torch.compile(fullgraph=True)`` traces `linear`, `matmul` and `rows` without a graph break."""
     for choice in _choices(kind, shape)[:2]:
-        matrix = choice.fit(_weight(shape))
+        matrix = _fit(choice, _weight(shape))
         bias = _random(shape[0], seed=12)
         inputs: dict[str, list[tuple[Tensor, ...]]] = {
             "linear": [(_random(n, _columns(shape), seed=11), bias) for n in (2, 7)],
@@ -617,10 +623,16 @@ def _choices(kind: Decomposition, shape: Shape) -> list[Decomposition]:
     return [candidates[place] for place in places]
 
 
-def _metrics(shape: Shape) -> dict[str, Metric]:
+def _metrics(kind: Decomposition, shape: Shape) -> dict[str, Metric]:
     """Second moments of inputs (C) and of output gradients (S): one direction dominates, as in real activations."""
-    inputs, gradients = _random(40, _columns(shape), seed=7), _random(max(1, shape[0] // 2), shape[0], seed=8)
-    inputs[:, 0] *= 30
+    members, rows, columns = shape if kind.stacks else (1, shape[0], _columns(shape))
+    inputs = _random(members, 40, columns, seed=7)
+    gradients = _random(members, max(1, rows // 2), rows, seed=8)
+    inputs[:, :, 0] *= 30
+    if kind.stacks:
+        sides = inputs.mT @ inputs / 40, gradients.mT @ gradients
+        return {"C": Metric(sides[0]), "S of half rank": Metric(output=sides[1]), "C and S": Metric(*sides)}
+    inputs, gradients = inputs[0], gradients[0]
     return {
         "C": Metric(input=inputs.T @ inputs / len(inputs)),
         "S of half rank": Metric(output=gradients.T @ gradients),
@@ -632,13 +644,22 @@ def _metrics(shape: Shape) -> dict[str, Metric]:
 def _errors_in(metric: Metric, choice: Decomposition, weight: Tensor) -> tuple[float, float]:
     """Squared error of the plain fit and of the one in the metric."""
     plain, calibrated = (
-        metric.squared_error(weight.flatten(1) - choice.fit(weight, given).dense()) for given in (None, metric)
+        metric.squared_error(weight.flatten(1) - _fit(choice, weight, given).dense()) for given in (None, metric)
     )
     return plain, calibrated
 
 
 def _random(*size: int, seed: int) -> Tensor:
     return torch.randn(*size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _fit(choice: Decomposition, weight: Tensor, metric: Metric | None = None) -> FactorizedMatrix:
+    """Returns the fit of a weight (out, in, *kernel), which a member of several may take as a matrix."""
+    return choice.fit(choice.view(weight), metric)
+
+
+def _num_params(choice: Decomposition, shape: Shape) -> int:
+    return choice.num_params(choice.shape_of(shape))
 
 
 def _columns(shape: Shape) -> int:

@@ -1,6 +1,6 @@
 """Time and error of the fits, beside those of other libraries and of a long L-BFGS; writes docs/results/fits.md.
 
-    python tests/benchmarks/fits.py [--parts seconds,peers,objective] [--layers 12] [--keep 0.66]
+    python tests/benchmarks/fits.py [--parts seconds,peers,objective,small] [--layers 12] [--keep 0.66]
 
 Parts that are not measured again are kept in `docs/results/fits.json`. The shapes are those of GPT-2 small. Weights
 are random with a decaying spectrum; moments are random and correlated, with a few dominant directions, like those of
@@ -20,9 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tdkit import Decomposition, FactorizedMatrix, Kronecker, LowRank, Metric, PermutedKronecker, TTMatrix
+import tdkit
+from tdkit import (
+    Auto,
+    Decomposition,
+    FactorizedMatrix,
+    Kronecker,
+    LowRank,
+    Metric,
+    PermutedKronecker,
+    Policy,
+    Rule,
+    TTMatrix,
+)
 from tdkit.evaluation.timing import side_by_side
 from tdkit.fitting.linalg import rearrange, relative_error, restore
 from tdkit.shapes import Shape
@@ -43,6 +55,9 @@ NO_BAR = ("permuted_kronecker",)  # it also searches permutations
 SQUARE, WIDE = (768, 768), (768, 3072)
 OBJECTIVE_SHAPE: Shape = (192, 288)
 LONG = 500  # L-BFGS iterations
+SMALL_KEEP = 0.6  # params after / params before, of the small models
+BATCHES, TOKENS = 8, (8, 64)  # of their calibration
+Model = tuple[Callable[[], nn.Module], int, float]  # how to make it, its vocabulary, and the bar in seconds
 
 
 def random_weight(shape: Shape, seed: int) -> Tensor:
@@ -232,6 +247,58 @@ def contenders(weight: Tensor) -> dict[str, dict[str, Callable[[], Tensor]]]:
     }
 
 
+def gpt2(width: int, layers: int, vocabulary: int) -> Callable[[], nn.Module]:
+    """A GPT-2 with random weights."""
+
+    def make() -> nn.Module:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(0)
+        sizes = {"vocab_size": vocabulary, "n_positions": TOKENS[1], "n_embd": width, "n_layer": layers, "n_head": 4}
+        ends = {"bos_token_id": None, "eos_token_id": None}
+        model: nn.Module = GPT2LMHeadModel(GPT2Config(**sizes, **ends)).eval()
+        return model
+
+    return make
+
+
+MODELS: dict[str, Model] = {
+    "GPT-2, 3 layers of 48": (gpt2(48, 3, 256), 256, 2.0),
+    "GPT-2, 8 layers of 32": (gpt2(32, 8, 128), 128, 2.0),
+    "GPT-2, 4 layers of 128": (gpt2(128, 4, 1000), 1000, 5.0),
+}
+
+
+def time_small(models: dict[str, Model] = MODELS) -> list[dict[str, Any]]:
+    """Seconds of `tdkit.compress` per model, the calibration included, beside those with low rank only."""
+    rows = []
+    for name, (make, vocabulary, bar) in models.items():
+        draw = torch.Generator().manual_seed(0)
+        batches = [torch.randint(vocabulary, TOKENS, generator=draw) for _ in range(BATCHES)]
+        found: dict[str, tuple[float, float]] = {}
+        params = 0
+        kinds: dict[str, Decomposition] = {"low rank": LowRank(), "auto": Auto()}
+        for kind, decomposition in kinds.items():
+            model = make()
+            params = sum(p.numel() for p in model.parameters())
+            start, cpu_start = time.perf_counter(), time.process_time()
+            policy = Policy([Rule("*", decomposition)], budget=SMALL_KEEP)
+            tdkit.compress(model, policy, calibration=batches, progress=False)
+            found[kind] = time.perf_counter() - start, time.process_time() - cpu_start
+        rows.append(
+            {
+                "model": name,
+                "params": params,
+                "seconds": round(found["auto"][0], 2),
+                "bar": bar,
+                "CPU seconds": round(found["auto"][1], 2),
+                "x low rank": round(found["auto"][0] / found["low rank"][0], 2),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
 def page(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     machine = results["machine"]
@@ -269,12 +336,19 @@ SECTIONS = {
         "metric with dominant directions: the plain fit, ours, and torch's L-BFGS on all factors from the plain fit "
         "and from ours. Asked for: `ours / from plain` at most 1.01.",
     ),
+    "small": (
+        "Small models with `Auto`",
+        f"`tdkit.compress` to {SMALL_KEEP:.0%} of the parameters with a calibration on batches, which is timed as well; beside "
+        "it the same with low rank only. CPU seconds are those of all threads.",
+    ),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--parts", default="seconds,peers,objective", help="what to measure again; the rest is kept")
+    parser.add_argument(
+        "--parts", default="seconds,peers,objective,small", help="what to measure again; the rest is kept"
+    )
     parser.add_argument("--layers", type=int, default=LAYERS, help="how many of the 12 layers to fit; scaled up")
     parser.add_argument("--keep", type=float, default=0.66, help="params after / params before")
     parser.add_argument("--threads", type=int, default=2)
@@ -284,6 +358,7 @@ def main() -> None:
         "seconds": lambda: time_fits(options.keep, options.layers),
         "peers": peers,
         "objective": lambda: compare_objectives(options.keep),
+        "small": time_small,
     }
     parts = options.parts.split(",")
     if unknown := set(parts) - set(measures):

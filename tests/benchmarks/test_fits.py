@@ -20,18 +20,21 @@ def test_all_ways_to_the_same_factors_lose_as_much() -> None:
 def test_what_was_measured_before_stays_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fits, "BLOCK", {"attn.c_proj": (64, 96)})
     monkeypatch.setattr(fits, "peers", lambda: [{"how": "tdkit", "seconds": 0.25}])
+    small = fits.time_small
+    monkeypatch.setattr(fits, "time_small", lambda: small({"tiny": (fits.gpt2(16, 1, 40), 40, 2.0)}))
     options = ["--layers", "1", "--threads", str(torch.get_num_threads()), "--out", str(tmp_path)]
-    for part in ("seconds", "peers"):
+    for part in ("seconds", "peers", "small"):
         monkeypatch.setattr("sys.argv", ["fits.py", "--parts", part, *options])
         fits.main()
     page = (tmp_path / "fits.md").read_text(encoding="utf-8")
     assert "| low_rank | calibrated | 0.66 | 1 |" in page
     assert "| permuted_kronecker | plain |" in page
     assert "| tdkit | 0.25 |" in page
+    assert "| tiny |" in page
 
 
 def test_an_unknown_part_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["fits.py", "--parts", "second"])
     with pytest.raises(SystemExit):
         fits.main()
-    assert "--parts second: there are seconds, peers, objective" in capsys.readouterr().err
+    assert "--parts second: there are seconds, peers, objective, small" in capsys.readouterr().err

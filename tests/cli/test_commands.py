@@ -67,6 +67,21 @@ def test_plan_prints_a_table_and_the_same_as_json(tdkit: Tdkit, gpt2_folder: Pat
     assert form["params_after"] <= 0.8 * form["params_before"]
 
 
+def test_plan_and_compress_print_the_share_and_the_warnings(tdkit: Tdkit, gpt2_folder: Path, tmp_path: Path) -> None:
+    options = ("--with", "{low_rank: {rank: 1}}", "--match", "*.mlp.*")
+    said = "4 layers are cut below a tenth of the parameters"
+    table = tdkit("plan", gpt2_folder, *options)
+    assert table.out.startswith("of ")
+    assert "weights 100.0% can be rewritten" in table.out.splitlines()[0]
+    assert f"warning: {said}" in table.out
+    form = json.loads(tdkit("plan", gpt2_folder, *options, "--json").out)
+    assert form["share_rewritable"] == 1
+    assert form["warnings"][0].startswith(said)
+    made = tdkit("compress", gpt2_folder, *options, "--out", tmp_path / "smaller")
+    assert "are (" in made.out.splitlines()[0]
+    assert f"warning: {said}" in made.out
+
+
 def test_plan_reads_a_policy_file(tdkit: Tdkit, gpt2_folder: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
     policy.write_text("rules:\n- {match: '*.c_fc', with: {kronecker: {terms: 2, b: [2, 4]}}}\n")
@@ -333,3 +348,52 @@ def test_run_on_a_local_model(tdkit: Tdkit, gpt2_folder: Path, text_file: Path, 
     refused = tdkit(*call)
     assert refused.code == 2
     assert "resume" in refused.err
+
+
+@pytest.fixture
+def encoder_folder(gpt2_folder: Path, tmp_path: Path) -> Path:
+    """A saved masked language model with a tokenizer."""
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    BertForMaskedLM(BertConfig(vocab_size=300, max_position_embeddings=64, **sizes)).save_pretrained(tmp_path / "bert")
+    AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def test_an_encoder_is_calibrated_on_the_inputs_of_its_layers(
+    tdkit: Tdkit, encoder_folder: Path, text_file: Path
+) -> None:
+    policy = ["--budget", "0.7", "--calibration", str(text_file), "--calibration-tokens", "128", "--context", "32"]
+    result = tdkit("plan", str(encoder_folder), *policy)
+    assert result.code != 0
+    assert "BertForMaskedLM is no causal language model" in result.err
+    assert "give --inputs-only, or calibrate it in Python on batches with labels" in result.err
+    out = encoder_folder.parent / "smaller"
+    assert tdkit("compress", str(encoder_folder), "--out", str(out), *policy, "--inputs-only").code == 0
+    assert tdkit("info", str(out)).code == 0
+    result = tdkit("plan", str(encoder_folder), "--inputs-only")
+    assert result.code == 2
+    assert "--inputs-only needs --calibration TEXT" in result.err
+
+
+def test_models_that_take_no_text_are_told_how_to_be_measured(
+    tdkit: Tdkit, encoder_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from tests.tasks import TASKS
+
+    model, _ = TASKS["vit"]()
+    model.save_pretrained(tmp_path / "vit")
+    for folder, message in (
+        (encoder_folder, "BertForMaskedLM is no causal language model"),
+        (tmp_path / "vit", "ViTForImageClassification takes pixel_values"),
+    ):
+        result = tdkit("eval", str(folder), "--text", str(text_file), "--context", "32", "--tokens", "64")
+        assert result.code != 0
+        assert message in result.err
+        assert "tdkit.evaluation.score(model, batches, metric)" in result.err
+        assert "tokenizer" not in result.err
+    result = tdkit("plan", str(tmp_path / "vit"), "--budget", "0.7", "--calibration", str(text_file))
+    assert result.code != 0
+    assert "calibrate it in Python on batches with labels, tdkit.calibrate(model, batches)" in result.err
+    assert tdkit("plan", str(tmp_path / "vit"), "--budget", "0.7").code == 0

@@ -23,8 +23,9 @@ from tdkit.fitting.metric import Metric
 from tdkit.models.hosts.embedding import FactorizedEmbedding
 from tdkit.models.hosts.linear import FactorizedLinear
 from tdkit.models.sites import num_params
+from tests.kinds import OF_MATRICES
 
-EVERY = [decompositions.get(name)() for name in decompositions.names()]
+EVERY = [decompositions.get(name)() for name in OF_MATRICES]
 by_name = pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.name)
 half = Policy([Rule("*", LowRank())], budget=0.5)
 

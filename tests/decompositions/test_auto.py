@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tdkit import Auto, Kronecker, LowRank, Metric, TTMatrix
+from tdkit import Auto, CanonicalPolyadic, Kronecker, LowRank, Metric, SpatialLowRank, TTMatrix, Tucker
 from tdkit.errors import OptionError
 
 
@@ -48,3 +48,34 @@ def test_within_a_size_auto_measures_in_the_metric() -> None:
     kind = Auto(among=(LowRank(rank=1), Kronecker(terms=1, a=(4, 4))))
     assert kind.best_within(weight, None, 32) == Kronecker(terms=1, a=(4, 4), b=(4, 4))
     assert kind.best_within(weight, Metric(input=seen), 32) == LowRank(rank=1)
+
+
+def test_by_default_auto_compares_decompositions_of_tensors_where_they_can_gain() -> None:
+    names = {shape: [member.name for member in Auto().alternatives(shape)] for shape in ((6, 4), (6, 4, 1, 1))}
+    assert set(map(tuple, names.values())) == {("low_rank", "kronecker", "tt_matrix")}
+    assert [member.name for member in Auto().alternatives((6, 4, 3))][3:] == ["tucker", "cp"]
+    assert [member.name for member in Auto().alternatives((6, 4, 3, 3))][3:] == ["tucker", "spatial_low_rank", "cp"]
+    assert Auto().options() == {}
+
+
+def test_a_member_that_was_asked_for_must_take_the_order() -> None:
+    kind = Auto(among=("low_rank", "tucker"))
+    assert [member.name for member in kind.alternatives((6, 4, 3, 3))] == ["low_rank", "tucker"]
+    with pytest.raises(OptionError, match=r"tucker takes weights of 3, 4, 5 dimensions, not a 6x4 one"):
+        kind.alternatives((6, 4))
+
+
+def test_auto_finds_the_form_of_a_tensor() -> None:
+    torch.manual_seed(0)
+    shape = (8, 6, 3, 3)
+    for planted in (Tucker(rank_out=2, rank_in=3), SpatialLowRank(rank=2, first=1), CanonicalPolyadic(rank=1)):
+        matrix = planted.empty(shape)
+        with torch.no_grad():
+            for parameter in matrix.parameters():
+                parameter.normal_()
+            weight = matrix.dense().reshape(shape)
+        best = Auto().best_within(weight, None, matrix.params)
+        assert best is not None
+        assert best.name == planted.name
+        points = [point for point in Auto().curve(weight) if point.params <= matrix.params]
+        assert points[-1].error <= 0.2 * float(weight.square().sum())

@@ -7,7 +7,10 @@ import pytest
 from tdkit.decompositions.registered import decompositions
 from tdkit.testing import Check, checks
 
-BUILT_IN = ("low_rank", "kronecker", "permuted_kronecker", "tt_matrix", "tucker", "cp", "spatial_low_rank", "auto")
+BUILT_IN = (
+    *("low_rank", "kronecker", "permuted_kronecker", "tt_matrix", "tucker", "cp", "spatial_low_rank", "stacked"),
+    "auto",
+)
 EVERY = [
     pytest.param(check, id=f"{name}-{check}")
     for name in decompositions.names()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tdkit import Kronecker, LowRank, PermutedKronecker, TTMatrix
+from tdkit import CanonicalPolyadic, Kronecker, LowRank, PermutedKronecker, SpatialLowRank, TTMatrix, Tucker
 from tdkit.decompositions.registered import decomposition, decompositions, spec_of
 from tdkit.errors import OptionError, RegistryError
 from tdkit.registry import Registry
@@ -36,8 +36,9 @@ def registry(built_in: dict[str, str] | None = None) -> Registry[Any]:
 
 
 def test_built_in_decompositions() -> None:
-    assert {"low_rank", "kronecker", "permuted_kronecker", "tt_matrix"} <= set(decompositions.names())
-    for kind in (LowRank, Kronecker, PermutedKronecker, TTMatrix):
+    every = (LowRank, Kronecker, PermutedKronecker, TTMatrix, Tucker, CanonicalPolyadic, SpatialLowRank)
+    assert {kind.name for kind in every} <= set(decompositions.names())
+    for kind in every:
         assert decompositions.get(kind.name) is kind
 
 

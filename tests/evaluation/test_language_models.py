@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import tdkit
 from tdkit import LowRank, Policy, Rule
-from tdkit.errors import SourceError
+from tdkit.errors import EvaluationError, SourceError
 from tdkit.evaluation.language_models import PROTOCOL, evaluate, perplexity
 from tdkit.sources.positions import check_positions
+from tests.tasks import TASKS
 
 
 class Bigram(nn.Module):
@@ -98,6 +99,31 @@ def test_a_compressed_model_is_smaller_and_measured_the_same_way(gpt2: Any) -> N
     assert after.params <= 0.5 * before.params
     assert after.bytes <= 0.5 * before.bytes
     assert after.perplexity != before.perplexity
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bert", "BertForMaskedLM is no causal language model, because its logits depend on later tokens"),
+        ("t5", "T5ForConditionalGeneration is an encoder-decoder"),
+        ("vit", "ViTForImageClassification takes pixel_values"),
+        ("whisper", "WhisperForConditionalGeneration takes input_features"),
+    ],
+)
+def test_other_models_are_told_how_to_be_measured(name: str, message: str) -> None:
+    model, _ = TASKS[name]()
+    otherwise = (
+        r"tdkit\.evaluation\.score\(model, batches, metric\).*tdkit\.evaluation\.agreement\(model, dense, batches\)"
+    )
+    with pytest.raises(EvaluationError, match=f"{message}.*{otherwise}"):
+        evaluate(model.train(), torch.randint(3, 60, (40,)), context=10)
+    assert model.training
+
+
+def test_an_encoder_without_logits_is_told() -> None:
+    model = TASKS["bert"]()[0].bert
+    with pytest.raises(EvaluationError, match="BertModel returns no logits"):
+        evaluate(model, torch.randint(3, 60, (40,)), context=10)
 
 
 def test_too_little_text_is_told() -> None:

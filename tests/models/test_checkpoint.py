@@ -23,8 +23,9 @@ from tdkit.errors import CheckpointError
 from tdkit.models.checkpoint import DESCRIPTION, WEIGHTS, read_description
 from tdkit.models.sites import num_params
 from tests.conftest import make_gpt2
+from tests.kinds import OF_MATRICES
 
-every = pytest.mark.parametrize("name", decompositions.names())
+every = pytest.mark.parametrize("name", OF_MATRICES)
 
 
 def half(name: str = "low_rank") -> Policy:

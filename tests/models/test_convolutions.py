@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import tdkit
 from tdkit import LowRank, Policy, Rule
+from tdkit.decompositions.tucker import Tucker
 from tdkit.evaluation.timing import peak_bytes, saved_bytes
 from tdkit.models.hosts.convolution import FactorizedConvolution, FactorizedTransposedConvolution
 from tdkit.models.hosts.registered import dense_layer
@@ -159,6 +160,25 @@ def test_a_forward_in_training_saves_no_more_than_the_dense_layer() -> None:
     assert saved_bytes(lambda: small.train()(x)) <= 1.1 * saved_bytes(lambda: dense(x))
 
 
+def test_a_plan_counts_multiply_adds_per_position() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 12, 3, stride=2), nn.Conv2d(12, 12, 3, groups=4), nn.Linear(9, 9))
+    kinds = Tucker(rank_out=6, rank_in=4), LowRank(rank=1), LowRank(rank=2)
+    policy = Policy([Rule(str(number), kind) for number, kind in enumerate(kinds)])
+    small = copy.deepcopy(model)
+    tdkit.compress(small, policy)
+    for plan in (tdkit.plan(model, policy), tdkit.applied_plan(small)):
+        steps = sorted(plan.steps, key=lambda step: step.name)
+        assert [step.multiply_adds_before for step in steps] == [12 * 8 * 9, 12 * 3 * 9, 81]
+        # the first stage runs before the stride; the kernel of the second layer for each of its groups
+        assert [step.multiply_adds_after for step in steps] == [
+            4 * 4 * 8 + 6 * 4 * 9 + 12 * 6,
+            4 * 3 * 9 + 12,
+            2 * (9 + 9),
+        ]
+        assert all(step.paths for step in steps)
+        assert "multiply-adds / token or position" in " ".join(str(column.header) for column in plan.table().columns)
+
+
 class Scaled(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -211,6 +231,25 @@ def test_subclasses_keep_their_forward(layer: nn.Module, computed: str, tmp_path
     assert metric.output is not None
 
 
+def test_a_forward_that_reads_the_weight_computes_by_factors() -> None:
+    model, x = nn.Sequential(PaddedOnOneSide(8, 12, 3, stride=2)), torch.randn(2, 8, 6, 6)
+    small = tdkit.compress(model, Policy([Rule("*", LowRank(rank=2))]))
+    dense = dense_layer(small[0])
+    products: list[str] = []
+    small[0].matrix.register_forward_hook(lambda *_: products.append("by factors"))
+    torch.testing.assert_close(small(x), dense(x))
+    assert products == ["by factors"]
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), dense(x))
+    weight = small[0].weight
+    with torch.no_grad():
+        torch.testing.assert_close(
+            F.conv2d(x[0], weight, stride=[2], padding="valid"), F.conv2d(x[0], weight + 0, stride=2)
+        )
+        transposed = compressed(nn.ConvTranspose2d(8, 8, 3))
+        torch.testing.assert_close(F.conv2d(x, transposed.weight), F.conv2d(x, transposed.weight + 0))
+
+
 def resnet() -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -221,7 +260,7 @@ def resnet() -> nn.Module:
     return ResNetForImageClassification(config).eval()
 
 
-@pytest.mark.parametrize("kind", ["low_rank"])
+@pytest.mark.parametrize("kind", ["low_rank", "tucker", "cp", "spatial_low_rank", "kronecker"])
 def test_a_resnet_goes_through_everything(kind: str, tmp_path: Path) -> None:
     dense, x = resnet(), torch.randn(4, 3, 48, 48)
     labels = torch.tensor([0, 1, 2, 3])

@@ -163,7 +163,6 @@ class OwnLinear(nn.Linear):
     [
         OwnLinear(4, 4),
         nn.Bilinear(4, 4, 4),
-        nn.Conv1d(4, 4, 2),
         nn.LayerNorm(4),
         nn.LSTM(4, 4),
         nn.EmbeddingBag(4, 4),

@@ -18,8 +18,9 @@ from tdkit.decompositions.registered import decompositions
 from tdkit.errors import TdkitError
 from tdkit.models.preparation import factorized_matrices
 from tests.conftest import make_gpt2, make_llama
+from tests.kinds import OF_MATRICES
 
-every = pytest.mark.parametrize("name", decompositions.names())
+every = pytest.mark.parametrize("name", OF_MATRICES)
 
 
 def compressed(make: Any, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import tdkit
 from tdkit import LowRank, Policy, Rule
 from tdkit.errors import PolicyError
 from tdkit.models.sites import factorized_groups, num_bytes, num_params, replace_module, survey
+from tests.together import run_together
 
 
 def test_a_tied_weight_is_one_site_with_two_users(tied: Any) -> None:
@@ -70,6 +72,7 @@ def test_what_is_not_rewritten_has_name_kind_params_and_reason() -> None:
     model = nn.ModuleDict({"look": nn.Embedding(18, 4, sparse=True), "fc": nn.Linear(4, 4, dtype=torch.complex64)})
     entries = {entry.name: (entry.kind, entry.params) for entry in survey(model).untouchable}
     assert entries == {"look": ("Embedding", 72), "fc": ("Linear", 16)}
+    assert [entry.shape for entry in survey(model).untouchable] == [(18, 4), (4, 4)]
     reasons = [entry.reason for entry in survey(model).untouchable]
     assert "sparse=True" in reasons[0]
     assert "complex64" in reasons[1]
@@ -78,6 +81,7 @@ def test_what_is_not_rewritten_has_name_kind_params_and_reason() -> None:
 def test_factorised_layers_are_no_sites_and_are_grouped_by_their_matrix(tied: Any) -> None:
     tdkit.compress(tied, Policy([Rule("embed", LowRank(rank=3)), Rule("up", LowRank(rank=3))]))
     assert [site.name for site in survey(tied).sites] == ["down"]
+    assert survey(tied).factorized == ("embed", "up")
     groups = [[user.name for user in users] for _, users in factorized_groups(tied)]
     assert groups == [["embed", "head"], ["up"]]
 
@@ -146,3 +150,24 @@ def test_a_lazy_layer_is_told_before_anything_is_counted() -> None:
         tdkit.plan(model, Policy([Rule("plain", LowRank(rank=1))]))
     model["lazy"](torch.randn(2, 6))
     assert len(tdkit.plan(model, Policy([Rule("lazy", LowRank(rank=1))])).rewritten) == 1
+
+
+SHARDED = """
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import tdkit
+from tdkit import LowRank, Policy, Rule
+
+model = nn.ModuleDict({"odd": nn.Linear(6, 4, bias=False), "plain": nn.Linear(6, 4)})
+mesh = init_device_mesh("cpu", (1,))
+model["odd"].weight = nn.Parameter(distribute_tensor(model["odd"].weight, mesh, [Shard(0)]))
+plan = tdkit.plan(model, Policy([Rule("*", LowRank(rank=1))]))
+print([step.name for step in plan], plan.untouchable[0].shape, plan.kept["odd"])
+"""
+
+
+def test_a_sharded_weight_stays_and_says_why(tmp_path: Path) -> None:
+    (lines,) = run_together(tmp_path, SHARDED, 1)
+    assert lines[0].startswith("['plain'] (4, 6) it is a torch.distributed.tensor.DTensor, not a plain tensor")

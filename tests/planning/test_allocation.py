@@ -172,3 +172,21 @@ def test_decompositions_are_mixed_only_where_that_pays(gain: float, names: set[s
     assert {choice.decomposition.name for choice in choices.values()} == names
     assert choices[first].runner_up == Point(Other(rank=2), 80, 2.0)
     assert choices[second].runner_up is not None
+
+
+def test_by_loss_holds_the_floor_only_where_the_budget_allows_it() -> None:
+    found = opened((40, 40), (40, 40), floor=0.2)
+    flat, steep = ([100.0] * 40, [1e-6] * 40)
+    curves = {s.site.name: spectrum_curve(v, s.site.shape) for s, v in zip(found, (flat, steep), strict=True)}
+    high, low = (by_loss(found, curves, most, "test") for most in (1800, 600))
+    assert high["1"].decomposition == LowRank(rank=4)  # 320 of 1600 params
+    assert low["1"].decomposition == LowRank(rank=1)
+    without = by_loss(opened((40, 40), (40, 40)), curves, 1800, "test")
+    assert without["1"].decomposition == LowRank(rank=2)
+
+
+def test_a_site_whose_every_choice_is_below_the_floor_is_not_kept_for_that() -> None:
+    (found,) = opened((40, 40), floor=0.5)
+    curve = [Point(LowRank(rank=1), 80, 2.0), Point(LowRank(rank=2), 160, 1.0)]
+    choice = by_loss([found], {found.site.name: curve}, 400, "test")[found.site.name]
+    assert choice.decomposition == LowRank(rank=2)

@@ -6,19 +6,22 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import tdkit
 from tdkit import LowRank, PermutedKronecker, Plan, Policy, Rule
 from tdkit.decompositions.registered import decompositions
 from tdkit.errors import PolicyError
+from tdkit.planning.plan import percent
+from tests.kinds import OF_MATRICES
 
 
 def a_plan(tied: Any) -> Plan:
     return tdkit.plan(tied, Policy([Rule("up", keep=True), Rule("*", PermutedKronecker())], budget=0.7))
 
 
-@pytest.mark.parametrize("name", decompositions.names())
+@pytest.mark.parametrize("name", OF_MATRICES)
 def test_json_round_trip(name: str, tied: Any) -> None:
     plan = tdkit.plan(tied, Policy([Rule("*", decompositions.get(name)())], budget=0.7))
     back = Plan.from_json(plan.to_json())
@@ -74,6 +77,7 @@ def test_layers_that_cannot_be_rewritten_are_listed() -> None:
         ({"steps": [{"names": ["a"]}]}, r"not a tdkit plan"),
         ({"version": "one"}, r"not a tdkit plan"),
         ({"kept": 3}, r"not a tdkit plan"),
+        ({"kept": {"odd": {"kind": "Linear"}}}, r"kept 'odd': .* must have kind, shape, reason and others"),
     ],
 )
 def test_a_damaged_plan_is_told(tied: Any, change: dict[str, Any], message: str) -> None:
@@ -108,3 +112,67 @@ def test_a_damaged_step_is_told_with_its_entry(tied: Any, entry: str, value: obj
 def test_foreign_json_is_told(text: str) -> None:
     with pytest.raises(PolicyError, match="not a tdkit plan"):
         Plan.from_json(text)
+
+
+def a_mixed_model() -> nn.Module:
+    layers = [nn.ModuleDict({"fc": nn.Linear(8, 8), "odd": nn.Linear(8, 8, dtype=torch.complex64)}) for _ in range(25)]
+    return nn.ModuleDict({"blocks": nn.ModuleList(layers), "kernel": nn.Conv3d(4, 6, (1, 2, 3), dtype=torch.complex64)})
+
+
+def test_the_first_line_says_which_share_is_rewritten_and_which_is_kept() -> None:
+    plan = tdkit.plan(a_mixed_model(), Policy([Rule("blocks.?.fc", LowRank(rank=2))]))
+    assert plan.weights == 25 * 128 + 144
+    assert plan.share_rewritable == 25 * 64 / plan.weights
+    assert plan.share_rewritten == 10 * 64 / plan.weights
+    first, second = str(plan).splitlines()[:2]
+    assert first == "of 3,344 weights 47.8% can be rewritten: 19.1% are (640 -> 320), 80.9% are kept (2,704)"
+    assert second == "3,750 -> 3,430 params (ratio 0.9147), 10 of 51 tensors rewritten"
+
+
+@pytest.mark.parametrize(
+    ("share", "down", "up"), [(1.0, "100.0%", "100.0%"), (0.99999, "99.9%", "100.0%"), (0.00001, "0.0%", "0.1%")]
+)
+def test_shares_are_rounded_so_that_all_and_nothing_are_exact(share: float, down: str, up: str) -> None:
+    assert (percent(share), percent(share, up=True)) == (down, up)
+
+
+def test_weights_that_cannot_be_rewritten_have_shape_size_and_reason_and_are_grouped_in_a_long_plan() -> None:
+    plan = tdkit.plan(a_mixed_model(), Policy([Rule("blocks.?.fc", LowRank(rank=2))]))
+    rows = [line.split("│") for line in str(plan).splitlines() if "odd" in line or "kernel" in line]
+    cells = [[cell.strip() for cell in row[1:6]] for row in rows]
+    assert [row[:2] + row[3:] for row in cells] == [
+        ["blocks.*.odd (25 layers)", "8x8", "1,600", "100.0%"],
+        ["kernel", "6x4x1x2x3", "144", "100.0%"],
+    ]
+    assert all(row[2].startswith("kept: its dtype is complex64") for row in cells)
+    assert len(plan.table(every=True).rows) == 51
+
+
+def test_plans_of_version_1_are_read_without_sizes() -> None:
+    form = tdkit.plan(a_mixed_model(), Policy([Rule("blocks.?.fc", LowRank(rank=2))])).to_dict()
+    form["version"], form["kept"] = 1, {name: entry["reason"] for name, entry in form["kept"].items()}
+    for key in ("weights", "share_rewritable", "share_rewritten", "warnings"):
+        del form[key]
+    for step in form["steps"]:
+        del step["computed"]
+    old = Plan.from_dict(form)
+    assert "complex64" in old.kept["kernel"]
+    assert old.warnings == ()
+    assert str(old).splitlines()[0].endswith(", and 26 tensors of unknown size are kept")
+
+
+def test_what_is_stored_as_factors_and_computed_dense_is_told() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+            self.table = nn.Parameter(torch.randn(16, 16))
+
+    model = Table()
+    plan = tdkit.plan(model, Policy([Rule("*", LowRank(rank=2))]))
+    assert plan["fc"].computed == "by factors"
+    assert plan["table"].computed == "dense"
+    assert plan["table"].multiply_adds_after == plan["table"].multiply_adds_before
+    assert "low_rank(rank=2), computed dense" in str(plan)
+    tdkit.compress(model, plan)
+    assert tdkit.applied_plan(model)["table"].computed == "dense"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tdkit
-from tdkit import Kronecker, LowRank, Policy, Rule, TTMatrix
+from tdkit import Auto, Kronecker, LowRank, Policy, Rule, TTMatrix
 from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.registered import decompositions
-from tdkit.errors import BudgetError, OptionError
+from tdkit.errors import BudgetError, OptionError, PolicyError
 from tdkit.models.sites import num_params
+from tests.kinds import OF_MATRICES
 
-EVERY = [decompositions.get(name) for name in decompositions.names()]
+EVERY = [decompositions.get(name) for name in OF_MATRICES]
 
 
 def blocks(width: int = 24, depth: int = 2) -> nn.Module:
@@ -191,3 +193,68 @@ def test_the_plan_says_how_each_matrix_will_be_multiplied() -> None:
         del step["paths"]  # as plans were written before
     assert [step.paths for step in tdkit.Plan.from_dict(old)] == [None, None]
     assert "right, left" in str(plan)
+
+
+def test_a_weight_that_cannot_become_smaller_is_kept_with_the_reason() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(24, 24), "tiny": nn.Linear(2, 2)})
+    for kind in (LowRank(), LowRank(rank=3)):
+        plan = tdkit.plan(model, Policy([Rule("*", kind)], budget=0.5))
+        assert [step.name for step in plan.rewritten] == ["fc"]
+        assert plan["tiny"].reason == "no low_rank decomposition holds fewer parameters"
+    with pytest.raises(OptionError, match="tiny: low_rank: rank=3 is above the full rank 2 of a 2x2 matrix"):
+        tdkit.plan(model, Policy([Rule("fc", LowRank(rank=3)), Rule("tiny", LowRank(rank=3))]))
+    assert tdkit.plan(model, Policy([Rule("tiny", LowRank(rank=2))], allow_growth=True))["tiny"].params_after == 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfKernels(LowRank):
+    """A decomposition of tensors of four dimensions only."""
+
+    name = "of_kernels"
+    orders = frozenset({4})
+
+
+def test_a_wildcard_passes_by_weights_of_other_orders() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv2d(8, 8, 3), "fc": nn.Linear(24, 24)})
+    told = "of_kernels takes weights of 4 dimensions, not a 24x24 one"
+    rules = [Rule("conv", keep=True), Rule("*", OfKernels(rank=2))]
+    assert tdkit.plan(model, Policy(rules))["fc"].reason == told
+    with pytest.raises(OptionError, match=f"fc: {told}"):
+        tdkit.plan(model, Policy([Rule("fc", OfKernels(rank=2))]))
+
+
+def test_a_plan_of_a_meta_model_says_when_it_needs_numbers() -> None:
+    with torch.device("meta"):
+        model = blocks()
+    for kind in (LowRank(), Kronecker()):
+        assert tdkit.plan(model, Policy([Rule("*", kind)], budget=0.5)).ratio <= 0.5
+    with pytest.raises(PolicyError, match=r"0.up is on the meta device and holds no numbers, .* load the model"):
+        tdkit.plan(model, Policy([Rule("*", Auto())], budget=0.5))
+
+
+def test_a_floor_of_the_policy_holds_and_a_rule_lifts_it() -> None:
+    model = blocks()
+    with pytest.raises(BudgetError, match="raise the budget or match more layers"):
+        tdkit.plan(model, Policy([Rule("*", LowRank())], budget=0.3, min_keep=0.5))
+    rules = [Rule("*.up", LowRank(), min_keep=0), Rule("*.down", LowRank())]
+    plan = tdkit.plan(model, Policy(rules, budget=0.4, min_keep=0.5))
+    assert all(step.params_after > 0.45 * step.params_before for step in plan if step.name.endswith("down"))
+    assert all(step.params_after < 0.35 * step.params_before for step in plan if step.name.endswith("up"))
+
+
+def test_a_budget_error_says_how_much_cannot_be_rewritten() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(24, 24), "odd": nn.Linear(48, 48, bias=False, dtype=torch.complex64)})
+    with pytest.raises(BudgetError, match=r"already holds 0.802 of the parameters, 0.793 in weights that cannot be"):
+        tdkit.plan(model, Policy([Rule("*", LowRank())], budget=0.5))
+
+
+def test_options_that_no_member_of_a_stack_can_meet_are_told() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 12, "num_local_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 40}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    with pytest.raises(OptionError, match=r"experts.gate_up_proj: .*rank=99"):
+        tdkit.plan(model, Policy([Rule("*.experts.*", LowRank(rank=99))]))
+    plan = tdkit.plan(model, Policy([Rule("*.experts.*", LowRank(rank=2))]))
+    assert len(plan.rewritten) == 2

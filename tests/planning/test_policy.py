@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import tdkit
 from tdkit import Kronecker, LowRank, PermutedKronecker, Policy, Rule, TTMatrix
 from tdkit.errors import PolicyError
 from tdkit.models.sites import survey
@@ -229,3 +231,69 @@ def test_the_faults_of_one_file_are_reported_together() -> None:
         Policy.from_yaml(text)
     for part in ("rule 1: unknown decomposition", "rule 2: ", "rule 3: ", "unknown key 'buget'", "budget=7"):
         assert part in str(raised.value)
+
+
+class Wide(nn.Linear):
+    """A layer of the user's."""
+
+
+def test_types_are_those_of_torch_and_of_the_user_with_their_bases() -> None:
+    model = nn.ModuleDict(
+        {
+            "wide": Wide(8, 8),
+            "plain": nn.Linear(8, 8),
+            "conv": nn.Conv2d(4, 8, 3),
+            "rnn": nn.LSTM(8, 8),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
+        }
+    )
+    for types, names in {
+        ("Wide",): ["wide"],
+        ("Linear",): ["wide", "plain", "normed"],
+        ("Conv2d",): ["conv"],
+        ("LSTM",): ["rnn.weight_ih_l0", "rnn.weight_hh_l0"],
+        ("Conv2d", "Wide"): ["wide", "conv"],
+    }.items():
+        assert list(selected(model, Rule("*", LowRank(), types=types))) == names
+
+
+def odd_model() -> nn.Module:
+    return nn.ModuleDict({"odd": nn.Linear(8, 8, dtype=torch.complex64), "fc": nn.Linear(8, 8)})
+
+
+@pytest.mark.parametrize("pattern", ["re:(odd|fc)", "re:odd|f."])
+def test_a_rule_that_names_what_cannot_be_rewritten_is_refused(pattern: str) -> None:
+    with pytest.raises(PolicyError, match=r"names weights that cannot be rewritten: odd \(its dtype is complex64"):
+        selected(odd_model(), Rule(pattern, LowRank()))
+
+
+@pytest.mark.parametrize("pattern", ["*", "re:.*d.*|fc", "re:[of].*"])
+def test_a_wildcard_passes_by_what_cannot_be_rewritten(pattern: str) -> None:
+    assert list(selected(odd_model(), Rule(pattern, LowRank()))) == ["fc"]
+
+
+def test_what_cannot_be_rewritten_may_be_kept_by_name() -> None:
+    assert list(selected(odd_model(), Rule("odd", keep=True), Rule("*", LowRank()))) == ["fc"]
+
+
+def test_what_cannot_be_rewritten_is_named_by_each_of_its_layers() -> None:
+    model = odd_model()
+    model.add_module("tied", nn.Linear(8, 8))
+    model.tied.weight = model.odd.weight
+    with pytest.raises(PolicyError, match=r"'tied' matches only layers that cannot be rewritten: odd \("):
+        selected(model, Rule("tied", LowRank()))
+
+
+def test_a_rule_that_matches_what_is_factorised_already_says_so(tied: Any) -> None:
+    tdkit.compress(tied, Policy([Rule("*", LowRank(rank=2))]))
+    with pytest.raises(PolicyError, match=r"'\*' matches only weights that are factorised already \(embed, up, down\)"):
+        selected(tied, Rule("*", LowRank()))
+
+
+def test_the_floor_of_a_policy_is_a_share_or_0() -> None:
+    policy = Policy([Rule("*", LowRank(), min_keep=0)], budget=0.5, min_keep=0.2)
+    assert Policy.from_yaml(policy.to_yaml()) == policy
+    with pytest.raises(PolicyError, match=r"policy min_keep=-0.1 must be .*, at least 0 and at most 1"):
+        Policy([Rule("*", LowRank())], min_keep=-0.1)
+    with pytest.raises(PolicyError, match=r"policy min_keep=True must be"):
+        Policy([Rule("*", LowRank())], min_keep=True)

@@ -16,6 +16,7 @@ from tdkit.support.compatibility import (
     constant_for_compile,
     convolve_its_own_way,
     convolves_its_own_way,
+    has_experts_interface,
     in_functional_transform,
     move_own_tensors,
     offloads,
@@ -27,6 +28,7 @@ from tdkit.support.compatibility import (
     pre_hooks_of,
     rebind_hooked_forward,
     recurrent_weights_again,
+    replace_forward,
     reset_accelerate_state,
     shallow_copy,
     storage_id,
@@ -205,6 +207,52 @@ def test_accelerates_state_is_forgotten() -> None:
     finally:
         reset_accelerate_state(processes=True)
     assert not PartialState._shared_state
+
+
+def test_layers_of_experts_are_told_by_the_forward_that_transformers_gives_their_class() -> None:
+    from transformers import GptOssConfig, NemotronHConfig
+    from transformers.integrations.moe import use_experts_implementation
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+    layer = GptOssExperts(GptOssConfig(hidden_size=4, intermediate_size=3, num_local_experts=2))
+    assert has_experts_interface(layer)
+    assert (layer.has_gate, layer.has_bias, layer.is_transposed) == (True, True, True)
+    assert layer._apply_gate(torch.zeros(5, 6)).shape == (5, 3)
+    plain = NemotronHExperts(NemotronHConfig(hidden_size=4, moe_intermediate_size=3, n_routed_experts=2))
+    assert (plain.has_gate, plain.has_bias, plain.is_transposed) == (False, False, False)
+    assert plain.up_proj.shape == (2, 3, 4)
+    assert not has_experts_interface(nn.Linear(2, 2))
+    assert not has_experts_interface(type("Inherits", (GptOssExperts,), {})(GptOssConfig(hidden_size=4)))
+
+    @use_experts_implementation
+    class Own(nn.Module):
+        def __init__(self, config: object) -> None:
+            super().__init__()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    assert has_experts_interface(Own(None))
+    replaced = Own(None)
+    replaced.forward = lambda x: x  # type: ignore[method-assign]
+    assert not has_experts_interface(replaced)
+
+
+def test_a_forward_is_replaced_inside_the_hooks_of_accelerate() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    layer = nn.Linear(2, 2)
+    x = torch.ones(1, 2)
+    expected = layer(x)
+    for hooked in (False, True):
+        if hooked:
+            hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(io_same_device=True))
+        replace_forward(layer, lambda x: -x)
+        assert torch.equal(layer(x), -x)
+        replace_forward(layer, None)
+        assert torch.equal(layer(x), expected)
+    hooks.remove_hook_from_module(layer)
+    assert torch.equal(layer(x), expected)
 
 
 def test_a_convolution_calls_what_a_subclass_convolves_with() -> None:

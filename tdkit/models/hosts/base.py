@@ -220,6 +220,14 @@ class Host(ABC):
         """
         raise TdkitError(f"{weight} of a {type(module).__name__} is no stack of matrices for its host '{self.name}'")
 
+    def multiply_adds(self, module: nn.Module, weight: str, matrix: FactorizedMatrix) -> int:
+        """Returns the multiply-adds of one product with the factorised weight."""
+        return matrix.multiply_adds()
+
+    def path(self, module: nn.Module, weight: str, matrix: FactorizedMatrix, tokens: int) -> str:
+        """Returns the name of the fastest path for `tokens` products, estimated for float32 on this machine's CPU."""
+        return min(matrix.paths(tokens), key=lambda path: path.seconds()).name
+
     def attach(self, module: nn.Module, weight: str, observe: Observer) -> Removable:
         """Call ``observe(x, y)`` at each product of `module` with a weight, and replace y by the result.
 

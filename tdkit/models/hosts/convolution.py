@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -15,6 +16,7 @@ from tdkit.models.hosts.windows import windows
 from tdkit.models.lazy_weight import lazy_weight
 from tdkit.products.cached_tensor import can_cache
 from tdkit.products.convolution import Geometry
+from tdkit.products.convolution_cost import dense_shape, multiply_adds, shape_of
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import convolve_its_own_way, convolves_its_own_way, submodules_of
 
@@ -64,8 +66,9 @@ class FactorizedConvolution(FactorizedLayer):
     def weight(self) -> Tensor:
         """The dense weight, (out, in / groups, \\*kernel); of a transposed convolution (in, out, \\*kernel)."""
         out, width = self.out_channels, self.in_channels // self.groups
-        size = (width, out) if self.transposed else (out, width)
-        return lazy_weight(self.matrix, (*size, *self.kernel_size), self.as_stored)
+        size: Shape = (width, out) if self.transposed else (out, width)
+        size = (*size, *self.kernel_size)
+        return lazy_weight(self.matrix, size, self.as_stored, convolves=not self.transposed)
 
     def as_stored(
         self,
@@ -152,6 +155,16 @@ def geometry_of(layer: nn.Module) -> Geometry:
     )
 
 
+def image_size(layer: nn.Module, positions: int) -> Shape:
+    """Returns the size (1, in, *spatial) of an image for which a convolution has about that many positions."""
+    geometry = geometry_of(layer)
+    side = math.ceil(positions ** (1 / len(geometry.kernel)))
+    stride = (1,) * len(geometry.kernel) if geometry.transposed else geometry.stride
+    least = [step * (size - 1) + 1 for step, size in zip(geometry.dilation, geometry.kernel, strict=True)]
+    spatial = [max(low, side * each) for low, each in zip(least, stride, strict=True)]
+    return 1, cast(int, layer.in_channels), *spatial
+
+
 class ConvolutionHost(Host):
     """Host of one of ``torch.nn.Conv1d``, ``Conv2d`` and ``Conv3d``: weight (out, in / groups, \\*kernel)."""
 
@@ -190,6 +203,20 @@ class ConvolutionHost(Host):
 
     def computed(self, module: nn.Module, weight: str) -> str:
         return "dense" if convolves_its_own_way(module) else super().computed(module, weight)
+
+    def multiply_adds(self, module: nn.Module, weight: str, matrix: FactorizedMatrix) -> int:
+        """Returns the multiply-adds for one position: of the stages, or of the dense weight where it needs fewer."""
+        geometry = geometry_of(module)
+        dense = multiply_adds([dense_shape(matrix.shape, geometry)], geometry)
+        stages = matrix.convolutions(geometry.kernel, geometry.groups)
+        return dense if stages is None else min(dense, multiply_adds([shape_of(stage) for stage in stages], geometry))
+
+    def path(self, module: nn.Module, weight: str, matrix: FactorizedMatrix, tokens: int) -> str:
+        size = image_size(module, tokens)
+        choice = matrix.dispatcher.choice(
+            matrix, geometry_of(module), size, dtype=torch.float32, device="cpu", cached=False
+        )
+        return choice.path.name
 
     def attach(self, module: nn.Module, weight: str, observe: Observer) -> Removable:
         """As `Host.attach`, with a row for each position of each image.

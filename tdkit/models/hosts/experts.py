@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.decompositions.stacks import FactorizedStack
 from tdkit.models.hosts.base import FactorizedModule, Host, Observer, Removable
 from tdkit.models.hosts.in_place import InPlaceHost, InPlaceLayer, in_place_class
 from tdkit.models.hosts.routing import StackObserver, experts_forward, weights_of
@@ -61,7 +62,7 @@ class ExpertsHost(InPlaceHost):
 
     def multiplications(self, module: nn.Module, weight: str) -> int:
         """Returns the number of experts of a token, of which each row is multiplied by one."""
-        return int(getattr(module.config, "num_experts_per_tok", None) or 1) if weight in STACKS else 1
+        return experts_of_a_token(module) if weight in STACKS else 1
 
     def attach(self, module: nn.Module, weight: str, observe: Observer) -> Removable:
         if weight not in STACKS:
@@ -70,6 +71,16 @@ class ExpertsHost(InPlaceHost):
 
     def attach_stack(self, module: nn.Module, weight: str, observe: StackObserver) -> Removable:
         return _Attached(module, weight, observe)
+
+
+def experts_of_a_token(module: nn.Module) -> int:
+    """Returns the number of experts that each token is routed to, 1 if the configuration does not tell."""
+    return int(getattr(module.config, "num_experts_per_tok", None) or 1)
+
+
+def stacks_of(layer: FactorizedModule) -> dict[str, FactorizedStack]:
+    """Returns the stacks of factors of a layer, by the name of the weight."""
+    return {name: matrix for name, matrix in layer.matrices.items() if isinstance(matrix, FactorizedStack)}
 
 
 class TransposedExpertsHost(ExpertsHost):

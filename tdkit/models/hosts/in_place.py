@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
@@ -73,8 +74,8 @@ class InPlaceHost(Host):
 
     def computed(self, module: nn.Module, weight: str) -> str:
         base = self._base_of(weight)
-        if base is None or base.layer is None:
-            return "dense"
+        if base is None or base.layer is None or isinstance(module, NonDynamicallyQuantizableLinear):
+            return "dense"  # nn.MultiheadAttention reads the weight of its output projection
         forward = getattr(inspect.unwrap(dense_type(module).forward), "__code__", None)
         calls_super = forward is not None and "__class__" in forward.co_freevars
         inherited = dense_type(module).forward is base.layer.forward
@@ -128,6 +129,14 @@ class InPlaceHost(Host):
         base = self._base_of(weight)
         return base.multiplications(module, weight) if base else 1
 
+    def multiply_adds(self, module: nn.Module, weight: str, matrix: FactorizedMatrix) -> int:
+        base = self._base_of(weight)
+        return base.multiply_adds(module, weight, matrix) if base else super().multiply_adds(module, weight, matrix)
+
+    def path(self, module: nn.Module, weight: str, matrix: FactorizedMatrix, tokens: int) -> str:
+        base = self._base_of(weight)
+        return base.path(module, weight, matrix, tokens) if base else super().path(module, weight, matrix, tokens)
+
     def attach(self, module: nn.Module, weight: str, observe: Observer) -> Removable:
         base = self._base_of(weight)
         if base is not None and base.layer is not None and dense_type(module).forward is base.layer.forward:
@@ -136,7 +145,12 @@ class InPlaceHost(Host):
             if base is None:
                 return Handles()
             matrix = submodules_of(module)[module.matrix_name(weight)]
-            return matrix.register_forward_hook(lambda _, args, y: observe(args[0], y))
+            running: list[nn.Module] = []  # a tied matrix is called by other layers too
+            return Handles(
+                module.register_forward_pre_hook(lambda called, _: running.append(called)),
+                matrix.register_forward_hook(lambda _, args, y: observe(args[0], y) if running else None),
+                module.register_forward_hook(lambda *_: running.clear(), always_call=True),
+            )
         return observing(module, weight, observe, looks_up=self.multiplications(module, weight) == 0)
 
     def attach_gradient(self, module: nn.Module, weight: str, observe: Callable[[Tensor], None]) -> Removable:
