@@ -12,6 +12,19 @@ from tests.real import packages
 
 TARGETS = (("calibrated", 0.7, 1.0), ("auto", 0.7, 1.0), ("distilled", 0.5, 2.0))  # points of the score lost at most
 COLUMNS = ("method", "kept", "score", "points lost", "output error", "params", "multiply-adds", "x dense time", "CPU s")
+COLOURS = {
+    "plain": "#999999",
+    "calibrated": "#4477aa",
+    "auto": "#228833",
+    "distilled": "#66cc55",
+    "auto, by multiply-adds": "#117744",
+    "tensorly-torch Tucker": "#ee6677",
+    "tensorly-torch Tucker, distilled": "#ffaaaa",
+    "torch-pruning": "#aa3377",
+    "torch-pruning, distilled": "#ddaacc",
+    "SVD-LLM": "#ccbb44",
+}
+ORDER = tuple(COLOURS)
 METHODS = """\
 - **plain**: `LowRank` without calibration, every weight cut to the same share.
 - **calibrated**: `LowRank` in the metric of inputs and output gradients, the budget allocated by estimated loss. The \
@@ -61,18 +74,20 @@ def markdown(every: dict[str, Any]) -> str:
         markdown_table(("model", *(f"{m} {k}: at most {p:g} lost" for m, k, p in TARGETS)), _targets(every)),
     ]
     for name, entry in every.items():
-        one = 100 / entry["tested"]
-        what = f"{entry['what'][0].upper()}{entry['what'][1:]}. Score: {entry['metric']}, in %"
-        lines += [f"## {name}", "", f"{what}; one of {entry['tested']} tested examples"]
-        lines += [f"is {one:.2f} points. {entry['steps']} steps of distillation."]
+        tested = f"{entry['tested']} tested examples"
+        if "error rate" not in entry["metric"]:
+            tested += f", of which one is {100 / entry['tested']:.2f} points"
+        lines += [f"## {name}", "", f"{entry['what'][0].upper()}{entry['what'][1:]}.", ""]
+        lines += [f"Score: {entry['metric']}, in %; {tested}; {entry['steps']} steps of distillation."]
         lines += ["", table(entry["rows"])]
     return "\n".join(lines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the table of one model."""
-    dense = rows[0]
-    return markdown_table(COLUMNS, (_cells(row, dense) for row in rows))
+    dense, *others = rows
+    others.sort(key=lambda row: (ORDER.index(row["method"]), -row["keep"]))
+    return markdown_table(COLUMNS, (_cells(row, dense) for row in (dense, *others)))
 
 
 def _cells(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
@@ -122,7 +137,7 @@ def draw(every: dict[str, Any], path: Path) -> None:
         panel.axhline(dense["score"], color="grey", linewidth=0.8, linestyle=":")
         for method in dict.fromkeys(row["method"] for row in rows[1:]):
             points = sorted((r["params"] / dense["params"], r["score"]) for r in rows if r["method"] == method)
-            style = {"marker": "s" if "distilled" in method else "o", "color": _COLOURS.get(method)}
+            style = {"marker": "s" if "distilled" in method else "o", "color": COLOURS.get(method)}
             known[method] = panel.plot(*zip(*points, strict=True), **style)[0]
         panel.set_title(name, fontsize=10)
         panel.set_ylabel(f"{entry['metric']}, %", fontsize=8)
@@ -134,18 +149,3 @@ def draw(every: dict[str, Any], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=90, metadata={"Software": None})
     pyplot.close(figure)
-
-
-_COLOURS = {
-    "plain": "#999999",
-    "calibrated": "#4477aa",
-    "auto": "#228833",
-    "distilled": "#66cc55",
-    "auto, by multiply-adds": "#117744",
-    "tensorly-torch Tucker": "#ee6677",
-    "tensorly-torch Tucker, distilled": "#ffaaaa",
-    "torch-pruning": "#aa3377",
-    "torch-pruning, distilled": "#ddaacc",
-    "SVD-LLM": "#ccbb44",
-    "SVD-LLM, distilled": "#eedd99",
-}

@@ -92,4 +92,4 @@ def test_the_page_says_which_targets_are_met() -> None:
     )
     assert "| it | 0.5: met | not run | 10.0: not met |" in text
     assert "| auto | 0.7 | the budget cannot be met |" in text
-    assert "one of 100 tested examples\nis 1.00 points. 5 steps" in text
+    assert "100 tested examples, of which one is 1.00 points; 5 steps of distillation" in text

@@ -56,7 +56,7 @@ def test_calibration_keeps_the_outputs_of_a_real_model(make: Callable[[], Task])
         assert num_params(model) <= 0.6 * num_params(task.model)
         return float((outputs(model, *shown) - exact).norm() / exact.norm())
 
-    assert error_of(calibration) < 0.7 * error_of(None)
+    assert error_of(calibration) < 0.9 * error_of(None)
 
 
 @pytest.mark.parametrize(
