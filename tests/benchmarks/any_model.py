@@ -83,7 +83,7 @@ class Bench:
     def compressed(self, name: str, keep: float) -> nn.Module:
         """A copy of the model, compressed by the method of a row."""
         if name.endswith("distilled"):
-            model = self.compressed(name.removesuffix(", distilled") if ", " in name else "auto", keep)
+            model = self.compressed(name.removesuffix(", distilled") if ", " in name else "calibrated", keep)
             self.distill(model)
             return model
         model = copy.deepcopy(self.task.model)
@@ -109,9 +109,16 @@ class Bench:
         raise BudgetError(f"no size of the convolutions has {share:g} of the multiply-adds")
 
     def distill(self, model: nn.Module) -> None:
-        """Train a compressed model by the dense one, on the rows that it was calibrated on."""
+        """Train a compressed model by the dense one, on the rows that it was calibrated on.
+
+        Normalisation by batches stays in eval mode: its statistics are the teacher's, and batches are small.
+        """
         from tdkit_distill import Table, distill
 
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval().requires_grad_(False)
+                module.train = functools.partial(_same, module)  # type: ignore[method-assign]
         stage = {
             "losses": dict(self.task.distillation),
             "steps": self.task.steps,
@@ -120,6 +127,8 @@ class Bench:
             "schedule": {"kind": "cosine", "warmup": 0.05},
         }
         distill(model, self.task.model, stage, Table(self.task.train), seed=SEED, progress=False)
+        for module in model.modules():
+            vars(module).pop("train", None)
 
     def measured(self, model: nn.Module) -> dict[str, Any]:
         """What the table says of a model."""
@@ -136,6 +145,11 @@ class Bench:
             "multiply_adds": round(self.task.multiply_adds(tdkit.prepare(model, prefer="memory"))),
             "time_ratio": times["compressed"].ratio,
         }
+
+
+def _same(module: nn.Module, mode: bool = True) -> nn.Module:
+    """What `train` of a frozen normalisation does: nothing."""
+    return module
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ METHODS = """\
 - **calibrated**: `LowRank` in the metric of inputs and output gradients, the budget allocated by estimated loss. The \
 loss is the sum of the outputs with random signs, which estimates their squared error; no labels are used.
 - **auto**: `Auto`, which picks the decomposition of each weight; calibrated and allocated as well.
-- **distilled**: that of *auto*, trained by the dense model on the examples that it was calibrated on.
+- **distilled**: that of *calibrated*, trained by the dense model on the examples that it was calibrated on.
 - **auto, by multiply-adds**: `Auto` of low rank, Tucker and spatial pairs on ungrouped convolutions alone, \
 as large as that share of the *multiply-adds* permits.
 - **tensorly-torch Tucker**: its `FactorizedConv` (Tucker, kernel sizes left) for ungrouped convolutions and truncated \

@@ -60,7 +60,7 @@ def minilm() -> Task:
         distillation={"logits": {"temperature": 2.0}, "hidden": 1.0},
         batch_size=16,
         steps=40,
-        lr=3e-4,
+        lr=1e-4,
     )
 
 

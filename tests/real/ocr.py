@@ -89,6 +89,7 @@ def ocr() -> Task:
         batch_size=20,
         calibration_batch=4,
         steps=25,
+        lr=1e-4,
     )
 
 
