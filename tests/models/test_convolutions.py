@@ -196,6 +196,14 @@ class PaddedOnOneSide(nn.Conv2d):
         return F.conv2d(F.pad(x, (0, 2, 0, 2)), self.weight, self.bias, self.stride)
 
 
+class StrideInLists(Scaled):
+    """Holds its geometry in lists, as EfficientNet's convolutions with padding of their own do."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 12, 3)
+        self.stride, self.padding, self.dilation = [2, 2], [1, 1], [1, 1]  # type: ignore[assignment]
+
+
 class Upsampling(nn.ConvTranspose2d):
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         return super().forward(x, output_size).relu()
@@ -207,6 +215,7 @@ class Upsampling(nn.ConvTranspose2d):
         (Scaled(8, 12, 3, padding=1), "by factors"),
         (Centered(8, 12, 3, padding=1), "dense"),
         (PaddedOnOneSide(8, 12, 3), "dense"),
+        (StrideInLists(), "by factors"),
         (Upsampling(8, 12, 3, stride=2), "by factors"),
         (nn.ConvTranspose2d(8, 12, 3, groups=4), "dense"),
     ],

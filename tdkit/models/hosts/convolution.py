@@ -145,10 +145,10 @@ def geometry_of(layer: nn.Module) -> Geometry:
     """Returns the geometry of a convolution of torch, or of a factorised one."""
     found: Any = layer
     return Geometry(
-        found.kernel_size,
-        found.stride,
-        found.padding,
-        found.dilation,
+        tuple(found.kernel_size),  # a subclass may hold lists
+        tuple(found.stride),
+        found.padding if isinstance(found.padding, str) else tuple(found.padding),
+        tuple(found.dilation),
         found.groups,
         found.transposed,
         tuple(found.output_padding),
