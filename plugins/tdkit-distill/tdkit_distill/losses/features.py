@@ -159,10 +159,14 @@ class FeatureTerm(Term):
                 f"{self.place}: {_shown(name)} has the shape {shape} for one row, of which the dimension for cosine is "
                 "not known: use mse or relative"
             )
-        if kind == "relative" and (not shape or shape[0] != row_count(batch)):
+        if kind == "relative":
+            self._check_rows(name, target, batch)
+
+    def _check_rows(self, name: str, target: Tensor, batch: Batch) -> None:
+        if target.ndim == 0 or len(target) != row_count(batch):
             raise StageError(
-                f"{self.place}: {_shown(name)} has the shape {shape} for one row, so that its first dimension is not "
-                "the rows', over which relative is a mean: use mse"
+                f"{self.place}: {_shown(name)} has the shape {tuple(target.shape)} for a batch of {row_count(batch)} "
+                "rows, over the first dimension of which relative is a mean: use mse"
             )
 
     def forward(self, student: View, teacher: View | None, batch: Batch) -> Tensor:
@@ -172,6 +176,8 @@ class FeatureTerm(Term):
             found, target = working(student.outputs[mine]), working(teacher.outputs[theirs])
             if str(number) in self.projections:
                 found = working(self.projections[str(number)](found))
+            if self.options.distance == "relative":
+                self._check_rows(mine, target, batch)
             terms.append(self._distance(found, target, batch))
         stacked = torch.stack(terms)
         return stacked if self.options.reduce == "sum" else stacked / len(stacked)

@@ -49,9 +49,10 @@ def logits_of(output: Any) -> Tensor | None:
     if not isinstance(found, Tensor):
         known = [prediction.value for prediction in predictions(output) if prediction.name in ("", "logits")]
         found = known[0] if len(known) == 1 else None
-    if not isinstance(found, Tensor) or found.ndim <= 3:
-        return found
-    return found.movedim(1, -1)
+    if not isinstance(found, Tensor):
+        return None
+    logits: Tensor = found.movedim(1, -1) if found.ndim > 3 else found
+    return logits
 
 
 def tensor_of(output: Any, path: str, place: str) -> Tensor:
