@@ -39,7 +39,7 @@ class Record:
     """What was recorded in the last forward.
 
     Attributes:
-        outputs: by the name asked for; the first tensor when a module returns several.
+        outputs: by the name asked for; the first tensor when a module returns several, of its last call.
         attention: by name of the attention module.
     """
 
