@@ -121,3 +121,47 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     """Whether two models hold bit-identical parameters and buffers."""
     mine, theirs = one.state_dict(), other.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+class Convolutional(nn.Module):
+    """A classifier of images (n, 1, 12, 12) with batch normalisation and no list of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU())
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(self.stem(x)).mean((2, 3)))
+        return logits
+
+
+class Recurrent(nn.Module):
+    """An encoder of sequences (n, length, 8) to embeddings (n, 16), alone or with its states in a nested tuple."""
+
+    def __init__(self, states: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm = nn.LSTM(8, 48, num_layers=2, batch_first=True)
+        self.project = nn.Linear(48, 16)
+        self.states = states
+
+    def forward(self, x: Tensor) -> Any:
+        outputs, (last, _) = self.lstm(x)
+        embedding = self.project(last[-1])
+        return (embedding, (outputs, last)) if self.states else embedding
+
+
+def images(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Noisy images (rows, 1, 12, 12) of four patterns, and which of them it is."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randn(4, 1, 12, 12, generator=torch.Generator().manual_seed(9))
+    labels = torch.randint(4, (rows,), generator=generator)
+    return patterns[labels] + 1.5 * torch.randn(rows, 1, 12, 12, generator=generator), labels
+
+
+def walks(rows: int, seed: int) -> Tensor:
+    """Random walks (rows, 10, 8)."""
+    return torch.randn(rows, 10, 8, generator=torch.Generator().manual_seed(seed)).cumsum(1)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from tdkit.calibration.batches import LABELS, call_of
+from tdkit.errors import CalibrationError
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from tdkit_distill.errors import DataError
 
@@ -17,7 +21,10 @@ Batch = dict[str, Tensor]
 
 
 class Examples(ABC):
-    """Numbered training rows; entries named ``...labels`` are for the losses, everything else goes to the models.
+    """Numbered training rows; labels are for the losses, everything else goes to the models.
+
+    Entries named ``...labels`` are labels; those named ``label``, ``target`` or ``targets`` are labels too, and also go
+    to a model whose forward takes them. Entries whose names are numbers are positional arguments.
 
     Attributes:
         fingerprint: changes when any row changes.
@@ -37,7 +44,10 @@ class Examples(ABC):
     @property
     @abstractmethod
     def length(self) -> int:
-        """Tokens per row, the same for all rows; a stage's length in tokens is counted with it."""
+        """Tokens per row, the same for all rows; 1 where the rows hold no token ids.
+
+        A stage's length in tokens is counted with it.
+        """
 
 
 class Windows(Examples):
@@ -80,7 +90,8 @@ class Table(Examples):
     """Rows of named tensors, such as ``input_ids``, ``attention_mask`` and ``labels`` of a classifier.
 
     Args:
-        columns: tensors of equal first dimension; the first one's second dimension counts as tokens.
+        columns: tensors of equal first dimension. The second dimension of the first one that holds no labels counts as
+            tokens if it is a matrix of integers; in any other table a row counts as one token.
     """
 
     def __init__(self, columns: Mapping[str, Tensor]) -> None:
@@ -97,18 +108,60 @@ class Table(Examples):
 
     @property
     def length(self) -> int:
-        first = next(iter(self.columns.values()))
-        return first.shape[1] if first.ndim > 1 else 1
+        inputs = (column for name, column in self.columns.items() if not is_label(name))
+        first = next(inputs, None)
+        return first.shape[1] if first is not None and first.ndim == 2 and not first.is_floating_point() else 1
 
     def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
         return {name: column[rows] for name, column in self.columns.items()}
 
 
-def as_examples(data: Examples | Tensor | Mapping[str, Tensor]) -> Examples:
-    """Examples from themselves, from (count, length) token ids, or from named columns."""
+def as_examples(data: Any, model: nn.Module) -> Examples:
+    """Examples from what `distill` takes as data.
+
+    Args:
+        data: `Examples`; (count, length) token ids; a floating-point tensor, whose rows are the first argument of the
+            models; named columns; or a ``TensorDataset``, whose tensors are the leading arguments of the models and,
+            if there is one more than `model` takes, the labels.
+        model: by whose forward the labels of a ``TensorDataset`` are told from arguments.
+
+    Raises:
+        DataError: for anything else, and for tensors that `model` does not take.
+    """
     if isinstance(data, Examples):
         return data
-    return Windows(data) if isinstance(data, Tensor) else Table(data)
+    if isinstance(data, TensorDataset) and len(data.tensors) == 1:
+        data = data.tensors[0]
+    if isinstance(data, Tensor):
+        return Table({"0": data}) if data.is_floating_point() else Windows(data)
+    if isinstance(data, TensorDataset):
+        return Table(_columns(data, model))
+    if isinstance(data, Mapping):
+        return Table(data)
+    raise DataError(
+        f"data is a {type(data).__name__}: give a tensor, a TensorDataset, named columns {{name: tensor}}, or a "
+        "subclass of Examples for rows that are read or augmented on the way"
+    )
+
+
+def _columns(data: TensorDataset, model: nn.Module) -> dict[str, Tensor]:
+    try:
+        call = call_of(model, tuple(tensor[:1] for tensor in data.tensors))
+    except CalibrationError as error:
+        raise DataError(f"data is a TensorDataset, and {error}") from None
+    count = len(data.tensors) - (call.labels is not None)
+    columns = {str(number): tensor for number, tensor in enumerate(data.tensors[:count])}
+    return columns if call.labels is None else {**columns, "labels": data.tensors[-1]}
+
+
+def is_label(name: str) -> bool:
+    """Whether an entry of a batch with this name holds labels."""
+    return name in LABELS or name.endswith("labels")
+
+
+def labels_of(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """The labels of a batch: its entry ``labels``, ``label``, ``targets`` or ``target``; None when it has none."""
+    return next((batch[name] for name in LABELS if name in batch), None)
 
 
 def digest(tensor: Tensor) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from tdkit.support.processes import on_main_process
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-from tdkit_distill.data.examples import Examples, as_examples
+from tdkit_distill.data.examples import Examples, as_examples, labels_of
 from tdkit_distill.data.order import mixed_seed
 from tdkit_distill.errors import CacheError, InterruptedRun, ResumeError, StageError, StorageError
 from tdkit_distill.loop.acceleration import check_accelerator, make_accelerator, prepared
@@ -43,7 +44,7 @@ from tdkit_distill.models.taps import tapped
 from tdkit_distill.teachers.cache import CachedTeacher, model_digest
 from tdkit_distill.teachers.live import Teacher, live_teacher
 
-Data = Examples | Tensor | Mapping[str, Tensor]
+Data = Examples | Tensor | TensorDataset | Mapping[str, Tensor]
 
 
 @dataclass
@@ -92,9 +93,10 @@ def distill(
         student, teacher: any two modules; the teacher is run in eval and inference mode and never changed,
             and may be a cache of its logits, or None when no loss needs one.
         stages: `Stage` objects or their dictionary form.
-        data: (count, length) token ids, named columns, `Examples`, or several `Examples` by name.
+        data: (count, length) token ids, a floating-point tensor, named columns, a ``TensorDataset``, `Examples`, or
+            several `Examples` by name; see `as_examples`.
         folder: of checkpoints and ``log.jsonl``; None keeps nothing.
-        held_out: rows to measure on and never train on.
+        held_out: rows with integer labels to measure on and never train on.
         seed: of the order of rows, dropout, masking and projections.
         running: precision, device, compilation, checkpoints; see `Running`.
         call: how to run a model on a batch, ``(model, batch) -> output``.
@@ -109,7 +111,7 @@ def distill(
     """
     chosen = read_running(running)
     read = read_stages(stages)
-    sets = _data_sets(data)
+    sets = _data_sets(data, student)
     place = None if folder is None else Path(folder)
     for stage in read:  # everything that can fail early does
         bind(stage, student, teacher)
@@ -118,12 +120,15 @@ def distill(
         _check_cache(teacher, read, sets)
     engine = accelerator or make_accelerator(chosen, place, read)
     check_accelerator(engine, chosen)
-    aside = None if held_out is None else as_examples(held_out)
-    if aside is not None and "labels" not in aside.batch(torch.tensor([0]), torch.Generator()):
-        raise StageError(
-            "held_out: these rows have no labels, by which their loss is measured: add a column of that name, or leave "
-            "held_out out"
-        )
+    aside = None if held_out is None else as_examples(held_out, student)
+    if aside is not None:
+        labels = labels_of(aside.batch(torch.tensor([0]), torch.Generator()))
+        if labels is None or labels.is_floating_point():
+            raise StageError(
+                f"held_out: these rows have {'no' if labels is None else 'floating-point'} labels, and their loss is "
+                "measured by integer ones: add a column of that name, or leave held_out out and compare the models "
+                "afterwards, by tdkit.evaluation.agreement"
+            )
     run = _Run(student, teacher, read, sets, place, aside, seed, chosen, call, engine)
     with ExitStack() as stack:
         devices = [engine.device] if engine.device.type == "cuda" else []
@@ -133,10 +138,10 @@ def distill(
         return run.go(view, stop)
 
 
-def _data_sets(data: Any) -> dict[str, Examples]:
+def _data_sets(data: Any, student: nn.Module) -> dict[str, Examples]:
     if isinstance(data, Mapping) and data and all(isinstance(value, Examples) for value in data.values()):
         return dict(data)
-    return {"": as_examples(data)}
+    return {"": as_examples(data, student)}
 
 
 def _examples_of(stage: Stage, sets: dict[str, Examples]) -> Examples:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from tdkit_distill.data.examples import IGNORED, Examples
+from tdkit_distill.data.examples import IGNORED, Examples, labels_of
 from tdkit_distill.errors import DataError
 from tdkit_distill.loop.trainee import Trainee
 from tdkit_distill.models.calls import call_model, logits_of, to_device
@@ -23,7 +24,7 @@ def held_out_loss(trainee: Trainee, examples: Examples, device: torch.device, *,
         for start in range(0, len(examples), batch):
             rows = torch.arange(start, min(start + batch, len(examples)))
             given = to_device(examples.batch(rows, torch.Generator().manual_seed(seed + start)), device)
-            known = int((given["labels"] != IGNORED).sum())
+            known = int((_labels(given) != IGNORED).sum())
             total += float(trainee(given, None, held_out=True)) * known
             count += known
     finally:
@@ -46,8 +47,15 @@ def accuracy(model: nn.Module, rows: Examples, *, batch: int = 32) -> float:
             logits = logits_of(call_model(model, given))
             if not isinstance(logits, Tensor):
                 raise DataError("accuracy needs a model that returns logits")
-            right += int((logits.argmax(-1) == given["labels"]).sum())
+            right += int((logits.argmax(-1) == _labels(given)).sum())
     finally:
         for module, training in modes.items():
             module.training = training
     return right / len(rows)
+
+
+def _labels(batch: Mapping[str, Tensor]) -> Tensor:
+    labels = labels_of(batch)
+    if labels is None:
+        raise DataError("these rows have no labels: add a column of that name")
+    return labels

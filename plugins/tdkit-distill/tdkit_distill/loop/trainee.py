@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdkit_distill.data.examples import Examples
+from tdkit_distill.data.examples import Examples, labels_of
 from tdkit_distill.errors import CacheError, StageError, VocabularyError
 from tdkit_distill.loop.stages import Running, Stage, trainable_names
 from tdkit_distill.losses.chunked import cross_entropy
@@ -67,9 +67,10 @@ class Trainee(nn.Module):
     def _cross_entropy(self, batch: Mapping[str, Tensor]) -> Tensor:
         self._record.open = False
         logits = logits_of(self._call(self.student, batch))
-        if logits is None:
-            raise StageError("held-out rows can only be measured on a student that returns logits")
-        return cross_entropy(logits.flatten(0, -2), batch["labels"].flatten())
+        labels = labels_of(batch)
+        if logits is None or labels is None:
+            raise StageError("held-out rows can only be measured by labels, on a student that returns logits")
+        return cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
 def _weighted(term: nn.Module, mean: Tensor, share: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ def bind(stage: Stage, student: nn.Module, teacher: nn.Module | CachedTeacher | 
 
 
 def probe(
-    terms: Iterable[Term],
+    terms: Sequence[Term],
     student: Teacher,
     teacher: Teacher | None,
     examples: Examples,
@@ -152,7 +153,8 @@ def probe(
     batch = to_device(given, device)
     mine = student.view(batch, rows)
     theirs = None if teacher is None else teacher.view(batch, rows)
-    _check_vocabularies(mine, theirs)
+    if any(term.needs.teacher_logits for term in terms):
+        _check_vocabularies(mine, theirs)
     torch.manual_seed(seed)
     for term in terms:
         term.prepare(mine, theirs, batch)
@@ -165,8 +167,8 @@ def _check_vocabularies(mine: View, theirs: View | None) -> None:
     other = theirs.logits.shape[-1] if isinstance(theirs.logits, Tensor) else theirs.logits.vocabulary
     if mine.logits.shape[-1] != other:
         raise VocabularyError(
-            f"the student has {mine.logits.shape[-1]:,} logits and the teacher {other:,}: they must share a tokenizer. "
-            "Take a teacher of the same family, or losses without logits (hidden, ffn, attention)"
+            f"the student has {mine.logits.shape[-1]:,} logits and the teacher {other:,}: they must share a tokenizer, "
+            "or the classes. Take a teacher of the same family, or losses without logits (hidden, ffn, attention)"
         )
 
 

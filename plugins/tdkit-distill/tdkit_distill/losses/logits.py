@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from tdkit_distill.data.examples import IGNORED
+from tdkit_distill.data.examples import IGNORED, labels_of
 from tdkit_distill.errors import CacheError, StageError
 from tdkit_distill.losses.averages import position_count, valid_positions
 from tdkit_distill.losses.chunked import Divergence, cross_entropy, divergence
@@ -18,8 +18,9 @@ from tdkit_distill.models.view import TopLogits, View
 class CrossEntropy(Loss):
     """Supervised loss: the mean of -log softmax(student)[label] over labelled positions.
 
-    A batch's ``labels`` stand beside the logits that predict them: next tokens for causal windows, the
-    hidden words of a masked text, one class per row for a classifier. -100 means no label.
+    A batch's labels stand beside the logits that predict them: next tokens for causal windows, the
+    hidden words of a masked text, one class per row for a classifier, one per pixel for a segmentation. -100 means no
+    label.
     """
 
     def bind(self, student: nn.Module, teacher: nn.Module | None, place: str) -> Term:
@@ -31,10 +32,16 @@ class _CrossEntropyTerm(Term):
         super().__init__()
         self.place = place
 
+    def prepare(self, student: View, teacher: View | None, batch: Batch) -> None:
+        logits, labels = _logits(student, self.place), _labels(batch, self.place)
+        if logits.shape[:-1].numel() != len(labels):
+            raise StageError(
+                f"{self.place}: one row has {len(labels)} labels, and logits of shape {tuple(logits.shape[1:])} with "
+                "the classes last: give one label for each row of logits"
+            )
+
     def forward(self, student: View, teacher: View | None, batch: Batch) -> Tensor:
-        if not isinstance(student.logits, Tensor):
-            raise StageError(f"{self.place}: the student returns no logits")
-        return cross_entropy(student.logits.flatten(0, -2), _labels(batch, self.place))
+        return cross_entropy(_logits(student, self.place).flatten(0, -2), _labels(batch, self.place))
 
     def count(self, batch: Batch) -> Tensor:
         return _labelled(_labels(batch, self.place)).sum().float()
@@ -69,7 +76,13 @@ class _LogitsTerm(Term):
         self.masked = False
 
     def prepare(self, student: View, teacher: View | None, batch: Batch) -> None:
-        logits = self._logits(student)
+        logits = _logits(student, self.place)
+        theirs = None if teacher is None else teacher.logits
+        if isinstance(theirs, Tensor) and theirs.shape != logits.shape:
+            raise StageError(
+                f"{self.place}: the student has logits of shape {tuple(logits.shape)} for one row, and the teacher "
+                f"{tuple(theirs.shape)}: they must be of the same shape"
+            )
         self.masked = self._mask(batch, logits.numel() // logits.shape[-1]) is not None
 
     def count(self, batch: Batch) -> Tensor:
@@ -78,7 +91,7 @@ class _LogitsTerm(Term):
         return position_count(batch, self.masked)
 
     def forward(self, student: View, teacher: View | None, batch: Batch) -> Tensor:
-        mine = self._logits(student).flatten(0, -2)
+        mine = _logits(student, self.place).flatten(0, -2)
         if teacher is None or teacher.logits is None:
             raise StageError(f"{self.place}: the teacher returns no logits")
         theirs = teacher.logits
@@ -104,11 +117,6 @@ class _LogitsTerm(Term):
                 f"{self.place}: top_k={self.options.top_k}, but the cache holds {cached.indices.shape[-1]} per position"
             )
 
-    def _logits(self, student: View) -> Tensor:
-        if not isinstance(student.logits, Tensor):
-            raise StageError(f"{self.place}: the student returns no logits")
-        return student.logits
-
     def _positions(self, batch: Batch, rows: int) -> Tensor | None:
         """Which of the rows are compared; None for all."""
         if self.options.where == "labels":
@@ -121,10 +129,23 @@ class _LogitsTerm(Term):
         return mask.flatten() if mask is not None and mask.numel() == rows else None
 
 
+def _logits(student: View, place: str) -> Tensor:
+    if not isinstance(student.logits, Tensor) or student.logits.ndim < 2:
+        raise StageError(
+            f"{place}: the student returns no logits (rows, classes): use the loss 'output' for other tensors"
+        )
+    return student.logits
+
+
 def _labels(batch: Batch, place: str) -> Tensor:
-    if "labels" not in batch:
+    labels = labels_of(batch)
+    if labels is None:
         raise StageError(f"{place}: the batches have no labels: add a column of that name, or use another loss")
-    return batch["labels"].flatten()
+    if labels.is_floating_point():
+        raise StageError(
+            f"{place}: the labels are {labels.dtype}, and classes are integers: convert them, or use another loss"
+        )
+    return labels.flatten()
 
 
 def _labelled(labels: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Needs:
-    """Which modules a term reads, in the student and in the teacher."""
+    """What a term reads in the student and in the teacher: outputs and attention by name, see `tapped`."""
 
     student_outputs: tuple[str, ...] = ()
     teacher_outputs: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from tdkit.errors import did_you_mean
 from torch import Tensor, nn
 
 from tdkit_distill.errors import StageError
+from tdkit_distill.models.calls import tensor_of
 
 TAPPED_ATTENTION = "tdkit_tapped"  # the attention implementation that hands its scores to a recorder
 _RECORDER = "_tdkit_attention_recorder"
@@ -38,7 +39,7 @@ class Record:
     """What was recorded in the last forward.
 
     Attributes:
-        outputs: by module name; the first tensor when a module returns several.
+        outputs: by the name asked for; the first tensor when a module returns several, of its last call.
         attention: by name of the attention module.
     """
 
@@ -56,6 +57,9 @@ class Record:
 def tapped(model: nn.Module, outputs: Iterable[str] = (), attention: Iterable[str] = ()) -> Iterator[Record]:
     """Record the outputs of the named modules, and the attention scores of the named attention modules.
 
+    A name ``MODULE:PATH`` stands for one tensor of what a module returns, see `tensor_of`; without a module it is that
+    of the model.
+
     The scores of a transformers model are read where they arise: while the context is open, the model
     runs an attention implementation that computes the same as ``eager`` and hands the scaled products of
     queries and keys to the record (grouped keys repeated, before mask, softmax and dropout). Another
@@ -70,7 +74,7 @@ def tapped(model: nn.Module, outputs: Iterable[str] = (), attention: Iterable[st
     modules = dict(model.named_modules(remove_duplicate=False))
     with ExitStack() as stack:
         for name in dict.fromkeys(outputs):
-            handle = _find(modules, name).register_forward_hook(_output_hook(record, name))
+            handle = _find(modules, name.partition(":")[0]).register_forward_hook(_output_hook(record, name))
             stack.callback(handle.remove)
         wanted = {name: _find(modules, name) for name in dict.fromkeys(attention)}
         owner = _attention_owner(model) if wanted else None
@@ -96,9 +100,12 @@ def _find(modules: dict[str, nn.Module], name: str) -> nn.Module:
 
 
 def _output_hook(record: Record, name: str) -> Callable[[nn.Module, Any, Any], None]:
+    module, picks, path = name.partition(":")
+    place = f"module '{module}'" if module else "the model"
+
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if record.open:
-            record.outputs[name] = first_tensor(output, name)
+            record.outputs[name] = tensor_of(output, path, place) if picks else first_tensor(output, name)
 
     return hook
 

@@ -39,18 +39,25 @@ class LiveTeacher:
     """A model in eval and inference mode, with taps. Made by `live_teacher`."""
 
     def __init__(
-        self, model: Called, record: Any, mode: Callable[[], Any], at: torch.device, device: torch.device
+        self,
+        model: Called,
+        record: Any,
+        mode: Callable[[], Any],
+        at: torch.device,
+        device: torch.device,
+        dtype: torch.dtype | None,
     ) -> None:
         self._model = model
         self._record = record
         self._mode = mode
         self._at = at
         self._device = device
+        self._dtype = dtype
 
     def view(self, batch: Mapping[str, Tensor], rows: Tensor) -> View:
         """What the teacher returns. The logits are inference tensors: clone them before autograd saves them."""
         with self._mode():
-            output = self._model({name: value.to(self._at) for name, value in batch.items()})
+            output = self._model({name: self._given(value) for name, value in batch.items()})
         logits = logits_of(output)
         view = View(
             None if logits is None else logits.to(self._device),
@@ -64,6 +71,10 @@ class LiveTeacher:
         )
         self._record.clear()
         return view
+
+    def _given(self, x: Tensor) -> Tensor:
+        """An input on the model's device, and in its dtype if it has been given another one."""
+        return x.to(self._at, self._dtype if x.is_floating_point() else None)
 
     def _out(self, x: Tensor) -> Tensor:
         """A copy on the student's device that autograd may save, unlike a tensor made in inference mode."""
@@ -112,7 +123,7 @@ def live_teacher(
                 cut(root, used)
             # what shards gather inside inference mode could not be written again outside it
             mode = torch.inference_mode if cut is None else torch.no_grad
-            yield LiveTeacher(root, record, mode, place, device or place)
+            yield LiveTeacher(root, record, mode, place, device or place, dtype)
     finally:
         for module, training in modes.items():
             module.training = training

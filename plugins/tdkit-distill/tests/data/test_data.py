@@ -10,8 +10,9 @@ import pytest
 import torch
 from distill_models import ids
 from tdkit.errors import SourceError
+from torch.utils.data import TensorDataset
 
-from tdkit_distill.data.examples import Table, Windows
+from tdkit_distill.data.examples import Table, Windows, as_examples, labels_of
 from tdkit_distill.data.masked import MaskedWindows, MaskTokens
 from tdkit_distill.data.order import Order
 from tdkit_distill.data.text import text_windows
@@ -178,3 +179,31 @@ def test_an_order_visits_each_row_once_per_epoch_and_can_be_entered_anywhere() -
 def test_tables_need_equal_columns() -> None:
     with pytest.raises(DataError, match="same, positive number of rows"):
         Table({"a": torch.zeros(3), "b": torch.zeros(4)})
+
+
+def test_tensors_and_tensor_datasets_become_rows() -> None:
+    x, y, rows = torch.randn(6, 4), torch.arange(6) % 2, torch.tensor([4, 1])
+    one, two = torch.nn.Linear(4, 2), torch.nn.Bilinear(4, 4, 2)
+    for data, model, names in (
+        (x, one, ["0"]),
+        (TensorDataset(x), one, ["0"]),
+        (TensorDataset(x, y), one, ["0", "labels"]),
+        (TensorDataset(x, x), two, ["0", "1"]),
+        (TensorDataset(x, x, y), two, ["0", "1", "labels"]),
+        ({"x": x, "target": y}, one, ["x", "target"]),
+    ):
+        examples = as_examples(data, model)
+        batch = examples.batch(rows, torch.Generator())
+        assert list(batch) == names
+        assert torch.equal(batch[names[0]], x[rows])
+        assert (len(examples), examples.length) == (6, 1)
+        assert labels_of(batch) is None or torch.equal(batch[names[-1]], y[rows])
+    windows = as_examples(TensorDataset(ids(6, 8)), one)
+    assert isinstance(windows, Windows)
+    assert windows.length == Table({"labels": y, "input_ids": ids(6, 8)}).length == 8
+    with pytest.raises(
+        DataError, match=r"data is a list: give a tensor, a TensorDataset, named columns \{name: tensor\}"
+    ):
+        as_examples([x, y], one)
+    with pytest.raises(DataError, match="data is a TensorDataset, and a batch has 2 entries, which"):
+        as_examples(TensorDataset(x, y), torch.nn.MultiheadAttention(4, 1))  # which takes three

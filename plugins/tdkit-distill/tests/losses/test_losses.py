@@ -57,6 +57,7 @@ def test_the_registered_losses_are_the_plugins() -> None:
         "attention",
         "attention_scores",
         "next_sentence",
+        "output",
     }
     assert losses.origins()["logits"] == ["tdkit-distill"]
 
@@ -130,7 +131,8 @@ def test_attention_scores_are_the_scaled_products_of_queries_and_keys() -> None:
 
 def test_padding_counts_in_no_loss() -> None:
     student, teacher = bert(seed=1), bert()
-    every = {"hidden": 1, "embedding": 1, "ffn": 1, "attention": 1, "attention_scores": 1, "logits": 1}
+    every: dict[str, Any] = {"hidden": 1, "embedding": 1, "ffn": 1, "attention": 1, "attention_scores": 1, "logits": 1}
+    every |= {"output": 1, "hidden@relative": {"distance": "relative"}}
     short = {"input_ids": ids(3), "attention_mask": torch.ones(3, 8, dtype=torch.long)}
     longer = {
         "input_ids": torch.cat([ids(3), ids(3, 4, seed=9)], 1),
@@ -146,7 +148,8 @@ def test_padding_counts_in_no_loss() -> None:
     [
         {"hidden": {"distance": "mse"}},
         {"hidden": {"distance": "cosine"}},
-        {"ffn": 1},
+        {"ffn": {"distance": "relative"}},
+        {"output": {"distance": "relative"}},
         {"attention": 1},
         {"attention_scores": 1},
         {"embedding": 1},
