@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from tdkit.decompositions.registered import decompositions
 
-OF_MATRICES = [name for name in decompositions.names() if 2 in decompositions.get(name).orders]
+OF_MATRICES = [name for name in decompositions.names() if 2 in decompositions.get(name).orders and name != "blocks"]

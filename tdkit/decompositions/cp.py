@@ -16,11 +16,11 @@ from tdkit.decompositions.tt_matrix import Cores
 from tdkit.errors import OptionError
 from tdkit.fitting.canonical_polyadic import cp_errors, fit_cp, full_rank
 from tdkit.fitting.metric import Metric
-from tdkit.fitting.row_space import SINGLE_FROM
 from tdkit.products.convolution import Stage, pointwise
 from tdkit.shapes import Shape, by
 from tdkit.support.compatibility import submodules_of
 
+LARGE = 1 << 14  # entries of the weight from which an error curve takes `FEW_SHARES`
 FEW_SHARES = (0.1, 0.3, 0.5, 0.75)  # of the dense size, at which to fit large weights for an error curve
 
 
@@ -132,7 +132,7 @@ class CanonicalPolyadic(Decomposition):
         them.
         """
         shape, size = tuple(weight.shape), weight.numel()
-        shares = SHARES if size < SINGLE_FROM else FEW_SHARES
+        shares = SHARES if size < LARGE else FEW_SHARES
         smaller = [(c.num_params(shape), c) for c in self.candidates(shape)]
         smaller = [(params, c) for params, c in smaller if params < size]
         if metric is None:

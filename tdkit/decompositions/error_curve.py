@@ -12,7 +12,7 @@ from tdkit.decompositions.base import Decomposition, Point
 T = TypeVar("T")
 
 SHARES = (0.08, 0.22, 0.4, 0.6, 0.8, 0.95)  # of the dense size, at which to fit
-ANCHORS = (0.0, 0.25, 0.5, 0.75, 1.0)  # places along a curve of upper estimates, at which to fit
+ANCHORS = (0.0, 0.15, 0.5, 0.9)  # places along a curve of upper estimates, at which to fit
 LEAST_SHARE = 1e-3  # of an estimate, to which it may be lowered: below, it is all rounding error
 BETWEEN = 8  # points from one fit to the next
 

@@ -22,6 +22,7 @@ decompositions: Registry[type[Decomposition]] = Registry(
         "cp": "tdkit.decompositions.cp:CanonicalPolyadic",
         "spatial_low_rank": "tdkit.decompositions.spatial_low_rank:SpatialLowRank",
         "stacked": "tdkit.decompositions.stacked:Stacked",
+        "blocks": "tdkit.decompositions.blocks:Blocks",
         "auto": "tdkit.decompositions.auto:Auto",
     },
     fault=subclass_fault(Decomposition),

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix, Preference, factor
 from tdkit.products.autograd import autocast_dtype
+from tdkit.products.convolution import Geometry
 from tdkit.products.cost import CACHED, Path, PathTable, cached_path, lookup, path_table
+from tdkit.products.dispatch import check_loaded
 from tdkit.products.low_rank import LowRankStructure
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import parameters_of
@@ -40,6 +42,16 @@ class FactorizedStack(FactorizedMatrix):
         bias: Tensor | None = None,  # (members, out)
     ) -> Tensor:  # (rows, out)
         """The product of each row with the matrix of its member; members without rows are not computed."""
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        geometry: Geometry | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """`grouped` with `counts`, else as `FactorizedMatrix.forward`; called as a module so that hooks run."""
+        return super().forward(x, bias, geometry) if counts is None else self.grouped(x, counts, bias)
 
     @abstractmethod
     def member_paths(self, rows: int) -> tuple[Path, ...]:
@@ -166,6 +178,7 @@ class LowRankStack(FactorizedStack):
         return self.member_paths(rows)[0]
 
     def grouped(self, x: Tensor, counts: Sequence[int], bias: Tensor | None = None) -> Tensor:
+        check_loaded(self.factors(), x)
         weight = self._cached(x, counts)
         if weight is not None:
             return dense_grouped(weight, x, counts, bias)

@@ -27,6 +27,7 @@ from tdkit.models.sites import factorized_groups, factorized_layers, num_bytes, 
 from tdkit.models.swap import Fitted, swapping
 from tdkit.models.ties import follow_ties
 from tdkit.planning.plan import Plan
+from tdkit.products.cost import CACHED, DENSE
 from tdkit.shapes import by
 from tdkit.support.progress import progress_bar
 from tdkit.support.tables import table_of
@@ -247,6 +248,12 @@ def _kinds(model: nn.Module) -> tuple[dict[tuple[str, bool], list[str]], list[st
             )
             kinds.setdefault((f"{layer.replaces} {', '.join(stacks)}", False), []).append(name)
             continue
+        if isinstance(layer, nn.RNNBase):
+            weights = (
+                f"{key} {by(each.shape)} {each.decomposition.describe()}" for key, each in layer.matrices.items()
+            )
+            kinds.setdefault((f"{layer.replaces} {', '.join(weights)}", layer.bias), []).append(name)
+            continue
         if not isinstance(layer, FactorizedLinear | FactorizedEmbedding | FactorizedConvolution):
             others.append(name)
             continue
@@ -270,6 +277,8 @@ def _path(layer: FactorizedModule, tokens: int, prefer: Preference) -> str:
         stacks = list(stacks_of(layer).values())
         rows = math.ceil(tokens * experts_of_a_token(layer) / stacks[0].sizes[0])
         return ", ".join(dict.fromkeys(stack.member_path(rows, prefer=prefer).name for stack in stacks))
+    if isinstance(layer, nn.RNNBase):
+        return DENSE if prefer == "memory" else CACHED
     layer = cast(FactorizedLayer, layer)
     if isinstance(layer, FactorizedEmbedding):
         return "rows"
@@ -282,6 +291,10 @@ def _layer_call(layer: FactorizedModule, tokens: int) -> Callable[[nn.Module], o
     of = next(layer.parameters())
     if isinstance(layer, ExpertsLayer):
         return _routed_call(layer, tokens, of)
+    if isinstance(layer, nn.RNNBase):
+        size: tuple[int, ...] = (1, tokens, layer.input_size) if layer.batch_first else (tokens, 1, layer.input_size)
+        steps = torch.randn(size, device=of.device, dtype=of.dtype)
+        return lambda module: module(steps.detach().requires_grad_(torch.is_grad_enabled()))
     layer = cast(FactorizedLayer, layer)
     if isinstance(layer, FactorizedEmbedding):
         ids = torch.randint(layer.num_embeddings, (1, tokens), device=of.device)
@@ -360,6 +373,7 @@ def _train(run: Callable[[nn.Module], object], module: nn.Module) -> None:
 
 
 def _tensor(output: Any) -> Tensor:
+    output = output[0] if isinstance(output, tuple) else output  # of a recurrent layer
     if isinstance(output, Tensor):
         return output
     found = getattr(output, "logits", None)

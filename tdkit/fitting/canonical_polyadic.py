@@ -14,13 +14,8 @@ import torch
 from torch import Tensor
 
 from tdkit.fitting.metric import Metric
-from tdkit.fitting.row_space import (
-    SINGLE_FROM,
-    KhatriRaoSpan,
-    Parts,
-    RowSpaceProblem,
-    row_space_problem,
-)
+from tdkit.fitting.row_space import SINGLE_FROM, RowSpaceProblem, row_space_problem
+from tdkit.fitting.spans import KhatriRaoSpan, Parts
 
 # Tuned by hand for time and error together on the convolutions of a trained network.
 STEPS = 100  # of L-BFGS; twice as many lower the error by about 3%

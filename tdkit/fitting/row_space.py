@@ -9,8 +9,6 @@ Source: Golub and Pereyra (1973).
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,8 +19,8 @@ from tdkit.fitting.kronecker_moments import Pairs, along_modes, whitening_modes
 from tdkit.fitting.lbfgs import minimise
 from tdkit.fitting.linalg import leading, working
 from tdkit.fitting.metric import Metric, factor_and_inverse, times_left, times_right
+from tdkit.fitting.spans import Parts, Span
 
-Parts = list[Tensor]
 Modes = tuple[int, ...]
 
 # Tuned by hand for time and error together.
@@ -35,111 +33,6 @@ SINGLE_FROM = 1 << 17  # entries of the weight from which float32 is used,
 SINGLE_ERROR = 3e-4  # if the relative squared error at the start is at least this: below, float32 is too inexact
 RIDGES = {torch.float32: 1e-6, torch.float64: 1e-13}  # share of each diagonal entry added to the system for X
 DAMPING = 0.05  # share of the mean curvature added to every curvature before it is inverted
-
-
-class Span(ABC):
-    """The structure of Z (n, q), a linear or multilinear function of parameter tensors, its parts."""
-
-    @abstractmethod
-    def dense(self, parts: Sequence[Tensor]) -> Tensor:
-        """Z, (n, q)."""
-
-    @abstractmethod
-    def times(
-        self,
-        matrix: Tensor,  # (m, n)
-        parts: Sequence[Tensor],
-    ) -> Tensor:  # (m, q)
-        """``matrix @ Z``."""
-
-    @abstractmethod
-    def pullback(
-        self,
-        matrix: Tensor,  # (m, n)
-        slope: Tensor,  # (m, q)
-        parts: Sequence[Tensor],
-    ) -> Parts:
-        """The gradients of ``(times(matrix) * slope).sum()`` with respect to the parts."""
-
-    @abstractmethod
-    def curvatures(
-        self,
-        squares: Tensor,  # (q,)
-        parts: Sequence[Tensor],
-    ) -> Parts:
-        """The curvature of ``|X Z^T|^2`` by each entry of each part, for the squared norms of the columns of X."""
-
-    @abstractmethod
-    def unwhitened(self, parts: Sequence[Tensor], x: Tensor, inverses: Sequence[Tensor]) -> tuple[Parts, Tensor]:
-        """Parts and X whose product is ``X Z^T`` with mode k of the columns multiplied by ``inverses[k]``."""
-
-
-@dataclass(frozen=True)
-class RepeatedSpan(Span):
-    """Z = B kron I_t for one part B (m, r): the same row space for each of t positions.
-
-    Attributes:
-        repeats: t.
-    """
-
-    repeats: int
-
-    def dense(self, parts: Sequence[Tensor]) -> Tensor:
-        (b,) = parts
-        identity = torch.eye(self.repeats, dtype=b.dtype, device=b.device)
-        return (b[:, None, :, None] * identity[:, None]).reshape(len(b) * self.repeats, -1)
-
-    def times(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        (b,) = parts
-        blocks = matrix.reshape(len(matrix), len(b), self.repeats)
-        return torch.einsum("nmt,mr->nrt", blocks, b).reshape(len(matrix), -1)
-
-    def pullback(self, matrix: Tensor, slope: Tensor, parts: Sequence[Tensor]) -> Parts:
-        (b,) = parts
-        left = matrix.reshape(len(matrix), len(b), self.repeats)
-        return [torch.einsum("nmt,nrt->mr", left, slope.reshape(len(matrix), -1, self.repeats))]
-
-    def curvatures(self, squares: Tensor, parts: Sequence[Tensor]) -> Parts:
-        return [squares.reshape(-1, self.repeats).sum(1).expand_as(parts[0])]
-
-    def unwhitened(self, parts: Sequence[Tensor], x: Tensor, inverses: Sequence[Tensor]) -> tuple[Parts, Tensor]:
-        first, last = inverses
-        blocks = x.reshape(-1, self.repeats)
-        return [times_left(first, parts[0])], times_right(blocks, last.T if last.ndim == 2 else last).reshape(x.shape)
-
-
-@dataclass(frozen=True)
-class KhatriRaoSpan(Span):
-    """Z[(i_1, ..., i_d), r] = B_1[i_1, r] ... B_d[i_d, r] for parts B_k (m_k, r)."""
-
-    def dense(self, parts: Sequence[Tensor]) -> Tensor:
-        z = parts[0]
-        for part in parts[1:]:
-            z = (z[:, None] * part).flatten(0, 1)
-        return z
-
-    def times(self, matrix: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        return matrix @ self.dense(parts)
-
-    def pullback(self, matrix: Tensor, slope: Tensor, parts: Sequence[Tensor]) -> Parts:
-        rest = matrix.T @ slope  # the gradient of Z, contracted with one part after the other from the last
-        before = [parts[0]]
-        for part in parts[1:-1]:
-            before.append((before[-1][:, None] * part).flatten(0, 1))
-        found = []
-        for part, prefix in zip(reversed(parts[1:]), reversed(before), strict=True):
-            blocks = rest.reshape(len(prefix), len(part), -1)
-            found.append((blocks * prefix[:, None]).sum(0))
-            rest = (blocks * part).sum(1)
-        return [rest, *reversed(found)]
-
-    def curvatures(self, squares: Tensor, parts: Sequence[Tensor]) -> Parts:
-        norms = [part.square().sum(0) for part in parts]
-        others = [math.prod(norms[:k] + norms[k + 1 :], start=squares) for k in range(len(parts))]
-        return [other.expand_as(part) for other, part in zip(others, parts, strict=True)]
-
-    def unwhitened(self, parts: Sequence[Tensor], x: Tensor, inverses: Sequence[Tensor]) -> tuple[Parts, Tensor]:
-        return [times_left(inverse, part) for inverse, part in zip(inverses, parts, strict=True)], x
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tdkit.fitting.linalg import leading, working
 from tdkit.fitting.metric import Metric
-from tdkit.fitting.row_space import RepeatedSpan, RowSpaceProblem, row_space_problem
+from tdkit.fitting.row_space import RowSpaceProblem, row_space_problem
+from tdkit.fitting.spans import RepeatedSpan
 from tdkit.fitting.tensorly_tucker import partial_tucker
 
 STEPS = 20  # of L-BFGS: the start is within about 2% of the error that hundreds reach

@@ -182,7 +182,7 @@ def block_problem(weight: Tensor, metric: Metric, blocks: int, rank: int, *, pla
         plain: start from the closed form without a metric instead.
     """
     weight = working(weight)
-    rows, columns = -(-weight.shape[0] // blocks), weight.shape[1]
+    rows = -(-weight.shape[0] // blocks)
     padded = F.pad(weight, (0, 0, 0, blocks * rows - weight.shape[0]))
     output, pairs = whitening_modes(metric.ridged_output(), weight.shape[0], (blocks, rows), weight.device)
     inputs = metric.ridged_input()

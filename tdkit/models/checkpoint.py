@@ -120,7 +120,8 @@ def load(
     before = _Before()
     try:
         _rewrite(model, description, folder, before)
-        state = _checked_state(model, tensors, description["ties"], folder)
+        tensors, ties = _with_wrappers(model, tensors, description["ties"])
+        state = _checked_state(model, tensors, ties, folder)
         dtypes = _buffer_dtypes(model, description.get("buffers", {}), folder)
         generation = huggingface.generation_config(model, folder)
         _fill(model, state, dtypes)
@@ -316,14 +317,35 @@ def _rewrite(model: nn.Module, description: Mapping[str, Any], folder: Path, bef
     follow_ties(model)
 
 
+def _places(model: nn.Module) -> dict[str, str]:
+    """Returns the names of modules in the model by those in a file, which know no wrappers of ``torch.compile``."""
+    names = (name for name, _ in model.named_modules(remove_duplicate=False) if COMPILED in f"{name}.")
+    return {f"{name}.".replace(COMPILED, "").removesuffix("."): name for name in names}
+
+
+def _with_wrappers(
+    model: nn.Module, tensors: dict[str, Tensor], ties: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns tensors and ties by the names that the model gives its state."""
+    places = _places(model)
+
+    def named(entry: Any) -> Any:
+        layer, dot, own = str(entry).rpartition(".")
+        return f"{places[layer]}{dot}{own}" if layer in places else entry
+
+    return {named(name): tensor for name, tensor in tensors.items()}, {named(a): named(b) for a, b in ties.items()}
+
+
 def _find(model: nn.Module, name: str, before: _Before, folder: Path) -> tuple[str, str, nn.Module]:
     """Split a name made by `weight_name`: returns the layer name, the weight name and the dense layer."""
     layer, _, weight = name.rpartition(".")
-    for found in ((name, "weight"), (layer, weight)):
+    places = _places(model)
+    for named, attribute in ((name, "weight"), (layer, weight)):
         with suppress(AttributeError):
-            module = before.dense(before.layers.get(found[0], model.get_submodule(found[0])))
-            if found[1] == "weight" or found[1] in (*parameters_of(module), *parametrized(module)):
-                return *found, module
+            place = places.get(named, named)
+            module = before.dense(before.layers.get(place, model.get_submodule(place)))
+            if attribute == "weight" or attribute in (*parameters_of(module), *parametrized(module)):
+                return place, attribute, module
     raise CheckpointError(f"{folder}: this model has no layer {name}: it is another architecture") from None
 
 

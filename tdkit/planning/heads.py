@@ -27,6 +27,8 @@ def heads(model: nn.Module, steps: Sequence[Step]) -> dict[str, str]:
     if found or not products:
         return found
     last = products[-1]
+    if any("Conv" in kind and kind != "Conv1D" for kind in last.kinds):
+        return {}
     inputs = {step.shape[1] for step in steps}
     return {} if last.shape[0] in inputs else {last.name: "the last layer"}
 
@@ -49,9 +51,10 @@ def _by_classes(model: nn.Module, products: Sequence[Step]) -> dict[str, str]:
         "config.num_labels": getattr(getattr(model, "config", None), "num_labels", None),
         "num_classes": getattr(model, "num_classes", None),
     }
-    return {
+    found = {
         step.name: f"{what}={count}" for step in products for what, count in counts.items() if step.shape[0] == count
     }
+    return dict(list(found.items())[-1:])  # an earlier layer of the same width is no head
 
 
 def rank_of(step: Step) -> int:

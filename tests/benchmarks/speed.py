@@ -24,6 +24,7 @@ from typing import Any
 
 import speed_convolutions  # beside this script
 import speed_experts
+import speed_recurrent
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -306,6 +307,7 @@ def write(results: dict[str, Any]) -> None:
         ),
         "convolution": ("Convolutions, 8 images, at half the multiply-adds", speed_convolutions.COLUMNS),
         "experts": ("Experts, Mixtral's shapes scaled down by 8", speed_experts.COLUMNS),
+        "recurrent": ("Recurrent layers at half the parameters, one sequence", speed_recurrent.COLUMNS),
         "model": (
             "GPT-2 small's size at 66%",
             ["decomposition", "params_ratio", "what", "dense_ms", "ms", "ratio", "cached_mib"],
@@ -355,6 +357,7 @@ def bars(results: dict[str, Any]) -> list[list[str]]:
     name = "3x3 convolutions at half the multiply-adds, low rank and Tucker, / dense"
     bar(name, 0.75, speed_convolutions.half_of_3x3(convolutions))
     bar("experts, prefer=speed, any, / dense", 1.1, [r["speed"] for r in results.get("experts", [])])
+    bar("recurrent, prefer=speed, any, / dense", 1.1, [r["speed"] for r in results.get("recurrent", [])])
     ours = [r for r in train if r["how"] == "ours" and r["decomposition"].startswith("tt_matrix")]
     bar("training step, TT-matrix rank 16, / dense", 1.4, [r["ratio"] for r in ours])
     bar("saved for backward, TT-matrix rank 16, / dense", 0.25, [r["saved_ratio"] for r in ours])
@@ -377,7 +380,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="for each timed call")
     parser.add_argument(
         "--parts",
-        default="train,convolution,experts,model,peers,eval,decode",
+        default="train,convolution,experts,recurrent,model,peers,eval,decode",
         help="what to measure again; the rest is kept",
     )
     parser.add_argument("--largest", type=int, default=4096, help="leave larger shapes out of the grid")
@@ -422,12 +425,16 @@ def main() -> None:
             results["convolution"] = speed_convolutions.measure(options.seconds, filled)
         elif part == "experts":
             results["experts"] = speed_experts.measure(options.seconds, filled)
+        elif part == "recurrent":
+            results["recurrent"] = speed_recurrent.measure(options.seconds)
         elif part == "model":
             results["model"] = whole_model(options.seconds)
         elif part == "peers":
             results["peers"], results["absent"] = peers(options.seconds)
         else:
-            parser.error(f"--parts {part} is none of eval, decode, train, convolution, experts, model, peers")
+            parser.error(
+                f"--parts {part} is none of eval, decode, train, convolution, experts, recurrent, model, peers"
+            )
         write(results)
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from tdkit import Decomposition, LowRank
-from tdkit.decompositions.cp import CP
-from tdkit.decompositions.spatial_low_rank import SpatialLowRank
-from tdkit.decompositions.tucker import Tucker
+from tdkit import CanonicalPolyadic, Decomposition, LowRank, SpatialLowRank, Tucker
 from tdkit.evaluation.timing import peak_bytes, side_by_side
 from tdkit.models.hosts.convolution import Convolution2dHost, geometry_of
 from tdkit.models.preparation import cached_bytes, prepare
@@ -53,7 +50,7 @@ RESNET = (
 )
 POINTWISE = tuple(Case(*each, kernel=1) for each in ((144, 24, 56), (192, 32, 28), (384, 96, 14), (960, 160, 7)))
 DEPTHWISE = tuple(Case(n, n, size, groups=n) for n, size in ((144, 56), (384, 14), (960, 7)))
-KINDS = (LowRank(), Tucker(), SpatialLowRank(), CP())
+KINDS = (LowRank(), Tucker(), SpatialLowRank(), CanonicalPolyadic())
 
 
 def cases() -> list[tuple[Case, Decomposition]]:
@@ -80,10 +77,14 @@ def halved(kind: Decomposition, case: Case) -> tuple[Decomposition, float]:
     return found, share(found)
 
 
-def measure(seconds: float, filled: Callable[[Decomposition, tuple[int, ...]], Any]) -> list[Row]:
+def measure(
+    seconds: float,
+    filled: Callable[[Decomposition, tuple[int, ...]], Any],
+    which: Sequence[tuple[Case, Decomposition]] | None = None,
+) -> list[Row]:
     """The time of each case, preferring memory and preferring speed, as ratios to the dense layer's."""
     rows = []
-    for case, kind in cases():
+    for case, kind in which or cases():
         dense, host, (choice, share) = case.layer(), Convolution2dHost(), halved(kind, case)
         matrix = filled(choice, choice.shape_of(tuple(dense.weight.shape))).requires_grad_(False)
         small = host.build(dense, {"weight": matrix}, {}).eval()

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tdkit import Metric
-from tdkit.fitting.row_space import KhatriRaoSpan, RepeatedSpan, Span, row_space_problem
+from tdkit.fitting.row_space import row_space_problem
+from tdkit.fitting.spans import KhatriRaoSpan, RepeatedSpan, Span
 
 CASES: dict[str, tuple[Span, list[tuple[int, int]], tuple[int, ...]]] = {
     "repeated": (RepeatedSpan(3), [(4, 2)], (4, 3)),

@@ -114,7 +114,7 @@ def test_a_fit_in_the_metric_has_about_the_error_that_its_curve_says(choice: Dec
     assert len(points) > 10
     for point in points[:: len(points) // 6]:
         error = point.decomposition.squared_error(weight, metric)
-        assert error <= point.error * 1.4
+        assert error <= point.error * 1.5
         assert error >= point.error * (0.1 if choice.name == "cp" else 0.4)  # CP takes few steps for a curve
 
 

@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -295,6 +295,20 @@ def test_observers_are_removed_in_any_order() -> None:
     with pytest.raises(TdkitError, match=r"weight of a Linear is no stack of matrices for its host 'linear'"):
         linear = nn.Linear(2, 2)
         host_of(linear).attach_stack(linear, "weight", observer("x"))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", [LowRank(), Kronecker(), Stacked(shared=True)], ids=lambda kind: kind.name)
+def test_factors_are_offloaded_by_accelerate(kind: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = tdkit.compress(model_of("GptOss"), Policy([Rule("*experts*proj", kind)], budget=0.7))
+    expected = logits(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert all(factor.is_meta for _, layer in factorized_layers(model) for factor in layer.parameters())
+    torch.testing.assert_close(logits(model), expected)
+    stack = next(layer for _, layer in factorized_layers(model)).matrices["down_proj"]
+    if not isinstance(kind, Kronecker):
+        with pytest.raises(TdkitError, match=r"the factors are on the meta device and hold no numbers"):
+            cast(FactorizedStack, stack).grouped(torch.randn(4, 12), (1, 1, 1, 1))
 
 
 def test_it_runs_under_torch_compile_with_graph_breaks() -> None:

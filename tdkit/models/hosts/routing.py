@@ -89,6 +89,7 @@ def _grouped(
     module: nn.Module, name: str, matrix: FactorizedMatrix | None, x: Tensor, counts: Sequence[int], bias: Tensor | None
 ) -> Tensor:
     if isinstance(matrix, FactorizedStack):
-        return matrix.grouped(x, counts, bias)
+        y: Tensor = matrix(x, bias, counts=counts)
+        return y
     stored: Tensor = getattr(module, name)
     return dense_grouped(stored.mT if cast(Any, module).is_transposed else stored, x, counts, bias)
