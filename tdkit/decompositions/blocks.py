@@ -29,7 +29,7 @@ class BlocksMatrix(FactorizedMatrix):
         block = decomposition.block_shape(shape)
         each = (decomposition.member.empty(block, device=device, dtype=dtype) for _ in range(decomposition.parts))
         self.members = nn.ModuleList(each)
-        self._multiply_adds = sum(member.multiply_adds() for member in self)
+        self._multiply_adds: int = sum(member.multiply_adds() for member in self)
 
     def __iter__(self) -> Any:
         return (cast(FactorizedMatrix, member) for member in self.members)
