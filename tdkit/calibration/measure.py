@@ -229,10 +229,10 @@ def _measure(
 ) -> Calibration:
     groups = groups_within(reach.sites, reach.shared, runner.gradients, limit_bytes) or [[]]
     groups[0] += reach.others  # a later batch may still reach these, or their weights have gradients
+    unseen = {site.name for site in reach.others}
     calibration = runner.calibration(batches)
     with progress_bar("calibrate", len(groups) * len(batches), progress) as bar:
         for number, group in enumerate(groups):
-            unseen = {site.name for site in reach.others}
             recorder = Recorder(group, gradients=runner.gradients, shared=reach.shared, unseen=unseen)
             _pass(runner, recorder, batches, bar, f"group {number + 1} of {len(groups)}" if len(groups) > 1 else "")
             calibration.add(recorder.metrics(), spill=len(groups) > 1)

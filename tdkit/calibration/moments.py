@@ -211,8 +211,8 @@ class Recorder:
         Raises:
             CalibrationError: when a moment is NaN or infinite.
         """
-        units = max(self.units, 1)
-        found = {site.name: (self.sums | self.stacks)[site.name].metric(units) for site in self.sites}
+        units, sums = max(self.units, 1), self.sums | self.stacks
+        found = {site.name: sums[site.name].metric(units) for site in self.sites}
         known = {name: metric for name, metric in found.items() if metric is not None}
         for name, metric in known.items():
             for what, moment in (("inputs", metric.input), ("output gradients", metric.output)):

@@ -290,13 +290,14 @@ class _Before:
 
 def _rewrite(model: nn.Module, description: Mapping[str, Any], folder: Path, before: _Before) -> None:
     matrices: dict[int, dict[str, FactorizedMatrix]] = {}  # by the id of the dense layer
+    places = _places(model)
     for number, entry in enumerate(description["layers"]):
         place = f"{folder / DESCRIPTION}: layer {number}"
         wanted = _Layer.read(entry, place)
         matrix: FactorizedMatrix | None = None
         built: dict[int, nn.Module] = {}  # one layer per module, also when it has several names
         for name, options in zip(wanted.names, wanted.options, strict=True):
-            layer_name, attribute, dense = _find(model, name, before, folder)
+            layer_name, attribute, dense = _find(model, name, places, before, folder)
             if id(dense) not in built:
                 host, weight = _weight(dense, name, attribute, wanted, folder)
                 if changes_in_place(host, layer_name):
@@ -336,10 +337,11 @@ def _with_wrappers(
     return {named(name): tensor for name, tensor in tensors.items()}, {named(a): named(b) for a, b in ties.items()}
 
 
-def _find(model: nn.Module, name: str, before: _Before, folder: Path) -> tuple[str, str, nn.Module]:
+def _find(
+    model: nn.Module, name: str, places: Mapping[str, str], before: _Before, folder: Path
+) -> tuple[str, str, nn.Module]:
     """Split a name made by `weight_name`: returns the layer name, the weight name and the dense layer."""
     layer, _, weight = name.rpartition(".")
-    places = _places(model)
     for named, attribute in ((name, "weight"), (layer, weight)):
         with suppress(AttributeError):
             place = places.get(named, named)

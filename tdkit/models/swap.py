@@ -20,7 +20,6 @@ from torch.utils.weak import TensorWeakRef
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedModule, become, install
-from tdkit.models.preparation import drop_caches
 from tdkit.models.sites import Site, User, changes_in_place, replace_module
 from tdkit.models.ties import follow_ties
 from tdkit.support.compatibility import own_parameters, parameters_of, shallow_copy
@@ -56,7 +55,6 @@ class _Replaced:
         if not self.in_place or module is None:
             return layer
         become(module, layer)
-        drop_caches(module)
         return module
 
     def forget(self, weight: str, placeholder: nn.Parameter) -> None:

@@ -14,6 +14,7 @@ from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import TdkitError
 from tdkit.models.hosts.routing import StackObserver
 from tdkit.models.lazy_weight import lazy_weight
+from tdkit.models.preparation import drop_caches
 from tdkit.support.compatibility import parameters_of, rebind_hooked_forward
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes of weights that can be fitted
@@ -295,6 +296,7 @@ def become(module: nn.Module, other: nn.Module) -> None:
     vars(module).clear()
     vars(module).update(state)
     rebind_hooked_forward(module)
+    drop_caches(module)
 
 
 def transfer(module: nn.Module, other: nn.Module) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.decompositions.stacks import FactorizedStack
 from tdkit.models.hosts.base import FactorizedModule, Host, Observer, Removable
-from tdkit.models.hosts.in_place import InPlaceHost, InPlaceLayer, in_place_class
+from tdkit.models.hosts.in_place import InPlaceHost, InPlaceLayer
 from tdkit.models.hosts.routing import StackObserver, experts_forward, weights_of
 from tdkit.support.compatibility import has_experts_interface, parameters_of, replace_forward
 
@@ -53,12 +51,8 @@ class ExpertsHost(InPlaceHost):
     def computed(self, module: nn.Module, weight: str) -> str:
         return "by factors" if weight in STACKS else "dense"
 
-    def build(
-        self, module: nn.Module, matrices: Mapping[str, FactorizedMatrix], options: Mapping[str, Any]
-    ) -> FactorizedModule:
-        layer = cast(InPlaceLayer, super().build(module, matrices, options))
-        layer.__class__ = _experts_class(layer.dense_class, self.name, layer.weight_names)
-        return layer
+    def layer_class(self) -> type[InPlaceLayer]:
+        return ExpertsLayer
 
     def multiplications(self, module: nn.Module, weight: str) -> int:
         """Returns the number of experts of a token, of which each row is multiplied by one."""
@@ -89,34 +83,20 @@ class TransposedExpertsHost(ExpertsHost):
     name = "transposed_experts"
     is_transposed = True
 
-
-HOSTS: dict[str, type[ExpertsHost]] = {host.name: host for host in (ExpertsHost, TransposedExpertsHost)}
+    def layer_class(self) -> type[InPlaceLayer]:
+        return TransposedExpertsLayer
 
 
 class ExpertsLayer(InPlaceLayer):
-    """A layer of experts with stacks held as factors.
-
-    Attributes:
-        host_name: the name of its host.
-    """
-
-    host_name: ClassVar[str]
+    """A layer of experts with stacks held as factors."""
 
     @property
     def host(self) -> str:
-        return self.host_name
+        return ExpertsHost.name
 
     @property
     def builder(self) -> Host:
-        return HOSTS[self.host_name]()
-
-    def dense_weight(self, weight: str) -> Tensor:
-        if weight not in STACKS:
-            return super().dense_weight(weight)
-        matrix, host = self.matrices[weight], cast(ExpertsHost, self.builder)
-        experts, *sides = vars(self)["_stored"][weight]
-        canonical = (experts, *(reversed(sides) if host.is_transposed else sides))
-        return host.stored(matrix.dispatcher.dense(matrix).reshape(canonical), weight)
+        return ExpertsHost()
 
     def forward(
         self,
@@ -127,24 +107,17 @@ class ExpertsLayer(InPlaceLayer):
         observers = vars(self).get(OBSERVERS, {})
         return experts_forward(self, self.matrices, observers, hidden_states, top_k_index, top_k_weights)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _restored, (self.dense_class, self.host_name, self.weight_names), vars(self)
 
+class TransposedExpertsLayer(ExpertsLayer):
+    """The layer of `TransposedExpertsHost`."""
 
-_classes: dict[tuple[object, ...], type[ExpertsLayer]] = {}
+    @property
+    def host(self) -> str:
+        return TransposedExpertsHost.name
 
-
-def _experts_class(dense_class: type[nn.Module], host: str, weights: tuple[str, ...]) -> type[ExpertsLayer]:
-    key = dense_class, host, weights
-    if key not in _classes:
-        in_place = in_place_class(dense_class, None, weights)
-        _classes[key] = type(in_place.__name__, (ExpertsLayer, in_place), {"host_name": host})
-    return _classes[key]
-
-
-def _restored(dense_class: type[nn.Module], host: str, weights: tuple[str, ...]) -> nn.Module:
-    kind = _experts_class(dense_class, host, weights)
-    return kind.__new__(kind)
+    @property
+    def builder(self) -> Host:
+        return TransposedExpertsHost()
 
 
 class _Attached:

@@ -29,6 +29,7 @@ from tdkit.support.compatibility import (
 )
 
 MATRIX = "matrix"  # the submodule with the matrix, in the layers of a base host
+GRADIENT_OBSERVERS = "_gradient_observers"  # the attribute with the observers of weights, by their names
 
 
 class InPlaceHost(Host):
@@ -86,7 +87,7 @@ class InPlaceHost(Host):
     ) -> FactorizedModule:
         layer = shallow_copy(module)
         state = vars(layer)
-        state["_stored"] = {weight: tuple(getattr(module, weight).shape) for weight in matrices}
+        state["_shapes"] = {weight: self._shapes(getattr(module, weight), weight) for weight in matrices}
         state["_order"] = tuple(parameters_of(module))
         state["_built"] = None
         _without_parametrizations(layer, matrices)
@@ -94,7 +95,7 @@ class InPlaceHost(Host):
         for weight in matrices:
             parameters_of(layer).pop(weight, None)
         base = self.base if self.base is not None and "weight" in matrices else None
-        layer.__class__ = in_place_class(type(layer), base, tuple(matrices))
+        layer.__class__ = in_place_class(self.layer_class(), type(layer), base, tuple(matrices))
         for weight, matrix in matrices.items():
             submodules_of(layer)[cast(InPlaceLayer, layer).matrix_name(weight)] = matrix
         if base is not None:
@@ -110,8 +111,8 @@ class InPlaceHost(Host):
             del submodules_of(dense)[layer.matrix_name(weight)]
         order = [name for name in state["_order"] if name in parameters]
         dense._parameters = {name: parameters[name] for name in (*order, *parameters)}
-        for attribute in ("_stored", "_order", "_built"):
-            del state[attribute]
+        for attribute in ("_shapes", "_order", "_built", GRADIENT_OBSERVERS):
+            state.pop(attribute, None)
         dense.__class__ = layer.dense_class
         recurrent_weights_again(dense)
         return dense
@@ -165,6 +166,14 @@ class InPlaceHost(Host):
         held = submodules_of(cast(nn.Module, module.parametrizations))[weight]
         return held.register_forward_hook(see)
 
+    def layer_class(self) -> type[InPlaceLayer]:
+        """Returns the class that factorised layers inherit from first."""
+        return InPlaceLayer
+
+    def _shapes(self, stored: Tensor, weight: str) -> tuple[Shape, Shape]:
+        """Returns the canonical and the stored shape of a weight."""
+        return tuple(self.canonical(stored, weight).shape), tuple(stored.shape)
+
     def _base_of(self, weight: str) -> Host | None:
         return self.base if weight == "weight" else None
 
@@ -173,11 +182,13 @@ class InPlaceLayer(FactorizedModule):
     """A module with some parameters held as factors; its class is made by `in_place_class`.
 
     Attributes:
+        own_class: this class, or the subclass of it that the class is made of.
         dense_class: the class of the dense module.
         base: the host whose factorised layer it inherits from; None when there is none.
         weight_names: the parameters that are held as factors.
     """
 
+    own_class: ClassVar[type[InPlaceLayer]]
     dense_class: ClassVar[type[nn.Module]]
     base: ClassVar[Host | None]
     weight_names: ClassVar[tuple[str, ...]]
@@ -211,12 +222,9 @@ class InPlaceLayer(FactorizedModule):
         if built is not None and key in built:
             return built[key]
         matrix = cast(FactorizedMatrix, submodules_of(self)[self.matrix_name(weight)])
-        dense = matrix.dispatcher.dense(matrix)
-        if self.base is not None and weight == "weight":
-            stored = torch.empty(state["_stored"][weight], device="meta")
-            dense = self.base.stored(dense.reshape(self.base.canonical(stored, weight).shape), weight)
-        dense = dense.reshape(state["_stored"][weight])
-        for observe in state.get("_observers", {}).get(weight, ()):
+        canonical, stored = state["_shapes"][weight]
+        dense = self.builder.stored(matrix.dispatcher.dense(matrix).reshape(canonical), weight).reshape(stored)
+        for observe in state.get(GRADIENT_OBSERVERS, {}).get(weight, ()):
             dense = _with_gradient_seen(dense, observe)
         if built is not None:
             built[key] = dense
@@ -224,7 +232,7 @@ class InPlaceLayer(FactorizedModule):
 
     def observed(self, weight: str, observe: Callable[[Tensor], None]) -> Removable:
         """See `Host.attach_gradient`; the factors get no gradients."""
-        observers = vars(self).setdefault("_observers", {}).setdefault(weight, [])
+        observers = vars(self).setdefault(GRADIENT_OBSERVERS, {}).setdefault(weight, [])
         observers.append(observe)
         return _Observation(observers, observe)
 
@@ -233,7 +241,7 @@ class InPlaceLayer(FactorizedModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles make the class again: it has no module to be imported from."""
-        return _restored, (self.dense_class, self.base, self.weight_names), vars(self)
+        return _restored, (self.own_class, self.dense_class, self.base, self.weight_names), vars(self)
 
 
 class _Observation:
@@ -254,38 +262,44 @@ def _with_gradient_seen(weight: Tensor, observe: Callable[[Tensor], None]) -> Te
     return weight
 
 
-def _restored(dense_class: type[nn.Module], base: Host | None, weights: tuple[str, ...]) -> nn.Module:
-    kind = in_place_class(dense_class, base, weights)
+def _restored(
+    own_class: type[InPlaceLayer], dense_class: type[nn.Module], base: Host | None, weights: tuple[str, ...]
+) -> nn.Module:
+    kind = in_place_class(own_class, dense_class, base, weights)
     return kind.__new__(kind)
 
 
 _classes: dict[tuple[object, ...], type[InPlaceLayer]] = {}
 
 
-def in_place_class(dense_class: type[nn.Module], base: Host | None, weights: tuple[str, ...]) -> type[InPlaceLayer]:
+def in_place_class(
+    own_class: type[InPlaceLayer], dense_class: type[nn.Module], base: Host | None, weights: tuple[str, ...]
+) -> type[InPlaceLayer]:
     """Returns the subclass of `dense_class` that holds the parameters `weights` as factors.
 
     Args:
+        own_class: `InPlaceLayer`, or a subclass of it, which may have a ``forward`` of its own.
         base: the host of the layer type whose factorised layer computes with the parameter ``weight``, or None.
     """
-    key = dense_class, base, weights
+    key = own_class, dense_class, base, weights
     if key in _classes:
         return _classes[key]
     generic = [weight for weight in weights if base is None or weight != "weight"]
     namespace: dict[str, Any] = {weight: _dense_on_demand(weight) for weight in generic}
-    namespace |= {"dense_class": dense_class, "base": base, "weight_names": weights}
+    namespace |= {"own_class": own_class, "dense_class": dense_class, "base": base, "weight_names": weights}
     if base is not None and base.factorized is not None and "weight" in weights:
         namespace["weight"] = _lazy_or_observed(base.factorized)
-    if generic or base is None or dense_class.forward is not getattr(base.layer, "forward", None):
+    reads = generic or base is None or dense_class.forward is not getattr(base.layer, "forward", None)
+    if reads and own_class.forward is InPlaceLayer.forward:
         namespace["forward"] = _building_once(dense_class)
-    parents: tuple[type, ...] = (InPlaceLayer, dense_class)
+    parents: tuple[type, ...] = (own_class, dense_class)
     if base is not None and base.layer is not None and base.factorized is not None:
         if dense_class is base.layer:
-            parents = (InPlaceLayer, base.factorized, dense_class)
+            parents = (own_class, base.factorized, dense_class)
         else:
             parents = (*parents, type(f"Factorized{base.layer.__name__}", (base.factorized, base.layer), {}))
     if issubclass(dense_class, nn.RNNBase):
-        parents = (InPlaceLayer, RecurrentWeights, *parents[1:])
+        parents = (own_class, RecurrentWeights, *parents[1:])
     _classes[key] = type(f"Factorized{dense_class.__name__}", parents, namespace)
     return _classes[key]
 
@@ -303,7 +317,7 @@ def _lazy_or_observed(factorized: type[FactorizedModule]) -> property:
 
     def read(self: InPlaceLayer) -> Tensor:
         state = vars(self)
-        if state.get("_observers", {}).get("weight"):
+        if state.get(GRADIENT_OBSERVERS, {}).get("weight"):
             return self.dense_weight("weight")
         built: dict[object, Tensor] | None = state["_built"]
         key = "lazy", torch.is_grad_enabled(), torch.is_inference_mode_enabled()

@@ -74,9 +74,7 @@ def experts_forward(
         outer = given.post_expert_norm(outer)
     weighted = outer * top_k_weights.reshape(-1)[order, None]
     every = weighted.new_zeros(len(ids), weighted.shape[-1]).index_copy(0, order, weighted)
-    summed = every.view(len(flat), top_k_index.shape[-1], every.shape[-1]).sum(
-        1
-    )  # deterministic on CUDA, which index_add is not
+    summed = every.view(len(flat), top_k_index.shape[-1], every.shape[-1]).sum(1)  # index_add is not deterministic
     return summed.to(hidden_states.dtype).view(hidden_states.shape)
 
 
