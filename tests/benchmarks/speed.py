@@ -22,9 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import speed_convolutions  # beside this script
-import speed_experts
-import speed_recurrent
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,6 +35,10 @@ from tdkit.models.preparation import cached_bytes
 from tdkit.products.low_rank import padded_rank
 from tdkit.support.tables import markdown_table
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, it finds only what lies beside it
+from tests.benchmarks import speed_convolutions, speed_experts, speed_recurrent
+from tests.benchmarks.calls import Row, filled, inferring
+
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SHAPES = ((3072, 768), (768, 3072), (4096, 4096))  # (out, in)
 SHARES = (0.05, 0.2, 0.4, 0.6, 0.8)
@@ -46,26 +47,6 @@ STACK_BYTES = 2**26  # of dense weights in the stack for one token: twice a larg
 SQUARE_KRONECKER = Kronecker(terms=4, a=(64, 64), b=(64, 64))
 GRID = ["shape", "decomposition", "share", "dense_ms", "multiply_adds", "memory_path", "memory", "speed_path", "speed"]
 DECODING = 3  # times as long as other calls, since those of one token are short and other load disturbs them more
-Row = dict[str, Any]
-
-
-def filled(kind: Decomposition, shape: tuple[int, ...]) -> FactorizedMatrix:
-    """Random factors: the time does not depend on their values."""
-    matrix = kind.empty(shape).eval()
-    with torch.no_grad():
-        for factor in matrix.parameters():
-            factor.normal_(std=0.05)
-    return matrix
-
-
-def inferring(call: Callable[[], object]) -> Callable[[], object]:
-    """The call under `torch.inference_mode()`."""
-
-    def run() -> object:
-        with torch.inference_mode():
-            return call()
-
-    return run
 
 
 def evaluation(shapes: Sequence[tuple[int, int]], tokens: int, seconds: float) -> Iterator[Row]:
@@ -422,9 +403,9 @@ def main() -> None:
         elif part == "train":
             results["train"] = training(options.seconds)
         elif part == "convolution":
-            results["convolution"] = speed_convolutions.measure(options.seconds, filled)
+            results["convolution"] = speed_convolutions.measure(options.seconds)
         elif part == "experts":
-            results["experts"] = speed_experts.measure(options.seconds, filled)
+            results["experts"] = speed_experts.measure(options.seconds)
         elif part == "recurrent":
             results["recurrent"] = speed_recurrent.measure(options.seconds)
         elif part == "model":

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from tdkit import CanonicalPolyadic, Decomposition, LowRank, SpatialLowRank, Tucker
-from tdkit.evaluation.timing import peak_bytes, side_by_side
 from tdkit.models.hosts.convolution import Convolution2dHost, geometry_of
-from tdkit.models.preparation import cached_bytes, prepare
+from tdkit.models.preparation import prepare
 from tdkit.products.convolution_cost import dense_shape, multiply_adds, shape_of
+from tests.benchmarks.calls import Row, compared, filled
 
 IMAGES = 8
 SHARE = 0.5  # of the multiply-adds
 COLUMNS = ["layer", "decomposition", "share", "dense_ms", "memory_path", "memory", "speed_path", "speed", "peak"]
 ROUNDS = 15
-Row = dict[str, Any]
 
 
 class Case(NamedTuple):
@@ -77,11 +77,7 @@ def halved(kind: Decomposition, case: Case) -> tuple[Decomposition, float]:
     return found, share(found)
 
 
-def measure(
-    seconds: float,
-    filled: Callable[[Decomposition, tuple[int, ...]], Any],
-    which: Sequence[tuple[Case, Decomposition]] | None = None,
-) -> list[Row]:
+def measure(seconds: float, which: Sequence[tuple[Case, Decomposition]] | None = None) -> list[Row]:
     """The time of each case, preferring memory and preferring speed, as ratios to the dense layer's."""
     rows = []
     for case, kind in which or cases():
@@ -90,36 +86,19 @@ def measure(
         small = host.build(dense, {"weight": matrix}, {}).eval()
         fast = prepare(copy.deepcopy(small), prefer="speed")
         x = torch.randn(IMAGES, case.inner, case.size, case.size)
-        layers = {"dense": dense, "memory": small, "speed": fast}
-        calls = {name: inferring(layer, x) for name, layer in layers.items()}
-        timings = side_by_side(calls, seconds=seconds, min_rounds=ROUNDS)
-        peaks = {name: peak_bytes(calls[name]) for name in ("dense", "speed")}
+        calls = {"dense": partial(dense, x), "memory": partial(small, x), "speed": partial(fast, x)}
         rows.append(
             {
                 "layer": str(case),
                 "decomposition": choice.describe(),
                 "share": share,
-                "dense_ms": timings["dense"].seconds * 1e3,
                 "memory_path": small.path(tuple(x.shape)),
-                "memory": timings["memory"].ratio,
                 "speed_path": fast.path(tuple(x.shape)),
-                "speed": timings["speed"].ratio,
-                "peak": peaks["speed"] / peaks["dense"],
-                "cached_mib": cached_bytes(fast) / 2**20,
+                **compared(calls, fast, seconds=seconds, min_rounds=ROUNDS),
             }
         )
         print(rows[-1], flush=True)
     return rows
-
-
-def inferring(layer: nn.Module, x: torch.Tensor) -> Callable[[], object]:
-    """A call of the layer without gradients."""
-
-    def run() -> object:
-        with torch.inference_mode():
-            return layer(x)
-
-    return run
 
 
 def half_of_3x3(rows: list[Row]) -> list[float]:

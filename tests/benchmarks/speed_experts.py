@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdkit import Decomposition, Kronecker, LowRank, Stacked
-from tdkit.evaluation.timing import peak_bytes, side_by_side
+from tdkit import Kronecker, LowRank, Stacked
 from tdkit.models.hosts.experts import ExpertsHost
-from tdkit.models.preparation import cached_bytes, prepare
+from tdkit.models.preparation import prepare
+from tests.benchmarks.calls import Row, compared, filled
 
 HIDDEN, INTERMEDIATE, EXPERTS, OF_A_TOKEN = 512, 1792, 8, 2
 TOKENS = (1, 16, 512)
@@ -25,7 +25,6 @@ SHARES = (0.5, 0.8)  # of the parameters
 COLUMNS = ["tokens", "decomposition", "share", "dense_ms", "eager", "memory", "speed", "peak"]
 ROUNDS = 15
 DENSE = "grouped_mm"  # the implementation that transformers chooses
-Row = dict[str, Any]
 
 
 def dense_layer(implementation: str) -> nn.Module:
@@ -46,7 +45,7 @@ def dense_layer(implementation: str) -> nn.Module:
     return layer
 
 
-def measure(seconds: float, filled: Callable[[Decomposition, tuple[int, ...]], Any]) -> list[Row]:
+def measure(seconds: float) -> list[Row]:
     """The time of each case, preferring memory and preferring speed, as ratios to the dense layer's."""
     rows, host = [], ExpertsHost()
     dense, eager = dense_layer(DENSE), dense_layer("eager")
@@ -61,18 +60,13 @@ def measure(seconds: float, filled: Callable[[Decomposition, tuple[int, ...]], A
         fast = prepare(copy.deepcopy(small), prefer="speed")
         layers = {"dense": dense, "eager": eager, "memory": small, "speed": fast}
         routes = [routed(tokens, seed) for seed in range(4)]  # a few tokens meet other experts in the next call
-        calls = {name: inferring(layer, routes) for name, layer in layers.items()}
-        timings = side_by_side(calls, seconds=seconds, min_rounds=ROUNDS)
-        peaks = {name: peak_bytes(calls[name]) for name in ("dense", "speed")}
+        calls = {name: in_turn(layer, routes) for name, layer in layers.items()}
         rows.append(
             {
                 "tokens": tokens,
                 "decomposition": kind.describe(),
                 "share": share,
-                "dense_ms": timings["dense"].seconds * 1e3,
-                **{name: timings[name].ratio for name in ("eager", "memory", "speed")},
-                "peak": peaks["speed"] / peaks["dense"],
-                "cached_mib": cached_bytes(fast) / 2**20,
+                **compared(calls, fast, seconds=seconds, min_rounds=ROUNDS),
             }
         )
         print(rows[-1], flush=True)
@@ -86,12 +80,7 @@ def routed(tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(tokens, HIDDEN, generator=generator), scores.indices, scores.values
 
 
-def inferring(layer: nn.Module, routes: list[tuple[Tensor, Tensor, Tensor]]) -> Callable[[], object]:
-    """A call of the layer without gradients, with the next of several inputs."""
+def in_turn(layer: nn.Module, routes: list[tuple[Tensor, Tensor, Tensor]]) -> Callable[[], object]:
+    """A call of the layer with the next of several inputs."""
     turns = itertools.cycle(routes)
-
-    def run() -> object:
-        with torch.inference_mode():
-            return layer(*next(turns))
-
-    return run
+    return lambda: layer(*next(turns))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tdkit import Decomposition, FactorizedMatrix
+from tdkit import Decomposition
 from tests.benchmarks import speed_convolutions
 from tests.benchmarks.speed_cuda import bars, write
 
@@ -57,17 +57,9 @@ def test_convolutions_are_measured_at_half_the_multiply_adds(kind: Decomposition
     choice, share = speed_convolutions.halved(kind, speed_convolutions.Case(64, 64, 8))
     assert choice.is_complete() or kind.name == "spatial_low_rank"
     assert 0.45 < share <= 0.5
-    (row, *_) = speed_convolutions.measure(0.001, filled, [(speed_convolutions.Case(64, 64, 8), kind)])
+    (row, *_) = speed_convolutions.measure(0.001, [(speed_convolutions.Case(64, 64, 8), kind)])
     assert row["layer"] == "64 to 64, 3x3, on 8x8"
     assert {row["memory_path"], row["speed_path"]} <= {"chain", "dense", "dense, cached"}
     assert speed_convolutions.half_of_3x3([{**row, "layer": str(speed_convolutions.RESNET[0])}]) == (
         [row["speed"]] if kind.name in ("low_rank", "tucker") else []
     )
-
-
-def filled(kind: Decomposition, shape: tuple[int, ...]) -> FactorizedMatrix:
-    matrix = kind.empty(shape).eval()
-    with torch.no_grad():
-        for factor in matrix.parameters():
-            factor.normal_(std=0.05)
-    return matrix

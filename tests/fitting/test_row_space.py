@@ -9,6 +9,8 @@ from torch import Tensor
 from tdkit import Metric
 from tdkit.fitting.row_space import row_space_problem
 from tdkit.fitting.spans import KhatriRaoSpan, RepeatedSpan, Span
+from tests.fitting import moments
+from tests.fitting.moments import random
 
 CASES: dict[str, tuple[Span, list[tuple[int, int]], tuple[int, ...]]] = {
     "repeated": (RepeatedSpan(3), [(4, 2)], (4, 3)),
@@ -19,14 +21,8 @@ CASES: dict[str, tuple[Span, list[tuple[int, int]], tuple[int, ...]]] = {
 EVERY = pytest.mark.parametrize(("span", "shapes", "modes"), CASES.values(), ids=CASES)
 
 
-def random(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def moment(n: int, seed: int) -> Tensor:
-    x = random(3 * n, n, seed=seed) * torch.arange(1, n + 1, dtype=torch.float64).pow(-1.0)
-    x = x @ (torch.eye(n, dtype=torch.float64) + 0.5 * random(n, n, seed=seed + 100))
-    return x.T @ x / len(x)
+    return moments.moment(n, seed, 3 * n)
 
 
 def parts_of(shapes: list[tuple[int, int]], seed: int = 7) -> list[Tensor]:

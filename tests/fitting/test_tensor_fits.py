@@ -10,20 +10,11 @@ from tdkit import CanonicalPolyadic, Decomposition, Metric, SpatialLowRank, Tuck
 from tdkit.errors import CalibrationError
 from tdkit.fitting.canonical_polyadic import fit_cp
 from tdkit.fitting.tucker import fit_tucker, span_errors, tucker_errors
+from tests.fitting.moments import moment, random
 
 SHAPE = (10, 8, 3, 3)
 CHOICES: tuple[Decomposition, ...] = (Tucker(rank_out=5, rank_in=4), CanonicalPolyadic(rank=9), SpatialLowRank(rank=6))
 KINDS = pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: choice.name)
-
-
-def random(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def moment(n: int, seed: int, samples: int | None = None) -> Tensor:
-    x = random(samples or 4 * n, n, seed=seed) * torch.arange(1, n + 1, dtype=torch.float64).pow(-1.0)
-    x = x @ (torch.eye(n, dtype=torch.float64) + 0.5 * random(n, n, seed=seed + 100))
-    return x.T @ x / len(x)
 
 
 def metric_for(shape: tuple[int, ...]) -> Metric:

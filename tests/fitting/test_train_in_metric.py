@@ -17,19 +17,9 @@ from tdkit.fitting.metric import ridged, root_and_inverse
 from tdkit.fitting.tensor_train import bond_balanced, truncated_train, tt_matrix, tt_pullback, tt_svd
 from tdkit.fitting.train_in_metric import fit_train, kronecker_in_metric, whitened_problem
 from tests.benchmarks.fits import long_lbfgs
+from tests.fitting.moments import moment, random
 
 KINDS: tuple[Decomposition, ...] = (LowRank(), Kronecker(), PermutedKronecker(), TTMatrix())
-
-
-def random(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def moment(n: int, seed: int, samples: int | None = None) -> Tensor:
-    """The second moment (n, n) of `samples` with unequal, correlated features; singular for samples < n."""
-    x = random(samples or 4 * n, n, seed=seed) * torch.arange(1, n + 1, dtype=torch.float64).pow(-1.0)
-    x = x @ (torch.eye(n, dtype=torch.float64) + 0.5 * random(n, n, seed=seed + 100))
-    return x.T @ x / len(x)
 
 
 def metric_for(m: int, n: int) -> Metric:
