@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,14 +19,19 @@ from torch import Tensor
 from tdkit.calibration.batches import Batch
 from tdkit.calibration.losses import Labels, check_labels
 from tdkit.decompositions.base import Decomposition, Point
+from tdkit.decompositions.shrink import Shrink
 from tdkit.errors import CalibrationError
+from tdkit.fitting.elimination import Elimination, eliminate, in_order, leverage_scores
 from tdkit.fitting.metric import Metric
+from tdkit.models.groups import Bundle, Group
 from tdkit.models.sites import Site
 from tdkit.support.files import whole_folder
 
 FORMAT_VERSION = 1
 
 DESCRIPTION = "calibration.json"
+
+LEVERAGE_RIDGE = 1.0 / 16384  # of the mean over tokens; 1 for the sum over as many tokens as a calibration usually has
 
 Loss = Callable[[Any, Batch], Tensor]
 
@@ -59,6 +65,7 @@ class Calibration:
         self._metrics = dict(metrics)
         self._files: dict[str, Path] = {}  # site to file, for moments spilled to disk or not loaded yet
         self._curves: dict[tuple[str, str, float, float], list[Point]] = {}
+        self._eliminations: dict[tuple[str, str, float, float], Elimination] = {}
         self._folder: Path | None = None  # of the spilled moments; deleted together with this object
 
     def add(self, metrics: Mapping[str, Metric], *, spill: bool = False) -> None:
@@ -89,13 +96,28 @@ class Calibration:
             return _read(self._files[name], name)
         return self._metrics.get(name)
 
-    def curve(self, site: Site, kind: Decomposition) -> list[Point]:
-        """Returns the error curve of `kind` for a site's weight in the site's metric; cached for later plans."""
+    def curve(self, site: Site | Bundle, kind: Decomposition) -> list[Point]:
+        """Returns the error curve of `kind` for a site's weight in the site's metric; cached for later plans.
+
+        That of a bundle of groups is the sum of the errors of their consumers.
+        """
+        if isinstance(site, Bundle):
+            assert isinstance(kind, Shrink)
+            errors = sum(self.elimination(group, kind).errors for group in site.groups)
+            return kind.curve_of(site.shape, torch.as_tensor(errors))
         weight = kind.view(site.weight.detach())
         key = (site.name, repr(kind), float(weight.double().sum()), float(weight.double().square().sum()))
         if key not in self._curves:
             self._curves[key] = kind.curve(weight, self.metric(site.name))
         return self._curves[key]
+
+    def elimination(self, group: Group, kind: Shrink) -> Elimination:
+        """Returns the order in which the units of a group are removed, and the errors; cached for later plans."""
+        weight = group.consumer.site.weight.detach()
+        key = (group.name, kind.by, float(weight.double().sum()), float(weight.double().square().sum()))
+        if key not in self._eliminations:
+            self._eliminations[key] = elimination_of(group, kind, self.metric(group.name))
+        return self._eliminations[key]
 
     def inputs_only(self) -> Calibration:
         """Returns a copy without the moments of the output gradients, so that fits weight all outputs equally."""
@@ -167,6 +189,24 @@ class Calibration:
         calibration = cls({}, batches=batches, gradients=gradients, labels=labels)
         calibration._files = names
         return calibration
+
+
+def elimination_of(group: Group, kind: Shrink, metric: Metric | None) -> Elimination:
+    """Eliminate the units of a group from the weight that consumes them, by the scores that `kind` names.
+
+    Raises:
+        CalibrationError: when leverage scores are asked for and the moments of the inputs are not known.
+    """
+    metric = metric or Metric()
+    weight, columns = group.consumer.site.weight.detach(), group.consumer.places
+    if kind.by == "loss":
+        return eliminate(weight, metric, columns)
+    if metric.input is None:
+        raise CalibrationError(f"{group.name}: leverage scores need the moments of its inputs: calibrate the model")
+    moment = metric.input.to(weight.device)
+    moment = moment.diag() if moment.ndim == 1 else moment
+    scores = leverage_scores(moment, LEVERAGE_RIDGE)[columns].sum(1)
+    return in_order(weight, metric, scores.argsort(stable=True), columns)
 
 
 def _write(metrics: Mapping[str, Metric], path: Path) -> None:

@@ -173,7 +173,7 @@ def measured(
     device = check_device(device)
     _check_weights(runner)
     runner.check_batches(chosen)
-    with torch.inference_mode(False), as_it_was(runner.model, device), _without_fast_path():
+    with torch.inference_mode(False), as_it_was(runner.model, device), calling_layers():
         runner.find_causality(chosen)
         with reaching(sites) as reach, torch.no_grad():
             runner.forward(chosen[0])
@@ -186,7 +186,7 @@ def measured(
 
 
 @contextmanager
-def _without_fast_path() -> Iterator[None]:
+def calling_layers() -> Iterator[None]:
     """Make ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` call their layers one by one."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

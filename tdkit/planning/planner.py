@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,18 +14,22 @@ from tdkit.calibration.calibration import Calibration, Loss
 from tdkit.calibration.losses import Labels
 from tdkit.calibration.measure import measured, text_batches
 from tdkit.calibration.runner import Runner
+from tdkit.decompositions.auto import Auto
 from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.decompositions.shrink import Shrink
 from tdkit.decompositions.stacks import FactorizedStack
 from tdkit.errors import BudgetError, CalibrationError
+from tdkit.models.groups import Bundle, Part
 from tdkit.models.hosts.base import Host
 from tdkit.models.hosts.registered import builder_of
 from tdkit.models.sites import FactorizedUser, Site, factorized_groups, num_params, survey
 from tdkit.planning.adapters import adapter_of
 from tdkit.planning.allocation import Choice
 from tdkit.planning.allocators import Request, allocate
+from tdkit.planning.grouping import tested
 from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy
-from tdkit.planning.resolution import Resolved, resolve
+from tdkit.planning.resolution import Resolved, resolve, without
 from tdkit.planning.step import Step
 from tdkit.planning.warnings import warnings_of, warnings_of_applied
 from tdkit.products.cost import DENSE
@@ -100,10 +104,15 @@ def planned(resolved: Resolved, calibration: Calibration | None = None, *, progr
     policy = resolved.policy
     assert policy is not None
     with failing_together():
+        resolved = _with_tested_groups(resolved, calibration)
         choices = _choose(resolved, policy, calibration, progress)
+    shrunk = {name: step for bundle in resolved.bundles.values() for name, step in _bundle_steps(bundle, choices)}
     steps = []
     for site in resolved.survey.sites:
         rule = resolved.rules.get(site.name)
+        if site.name in shrunk:
+            steps.append(shrunk[site.name])
+            continue
         if rule is None:
             choice = Choice(None, _unselected(site, policy))
         elif rule.keep:
@@ -115,6 +124,57 @@ def planned(resolved: Resolved, calibration: Calibration | None = None, *, progr
     after = before - sum(s.params_before - s.params_after for s in steps)
     made = Plan(tuple(steps), before, after, resolved.survey.untouchable, policy.budget)
     return replace(made, warnings=warnings_of(made, resolved))
+
+
+def _with_tested_groups(resolved: Resolved, calibration: Calibration | None) -> Resolved:
+    """Returns `resolved` without the groups that cannot be shrunk; those of an `Auto` need a calibration to be tried.
+
+    Raises:
+        CalibrationError: when a rule asks for `Shrink` alone and there are no calibration batches.
+    """
+    groups = [group for bundle in resolved.bundles.values() for group in bundle.groups]
+    if calibration is None or not calibration.batches:
+        optional = [g for g in groups if isinstance(resolved.rules[g.name].decomposition, Auto)]
+        faults = {group.name: "there are no calibration batches" for group in optional}
+        faults |= tested([group for group in groups if group.name not in faults], calibration)
+    else:
+        faults = tested(groups, calibration)
+    return without(resolved, faults) if faults else resolved
+
+
+def _bundle_steps(bundle: Bundle, choices: Mapping[str, Choice]) -> Iterator[tuple[str, Step]]:
+    """Iterate over the steps of the weights of a bundle, by site name."""
+    choice = choices[bundle.name]
+    error = None if choice.error is None else choice.error / len(bundle.groups)
+    for group in bundle.groups:
+        for part in group.parts:
+            own = replace(choice, error=error if part is group.consumer else None)
+            yield part.site.name, _part_step(part, own)
+
+
+def _part_step(part: Part, choice: Choice) -> Step:
+    """Returns the step of one weight of a group, with the parameters of the bias if units are its entries."""
+    site, kind = part.site, choice.decomposition
+    units = len(part.places)
+    left = kind.units if isinstance(kind, Shrink) and kind.units is not None else units
+    gone = (units - left) * part.params_per_unit
+    rest = site.params - units * part.size * site.shape[1 - part.axis]
+    before = rest + units * part.params_per_unit
+    adds = site.multiply_adds - (units - left) * part.size * site.shape[1 - part.axis]
+    times = site.multiplications()
+    return Step(
+        names=site.names,
+        kinds=site.kinds,
+        shape=site.shape,
+        decomposition=kind,
+        reason=choice.reason,
+        params_before=before,
+        params_after=before - gone,
+        indices=0,
+        multiply_adds_before=times * site.multiply_adds,
+        multiply_adds_after=times * adds,
+        loss=None if choice.error is None else choice.error / 2,
+    )
 
 
 def _unselected(site: Site, policy: Policy) -> str:
@@ -156,8 +216,12 @@ def _choose(
         whole = num_params(resolved.model)
         elsewhere = whole - sum(s.site.params for s in sites)
         for site in resolved.survey.sites:
-            if site.name in choices:
+            if site.name in choices and site.name not in resolved.bundles:
                 elsewhere -= site.params - _step(site, choices[site.name], policy.allow_growth).params_after
+        for name in resolved.bundles.keys() & choices.keys():
+            elsewhere -= sum(
+                s.params_before - s.params_after for _, s in _bundle_steps(resolved.bundles[name], choices)
+            )
         available = int(policy.budget * whole) - elsewhere
         place = f"policy budget={policy.budget}"
         if available <= 0:
