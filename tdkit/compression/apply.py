@@ -13,11 +13,12 @@ from tdkit.calibration.batches import Batch
 from tdkit.calibration.calibration import Calibration, Loss
 from tdkit.calibration.measure import recalibrate
 from tdkit.compression.blockwise import fit_in_order
-from tdkit.compression.jobs import Job, jobs_of
+from tdkit.compression.jobs import Job, ShrinkJob, jobs_of
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import CalibrationError, OptionError, PolicyError
 from tdkit.models.sites import Site
 from tdkit.models.swap import Resized, Swap, swapping
+from tdkit.models.widths import follow_widths
 from tdkit.planning.grouping import shrunk_groups, tested
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import calibrated, planned
@@ -100,6 +101,7 @@ def compress_resolved(
     model, known = resolved.model, calibration
     if resolved.plan is not None:
         _check_groups(resolved.pairs(resolved.plan), calibration)
+    jobs: list[Job] = []
     for number in range(passes):
         made = planned(resolved, known, progress=progress)
         if resolved.plan is None and number + 1 == passes:
@@ -118,7 +120,18 @@ def compress_resolved(
                 sites = [site for site in resolved.survey.sites if site.name in calibration.names]
                 known = recalibrate(model, sites, calibration, device=device, progress=progress)
                 swap.undo()
+    _follow_widths(model, jobs)
     return model
+
+
+def _follow_widths(model: nn.Module, jobs: Sequence[Job]) -> None:
+    """Write the width of shrunk groups that are all alike into the config of a transformers model."""
+    shrunk = [job for job in jobs if isinstance(job, ShrinkJob)]
+    for width in dict.fromkeys(job.group.units for job in shrunk):
+        alike = [job for job in shrunk if job.group.units == width]
+        units = {job.kind.units for job in alike}
+        if len(units) == 1:
+            follow_widths(model, [job.group for job in alike], alike[0].kind.units or 0)
 
 
 def _log_warnings(plan: Plan) -> None:

@@ -61,12 +61,10 @@ class Group:
     Attributes:
         producers: the weights whose rows are the units.
         consumer: the weight whose columns are the units.
-        widths: names of the entries of a model's config that hold the number of units.
     """
 
     producers: tuple[Part, ...]
     consumer: Part
-    widths: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -126,13 +124,11 @@ class Pattern:
         producers: names of the weights that produce the units, relative to the module.
         consumer: the name of the weight that consumes them.
         packed: how many weights are stacked in each producer, each with a row per unit.
-        widths: names of the entries of a model's config that hold the number of units.
     """
 
     producers: tuple[str, ...]
     consumer: str
     packed: int = 1
-    widths: tuple[str, ...] = ("intermediate_size",)
 
     def find(self, sites: Mapping[str, Site]) -> Iterator[Group]:
         """Iterate over the groups among sites, by name, whose shapes fit the pattern."""
@@ -147,7 +143,7 @@ class Pattern:
             rows = torch.arange(self.packed * units).reshape(self.packed, units).T
             columns = torch.arange(units)[:, None]
             parts = tuple(Part(site, 0, rows) for site in producers if site is not None)
-            yield Group(parts, Part(consumer, 1, columns), self.widths)
+            yield Group(parts, Part(consumer, 1, columns))
 
 
 PATTERNS = (
@@ -155,16 +151,16 @@ PATTERNS = (
     Pattern(("gate_up_proj",), "down_proj", packed=2),  # Phi-3
     Pattern(("up_proj",), "down_proj"),  # Nemotron, MPT
     Pattern(("w1", "w3"), "w2"),  # LLaMA as published
-    Pattern(("c_fc",), "c_proj", widths=("n_inner",)),  # GPT-2, StarCoder2
-    Pattern(("fc1",), "fc2", widths=()),  # OPT, Phi, CLIP, Whisper
-    Pattern(("fc_in",), "fc_out", widths=("n_inner",)),  # GPT-J
+    Pattern(("c_fc",), "c_proj"),  # GPT-2, StarCoder2
+    Pattern(("fc1",), "fc2"),  # OPT, Phi, CLIP, Whisper
+    Pattern(("fc_in",), "fc_out"),  # GPT-J
     Pattern(("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
     Pattern(("intermediate.dense",), "output.dense"),  # BERT, ViT
-    Pattern(("wi",), "wo", widths=("d_ff",)),  # T5
-    Pattern(("wi_0", "wi_1"), "wo", widths=("d_ff",)),  # T5 1.1
-    Pattern(("lin1",), "lin2", widths=("hidden_dim",)),  # DistilBERT
-    Pattern(("linear1",), "linear2", widths=()),  # nn.TransformerEncoderLayer
-    Pattern(("pwconv1",), "pwconv2", widths=()),  # ConvNeXt
+    Pattern(("wi",), "wo"),  # T5
+    Pattern(("wi_0", "wi_1"), "wo"),  # T5 1.1
+    Pattern(("lin1",), "lin2"),  # DistilBERT
+    Pattern(("linear1",), "linear2"),  # nn.TransformerEncoderLayer
+    Pattern(("pwconv1",), "pwconv2"),  # ConvNeXt
     Pattern(("intermediate_dense",), "output_dense"),  # wav2vec 2.0
 )
 """The patterns of tdkit itself, registered as ``built_in``."""
@@ -181,7 +177,7 @@ def groups_of(sites: Sequence[Site], shared: Sequence[str] = ()) -> list[Group]:
         shared: names of weights that share hidden units, the consumer last; the registered patterns when empty.
     """
     known = {site.name: site for site in sites}
-    tried = [Pattern(tuple(shared[:-1]), shared[-1], widths=())] if shared else _registered()
+    tried = [Pattern(tuple(shared[:-1]), shared[-1])] if shared else _registered()
     found: dict[str, Group] = {}
     taken: set[str] = set()
     for pattern in tried:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,7 +106,9 @@ def planned(resolved: Resolved, calibration: Calibration | None = None, *, progr
     with failing_together():
         resolved = _with_tested_groups(resolved, calibration)
         choices = _choose(resolved, policy, calibration, progress)
-    shrunk = {name: step for bundle in resolved.bundles.values() for name, step in _bundle_steps(bundle, choices)}
+    shrunk: dict[str, Step] = {}
+    for name, bundle in resolved.bundles.items():
+        shrunk |= _bundle_steps(bundle, choices[name], calibration)
     steps = []
     for site in resolved.survey.sites:
         rule = resolved.rules.get(site.name)
@@ -142,14 +144,17 @@ def _with_tested_groups(resolved: Resolved, calibration: Calibration | None) -> 
     return without(resolved, faults) if faults else resolved
 
 
-def _bundle_steps(bundle: Bundle, choices: Mapping[str, Choice]) -> Iterator[tuple[str, Step]]:
-    """Iterate over the steps of the weights of a bundle, by site name."""
-    choice = choices[bundle.name]
-    error = None if choice.error is None else choice.error / len(bundle.groups)
+def _bundle_steps(bundle: Bundle, choice: Choice, calibration: Calibration | None) -> dict[str, Step]:
+    """Returns the steps of the weights of a bundle, by site name; the estimated loss is that of the consumer."""
+    found = {}
     for group in bundle.groups:
+        kind, error = choice.decomposition, choice.error
+        if isinstance(kind, Shrink) and kind.units is not None and error is not None and calibration is not None:
+            error = calibration.elimination(group, kind).error(kind.units)
         for part in group.parts:
             own = replace(choice, error=error if part is group.consumer else None)
-            yield part.site.name, _part_step(part, own)
+            found[part.site.name] = _part_step(part, own)
+    return found
 
 
 def _part_step(part: Part, choice: Choice) -> Step:
@@ -219,9 +224,8 @@ def _choose(
             if site.name in choices and site.name not in resolved.bundles:
                 elsewhere -= site.params - _step(site, choices[site.name], policy.allow_growth).params_after
         for name in resolved.bundles.keys() & choices.keys():
-            elsewhere -= sum(
-                s.params_before - s.params_after for _, s in _bundle_steps(resolved.bundles[name], choices)
-            )
+            smaller = _bundle_steps(resolved.bundles[name], choices[name], calibration).values()
+            elsewhere -= sum(step.params_before - step.params_after for step in smaller)
         available = int(policy.budget * whole) - elsewhere
         place = f"policy budget={policy.budget}"
         if available <= 0:
