@@ -73,7 +73,9 @@ def test_the_encoder_and_the_decoder_of_a_t5_have_groups() -> None:
     from transformers import T5Config, T5Model
 
     for kind, producers in (("relu", ["wi"]), ("gated-gelu", ["wi_0", "wi_1"])):
-        config = T5Config(vocab_size=60, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, feed_forward_proj=kind)
+        config = T5Config(
+            vocab_size=60, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, feed_forward_proj=kind
+        )
         groups = found(T5Model(config))
         assert [[name.rpartition(".")[2] for name in group] for group in groups] == [[*producers, "wo"]] * 2
 
