@@ -19,7 +19,7 @@ from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.decompositions.shrink import Shrink
 from tdkit.decompositions.stacks import FactorizedStack
 from tdkit.errors import BudgetError, CalibrationError
-from tdkit.models.groups import Bundle, Part
+from tdkit.models.groups.group import Bundle, Part
 from tdkit.models.hosts.base import Host
 from tdkit.models.hosts.registered import builder_of
 from tdkit.models.sites import FactorizedUser, Site, factorized_groups, num_params, survey

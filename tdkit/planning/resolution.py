@@ -12,7 +12,7 @@ from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.shrink import Shrink
 from tdkit.decompositions.stacked import stacked
 from tdkit.errors import OptionError, PolicyError
-from tdkit.models.groups import Bundle
+from tdkit.models.groups.group import Bundle
 from tdkit.models.sites import Site, Survey, survey, uninitialized
 from tdkit.planning.allocation import FLOOR, Choice, OpenSite
 from tdkit.planning.grouping import bundles_of, groups_by_rule, shrink_of
