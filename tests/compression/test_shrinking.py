@@ -169,6 +169,22 @@ def test_biases_shrink_along_and_stay_with_the_consumer() -> None:
     assert torch.equal(new.c_proj.bias, old.c_proj.bias)
 
 
+def test_tempering_moves_widths_towards_their_mean_within_the_budget(llama: Any) -> None:
+    llama.model.layers[0].mlp.down_proj.weight.data *= 5
+    known = tdkit.calibrate(llama, batches(), progress=False)
+
+    def widths(temper: float, **options: Any) -> list[int]:
+        policy = Policy([Rule("*.mlp.*", Shrink(temper=temper, multiple=1), budget=0.6, **options)])
+        plan = tdkit.plan(llama, policy, calibration=known)
+        return [step.params_after // 32 for step in plan if step.name.endswith("down_proj")]
+
+    free, half, equal = (widths(share) for share in (0, 0.5, 1))
+    assert free[0] > half[0] > equal[0] == equal[1] > half[1] > free[1]
+    assert sum(free) == sum(half) == sum(equal) == int(0.6 * 128)
+    assert half[0] == pytest.approx((free[0] + equal[0]) / 2, abs=1)
+    assert widths(1, min_keep=0.5, max_keep=0.62) == equal
+
+
 def test_auto_shrinks_groups_and_factorises_the_rest(llama: Any, calibration: Calibration) -> None:
     policy = Policy([Rule("model.layers.*", Auto(among=["shrink", "low_rank"]), budget=0.6)])
     plan = tdkit.plan(llama, policy, calibration=calibration)
@@ -266,6 +282,7 @@ def test_policies_are_written_and_read() -> None:
     for wrong, message in (
         ({"units": 0}, "units=0 must be an integer of at least 1"),
         ({"uniform": "yes"}, "uniform='yes' must be true or false"),
+        ({"temper": 1.5}, "temper=1.5 must be a number from 0 to 1"),
         ({"by": "size"}, "by='size' must be one of loss, leverage"),
         ({"shared": ("a",)}, "must be the names of two or more weights"),
     ):
