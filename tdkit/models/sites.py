@@ -256,8 +256,9 @@ def factorized_groups(model: nn.Module) -> list[tuple[FactorizedMatrix, list[Fac
 
 
 def num_params(model: nn.Module) -> int:
-    """Returns the number of parameters of a model; tied ones are counted once."""
-    return sum(p.numel() for p in model.parameters())
+    """Returns the number of parameters of a model, those of quantized factors included; tied ones are counted once."""
+    rounded = sum(module.held_as_buffers for module in model.modules() if isinstance(module, FactorizedMatrix))
+    return sum(p.numel() for p in model.parameters()) + rounded
 
 
 def num_bytes(model: nn.Module) -> int:
