@@ -21,11 +21,13 @@ from tdkit.decompositions import (
     Tucker,
 )
 from tdkit.decompositions.auto import Auto
+from tdkit.decompositions.quantized import Quantized
 from tdkit.decompositions.stacked import Stacked
 from tdkit.errors import TdkitError
 from tdkit.fitting.metric import Metric
 from tdkit.models.checkpoint import load, save
 from tdkit.models.preparation import prepare
+from tdkit.models.quantization import quantize
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import applied_plan, plan
 from tdkit.planning.policy import Policy
@@ -45,6 +47,7 @@ __all__ = [
     "PermutedKronecker",
     "Plan",
     "Policy",
+    "Quantized",
     "Rule",
     "SpatialLowRank",
     "Stacked",
@@ -57,5 +60,6 @@ __all__ = [
     "load",
     "plan",
     "prepare",
+    "quantize",
     "save",
 ]

@@ -108,7 +108,9 @@ class QuantizedMatrix(FactorizedMatrix):
         if not isinstance(self.inner, _Plain) or width % self.grid.group:
             return cast(Tensor, self._run(self.dtype, "rows", ids))
         codes = self._codes("weight")  # each row has groups of its own
-        values, steps, zeros = (None if code is None else F.embedding(ids, code.view(self.shape[0], -1)) for code in codes)
+        values, steps, zeros = (
+            None if code is None else F.embedding(ids, code.view(self.shape[0], -1)) for code in codes
+        )
         assert values is not None
         assert steps is not None
         flat = self.grid.decode_groups(
@@ -284,5 +286,5 @@ def _flat(name: str) -> str:
 
 def _layout(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the axes of a tensor in the order in which they lie in memory, and their sizes."""
-    order = sorted(range(parameter.ndim), key=lambda axis: -parameter.stride(axis))
+    order = sorted(range(parameter.ndim), key=lambda axis: -int(parameter.stride()[axis]))
     return tuple(order), tuple(parameter.shape[axis] for axis in order)

@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tdkit.errors import OptionError
 
@@ -37,7 +36,8 @@ class Grid:
     """Uniform grids of `bits` bits, one per `group` consecutive numbers.
 
     With 8 bits they are symmetric, -127 to 127 steps, and reach the largest magnitude of the group. With 4 bits they
-    have 16 points, placed by half-quadratic quantization (Badri and Shaji, HQQ, 2023), as torchao computes it.
+    have 16 points, placed by half-quadratic quantization (Badri and Shaji, HQQ, 2023), as torchao computes it, or from
+    the smallest to the largest number of the group where that is nearer.
 
     Raises:
         OptionError: when bits or group is not supported.
@@ -83,9 +83,14 @@ class Grid:
         if not bool(torch.isfinite(numbers).all()):
             raise OptionError("weights with NaN or infinite entries cannot be quantized")
         check_torchao()
-        missing = self.groups(numbers.numel()) * self.group - numbers.numel()
-        rows = F.pad(numbers.detach().float()[None], (0, missing), mode="replicate") if missing else numbers.detach()
-        return (self._symmetric if self.bits == 8 else self._asymmetric)(rows.float().reshape(-1, self.group))
+        rows = self._grouped(numbers.detach().float())
+        return self._symmetric(rows) if self.bits == 8 else self._asymmetric(rows)
+
+    def _grouped(self, numbers: Tensor) -> Tensor:
+        """The numbers in rows of one group each; the last one repeats its numbers, so that its grid is theirs."""
+        last = numbers[(self.groups(len(numbers)) - 1) * self.group :]
+        missing = self.group - len(last)
+        return torch.cat([numbers, last.repeat(-(-missing // len(last)))[:missing]]).reshape(-1, self.group)
 
     def decode(self, codes: Codes, count: int, dtype: torch.dtype) -> Tensor:
         """Returns the (count,) numbers that the codes stand for, computed in float32."""
@@ -128,12 +133,30 @@ class Grid:
             device=str(rows.device),
             raw_output=True,
         )
-        steps = torch.where(flat, high.abs().clamp_min(SMALLEST), steps.flatten())
-        zeros = torch.where(flat, 8.0, zeros.flatten())
-        rounded, origin = _rounded(steps), zeros.to(torch.bfloat16)
-        codes = (rows / rounded.float()[:, None] + origin.float()[:, None]).round().clamp(0, 15).to(torch.uint8)
-        pairs = codes.reshape(-1, 2)
-        return Codes(pairs[:, 0] | pairs[:, 1] << 4, rounded.view(torch.int16), origin.view(torch.int16))
+        width = (high - low).clamp_min(SMALLEST) / 15
+        grids = [
+            (
+                torch.where(flat, high.abs().clamp_min(SMALLEST), steps.flatten()),
+                torch.where(flat, 8.0, zeros.flatten()),
+            ),
+            (width, -low / width),  # from the smallest to the largest number, which outliers need
+        ]
+        best: tuple[Tensor, ...] | None = None
+        for step, zero in grids:
+            step, zero = _rounded(step), zero.clamp(-(2**14), 2**14).to(torch.bfloat16)
+            codes = (rows / step.float()[:, None] + zero.float()[:, None]).round().clamp(0, 15)
+            error = ((codes - zero.float()[:, None]) * step.float()[:, None] - rows).square().sum(1)
+            if best is None:
+                best = codes, step, zero, error
+                continue
+            better = error < best[3]
+            best = (
+                torch.where(better[:, None], codes, best[0]),
+                *(torch.where(better, new, old) for new, old in zip((step, zero, error), best[1:], strict=True)),
+            )
+        assert best is not None
+        pairs = best[0].to(torch.uint8).reshape(-1, 2)
+        return Codes(pairs[:, 0] | pairs[:, 1] << 4, best[1].view(torch.int16), best[2].view(torch.int16))
 
 
 def check_torchao() -> None:
