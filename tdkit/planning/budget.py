@@ -11,7 +11,7 @@ from torch import nn
 
 from tdkit.calibration.calibration import Calibration
 from tdkit.decompositions.base import Decomposition
-from tdkit.decompositions.quantized import GROUPS, Quantized
+from tdkit.decompositions.quantized import GROUPS
 from tdkit.errors import BudgetError, PolicyError, did_you_mean
 from tdkit.fitting.quantization import Bits, Grid
 from tdkit.models.sites import Site, distinct_tensors, num_bytes, num_params
@@ -22,7 +22,6 @@ Unit = Literal["params", "bytes", "multiply_adds"]
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INTEGERS: dict[str, Bits] = {"int8": 8, "int4": 4}
 DTYPES = (*FLOATS, *INTEGERS)
-FACTORS = 8  # upper bound on the factors of a weight, each of which may leave a group of numbers partly used
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,7 @@ class Costs:
             return params
         if self.unit == "multiply_adds":
             return round(self._rows(site) * self._multiply_adds_of(site, kind))
-        indices = 0 if kind is None else kind.empty(kind.shape_of(site.shape), device="meta").indices
-        return weight_bytes(site, params, self.dtype, indices=indices, factors=0 if kind is None else FACTORS)
+        return dense_bytes(site, self.dtype) if kind is None else factor_bytes(site, kind, self.dtype)
 
     def whole(self, model: nn.Module, sites: tuple[Site, ...]) -> int:
         """Returns the cost of the dense model, in its own dtype."""
@@ -152,27 +150,22 @@ class Costs:
         return self._multiply_adds[key]
 
 
-def weight_bytes(site: Site, params: int, dtype: str | None, *, indices: int = 0, factors: int = 0) -> int:
-    """Returns the bytes of `params` numbers of a weight in `dtype`, and of the integers of permutations.
-
-    Args:
-        factors: an upper bound on the tensors that they are divided among; each may leave a group partly used.
-    """
-    if dtype in INTEGERS:
-        grid = Grid(INTEGERS[dtype], GROUPS[INTEGERS[dtype]])
-        size = grid.bytes(params) + max(factors - 1, 0) * grid.bytes(1)
-    else:
-        size = params * (FLOATS[dtype].itemsize if dtype else site.weight.element_size())
-    return size + 8 * indices
+def dense_bytes(site: Site, dtype: str | None) -> int:
+    """Returns the bytes of the dense weight of a site in `dtype`; in its own when None."""
+    return _bytes(site.params, site, dtype)
 
 
 def factor_bytes(site: Site, kind: Decomposition, dtype: str | None) -> int:
-    """Returns the exact bytes of the factors of a site by a complete decomposition."""
-    shape = kind.shape_of(site.shape)
+    """Returns the bytes of the factors of a site by a complete decomposition, permutations included."""
+    matrix = kind.empty(kind.shape_of(site.shape), device="meta")
+    fixed = sum(buffer.numel() * buffer.element_size() for buffer in matrix.buffers())
+    return fixed + sum(_bytes(factor.numel(), site, dtype) for factor in matrix.parameters())
+
+
+def _bytes(count: int, site: Site, dtype: str | None) -> int:
     if dtype in INTEGERS:
-        kind = Quantized(of=kind, bits=INTEGERS[dtype])
-    matrix = kind.empty(shape, device="meta", dtype=FLOATS.get(dtype or "", site.weight.dtype))
-    return sum(t.numel() * t.element_size() for t in (*matrix.parameters(), *matrix.buffers()))
+        return Grid(INTEGERS[dtype], GROUPS[INTEGERS[dtype]]).bytes(count)
+    return count * (FLOATS[dtype].itemsize if dtype else site.weight.element_size())
 
 
 def other_bytes(model: nn.Module, sites: tuple[Site, ...], dtype: str | None) -> int:

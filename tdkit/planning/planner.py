@@ -23,7 +23,7 @@ from tdkit.models.sites import FactorizedUser, Site, factorized_groups, num_byte
 from tdkit.planning.adapters import adapter_of
 from tdkit.planning.allocation import Choice
 from tdkit.planning.allocators import Request, allocate
-from tdkit.planning.budget import UNITS, Budget, Costs, factor_bytes, other_bytes, weight_bytes
+from tdkit.planning.budget import UNITS, Budget, Costs, dense_bytes, factor_bytes, other_bytes
 from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
@@ -192,7 +192,7 @@ def _bytes_after(resolved: Resolved, steps: Sequence[Step], target: Budget | Non
     size = other_bytes(resolved.model, sites, dtype)
     for site, step in zip(sites, steps, strict=True):
         kind = step.decomposition
-        size += weight_bytes(site, site.params, dtype) if kind is None else factor_bytes(site, kind, dtype)
+        size += dense_bytes(site, dtype) if kind is None else factor_bytes(site, kind, dtype)
     return size
 
 
