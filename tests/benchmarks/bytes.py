@@ -148,8 +148,8 @@ class Store:
                     "rounding alone is better" if other["perplexity"] <= row["perplexity"] else "factors are better"
                 )
                 texts.append(
-                    f"- {row['row']} in {row['form']} ({row['bytes'] / 1e6:.1f} MB, {row['perplexity']:.4g}) against dense "
-                    f"in {other['form']} ({other['bytes'] / 1e6:.1f} MB, {other['perplexity']:.4g}): {better}"
+                    f"- {row['row']} in {row['form']} ({row['bytes'] / 1e6:.1f} MB, {row['perplexity']:.4g}) against "
+                    f"dense in {other['form']} ({other['bytes'] / 1e6:.1f} MB, {other['perplexity']:.4g}): {better}"
                 )
             else:
                 texts.append(
