@@ -1,12 +1,16 @@
-"""All private parts of torch and accelerate that tdkit uses, each with the behaviour that it relies on.
+"""Private parts of torch and accelerate, and calls of the system, that tdkit uses, each with what it relies on.
 
 A release that changes one of them fails the test of that part in ``tests/support/test_compatibility.py``.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar, cast
 
@@ -21,6 +25,7 @@ __all__ = [
     "constant_for_compile",
     "convolve_its_own_way",
     "convolves_its_own_way",
+    "exchange_paths",
     "has_experts_interface",
     "in_functional_transform",
     "move_own_tensors",
@@ -239,3 +244,19 @@ def reset_accelerate_state(*, processes: bool = False) -> None:
     from accelerate.state import AcceleratorState  # slow to import, and not needed for compression
 
     AcceleratorState._reset_state(processes)
+
+
+def exchange_paths(first: Path, second: Path) -> bool:
+    """Exchange two files or folders in one step; returns False where the system or the file system cannot.
+
+    By ``renameat2(..., RENAME_EXCHANGE)`` on Linux and ``renamex_np(..., RENAME_SWAP)`` on macOS, which Python does not
+    offer.
+    """
+    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    names = os.fsencode(first), os.fsencode(second)
+    if sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        return bool(library.renamex_np(*names, 2) == 0)
+    if library is None or not hasattr(library, "renameat2"):
+        return False
+    here = -100  # AT_FDCWD
+    return bool(library.renameat2(here, names[0], here, names[1], 2) == 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tdkit.support.compatibility import (
     constant_for_compile,
     convolve_its_own_way,
     convolves_its_own_way,
+    exchange_paths,
     has_experts_interface,
     in_functional_transform,
     move_own_tensors,
@@ -347,3 +350,13 @@ def test_the_wrapper_of_torch_compile_holds_the_module_under_a_prefix() -> None:
     assert uncompiled(wrapper) is layer
     assert uncompiled(layer) is layer
     assert set(wrapper.state_dict()) == {f"{COMPILED}weight", f"{COMPILED}bias"}
+
+
+def test_paths_are_exchanged_in_one_step(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    (first / "x").write_text("1")
+    second.mkdir()
+    assert exchange_paths(first, second) == (sys.platform in ("linux", "darwin"))
+    assert (second / "x").exists() == (sys.platform in ("linux", "darwin"))
+    assert not exchange_paths(first, tmp_path / "missing")
