@@ -25,9 +25,11 @@ from tdkit.decompositions.quantized import Quantized
 from tdkit.decompositions.stacked import Stacked
 from tdkit.errors import TdkitError
 from tdkit.fitting.metric import Metric
+from tdkit.models.card import Card
 from tdkit.models.checkpoint import load, save
 from tdkit.models.preparation import prepare
 from tdkit.models.quantization import quantize
+from tdkit.models.registration import register
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import applied_plan, plan
 from tdkit.planning.policy import Policy
@@ -35,10 +37,13 @@ from tdkit.planning.rule import Rule
 
 __version__ = "0.1.0"
 
+register()
+
 __all__ = [
     "Auto",
     "Calibration",
     "CanonicalPolyadic",
+    "Card",
     "Decomposition",
     "FactorizedMatrix",
     "Kronecker",

@@ -17,6 +17,7 @@ from tdkit.compression.fit import fit_step
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import CalibrationError, OptionError, PolicyError
 from tdkit.models.quantization import quantize
+from tdkit.models.registration import attach
 from tdkit.models.sites import Site
 from tdkit.models.swap import Swap, swapping
 from tdkit.planning.budget import FLOATS, INTEGERS, Budget
@@ -117,6 +118,7 @@ def compress_resolved(
                 sites = [site for site in resolved.survey.sites if site.name in calibration.names]
                 known = recalibrate(model, sites, calibration, device=device, progress=progress)
                 swap.undo()
+    attach(model)
     return model
 
 
