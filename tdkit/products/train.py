@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tdkit.products.contraction_order import WIDE, Modes, Order, Stage, chain_path, layout_of, orders, stages
 from tdkit.products.cost import FEW, FUSED, Path, Product, chunk_of
 from tdkit.products.kernels import SMALL
+from tdkit.products.recording import needs_plain_operations
 from tdkit.products.structure import Factors, Gradients, Structure, product
 from tdkit.shapes import Shape
 
@@ -90,8 +91,9 @@ class ChainStructure(Structure):
         steps, cores = stages(self.cores, path.order), self.to_cores(factors)
         x = _padded(x, self._columns)
         matrices = [_matrix(cores[stage.core], stage) for stage in steps]
-        size = chunk_of(x.shape[0], self._between(steps) * x.element_size(), x.device.type)
-        if size >= x.shape[0]:
+        plain = needs_plain_operations()
+        size = 0 if plain else chunk_of(x.shape[0], self._between(steps) * x.element_size(), x.device.type)
+        if plain or size >= x.shape[0]:
             out = _forward(x, matrices, steps)
         elif torch.is_grad_enabled():
             out = torch.cat([_forward(x[start : start + size], matrices, steps) for start in range(0, len(x), size)])
@@ -100,7 +102,7 @@ class ChainStructure(Structure):
             for start in range(0, x.shape[0], size):
                 out[start : start + size] = _forward(x[start : start + size], matrices, steps)
         out = out if out.shape[1] == self.shape[0] else out[:, : self.shape[0]]
-        return out if bias is None else out + bias if torch.is_grad_enabled() else out.add_(bias)
+        return out if bias is None else out + bias if plain or torch.is_grad_enabled() else out.add_(bias)
 
     def factor_backward(
         self, gradient: Tensor, x: Tensor, factors: Factors, path: Path, needs_x: bool, needs_factors: Sequence[bool]

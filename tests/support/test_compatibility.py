@@ -17,7 +17,7 @@ from tdkit.support.compatibility import (
     convolve_its_own_way,
     convolves_its_own_way,
     has_experts_interface,
-    in_functional_transform,
+    in_transform,
     move_own_tensors,
     offloads,
     onednn_enabled,
@@ -177,7 +177,7 @@ def test_transforms_of_functions_are_seen() -> None:
     seen = []
 
     def run(x: Tensor) -> Tensor:
-        seen.append(in_functional_transform())
+        seen.append(in_transform())
         return x.sum()
 
     run(torch.ones(3))

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule, Host
+from tdkit.products.recording import is_recorded
+from tdkit.support.compatibility import in_transform
 
 
 class FactorizedEmbedding(FactorizedLayer):
@@ -55,7 +57,7 @@ class FactorizedEmbedding(FactorizedLayer):
 
     def _check(self, ids: Tensor) -> None:
         """Raise IndexError for ids out of range, on CPU as torch does; factors would wrap such ids around silently."""
-        if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+        if ids.device.type != "cpu" or is_recorded() or in_transform() or ids.numel() == 0:
             return
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= self.num_embeddings:
