@@ -25,6 +25,7 @@ from tdkit.decompositions.stacked import Stacked
 from tdkit.errors import TdkitError
 from tdkit.fitting.metric import Metric
 from tdkit.models.checkpoint import load, save
+from tdkit.models.conversion import to_dense, to_sequential
 from tdkit.models.preparation import prepare
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import applied_plan, plan
@@ -58,4 +59,6 @@ __all__ = [
     "plan",
     "prepare",
     "save",
+    "to_dense",
+    "to_sequential",
 ]
