@@ -73,14 +73,17 @@ def follow_vocabulary(module: nn.Module) -> None:
 
 
 def _factorized_ends(model: nn.Module) -> dict[str, FactorizedModule]:
-    """Returns the factorised ones among the embedding and the head of a transformers model, by every name."""
-    ends = []
+    """Returns the factorised embedding and head of a transformers model, and what shares their factors, by name."""
+    matrices: set[int] = set()
     for get in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            ends.append(getattr(model, get)())
+            end = getattr(model, get)()
         except (AttributeError, NotImplementedError):  # a model without text, or without a head
             continue
-    return {name: layer for name, layer in factorized_layers(model) if any(layer is end for end in ends)}
+        if isinstance(end, FactorizedModule):
+            matrices |= {id(matrix) for matrix in end.matrices.values()}
+    layers = factorized_layers(model) if matrices else ()
+    return {n: layer for n, layer in layers if matrices & {id(matrix) for matrix in layer.matrices.values()}}
 
 
 def _check(name: str, layer: FactorizedModule, tokens: Any) -> None:
