@@ -27,6 +27,7 @@ from tdkit.errors import TdkitError
 from tdkit.fitting.metric import Metric
 from tdkit.models.card import Card
 from tdkit.models.checkpoint import load, save
+from tdkit.models.conversion import to_dense, to_sequential
 from tdkit.models.preparation import prepare
 from tdkit.models.quantization import quantize
 from tdkit.models.registration import register
@@ -67,4 +68,6 @@ __all__ = [
     "prepare",
     "quantize",
     "save",
+    "to_dense",
+    "to_sequential",
 ]

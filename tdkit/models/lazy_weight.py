@@ -14,7 +14,8 @@ from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import TdkitError
 from tdkit.products.autograd import autocast_dtype
 from tdkit.products.convolution import Geometry
-from tdkit.support.compatibility import in_functional_transform, tree_map_only, wrapper_tensor
+from tdkit.products.recording import is_recorded
+from tdkit.support.compatibility import in_transform, tree_map_only, wrapper_tensor
 
 METADATA = {
     *(
@@ -59,7 +60,7 @@ def lazy_weight(
         convolves: `size` is that of a convolution, (out, in / groups, *kernel): ``torch.nn.functional.conv2d`` with
             this weight computes as the factorised layer does.
     """
-    if torch.compiler.is_compiling() or in_functional_transform():  # tracing does not keep the subclass
+    if is_recorded() or in_transform():  # none of them keeps the subclass
         return view(matrix.dense())
     size = matrix.shape if size is None else size
     trained = [tensor for tensor in matrix.tensors() if tensor.requires_grad] if torch.is_grad_enabled() else []

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "given_state_dict",
     "has_experts_interface",
     "in_functional_transform",
+    "in_transform",
+    "is_jit_traced",
     "is_sharded",
     "move_own_tensors",
     "offloads",
@@ -288,9 +291,13 @@ def wrapper_tensor(kind: type[T], size: Sequence[int], *, dtype: torch.dtype, de
     return torch.Tensor._make_wrapper_subclass(kind, size, dtype=dtype, device=device)
 
 
-def in_functional_transform() -> bool:
-    """Returns whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is running."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def in_transform() -> bool:
+    """Returns whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) or a forward-mode derivative is taken."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+is_jit_traced: Callable[[], bool] = torch._C._is_tracing
+"""Returns whether ``torch.jit.trace`` is running; ``torch.jit.is_tracing`` takes 0.1 us longer."""
 
 
 def reset_accelerate_state(*, processes: bool = False) -> None:

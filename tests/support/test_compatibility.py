@@ -20,7 +20,7 @@ from tdkit.support.compatibility import (
     convolves_its_own_way,
     exchange_paths,
     has_experts_interface,
-    in_functional_transform,
+    in_transform,
     move_own_tensors,
     offloads,
     onednn_enabled,
@@ -180,7 +180,7 @@ def test_transforms_of_functions_are_seen() -> None:
     seen = []
 
     def run(x: Tensor) -> Tensor:
-        seen.append(in_functional_transform())
+        seen.append(in_transform())
         return x.sum()
 
     run(torch.ones(3))

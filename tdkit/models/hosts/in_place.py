@@ -17,6 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedModule, Handles, Host, Observer, Removable
 from tdkit.models.hosts.products import observing
+from tdkit.products.recording import is_recorded
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import (
     RecurrentWeights,
@@ -337,7 +338,7 @@ def _building_once(dense_class: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(inner)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = vars(self)
-        if torch.compiler.is_compiling() or state["_built"] is not None:
+        if is_recorded() or state["_built"] is not None:
             return inner(self, *args, **kwargs)
         state["_built"] = {}
         try:
