@@ -1,4 +1,4 @@
-"""``tdkit plan``, ``compress``, ``eval`` and ``info``."""
+"""``tdkit plan``, ``compress`` and ``info``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tdkit.cli.output import AsJson, Device, DryRun, note, show
 from tdkit.compression.apply import compress_resolved
 from tdkit.decompositions.registered import decomposition
 from tdkit.errors import CheckpointError, OptionError, PolicyError
-from tdkit.evaluation.language_models import PROTOCOL, check_causal, check_takes_text, evaluate
+from tdkit.evaluation.language_models import check_causal, check_takes_text
 from tdkit.models.checkpoint import DESCRIPTION, read_description, save
 from tdkit.planning.planner import applied_plan, calibrated, planned
 from tdkit.planning.policy import Policy
@@ -141,42 +141,6 @@ def compress(
     show(made.report(every=every), made.to_dict(), as_json)
 
 
-def eval_(
-    model: ModelName,
-    text: Annotated[list[str], typer.Option(help="A file, a folder, a name (sotu:evaluation) or a dataset.")],
-    tokens: Annotated[int, typer.Option(help="How many tokens of the text to use.", min=2)] = 16384,
-    context: Context = 1024,
-    dtype: Dtype = "float32",
-    device: Device = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a language model: perplexity, parameters, bytes, tokens per second."""
-    kind = dtype_of(dtype)
-    check_device(device)
-    texts = load_texts(text)
-    if dry_run:
-        size = sum(len(t) for t in texts)
-        plan_of = {"model": model, "characters": size, "tokens": tokens, "context": context, "protocol": PROTOCOL}
-        show(f"would measure {model} on up to {tokens:,} tokens of {size:,} characters", plan_of, as_json)
-        return
-    source = load_model(model, dtype=kind, device=device)
-    check_takes_text(source.model)
-    check_positions(source.model, context)
-    measured = evaluate(source.model, encode(texts, source.tokenizer, tokens), context=context)
-    columns = ["model", "params", "MB", "perplexity", "tokens", "context", "tokens/s"]
-    row = [
-        model,
-        f"{measured.params:,}",
-        f"{measured.bytes / 1e6:.1f}",
-        f"{measured.perplexity:.3f}",
-        f"{measured.tokens:,}",
-        str(context),
-        f"{measured.tokens_per_second:,.0f}",
-    ]
-    show(table_of(PROTOCOL, columns, [row]), measured.to_dict(), as_json)
-
-
 def info(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that tdkit saved.")],
     as_json: AsJson = False,
@@ -261,4 +225,4 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
             raise PolicyError(f"{folder} holds an earlier save: give another folder, or --overwrite it")
 
 
-COMMANDS = (plan, compress, eval_, info)
+COMMANDS = (plan, compress, info)

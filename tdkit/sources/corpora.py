@@ -87,7 +87,7 @@ def _parquet(file: Path) -> list[str]:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise MissingDependencyError(f"{file} needs pyarrow, a dependency of datasets: {huggingface.INSTALL}") from error
+        raise MissingDependencyError(f"{file} needs pyarrow, which datasets brings: {huggingface.INSTALL}") from error
     try:
         rows: Sequence[str] = parquet.read_table(file, columns=["text"])["text"].to_pylist()
     except Exception as error:

@@ -109,9 +109,7 @@ def _read(path: Path) -> str:
         raise SourceError(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
-def encode(
-    texts: Sequence[str], tokenizer: Any, limit: int | None = None, *, special_tokens: bool = False
-) -> Tensor:
+def encode(texts: Sequence[str], tokenizer: Any, limit: int | None = None, *, special_tokens: bool = False) -> Tensor:
     """Returns the token ids (n,), int64, of all texts joined by blank lines, at most `limit` of them.
 
     With `special_tokens` the tokenizer adds those of one text to the first, such as a token that begins it.

@@ -85,7 +85,7 @@ def assisted(dense: Any, draft: Any, prompts: Sequence[Tensor], new_tokens: int,
     Args:
         prompts: ids (1, n) each.
     """
-    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    options = {"max_new_tokens": new_tokens, "do_sample": False}
     draft.generation_config.num_assistant_tokens = drafted
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0.0  # it proposes all of them, sure or not
@@ -157,7 +157,14 @@ def store(out: Path, row: dict[str, Any]) -> None:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The page of the results."""
     first = rows[0]
-    columns = ["draft keeps", "perplexity", "proposed at a time", "accepted", "time, with draft / without", "same tokens"]
+    columns = [
+        "draft keeps",
+        "perplexity",
+        "proposed at a time",
+        "accepted",
+        "time, with draft / without",
+        "same tokens",
+    ]
     table = [
         [
             "100% (dense)" if row["keep"] == 1 else f"{row['keep']:.0%} of the blocks",
@@ -176,17 +183,17 @@ dense model checks them in one forward pass: the tokens are those of the dense m
 compressed model has the tokenizer of its dense one, so it can be its draft.
 
 {markdown_table(columns, table)}
-SmolLM2-135M, its blocks by low rank with a calibrated loss ({CALIBRATION_TOKENS:,} tokens of speeches before 2015, ranks
-chosen by the estimated loss), no training. Perplexity: {EVALUATION_TOKENS:,} tokens of the last speeches, context
+SmolLM2-135M, its blocks by low rank with a calibrated loss ({CALIBRATION_TOKENS:,} tokens of speeches before 2015,
+ranks chosen by the estimated loss), no training. Perplexity: {EVALUATION_TOKENS:,} tokens of the last speeches, context
 {CONTEXT}. Greedy decoding of {first["new_tokens"]} tokens after each of {first["prompts"]} prompts of {PROMPT} tokens
-from the last speeches, float32, {first["threads"]} threads of a CPU; times with and without draft in turn. "Accepted" is
-the share of the proposed tokens that the dense model would have chosen itself. "Same tokens" is the share of prompts
+from the last speeches, float32, {first["threads"]} threads of a CPU; times with and without draft in turn. "Accepted"
+is the share of the proposed tokens that the dense model would have chosen itself. "Same tokens" is the share of prompts
 whose whole continuation is that of the dense model alone; rounding of a longer forward pass can turn a near tie.
 
-A time above 1 is slower than without a draft. A draft pays where its step costs a small part of the dense one's and most
-of its tokens are accepted: with a share a accepted, k proposed at a time and a step that costs c of the dense one's, a
-round of 1 + k c yields 1 + k a tokens. A model that keeps 70% or more of its blocks and its whole vocabulary is too dear a
-draft at this size.
+A time above 1 is slower than without a draft. A draft pays where its step costs a small part of the dense one's and
+most of its tokens are accepted: with k tokens proposed at a time, a share a of them accepted, and a step that costs c
+of the dense one's, a round costs 1 + k c and yields 1 + k a tokens. A model that keeps 70% or more of its blocks and
+its whole vocabulary is too dear a draft.
 
     PYTHONPATH=. python tests/benchmarks/draft.py
 """

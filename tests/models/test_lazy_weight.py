@@ -334,7 +334,9 @@ def test_what_is_written_into_it_changes_neither_factors_nor_cache(write: Callab
         assert torch.equal(F.linear(x, layer.weight), expected)
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Embedding(8, 8), nn.Conv2d(4, 4, 3)], ids=["linear", "embedding", "conv"])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(8, 8), nn.Embedding(8, 8), nn.Conv2d(4, 4, 3)], ids=["linear", "embedding", "conv"]
+)
 def test_values_cannot_be_put_in_its_place(layer: nn.Module) -> None:
     """As libraries merge adapters; a value written to a weight that is computed again would be lost silently."""
     model = tdkit.compress(nn.Sequential(layer), Policy([Rule("*", LowRank(rank=2))]), progress=False)
