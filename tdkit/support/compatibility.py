@@ -31,7 +31,6 @@ __all__ = [
     "gathered_state",
     "given_state_dict",
     "has_experts_interface",
-    "in_functional_transform",
     "in_transform",
     "is_jit_traced",
     "is_sharded",

@@ -110,8 +110,9 @@ def test_compress_eval_info(tdkit: Tdkit, gpt2_folder: Path, text_file: Path, tm
     source = load_model(str(out))
     ids = encode(load_texts(text_file), source.tokenizer, 512)
     expected = perplexity(source.model, ids, context=32)
-    assert json.loads(measured.out)["perplexity"] == pytest.approx(expected, rel=1e-5)
-    assert num_params(source.model) == json.loads(measured.out)["params"]
+    made = json.loads(measured.out)
+    assert made["results"][0]["figures"]["perplexity"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert num_params(source.model) == made["model"]["params"]
     again = tdkit("compress", gpt2_folder, "--budget", "0.8", "--out", out)
     assert again.code == 2
     assert "--overwrite" in again.err
