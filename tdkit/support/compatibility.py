@@ -23,6 +23,7 @@ __all__ = [
     "convolves_its_own_way",
     "has_experts_interface",
     "in_functional_transform",
+    "in_transform_or_trace",
     "move_own_tensors",
     "offloads",
     "onednn_enabled",
@@ -91,6 +92,11 @@ class RecurrentWeights(nn.Module):
     @_flat_weights.setter
     def _flat_weights(self, _: object) -> None:
         pass
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # the weights with these names would be read, to be referred to
+        super().__setstate__({**state, "_flat_weights_names": []})  # type: ignore[no-untyped-call]
+        self._flat_weights_names = state["_flat_weights_names"]
 
     def _init_flat_weights(self) -> None:
         pass
@@ -228,6 +234,11 @@ def wrapper_tensor(kind: type[T], size: Sequence[int], *, dtype: torch.dtype, de
 def in_functional_transform() -> bool:
     """Returns whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def in_transform_or_trace() -> bool:
+    """Returns whether tensors may stand for others: in ``torch.func``, ``torch.jit.trace`` and compilers."""
+    return torch.compiler.is_compiling() or in_functional_transform() or torch._C._get_tracing_state() is not None
 
 
 def reset_accelerate_state(*, processes: bool = False) -> None:

@@ -18,6 +18,7 @@ from tdkit.support.compatibility import (
     convolves_its_own_way,
     has_experts_interface,
     in_functional_transform,
+    in_transform_or_trace,
     move_own_tensors,
     offloads,
     onednn_enabled,
@@ -187,6 +188,24 @@ def test_transforms_of_functions_are_seen() -> None:
     assert seen == [False, True, True, True, False]
 
 
+def test_tensors_that_stand_for_others_are_seen() -> None:
+    seen = []
+
+    def run(x: Tensor) -> Tensor:
+        seen.append(in_transform_or_trace())
+        return x * 2
+
+    run(torch.ones(3))
+    torch.func.vmap(run)(torch.ones(3))
+    with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
+        torch.jit.trace(run, (torch.ones(3),), check_trace=False)
+    torch.compile(run, backend="eager")(torch.ones(3))
+    run(torch.ones(3))
+    assert seen[0] is seen[-1] is False
+    assert seen[1:-1] == [True] * (len(seen) - 2)
+    assert len(seen) >= 5
+
+
 def test_trees_are_taken_apart_and_mapped() -> None:
     tree = {"a": [1, (2.0, "x")], "b": None}
     assert tree_leaves(tree) == [1, 2.0, "x", None]
@@ -309,8 +328,11 @@ def test_a_recurrent_layer_reads_its_weights_in_every_call(kind: type[nn.RNNBase
     twin.__class__ = Reading
     twin.double().float()
     twin.flatten_parameters()
+    before = len(reads)
+    copy.copy(twin)
+    assert len(reads) == before  # a copy or a pickle reads no weight
     changed = twin(x)[0]
-    assert reads
+    assert len(reads) > before
     assert not changed.allclose(expected)
     del vars(twin)["held"]
     twin.__class__ = kind
