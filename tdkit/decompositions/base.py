@@ -146,7 +146,7 @@ class FactorizedMatrix(nn.Module, ABC):
 
     @property
     def prefer(self) -> Preference:
-        """What `tdkit.prepare` said; 'memory' at first."""
+        """What `tdkit.prepare` said; 'auto' at first."""
         return self.dispatcher.prefer
 
     def tensors(self) -> tuple[Tensor, ...]:

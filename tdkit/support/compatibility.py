@@ -105,6 +105,11 @@ class RecurrentWeights(nn.Module):
     def _flat_weights(self, _: object) -> None:
         pass
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # the weights with these names would be read, to be referred to
+        super().__setstate__({**state, "_flat_weights_names": []})  # type: ignore[no-untyped-call]
+        self._flat_weights_names = state["_flat_weights_names"]
+
     def _init_flat_weights(self) -> None:
         pass
 
