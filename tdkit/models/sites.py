@@ -113,7 +113,8 @@ class Untouchable:
     Attributes:
         name: the name of the weight, as in `weight_name`.
         kind: the type of the layer.
-        params: the number of parameters of the weight; 0 while it is uninitialised.
+        params: the number of parameters that hold the weight, more or fewer than its entries if it is parametrised; 0
+            while it is uninitialised.
         reason: why it cannot be factorised.
         shape: as the layer stores it; empty while it is uninitialised.
         others: the names of the other layers that share it.
@@ -173,7 +174,8 @@ def survey(model: nn.Module) -> Survey:
             parameter = getattr(module, attribute)
             shape = () if is_lazy(parameter) else tuple(parameter.shape)
             first, *others = (weight_name(layer, weight) for layer, _, weight in found)
-            params = math.prod(shape) if shape else 0
+            host = host_of(module)
+            params = 0 if not shape else math.prod(shape) if host is None else host.params(module, attribute)
             untouchable.append(Untouchable(first, type(module).__name__, params, reason, shape, tuple(others)))
     factorized = tuple(users[0].name for _, users in factorized_groups(model))
     return Survey(tuple(sites), tuple(untouchable), factorized)

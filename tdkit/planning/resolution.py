@@ -85,8 +85,8 @@ def resolve(model: nn.Module, policy: Policy | Plan) -> Resolved:
 
     Raises:
         PolicyError: when a rule matches nothing, the plan belongs to another model, or an argument has a wrong type.
-        OptionError: when options do not fit the layers they apply to, or a rank is not set and there is no budget;
-            lists all such layers.
+        OptionError: when options fit none of the layers they apply to, or not one that a rule names, or a rank is not
+            set and there is no budget; lists all such layers.
     """
     if not isinstance(model, nn.Module):
         raise PolicyError(f"the model is a {type(model).__name__}, not a torch.nn.Module: give the model itself")
@@ -141,6 +141,8 @@ def _sorted(
     open_sites: dict[int | None, list[OpenSite]] = {}
     problems: list[str] = []
     unbudgeted: dict[str, list[str]] = {}
+    unmet: list[tuple[Site, Rule, str]] = []  # the options of a rule that a site's shape does not allow, and why
+    met: set[int] = set()  # the rules whose options another site's shape allows
     shrinks: dict[tuple[int, Shape, int], bool] = {}  # by rule, shape and size
     for site in found.sites:
         rule = assigned.get(site.name)
@@ -162,8 +164,9 @@ def _sorted(
                 fixed[site.name] = Choice(None, reason)
                 continue
         if problem is not None:
-            problems.append(f"{site.name}: {problem}")
+            unmet.append((site, rule, problem))
             continue
+        met.add(id(rule))
         key = id(rule), site.shape, site.params
         if key not in shrinks:
             shrinks[key] = kind.is_complete() or policy.allow_growth or _can_shrink(kind, site)
@@ -180,6 +183,11 @@ def _sorted(
             open_site = OpenSite(site, kind, least, rule.max_keep, floor)
             place = next(number for number, own in enumerate(policy.rules) if own is rule)
             open_sites.setdefault(place if rule.budget is not None else None, []).append(open_site)
+    for site, rule, problem in unmet:
+        if id(rule) in met and not any(rule.spells_out(name) for name in site.names):
+            fixed[site.name] = Choice(None, problem)
+        else:
+            problems.append(f"{site.name}: {problem}")
     for what, names in unbudgeted.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         problems.append(
