@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix
@@ -22,6 +22,7 @@ from tdkit.models import huggingface
 from tdkit.models.hosts.base import Host, become, install
 from tdkit.models.hosts.in_place import parametrized
 from tdkit.models.hosts.registered import host_of
+from tdkit.models.shards import Entry, write_tensors
 from tdkit.models.sites import FactorizedUser, changes_in_place, factorized_groups, replace_module
 from tdkit.models.ties import follow_ties
 from tdkit.shapes import Shape, by
@@ -58,15 +59,34 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwri
         CheckpointError: when the folder holds other files or, without `overwrite`, an earlier save, or when the
             model has state that cannot be saved.
     """
+    away = [name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor) and tensor.is_meta]
+    if away:
+        raise CheckpointError(f"cannot save '{away[0]}': it is on the meta device and has no values")
+    return save_with(model, folder, lambda tensor: tensor, tokenizer=tokenizer, overwrite=overwrite)
+
+
+def save_with(
+    model: nn.Module,
+    folder: str | Path,
+    values: Callable[[Tensor], Tensor],
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> Path:
+    """Like `save`, for a model that need not hold its tensors: each is asked for when it is written.
+
+    Args:
+        values: returns the values of a parameter or buffer of `model`, in its dtype and shape, on any device.
+    """
     folder = Path(folder)
     if not is_main_process():
         return folder
-    _check_target(folder, overwrite)
+    check_target(folder, overwrite)
     model = uncompiled(model)
     layers = [_describe(matrix, users) for matrix, users in factorized_groups(model)]
-    tensors, ties = _tensors(model)
+    entries, ties = _entries(model, values)
     with whole_folder(folder) as target:
-        save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(target / WEIGHTS, entries, {"format": "pt"})
         description = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -119,7 +139,7 @@ def load(
     given, model = model, uncompiled(model)
     before = _Before()
     try:
-        _rewrite(model, description, folder, before)
+        _rewrite(model, description["layers"], folder / DESCRIPTION, before)
         tensors, ties = _with_wrappers(model, tensors, description["ties"])
         state = _checked_state(model, tensors, ties, folder)
         dtypes = _buffer_dtypes(model, description.get("buffers", {}), folder)
@@ -187,30 +207,23 @@ def _describe(matrix: FactorizedMatrix, users: list[FactorizedUser]) -> dict[str
     }
 
 
-def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _entries(model: nn.Module, values: Callable[[Tensor], Tensor]) -> tuple[dict[str, Entry], dict[str, str]]:
     """Returns the tensors to write, tied ones once, and a map from each further name of a tied tensor to its first."""
-    tensors: dict[str, Tensor] = {}
+    entries: dict[str, Entry] = {}
     ties: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
-    for key, tensor in model.state_dict().items():
+    for key, tensor in model.state_dict(keep_vars=True).items():
         name = key.replace(COMPILED, "")
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"cannot save '{name}': extra state of type {type(tensor).__name__} is not a tensor")
-        if tensor.is_meta:
-            raise CheckpointError(f"cannot save '{name}': it is on the meta device and has no values")
-        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        where = id(tensor) if tensor.is_meta else tensor.data_ptr()
+        place = (tensor.device, where, tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and place in first:
             ties[name] = first[place]
             continue
         first[place] = name
-        tensors[name] = tensor.detach().to("cpu", copy=False).contiguous()
-    shared: dict[int, str] = {}
-    for name, tensor in tensors.items():  # safetensors cannot store views of one storage
-        pointer = tensor.untyped_storage().data_ptr()
-        if tensor.numel() and pointer in shared:
-            tensors[name] = tensor.clone()
-        shared[pointer] = name
-    return tensors, ties
+        entries[name] = Entry(tensor.dtype, tuple(tensor.shape), partial(values, tensor))
+    return entries, ties
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -288,11 +301,25 @@ class _Before:
             replace_module(model, name, self.take(dense, dense))
 
 
-def _rewrite(model: nn.Module, description: Mapping[str, Any], folder: Path, before: _Before) -> None:
+def rewrite(model: nn.Module, layers: Sequence[Any], source: Path) -> None:
+    """Put empty factors in the place of the weights of a dense model, on the devices of these.
+
+    Args:
+        layers: as in the description of a saved model.
+        source: where they come from, for error messages.
+
+    Raises:
+        CheckpointError: when they are malformed or do not match `model`, which is then left half changed.
+    """
+    _rewrite(model, layers, source, _Before())
+
+
+def _rewrite(model: nn.Module, layers: Sequence[Any], source: Path, before: _Before) -> None:
     matrices: dict[int, dict[str, FactorizedMatrix]] = {}  # by the id of the dense layer
     places = _places(model)
-    for number, entry in enumerate(description["layers"]):
-        place = f"{folder / DESCRIPTION}: layer {number}"
+    folder = source.parent
+    for number, entry in enumerate(layers):
+        place = f"{source}: layer {number}"
         wanted = _Layer.read(entry, place)
         matrix: FactorizedMatrix | None = None
         built: dict[int, nn.Module] = {}  # one layer per module, also when it has several names
@@ -360,8 +387,6 @@ def _weight(module: nn.Module, name: str, weight: str, wanted: _Layer, folder: P
             f"{folder}: layer {name} is a {type(module).__name__} in this model, not one that tdkit rewrites"
         )
     canonical = host.canonical(tensor, weight)
-    if canonical.is_meta:
-        raise CheckpointError(f"the model given for {folder} is on the meta device: {BUILD_IT}")
     shape = wanted.decomposition.shape_of(tuple(canonical.shape))
     if shape != wanted.shape:
         raise CheckpointError(f"{folder}: layer {name} is {by(wanted.shape)} in the file, {by(shape)} in this model")
@@ -450,7 +475,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_target(folder: Path, overwrite: bool) -> None:
+def check_target(folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tdkit.errors import CheckpointError, MissingDependencyError
@@ -94,6 +95,41 @@ def empty_model(description: Mapping[str, Any], folder: Path) -> nn.Module:
         model = kind(config)
     model.tie_weights()  # no_init_weights skips this too
     built: nn.Module = model
+    return built
+
+
+def weightless_model(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """Build a model of the class `kind` with its parameters on the meta device, tied as loading would tie them.
+
+    Its buffers are real, since no file has those that are computed from the config.
+
+    Args:
+        kind: a class of models, or ``AutoModel``.
+        dtype: of the parameters and, where the model does not set it, of the buffers.
+
+    Raises:
+        CheckpointError: when transformers keeps some parameters of this class in float32 whatever `dtype` is.
+    """
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    config.dtype = dtype
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model = kind.from_config(config) if kind is transformers().AutoModel else kind(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.tie_weights()  # no_init_weights skips this too
+    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype.itemsize < 4 else set()
+    kept |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    inside = sorted(part for part in kept if any(part in name for name, _ in model.named_parameters()))
+    if inside:
+        raise CheckpointError(
+            f"transformers keeps {', '.join(inside)} of a {type(model).__name__} in float32: give dtype=torch.float32"
+        )
+    built: nn.Module = model.eval()
     return built
 
 
