@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,32 @@ def weightless_model(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:
         )
     built: nn.Module = model.eval()
     return built
+
+
+def names_when_loaded(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Returns the name that ``from_pretrained`` gives to each tensor of a file, without those that it merges.
+
+    It removes or adds the name of the base model, and renames what older versions called otherwise.
+
+    Args:
+        model: a model of transformers.
+        names: of the tensors in the files.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    steps = get_model_conversion_mapping(model)
+    merging = [step for step in steps if isinstance(step, WeightConverter)]
+    renaming = [step for step in steps if not isinstance(step, WeightConverter)]
+    state, base = model.state_dict(), model.base_model_prefix
+    found = {}
+    for name in names:
+        renamed, merged = rename_source_key(name, renaming, merging, base, state)
+        if renamed not in state:
+            renamed, merged = rename_source_key(name, [], [], base, state)
+        if merged is None:
+            found[name] = renamed
+    return found
 
 
 def generation_config(model: nn.Module, folder: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from tdkit.errors import CheckpointError
 from tdkit.models.hosts.in_place import parametrized
 from tdkit.models.shards import Shards
 from tdkit.models.sites import User
-from tdkit.support.compatibility import parameters_of
+from tdkit.support.compatibility import buffers_of, parameters_of
 
 Place = tuple[nn.Module, str]  # a module and the name of one of its own parameters
 
@@ -25,24 +25,26 @@ class OnDisk:
     Args:
         model: a model whose parameters are on the meta device and whose buffers are not. Its persistent buffers are
             read at once.
-        shards: tensors by the names that the model gives its state, with or without the name of the base model
-            (``model.``) before them. Tied parameters need one of their names.
+        shards: the tensors of its state. Tied parameters need one of their names.
+        names: the name in the model of each tensor in the files; when None, they have the names of the model's state.
 
     Attributes:
         held_bytes: bytes of the parameters in memory now.
         peak_bytes: the most that they were.
+        device: where they are brought to.
 
     Raises:
         CheckpointError: when names or shapes are not those of the model.
     """
 
-    def __init__(self, model: nn.Module, shards: Shards) -> None:
+    def __init__(self, model: nn.Module, shards: Shards, names: Mapping[str, str] | None = None) -> None:
         self.model = model
         self.shards = shards
         self.held_bytes = 0
         self.peak_bytes = 0
+        self.device = torch.device("cpu")
         self._parameters = dict(model.named_parameters(remove_duplicate=False))  # kept, so that ids stay theirs
-        self._files = self._matched()
+        self._files = self._matched({name: name for name in shards.tensors} if names is None else names)
 
     def name_of(self, parameter: Tensor) -> str:
         """Returns the name of a parameter of the model in the files."""
@@ -55,6 +57,14 @@ class OnDisk:
     def read(self, parameter: Tensor) -> Tensor:
         """Returns the values of a parameter of the model, in its dtype, on the CPU."""
         return self.shards.read(self.name_of(parameter), parameter.dtype)
+
+    def move_to(self, device: torch.device) -> None:
+        """Bring parameters to `device` from now on, and move the buffers there."""
+        self.device = device
+        for module in self.model.modules():
+            buffers = buffers_of(module)
+            for name, buffer in buffers.items():
+                buffers[name] = None if buffer is None else buffer.to(device)
 
     def weight(self, user: User) -> Tensor:
         """Returns the weight of a layer as a view (out, in) or (out, in, *kernel) of a new tensor."""
@@ -76,10 +86,9 @@ class OnDisk:
             yield
 
     @contextmanager
-    def brought(self, *modules: nn.Module) -> Iterator[None]:
-        """A context manager inside which the parameters in `modules` are in memory."""
-        inside = {id(module): module for outer in modules for module in outer.modules()}
-        with self._filled([(module, name) for module in inside.values() for name in parameters_of(module)]):
+    def brought(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """A context manager inside which the own parameters of `modules`, without their children's, are in memory."""
+        with self._filled([(module, name) for module in modules for name in parameters_of(module)]):
             yield
 
     @contextmanager
@@ -91,7 +100,7 @@ class OnDisk:
         try:
             for module, name, parameter in empty:
                 if id(parameter) not in real:
-                    held = self.read(parameter)
+                    held = self.read(parameter).to(self.device)
                     size += held.nbytes
                     self.held_bytes += held.nbytes
                     self.peak_bytes = max(self.peak_bytes, self.held_bytes)
@@ -106,16 +115,16 @@ class OnDisk:
     def _is_away(self, parameter: nn.Parameter | None) -> bool:
         return parameter is not None and parameter.is_meta
 
-    def _matched(self) -> dict[int, str]:
+    def _matched(self, names: Mapping[str, str]) -> dict[int, str]:
         """Returns the name in the files of each parameter, by its id, and reads the buffers."""
-        known, base = self.shards.tensors, str(getattr(self.model, "base_model_prefix", ""))
+        known = self.shards.tensors
+        file_names = {own: name for name, own in names.items()}
         state = self.model.state_dict(keep_vars=True)
         files: dict[int, str] = {}
         used: set[str] = set()
         ties: dict[int, list[str]] = {}
         for name, tensor in state.items():
-            spellings = (name, name.removeprefix(f"{base}."), f"{base}.{name}")
-            found = next((each for each in spellings if each in known), None)
+            found = file_names.get(name)
             if found is not None:
                 used.add(found)
                 files.setdefault(id(tensor), found)
@@ -135,11 +144,11 @@ class OnDisk:
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise CheckpointError(
-                f"the files in {self.shards.folder} {'; '.join(problems[:5])}{more}. Weights that are renamed or "
-                "merged when a model is loaded cannot be read one by one: load the model and compress it in memory"
+                f"the files in {self.shards.folder} {'; '.join(problems[:5])}{more}. Weights that are merged when a "
+                "model is loaded cannot be read one by one: load the model and compress it in memory"
             )
-        for names in ties.values():
-            self._check_tie(names)
+        for tied in ties.values():
+            self._check_tie(tied)
         with torch.no_grad():
             for tensor in state.values():
                 if not isinstance(tensor, nn.Parameter):

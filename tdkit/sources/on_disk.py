@@ -61,7 +61,7 @@ def open_model(name: str | Path, *, dtype: torch.dtype | None = None) -> OpenedM
     kind = class_of(config, str(name))
     shards = Shards(folder)
     model = huggingface.weightless_model(kind, config, dtype or _dtype_of(config, shards))
-    weights = OnDisk(model, shards)
+    weights = OnDisk(model, shards, huggingface.names_when_loaded(model, shards.tensors))
     generation = huggingface.generation_config(model, folder)
     if generation is not None:
         model.generation_config = generation
