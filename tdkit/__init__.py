@@ -25,8 +25,10 @@ from tdkit.decompositions.auto import Auto
 from tdkit.decompositions.stacked import Stacked
 from tdkit.errors import TdkitError
 from tdkit.fitting.metric import Metric
+from tdkit.models.card import Card
 from tdkit.models.checkpoint import load, save
 from tdkit.models.preparation import prepare
+from tdkit.models.registration import register
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import applied_plan, plan
 from tdkit.planning.policy import Policy
@@ -35,10 +37,13 @@ from tdkit.support.version import VERSION
 
 __version__ = VERSION
 
+register()
+
 __all__ = [
     "Auto",
     "Calibration",
     "CanonicalPolyadic",
+    "Card",
     "Decomposition",
     "FactorizedMatrix",
     "Kronecker",

@@ -18,7 +18,8 @@ from tdkit.compression.apply import compress_resolved
 from tdkit.decompositions.registered import decomposition
 from tdkit.errors import CheckpointError, OptionError, PolicyError
 from tdkit.evaluation.language_models import PROTOCOL, check_causal, check_takes_text, evaluate
-from tdkit.models.checkpoint import DESCRIPTION, read_description, save
+from tdkit.models.card import Card
+from tdkit.models.checkpoint import is_saved, place_of, read_description, save
 from tdkit.planning.planner import applied_plan, calibrated, planned
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
@@ -135,7 +136,8 @@ def compress(
     if not dry_run:
         what = resolved.following(made) if passes == 1 else resolved
         compress_resolved(what, known, sequential=sequential, passes=passes, device=device)
-        save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite)
+        card = Card(policy=chosen.to_yaml(), budget=chosen.budget, base_model=None if Path(model).exists() else model)
+        save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite, card=card)
         made = replace(applied_plan(source.model), warnings=made.warnings)
         note(f"saved to {folder}")
     show(made.report(every=every), made.to_dict(), as_json)
@@ -198,7 +200,7 @@ def info(
                 ]
             )
         except (KeyError, TypeError, IndexError) as error:
-            raise CheckpointError(f"{folder / DESCRIPTION} is damaged: layer {number}: {error}") from None
+            raise CheckpointError(f"{place_of(folder)} is damaged: layer {number}: {error}") from None
     title = f"{description['model'].get('class')}, {len(rows)} factorised matrices, {size / 1e6:.1f} MB on disk"
     table = table_of(title, ["layer", "shape", "decomposition", "params", "relative error"], rows)
     show(table, {**description, "bytes_on_disk": size}, as_json)
@@ -255,7 +257,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     if not folder.is_dir():
         raise PolicyError(f"{folder} is a file: give a folder")
     if any(folder.iterdir()):
-        if not (folder / DESCRIPTION).is_file():
+        if not is_saved(folder):
             raise PolicyError(f"{folder} holds other files: give another folder")
         if not overwrite:
             raise PolicyError(f"{folder} holds an earlier save: give another folder, or --overwrite it")

@@ -16,6 +16,7 @@ from tdkit.compression.blockwise import fit_in_order
 from tdkit.compression.fit import fit_step
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import CalibrationError, OptionError, PolicyError
+from tdkit.models.registration import attach
 from tdkit.models.sites import Site
 from tdkit.models.swap import Swap, swapping
 from tdkit.planning.plan import Plan
@@ -113,6 +114,7 @@ def compress_resolved(
                 sites = [site for site in resolved.survey.sites if site.name in calibration.names]
                 known = recalibrate(model, sites, calibration, device=device, progress=progress)
                 swap.undo()
+    attach(model)
     return model
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,9 +24,13 @@ from tdkit.compression.work import Work, read_entry, write_layer
 from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.registered import spec_of
 from tdkit.errors import OptionError, TdkitError
-from tdkit.models.checkpoint import check_target, rewrite, save_with
+from tdkit.models.checkpoint.description import Layer
+from tdkit.models.checkpoint.rewriting import rewrite
+from tdkit.models.checkpoint.values import values_from
+from tdkit.models.checkpoint.writing import check_target, save
 from tdkit.models.shards import read_tensor
 from tdkit.models.sites import Site, factorized_groups
+from tdkit.models.swap import swapping
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import planned
 from tdkit.planning.policy import Policy
@@ -155,20 +160,23 @@ class _Job:
         files = [self.work.layer(number) for number in range(len(plan.rewritten))]
         entries = [read_entry(path) for path in files]
         model, weights = self.opened.model, self.opened.weights
-        rewrite(model, entries, self.work.folder / PLAN)
-        file_of = {name: path for entry, path in zip(entries, files, strict=True) for name in entry["names"]}
+        layers = [Layer.read(entry, str(path)) for entry, path in zip(entries, files, strict=True)]
+        with swapping(model) as swap:
+            rewrite(swap, layers, str(self.work.folder))
+        file_of = {name: path for layer, path in zip(layers, files, strict=True) for name in layer.names}
         factors = {
             id(tensor): (file_of[users[0].name], name)
             for matrix, users in factorized_groups(model)
             for name, tensor in matrix.state_dict(keep_vars=True).items()
         }
 
-        def values(tensor: Tensor) -> Tensor:
-            if id(tensor) in factors:
-                return read_tensor(*factors[id(tensor)])
-            return weights.read(tensor) if weights.holds(tensor) else tensor
+        def value(tensor: Tensor) -> Tensor:
+            return read_tensor(*factors[id(tensor)]) if id(tensor) in factors else weights.read(tensor)
 
-        save_with(model, out, values, tokenizer=self.opened.tokenizer, overwrite=overwrite)
+        state = model.state_dict(keep_vars=True).items()
+        values = {name: partial(value, tensor) for name, tensor in state if tensor.is_meta}
+        with values_from(values):
+            save(model, out, tokenizer=self.opened.tokenizer, overwrite=overwrite)
         self.work.remove()
 
     def _with_curves(self, progress: bool | None) -> Calibration | None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from tdkit.errors import CheckpointError, SourceError
 from tdkit.models import huggingface
+from tdkit.models.checkpoint import is_saved
 from tdkit.models.on_disk import OnDisk
 from tdkit.models.shards import Shards
 from tdkit.sources.models import TOKENIZER_FILES, class_of, model_sources, needs_code, tokenizer_of
@@ -56,7 +57,7 @@ def open_model(name: str | Path, *, dtype: torch.dtype | None = None) -> OpenedM
         if "trust_remote_code" in str(error):
             raise needs_code(str(name), "its config.json names Python files") from None
         raise SourceError(f"{folder} lacks a readable config.json: {error}") from None
-    if getattr(config, "quantization_config", None) is not None or (folder / "tdkit.json").is_file():
+    if getattr(config, "quantization_config", None) is not None or is_saved(folder):
         raise CheckpointError(f"{folder} holds quantised or factorised weights: compress the dense model")
     kind = class_of(config, str(name))
     shards = Shards(folder)

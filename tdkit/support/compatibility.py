@@ -5,7 +5,9 @@ A release that changes one of them fails the test of that part in ``tests/suppor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from types import MethodType
 from typing import Any, TypeVar, cast
@@ -21,8 +23,11 @@ __all__ = [
     "constant_for_compile",
     "convolve_its_own_way",
     "convolves_its_own_way",
+    "gathered_state",
+    "given_state_dict",
     "has_experts_interface",
     "in_functional_transform",
+    "is_sharded",
     "move_own_tensors",
     "offloads",
     "onednn_enabled",
@@ -38,9 +43,12 @@ __all__ = [
     "shallow_copy",
     "storage_id",
     "submodules_of",
+    "tensor_files_written_by",
     "tree_leaves",
     "tree_map_only",
     "uncompiled",
+    "unsharded_class",
+    "unwrapped",
     "version_of",
     "without_recurrent_weights",
     "wrapper_tensor",
@@ -134,6 +142,74 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """Returns the module inside the wrapper of ``torch.compile``, or the module itself."""
     inner = getattr(model, "_orig_mod", None)
     return inner if type(model).__name__ == "OptimizedModule" and isinstance(inner, nn.Module) else model
+
+
+WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the module inside the wrappers of ``torch.compile``, data parallelism and FSDP1, or itself."""
+    while type(model).__name__ in WRAPPERS:
+        inner = uncompiled(model)
+        inner = getattr(model, "module", model) if inner is model else inner
+        if inner is model or not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Returns whether this process holds only a part of a tensor of the model, as under FSDP."""
+    return any(hasattr(tensor, "device_mesh") for tensor in model.parameters()) or any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
+    )
+
+
+def unsharded_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Returns the class of which ``fully_shard`` made a subclass of it and ``FSDPModule``, or the class itself."""
+    first, *others = kind.__bases__
+    sharded = first.__name__ == "FSDPModule" and kind.__name__.startswith("FSDP") and others
+    return cast("type[nn.Module]", others[0]) if sharded else kind
+
+
+def gathered_state(model: nn.Module) -> dict[str, Any]:
+    """Returns the whole ``state_dict`` of a sharded model in the first process, and an empty one in the others.
+
+    All processes call it.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # slow to import
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+@contextmanager
+def tensor_files_written_by(write: Callable[..., None]) -> Iterator[None]:
+    """A context manager inside which ``save_pretrained`` calls ``write(tensors, path, metadata=...)`` for its files.
+
+    transformers hands over the tensors of one file at a time, in memory or on the meta device.
+    """
+    from transformers import modeling_utils
+
+    before = modeling_utils.safe_save_file
+    modeling_utils.safe_save_file = write
+    try:
+        yield
+    finally:
+        modeling_utils.safe_save_file = before
+
+
+def given_state_dict() -> dict[str, Any] | None:
+    """Returns the ``state_dict=`` of the ``save_pretrained`` that called the caller of this function, if there is one.
+
+    transformers drops it for a model with a quantizer, and asks the quantizer instead, which is not told. The Trainer
+    gives the gathered tensors of a model under FSDP there, which no process could gather alone.
+    """
+    frame = inspect.currentframe()
+    for _ in range(2):
+        frame = frame.f_back if frame is not None else None
+    if frame is None or frame.f_code.co_name != "save_pretrained":
+        return None
+    return cast("dict[str, Any] | None", frame.f_locals.get("state_dict"))
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:

@@ -90,6 +90,12 @@ class FactorizedModule(nn.Module, ABC):
         """Returns JSON-serialisable options that the host needs, besides the dense layer, to build this layer again."""
         return {}
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for weight in self.matrices:  # saved models mark it by a single number: see `markers` of checkpoints
+            if getattr(state_dict.get(prefix + weight), "shape", None) == (1,):
+                del state_dict[prefix + weight]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __setattr__(self, name: str, value: Any) -> None:
         found = getattr(type(self), name, None)
         if isinstance(found, property) and found.fset is None:  # for a Parameter nn.Module would say "already exists"
