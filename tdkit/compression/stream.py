@@ -100,7 +100,7 @@ def compress_folder(
     job = _Job(opened, resolve(opened.model, policy, opened.weights.weight), moments, Work(out), device)
     job.work.begin(
         {
-            "source": _state_of(opened.weights.shards.files(), opened.folder / "config.json"),
+            "source": _state_of(opened.weights.shards.files, opened.folder / "config.json"),
             "policy": policy.to_dict(),
             "calibration": None if calibration is None else _state_of_moments(calibration),
             "dtype": str(opened.model.config.dtype),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pkgutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from tdkit.errors import CheckpointError, MissingDependencyError
 from tdkit.models.hosts.in_place import InPlaceLayer
-from tdkit.support.compatibility import unsharded_class
+from tdkit.support.compatibility import parameters_on_meta, unsharded_class
 
 INSTALL = "pip install 'tdkit[hf]'"
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]  # nothing that could be executed
@@ -74,8 +74,8 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     return {"kind": "subclass", "class": path, "attention": attention}
 
 
-def empty_model(description: Mapping[str, Any], folder: Path, class_: str | type | None = None) -> nn.Module:
-    """Build the dense model of a saved description, with uninitialised weights.
+def empty_model(description: Mapping[str, Any], folder: Path, class_: str | type | None = None) -> Any:
+    """Build the dense model of a saved description, with its parameters on the meta device.
 
     Args:
         description: of the model, by `describe_model`.
@@ -106,13 +106,17 @@ def empty_model(description: Mapping[str, Any], folder: Path, class_: str | type
         del config.quantization_config
     if description.get("attention") in EXACT_ATTENTION:
         config._attn_implementation = description["attention"]
+    return _built(kind, config)
+
+
+def _built(build: Callable[[Any], Any], config: Any) -> Any:
+    """Build a model with its parameters on the meta device, tied, and its buffers computed."""
     from transformers.initialization import no_init_weights
 
-    with no_init_weights():
-        model = kind(config)
+    with parameters_on_meta(), no_init_weights():
+        model = build(config)
     model.tie_weights()  # no_init_weights skips this too
-    built: nn.Module = model
-    return built
+    return model
 
 
 def weightless_model(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:
@@ -127,18 +131,13 @@ def weightless_model(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     Raises:
         CheckpointError: when transformers keeps some parameters of this class in float32 whatever `dtype` is.
     """
-    from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
-
     config.dtype = dtype
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            model = kind.from_config(config) if kind is transformers().AutoModel else kind(config)
+        model = _built(kind.from_config if kind is transformers().AutoModel else kind, config)
     finally:
         torch.set_default_dtype(before)
-    model.tie_weights()  # no_init_weights skips this too
     kept = set(model._keep_in_fp32_modules_strict or ()) if dtype.itemsize < 4 else set()
     kept |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
     inside = sorted(part for part in kept if any(part in name for name, _ in model.named_parameters()))

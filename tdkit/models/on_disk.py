@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ class OnDisk:
         self.device = torch.device("cpu")
         self._parameters = dict(model.named_parameters(remove_duplicate=False))  # kept, so that ids stay theirs
         self._files = self._matched({name: name for name in shards.tensors} if names is None else names)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the files, for messages."""
+        return self.shards.files[0].parent
 
     def name_of(self, parameter: Tensor) -> str:
         """Returns the name of a parameter of the model in the files."""
@@ -144,7 +150,7 @@ class OnDisk:
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise CheckpointError(
-                f"the files in {self.shards.folder} {'; '.join(problems[:5])}{more}. Weights that are merged when a "
+                f"the files in {self.folder} {'; '.join(problems[:5])}{more}. Weights that are merged when a "
                 "model is loaded cannot be read one by one: load the model and compress it in memory"
             )
         for tied in ties.values():
@@ -159,7 +165,7 @@ class OnDisk:
         for other in names[1:]:
             if not torch.equal(self.shards.read(names[0]), self.shards.read(other)):
                 raise CheckpointError(
-                    f"{names[0]} and {other} are one tensor in this model, two in the files of {self.shards.folder}: "
+                    f"{names[0]} and {other} are one tensor in this model, two in the files of {self.folder}: "
                     "set tie_word_embeddings to false in its config.json"
                 )
 

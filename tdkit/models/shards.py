@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,8 +16,9 @@ from torch import Tensor
 from tdkit.errors import CheckpointError
 from tdkit.shapes import Shape
 
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+REOPEN = 2**26  # bytes
 
 DTYPES = {  # by their names in a file, in the order in which safetensors sorts them
     "BOOL": torch.bool,
@@ -51,80 +54,118 @@ class Stored:
 
 
 class Shards:
-    """The tensors of a folder of safetensors files, by name; none is in memory until it is read.
+    """The tensors of some safetensors files, by name; none is in memory until it is read.
 
     Args:
-        folder: holds ``model.safetensors``, or ``model.safetensors.index.json`` and the files that it names.
+        files: the paths.
 
     Attributes:
         tensors: where each tensor lies, with its dtype and shape.
 
     Raises:
-        CheckpointError: when there are no such files, one is missing or damaged, or a dtype is unknown.
+        CheckpointError: when a file is missing, damaged or truncated, or a dtype is unknown.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, files: Iterable[str | Path]) -> None:
+        self.files = [Path(path) for path in files]
         self.tensors: dict[str, Stored] = {}
-        for path in self.files():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118, not a dict
-                        part = file.get_slice(name)
-                        dtype = DTYPES.get(part.get_dtype())
-                        if dtype is None:
-                            raise CheckpointError(f"{path}: {name} has the unknown dtype {part.get_dtype()}")
-                        self.tensors[name] = Stored(path, dtype, tuple(part.get_shape()))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
+        self._open: tuple[Path, Any] | None = None
+        self._mapped = 0  # bytes read from the file that is open
+        for path in self.files:
+            with _told(path), safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118, not a dict
+                    part = file.get_slice(name)
+                    dtype = DTYPES.get(part.get_dtype())
+                    if dtype is None:
+                        raise CheckpointError(f"{path}: {name} has the unknown dtype {part.get_dtype()}")
+                    self.tensors[name] = Stored(path, dtype, tuple(part.get_shape()))
 
-    def files(self) -> list[Path]:
-        """Returns the paths of the files of tensors."""
-        index = self.folder / INDEX
-        if not index.is_file():
-            if (self.folder / SINGLE).is_file():
-                return [self.folder / SINGLE]
-            raise CheckpointError(
-                f"{self.folder} holds neither {SINGLE} nor {INDEX}, and weights of other formats cannot be read one by "
-                "one: load the model, and write it with model.save_pretrained(folder)"
-            )
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is damaged: {error!r}") from None
-        foreign = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-        if foreign:
-            raise CheckpointError(f"{index} names {foreign[0]!r}, which is no file of this folder")
-        missing = [name for name in names if not (self.folder / name).is_file()]
-        if missing:
-            raise CheckpointError(f"{self.folder} lacks {', '.join(missing[:3])}: the copy is incomplete")
-        return [self.folder / name for name in names]
+    def mapped(self, name: str) -> Tensor:
+        """Returns a tensor as a view of its file, which is valid until the next call.
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns a tensor on the CPU, cast to `dtype` if it is a floating-point one.
+        What is read of a file stays in memory while it is open, so that it is opened anew every `REOPEN` bytes.
 
         Raises:
             CheckpointError: when the file is damaged.
         """
-        return read_tensor(self.tensors[name].path, name, dtype)
+        stored = self.tensors[name]
+        with _told(stored.path):
+            if self._open is None or self._open[0] != stored.path or self._mapped > REOPEN:
+                self._open = None  # first, so that the pages of the one before are freed
+                self._open, self._mapped = (stored.path, safe_open(stored.path, framework="pt")), 0
+            self._mapped += stored.bytes
+            tensor: Tensor = self._open[1].get_tensor(name)
+            return tensor
+
+    def read(self, name: str, dtype: torch.dtype | None = None, stride: tuple[int, ...] | None = None) -> Tensor:
+        """Returns a tensor on the CPU.
+
+        It is a copy: what a file maps into memory lies at any alignment, which changes the last bits of results.
+
+        Args:
+            name: of the tensor.
+            dtype: cast to it, if the tensor is a floating-point one; when None it keeps its dtype.
+            stride: of the tensor; when None it is contiguous.
+
+        Raises:
+            CheckpointError: when the file is damaged.
+        """
+        mapped = self.mapped(name)
+        wanted = dtype if dtype is not None and mapped.is_floating_point() else mapped.dtype
+        if stride is None:
+            return torch.empty(mapped.shape, dtype=wanted).copy_(mapped)
+        return torch.empty_strided(mapped.shape, stride, dtype=wanted).copy_(mapped)
+
+    def close(self) -> None:
+        """Close the file that was read last."""
+        self._open = None
 
 
-def read_tensor(path: Path, name: str, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns one tensor of a file on the CPU, cast to `dtype` if it is a floating-point one.
-
-    It is a copy: what a file maps into memory stays there until it is closed, and lies at any alignment, which changes
-    the last bits of results.
+def read_tensor(path: Path, name: str) -> Tensor:
+    """Returns a copy of one tensor of a file on the CPU.
 
     Raises:
         CheckpointError: when the file is damaged or has no such tensor.
     """
+    with _told(path), safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name).clone()
+        return tensor
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files with the tensors of a folder: one, or the shards of an index.
+
+    Raises:
+        CheckpointError: when there are none, one is missing, or the index is damaged.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}, and weights of other formats are not read: load the model, "
+            "and write it with model.save_pretrained(folder)"
+        )
     try:
-        with safe_open(path, framework="pt") as file:
-            mapped: Tensor = file.get_tensor(name)
-            wanted = dtype if dtype is not None and mapped.is_floating_point() else mapped.dtype
-            return torch.empty(mapped.shape, dtype=wanted).copy_(mapped)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: '{name}' cannot be read: {error}") from None
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError(f"{names!r} are no names of files")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / INDEX} is damaged: {error}") from None
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} holds no {name}: the copy is incomplete")
+    return [folder / name for name in names]
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
 
 
 @dataclass(frozen=True)

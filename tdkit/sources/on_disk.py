@@ -13,7 +13,7 @@ from tdkit.errors import CheckpointError, SourceError
 from tdkit.models import huggingface
 from tdkit.models.checkpoint import is_saved
 from tdkit.models.on_disk import OnDisk
-from tdkit.models.shards import Shards
+from tdkit.models.shards import Shards, weight_files
 from tdkit.sources.models import TOKENIZER_FILES, class_of, model_sources, needs_code, tokenizer_of
 
 
@@ -60,7 +60,7 @@ def open_model(name: str | Path, *, dtype: torch.dtype | None = None) -> OpenedM
     if getattr(config, "quantization_config", None) is not None or is_saved(folder):
         raise CheckpointError(f"{folder} holds quantised or factorised weights: compress the dense model")
     kind = class_of(config, str(name))
-    shards = Shards(folder)
+    shards = Shards(weight_files(folder))
     model = huggingface.weightless_model(kind, config, dtype or _dtype_of(config, shards))
     weights = OnDisk(model, shards, huggingface.names_when_loaded(model, shards.tensors))
     generation = huggingface.generation_config(model, folder)

@@ -35,6 +35,7 @@ __all__ = [
     "onednn_linear",
     "own_parameters",
     "parameters_of",
+    "parameters_on_meta",
     "pre_hooks_of",
     "rebind_hooked_forward",
     "recurrent_weights_again",
@@ -70,6 +71,27 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
 def submodules_of(module: nn.Module) -> dict[str, nn.Module]:
     """The module's own submodules by name, as fast."""
     return cast("dict[str, nn.Module]", module._modules)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """A context manager inside which modules put the parameters that they are given on the meta device.
+
+    A parameter is freed as soon as its module has it, so that a model is built with one in memory. Parameters that are
+    there already stay the same objects: ties are kept. Buffers are real.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if type(param) is nn.Parameter and not param.is_meta:
+            param = nn.Parameter(param.data.to("meta"), param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def own_parameters(module: nn.Module) -> None:

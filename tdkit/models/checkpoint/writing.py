@@ -13,10 +13,11 @@ from torch import nn
 from tdkit.errors import CheckpointError
 from tdkit.models import huggingface
 from tdkit.models.card import Card
-from tdkit.models.checkpoint.description import DESCRIPTION, FORMAT, WEIGHTS, describe, is_saved
+from tdkit.models.checkpoint.description import DESCRIPTION, FORMAT, describe, is_saved
 from tdkit.models.checkpoint.tensors import tensors_and_ties
 from tdkit.models.checkpoint.values import late_state
 from tdkit.models.registration import attach
+from tdkit.models.shards import WEIGHTS
 from tdkit.models.sites import factorized_layers
 from tdkit.support.compatibility import gathered_state, is_sharded, unwrapped
 from tdkit.support.files import whole_folder
