@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import tempfile
@@ -9,8 +10,9 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,6 +30,18 @@ FORMAT_VERSION = 1
 DESCRIPTION = "calibration.json"
 
 Loss = Callable[[Any, Batch], Tensor]
+
+CurveKey = tuple[str, str, float, float]  # site, decomposition, and two sums that identify the weight
+
+
+class Curves(Protocol):
+    """Where error curves are kept: a dictionary, or files."""
+
+    def __contains__(self, key: CurveKey, /) -> bool: ...
+
+    def __getitem__(self, key: CurveKey, /) -> list[Point]: ...
+
+    def __setitem__(self, key: CurveKey, points: list[Point], /) -> None: ...
 
 
 class Calibration:
@@ -61,8 +75,9 @@ class Calibration:
         self.rows: dict[str, float] = {}
         self._metrics = dict(metrics)
         self._files: dict[str, Path] = {}  # site to file, for moments spilled to disk or not loaded yet
-        self._curves: dict[tuple[str, str, float, float], list[Point]] = {}
+        self._curves: Curves = {}
         self._folder: Path | None = None  # of the spilled moments; deleted together with this object
+        self._original: Calibration | None = None  # of a copy, which keeps the folder
 
     def add(self, metrics: Mapping[str, Metric], *, spill: bool = False) -> None:
         """Add the metrics of more sites; with `spill` they go to a temporary file, which each look-up reads."""
@@ -95,10 +110,17 @@ class Calibration:
     def curve(self, site: Site, kind: Decomposition) -> list[Point]:
         """Returns the error curve of `kind` for a site's weight in the site's metric; cached for later plans."""
         weight = kind.view(site.weight.detach())
-        key = (site.name, repr(kind), float(weight.double().sum()), float(weight.double().square().sum()))
+        total = float(weight.sum(dtype=torch.float64))
+        key = (site.name, repr(kind), total, float(torch.linalg.vector_norm(weight, dtype=torch.float64)))
         if key not in self._curves:
             self._curves[key] = kind.curve(weight, self.metric(site.name))
         return self._curves[key]
+
+    def with_curves(self, curves: Curves) -> Calibration:
+        """Returns a copy that keeps its error curves in `curves`, and uses those that are there already."""
+        other = copy.copy(self)
+        other._curves, other._original = curves, self
+        return other
 
     def inputs_only(self) -> Calibration:
         """Returns a copy without the moments of the output gradients, so that fits weight all outputs equally."""

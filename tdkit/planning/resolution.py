@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.stacked import stacked
 from tdkit.errors import OptionError, PolicyError
-from tdkit.models.sites import Site, Survey, survey, uninitialized
+from tdkit.models.sites import Site, Survey, User, survey, uninitialized
 from tdkit.planning.allocation import FLOOR, Choice, OpenSite
 from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy
@@ -80,8 +80,11 @@ class Resolved:
         return pairs
 
 
-def resolve(model: nn.Module, policy: Policy | Plan) -> Resolved:
+def resolve(model: nn.Module, policy: Policy | Plan, read: Callable[[User], Tensor] | None = None) -> Resolved:
     """Survey `model` and assign the rules of `policy`, or find the layers of a plan.
+
+    Args:
+        read: returns the weight of a layer, where the model does not hold its values.
 
     Raises:
         PolicyError: when a rule matches nothing, the plan belongs to another model, or an argument has a wrong type.
@@ -96,7 +99,7 @@ def resolve(model: nn.Module, policy: Policy | Plan) -> Resolved:
         raise PolicyError(
             f"the shapes of {', '.join(lazy[:3])} are not known yet: run a batch through the model, then compress it"
         )
-    found = survey(model)
+    found = survey(model, read)
     if isinstance(policy, Plan):
         resolved = Resolved(model, found, None, {}, {}, {}, policy)
         resolved.pairs(policy)
