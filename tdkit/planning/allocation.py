@@ -13,6 +13,7 @@ from torch import Tensor
 from tdkit.calibration.calibration import Calibration
 from tdkit.decompositions.base import Decomposition, Point
 from tdkit.errors import BudgetError, PolicyError
+from tdkit.models.groups import Bundle
 from tdkit.models.sites import Site
 from tdkit.planning.budget import UNITS, Costs
 from tdkit.shapes import Shape
@@ -42,17 +43,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class OpenSite:
-    """A site whose rank is chosen from the budget.
+    """A site, or a bundle of groups, whose size is chosen from the budget.
 
     Attributes:
-        site: the weight.
+        site: the weight, or the groups of weights.
         kind: the decomposition, with its rank not set.
         min_keep: lower bound on params after / params before; no bound when None.
         max_keep: upper bound on params after / params before; no bound when None.
         floor: lower bound that an allocator holds where the budget allows it; 0 for none.
     """
 
-    site: Site
+    site: Site | Bundle
     kind: Decomposition
     min_keep: float | None = None
     max_keep: float | None = None
@@ -78,6 +79,7 @@ class OpenSite:
         Raises:
             PolicyError: when it is on the meta device.
         """
+        assert isinstance(self.site, Site)
         weight = self.site.weight.detach()
         if weight.is_meta:
             raise PolicyError(
