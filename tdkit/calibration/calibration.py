@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import tempfile
@@ -9,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,6 +37,18 @@ LEVERAGE_RIDGE = 1.0 / 16384  # of the mean over tokens; 1 for the sum over as m
 
 Loss = Callable[[Any, Batch], Tensor]
 
+CurveKey = tuple[str, str, float, float]  # site, decomposition, and two sums that identify the weight
+
+
+class Curves(Protocol):
+    """Where error curves are kept: a dictionary, or files."""
+
+    def __contains__(self, key: CurveKey, /) -> bool: ...
+
+    def __getitem__(self, key: CurveKey, /) -> list[Point]: ...
+
+    def __setitem__(self, key: CurveKey, points: list[Point], /) -> None: ...
+
 
 class Calibration:
     """The second moments of a model's sites, by site name.
@@ -45,6 +58,8 @@ class Calibration:
         gradients: whether the second moments of the output gradients were measured as well.
         loss: the loss function that was differentiated; None for the default loss. It is not saved.
         labels: the labels of the default loss: "data", or "sampled" from the model's predictions.
+        rows: by site name, the rows that the weight multiplies per token, or per example where the loss counts those;
+            in a convolution the positions of its output.
     """
 
     def __init__(
@@ -63,11 +78,13 @@ class Calibration:
         self.gradients = gradients
         self.loss = loss
         self.labels = labels
+        self.rows: dict[str, float] = {}
         self._metrics = dict(metrics)
         self._files: dict[str, Path] = {}  # site to file, for moments spilled to disk or not loaded yet
-        self._curves: dict[tuple[str, str, float, float], list[Point]] = {}
-        self._eliminations: dict[tuple[str, str, float, float], Elimination] = {}
+        self._curves: Curves = {}
+        self._eliminations: dict[CurveKey, Elimination] = {}
         self._folder: Path | None = None  # of the spilled moments; deleted together with this object
+        self._original: Calibration | None = None  # of a copy, which keeps the folder
 
     def add(self, metrics: Mapping[str, Metric], *, spill: bool = False) -> None:
         """Add the metrics of more sites; with `spill` they go to a temporary file, which each look-up reads."""
@@ -107,10 +124,17 @@ class Calibration:
             errors = sum(self.elimination(group, kind).errors for group in site.groups)
             return kind.curve_of(site.shape, torch.as_tensor(errors))
         weight = kind.view(site.weight.detach())
-        key = (site.name, repr(kind), float(weight.double().sum()), float(weight.double().square().sum()))
+        total = float(weight.sum(dtype=torch.float64))
+        key = (site.name, repr(kind), total, float(torch.linalg.vector_norm(weight, dtype=torch.float64)))
         if key not in self._curves:
             self._curves[key] = kind.curve(weight, self.metric(site.name))
         return self._curves[key]
+
+    def with_curves(self, curves: Curves) -> Calibration:
+        """Returns a copy that keeps its error curves in `curves`, and uses those that are there already."""
+        other = copy.copy(self)
+        other._curves, other._original = curves, self
+        return other
 
     def elimination(self, group: Group, kind: Shrink) -> Elimination:
         """Returns the order in which the units of a group are removed, and the errors; cached for later plans."""
@@ -124,7 +148,9 @@ class Calibration:
         """Returns a copy without the moments of the output gradients, so that fits weight all outputs equally."""
         known = {name: self.metric(name) for name in self.names}
         metrics = {name: Metric(metric.input) for name, metric in known.items() if metric is not None}
-        return Calibration(metrics, batches=self.batches, gradients=False, loss=self.loss, labels=self.labels)
+        inputs = Calibration(metrics, batches=self.batches, gradients=False, loss=self.loss, labels=self.labels)
+        inputs.rows = dict(self.rows)
+        return inputs
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the moments, and the batches when all are tensors, to a folder: completely or not at all.
@@ -156,6 +182,7 @@ class Calibration:
                 "gradients": self.gradients,
                 "labels": self.labels,
                 "files": files,
+                "rows": self.rows,
             }
             (target / DESCRIPTION).write_text(json.dumps(form, indent=2) + "\n", encoding="utf-8")
         return folder
@@ -174,6 +201,7 @@ class Calibration:
             names = {name: folder / file for file, sites in form["files"].items() for name in sites}
             gradients = bool(form["gradients"])
             labels = check_labels(form.get("labels", "data"))
+            rows = {str(name): float(count) for name, count in form.get("rows", {}).items()}
         except FileNotFoundError:
             raise CalibrationError(f"{folder} holds no {DESCRIPTION}: it is no saved calibration") from None
         except (ValueError, KeyError, TypeError, AttributeError, CalibrationError) as error:
@@ -188,7 +216,7 @@ class Calibration:
             with _opened(folder / "batches.safetensors") as file:
                 batches = [file.get_tensor(key) for key in sorted(file.keys())]
         calibration = cls({}, batches=batches, gradients=gradients, labels=labels)
-        calibration._files = names
+        calibration._files, calibration.rows = names, rows
         return calibration
 
 

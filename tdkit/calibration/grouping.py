@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tdkit.calibration.batches import Batch
-from tdkit.calibration.measure import calling_layers
+from tdkit.calibration.measure import without_fast_path
 from tdkit.calibration.runner import Runner, as_it_was
 from tdkit.models.groups.group import Group, Part
 from tdkit.support.compatibility import tree_leaves
@@ -41,7 +41,7 @@ def faults_of(model: nn.Module, groups: Sequence[Group], batch: Batch) -> dict[s
     if not groups:
         return {}
     runner = Runner(model, gradients=False)
-    with torch.inference_mode(False), torch.no_grad(), as_it_was(model, None), calling_layers():
+    with torch.inference_mode(False), torch.no_grad(), as_it_was(model, None), without_fast_path():
         inputs: dict[str, list[Tensor]] = {group.name: [] for group in groups}
         with _hooked(_recorders(group, inputs[group.name]) for group in groups):
             before = _floats(runner.forward(batch))

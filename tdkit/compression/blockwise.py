@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdkit.calibration.calibration import Calibration
-from tdkit.calibration.moments import Recorder
-from tdkit.calibration.runner import Runner, as_it_was
-from tdkit.compression.chains import (
+from tdkit.calibration.chains import (
     Blocks,
     Call,
     Names,
@@ -24,6 +22,8 @@ from tdkit.compression.chains import (
     trace,
     within,
 )
+from tdkit.calibration.moments import Recorder
+from tdkit.calibration.runner import Runner, as_it_was
 from tdkit.compression.jobs import Job
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import CalibrationError

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from tdkit.decompositions.auto import Auto
 from tdkit.decompositions.base import Decomposition
@@ -13,7 +13,7 @@ from tdkit.decompositions.shrink import Shrink
 from tdkit.decompositions.stacked import stacked
 from tdkit.errors import OptionError, PolicyError
 from tdkit.models.groups.group import Bundle
-from tdkit.models.sites import Site, Survey, survey, uninitialized
+from tdkit.models.sites import Site, Survey, User, survey, uninitialized
 from tdkit.planning.allocation import FLOOR, Choice, OpenSite
 from tdkit.planning.grouping import bundles_of, groups_by_rule, shrink_of
 from tdkit.planning.plan import Plan
@@ -87,13 +87,16 @@ class Resolved:
         return pairs
 
 
-def resolve(model: nn.Module, policy: Policy | Plan) -> Resolved:
+def resolve(model: nn.Module, policy: Policy | Plan, read: Callable[[User], Tensor] | None = None) -> Resolved:
     """Survey `model` and assign the rules of `policy`, or find the layers of a plan.
+
+    Args:
+        read: returns the weight of a layer, where the model does not hold its values.
 
     Raises:
         PolicyError: when a rule matches nothing, the plan belongs to another model, or an argument has a wrong type.
-        OptionError: when options do not fit the layers they apply to, or a rank is not set and there is no budget;
-            lists all such layers.
+        OptionError: when options fit none of the layers they apply to, or not one that a rule names, or a rank is not
+            set and there is no budget; lists all such layers.
     """
     if not isinstance(model, nn.Module):
         raise PolicyError(f"the model is a {type(model).__name__}, not a torch.nn.Module: give the model itself")
@@ -103,7 +106,7 @@ def resolve(model: nn.Module, policy: Policy | Plan) -> Resolved:
         raise PolicyError(
             f"the shapes of {', '.join(lazy[:3])} are not known yet: run a batch through the model, then compress it"
         )
-    found = survey(model)
+    found = survey(model, read)
     if isinstance(policy, Plan):
         resolved = Resolved(model, found, None, {}, {}, {}, policy)
         resolved.pairs(policy)
@@ -201,6 +204,10 @@ def _sorted(
     open_sites: dict[int | None, list[OpenSite]] = {}
     problems: list[str] = []
     unbudgeted: dict[str, list[str]] = {}
+    unmet: list[
+        tuple[Site | Bundle, Rule, str]
+    ] = []  # the options of a rule that a site's shape does not allow, and why
+    met: set[int] = set()  # the rules whose options another site's shape allows
     shrinks: dict[tuple[int, Shape, int], bool] = {}  # by rule, shape and size
     together = {site.name for bundle, _ in bundles for site in bundle.sites}
     targets: list[tuple[Site | Bundle, Rule | None]] = [
@@ -226,8 +233,9 @@ def _sorted(
                 fixed[site.name] = Choice(None, reason)
                 continue
         if problem is not None:
-            problems.append(f"{site.name}: {problem}")
+            unmet.append((site, rule, problem))
             continue
+        met.add(id(rule))
         key = id(rule), site.shape, site.params
         if key not in shrinks:
             shrinks[key] = kind.is_complete() or policy.allow_growth or _can_shrink(kind, site)
@@ -244,6 +252,11 @@ def _sorted(
             open_site = OpenSite(site, kind, least, rule.max_keep, floor)
             place = next(number for number, own in enumerate(policy.rules) if own is rule)
             open_sites.setdefault(place if rule.budget is not None else None, []).append(open_site)
+    for site, rule, problem in unmet:
+        if id(rule) in met and not any(rule.spells_out(name) for name in site.names):
+            fixed[site.name] = Choice(None, problem)
+        else:
+            problems.append(f"{site.name}: {problem}")
     for what, names in unbudgeted.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         problems.append(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule, Host
+from tdkit.models.hosts.sequential import PlainStages
 from tdkit.models.lazy_weight import lazy_weight
 from tdkit.support.compatibility import submodules_of
 
@@ -99,6 +100,9 @@ class LinearHost(Host):
         layer = cast(FactorizedLinear, layer)
         return self.resized(layer, layer.matrix.dense(), cast("nn.Parameter | None", layer.bias))
 
+    def sequential(self, layer: FactorizedModule, stages: PlainStages) -> nn.Sequential | None:
+        return _pair(layer, stages)
+
 
 class Conv1DHost(Host):
     """Host of transformers' ``Conv1D``: weight (in, out). Compared by name, so that transformers is not imported."""
@@ -132,6 +136,9 @@ class Conv1DHost(Host):
         layer = cast(FactorizedConv1D, layer)
         return self.resized(layer, layer.matrix.dense(), cast("nn.Parameter | None", layer.bias))
 
+    def sequential(self, layer: FactorizedModule, stages: PlainStages) -> nn.Sequential | None:
+        return _pair(layer, stages)
+
 
 def _with_tensors(dense: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """Gives a layer a copy of a weight in its layout, and a bias: itself if it is a parameter, else as a new one."""
@@ -139,3 +146,18 @@ def _with_tensors(dense: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.M
     known = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
     dense.register_parameter("bias", known)
     return dense
+
+
+def _pair(layer: FactorizedModule, stages: PlainStages) -> nn.Sequential | None:
+    layer = cast(FactorizedLinear, layer)
+    found = stages(layer.matrix)
+    if found is None:
+        return None
+    chain = nn.Sequential()
+    for stage in found:
+        out, width = stage.weight.shape
+        plain = nn.Linear(width, out, bias=False, device="meta")
+        plain.weight = cast(nn.Parameter, stage.weight)
+        chain.append(plain)
+    chain[-1].register_parameter("bias", cast("nn.Parameter | None", layer.bias))
+    return chain
