@@ -18,7 +18,7 @@ from tdkit.models.checkpoint.tensors import tensors_and_ties
 from tdkit.models.checkpoint.values import late_state
 from tdkit.models.registration import attach
 from tdkit.models.shards import WEIGHTS
-from tdkit.models.sites import factorized_layers
+from tdkit.models.sites import is_compressed
 from tdkit.support.compatibility import gathered_state, is_sharded, unwrapped
 from tdkit.support.files import whole_folder
 from tdkit.support.processes import is_main_process
@@ -89,7 +89,7 @@ def _save_pretrained(model: Any, state: Mapping[str, Any] | None, target: Path, 
     config, before = model.config, dict(vars(model.config))
     own = vars(model).get("hf_quantizer")
     try:
-        if any(True for _ in factorized_layers(model)):
+        if is_compressed(model):
             attach(model)
         else:  # an ordinary folder of transformers, with what load needs beside it
             tensors, ties = tensors_and_ties(model.state_dict() if state is None else state)

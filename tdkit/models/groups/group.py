@@ -15,6 +15,11 @@ from tdkit.shapes import Shape
 from tdkit.support.compatibility import parameters_of
 
 
+def bias_of(site: Site) -> Tensor | None:
+    """Returns the bias (out,) of the first layer that uses a weight."""
+    return parameters_of(site.users[0].module).get("bias")
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """One weight of a group, and which of its rows or columns each hidden unit is.
@@ -37,7 +42,7 @@ class Part:
     @property
     def bias(self) -> Tensor | None:
         """The bias of its layer, (out,)."""
-        return parameters_of(self.site.users[0].module).get("bias")
+        return bias_of(self.site)
 
     @property
     def params_per_unit(self) -> int:
