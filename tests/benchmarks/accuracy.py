@@ -66,8 +66,6 @@ SCOPES = (
     *(Scope("blocks", 0.8), Scope("MLP", 0.8), Scope("blocks", 0.6), Scope("blocks", 0.9)),
     Scope("blocks", 0.5),
 )
-    Scope(*each) for each in (("blocks", 0.8), ("MLP", 0.8), ("blocks", 0.6), ("blocks", 0.9), ("blocks", 0.5))
-)
 
 DECOMPOSITIONS: Mapping[str, Decomposition] = {
     "low_rank": LowRank(),
