@@ -169,6 +169,11 @@ class FactorizedMatrix(nn.Module, ABC):
         return sum(p.numel() for p in self.parameters())
 
     @property
+    def held_as_buffers(self) -> int:
+        """Number of those elements that are no parameters, because they are rounded to integers."""
+        return 0
+
+    @property
     def indices(self) -> int:
         """Number of elements of the integer buffers, such as permutations."""
         return sum(b.numel() for b in self.buffers() if not b.is_floating_point())

@@ -13,7 +13,8 @@ from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import TdkitError
 from tdkit.products.autograd import without_autocast
 from tdkit.products.convolution import Geometry
-from tdkit.support.compatibility import in_functional_transform, tree_map_only, wrapper_tensor
+from tdkit.products.recording import is_recorded
+from tdkit.support.compatibility import in_transform, tree_map_only, wrapper_tensor
 
 METADATA = {
     *(
@@ -27,6 +28,9 @@ METADATA = {
     *(Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel),
 }
 """Functions that need only metadata, not the values."""
+
+WRITE = Tensor.data.__set__  # type: ignore[attr-defined]
+"""``weight.data = values``, which a weight computed on each access would forget; libraries merge adapters by it."""
 
 PRODUCTS = {
     *(F.linear, F.embedding, F.multi_head_attention_forward, torch.addmm, torch.mm, torch.matmul),
@@ -59,7 +63,7 @@ def lazy_weight(
         convolves: `size` is that of a convolution, (out, in / groups, *kernel): ``torch.nn.functional.conv2d`` with
             this weight computes as the factorised layer does.
     """
-    if torch.compiler.is_compiling() or in_functional_transform():  # tracing does not keep the subclass
+    if is_recorded() or in_transform():  # none of them keeps the subclass
         return view(matrix.dense())
     size = matrix.shape if size is None else size
     trained = [tensor for tensor in matrix.tensors() if tensor.requires_grad] if torch.is_grad_enabled() else []
@@ -92,6 +96,12 @@ class LazyWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == WRITE:
+            raise TdkitError(
+                "the dense weight of a factorised layer is read-only, computed from its factors: values put in its "
+                "place would be lost. Change the factors in `matrices`; an adapter on such a layer, which merging adds "
+                "to the dense weight, is to be kept beside the model"
+            )
         if func in METADATA:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         if func in CONVOLUTIONS:
@@ -181,13 +191,6 @@ def _convolved(
     if not by_factors or others or input.dim() != weight.dim():
         x, w, b = tree_map_only(LazyWeight, _numbers, (input, weight, bias))
         return func(x, w, b, stride, padding, dilation, groups)
-    kernel = tuple(weight.shape[2:])
-
-    def sizes(given: int | Sequence[int]) -> tuple[int, ...]:
-        given = (given,) if isinstance(given, int) else tuple(given)
-        return given * len(kernel) if len(given) == 1 else given
-
-    pads = padding if isinstance(padding, str) else sizes(padding)
-    geometry = Geometry(kernel, sizes(stride), pads, sizes(dilation), groups)
+    geometry = Geometry.of_call(weight.shape[2:], stride, padding, dilation, groups)
     y: Tensor = cast(LazyWeight, weight)._matrix(input, bias, geometry)
     return y

@@ -28,9 +28,10 @@ from tdkit.products.cost import (
     lookup,
     path_table,
 )
+from tdkit.products.recording import is_for_all_sizes, is_recorded
 from tdkit.products.structure import Structure
 from tdkit.shapes import Shape
-from tdkit.support.compatibility import constant_for_compile, in_transform_or_trace
+from tdkit.support.compatibility import constant_for_compile, in_transform
 
 CHOICES = 256  # sizes of images for which the path is remembered
 
@@ -87,8 +88,8 @@ class Dispatcher:
         bias: Tensor | None,  # (out,)
     ) -> Tensor:  # (*batch, out)
         """``x @ dense().T + bias`` by the cheapest path for the size, dtype and device of x."""
-        if torch.compiler.is_compiling():
-            return matrix.multiply(x, bias, _compiled_path(matrix, x))
+        if is_recorded():
+            return matrix.multiply(x, bias, _recorded_path(matrix, x))
         may_cache = self.prefer == "speed" and not matrix.training
         tensors = matrix.tensors()
         weight = self._weight.again((x.numel(), x.dtype), tensors) if may_cache else None
@@ -102,7 +103,7 @@ class Dispatcher:
         check_loaded(tensors, x)
         tokens, device = x.numel() // matrix.shape[1], x.device.type
         training = _needs_gradients(tensors)
-        if may_cache and not training:
+        if may_cache and not training and not in_transform():
             path = lookup(self.table(matrix, x.dtype, device, cached=True), tokens)
             if path.name != CACHED:
                 return matrix.multiply(x, bias, path)
@@ -152,7 +153,7 @@ class Dispatcher:
         geometry: Geometry,
     ) -> Tensor:  # (batch, out, *spatial)
         """The convolution with the weight that is the matrix, by its stages or by the dense weight."""
-        if torch.compiler.is_compiling():
+        if is_recorded() or in_transform():
             stages = _stages(matrix, geometry)
             if stages is not None and _needs_fewer(stages, matrix.shape, geometry):
                 return chain(x, stages, bias, geometry)
@@ -217,7 +218,9 @@ class Dispatcher:
 
     def may_cache(self, matrix: Factorized) -> bool:
         """Whether a product may cache what it computes from the factors: it is wanted, in eval mode, no gradients."""
-        return self.prefer == "speed" and not matrix.training and not _needs_gradients(matrix.tensors())
+        if self.prefer != "speed" or matrix.training or is_recorded() or in_transform():
+            return False
+        return not _needs_gradients(matrix.tensors())
 
     def new_cache(self) -> CachedTensor:
         """A cache for something else than the dense weight, emptied and counted together with it."""
@@ -245,7 +248,7 @@ class Dispatcher:
     def _kept(
         self, matrix: Factorized, cache: CachedTensor, layout: Callable[[Tensor], Tensor] | None
     ) -> Tensor | None:
-        if self.prefer == "memory" or matrix.training or in_transform_or_trace():
+        if self.prefer == "memory" or matrix.training or is_recorded() or in_transform():
             return None
         tensors = matrix.tensors()
         if _needs_gradients(tensors):
@@ -319,12 +322,19 @@ def _needs_fewer(stages: Sequence[Stage], shape: Shape, geometry: Geometry) -> b
     return multiply_adds([shape_of(stage) for stage in stages], geometry) < multiply_adds(dense, geometry)
 
 
-def _compiled_path(matrix: Factorized, x: Tensor) -> Path:
-    """The path in code made by torch.compile: without cache and kernels, and no arithmetic on shapes in the graph."""
+def _recorded_path(matrix: Factorized, x: Tensor) -> Path:
+    """The path in a recorded program: without cache and kernels, and no arithmetic on shapes in the graph."""
     if matrix.structure is None:
         return matrix.paths(1)[0]
+    if is_for_all_sizes():
+        return _constant_path(matrix.structure)
     table = _constant_table(matrix.structure, x.dtype, x.device.type, torch.is_grad_enabled())
     return lookup(table, x.numel() // matrix.shape[1])
+
+
+@constant_for_compile
+def _constant_path(structure: Structure) -> Path:
+    return structure.recorded_path()
 
 
 @constant_for_compile

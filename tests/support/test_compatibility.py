@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +18,9 @@ from tdkit.support.compatibility import (
     constant_for_compile,
     convolve_its_own_way,
     convolves_its_own_way,
+    exchange_paths,
     has_experts_interface,
-    in_functional_transform,
-    in_transform_or_trace,
+    in_transform,
     move_own_tensors,
     offloads,
     onednn_enabled,
@@ -178,7 +180,7 @@ def test_transforms_of_functions_are_seen() -> None:
     seen = []
 
     def run(x: Tensor) -> Tensor:
-        seen.append(in_functional_transform())
+        seen.append(in_transform())
         return x.sum()
 
     run(torch.ones(3))
@@ -186,24 +188,6 @@ def test_transforms_of_functions_are_seen() -> None:
         transform(run)(torch.ones(3))
     run(torch.ones(3))
     assert seen == [False, True, True, True, False]
-
-
-def test_tensors_that_stand_for_others_are_seen() -> None:
-    seen = []
-
-    def run(x: Tensor) -> Tensor:
-        seen.append(in_transform_or_trace())
-        return x * 2
-
-    run(torch.ones(3))
-    torch.func.vmap(run)(torch.ones(3))
-    with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
-        torch.jit.trace(run, (torch.ones(3),), check_trace=False)
-    torch.compile(run, backend="eager")(torch.ones(3))
-    run(torch.ones(3))
-    assert seen[0] is seen[-1] is False
-    assert seen[1:-1] == [True] * (len(seen) - 2)
-    assert len(seen) >= 5
 
 
 def test_trees_are_taken_apart_and_mapped() -> None:
@@ -369,3 +353,13 @@ def test_the_wrapper_of_torch_compile_holds_the_module_under_a_prefix() -> None:
     assert uncompiled(wrapper) is layer
     assert uncompiled(layer) is layer
     assert set(wrapper.state_dict()) == {f"{COMPILED}weight", f"{COMPILED}bias"}
+
+
+def test_paths_are_exchanged_in_one_step(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    (first / "x").write_text("1")
+    second.mkdir()
+    assert exchange_paths(first, second) == (sys.platform in ("linux", "darwin"))
+    assert (second / "x").exists() == (sys.platform in ("linux", "darwin"))
+    assert not exchange_paths(first, tmp_path / "missing")

@@ -17,7 +17,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedModule, Handles, Host, Observer, Removable
 from tdkit.models.hosts.products import observing
+from tdkit.models.hosts.windows import observed
 from tdkit.models.lazy_weight import keep_in_cache
+from tdkit.products.recording import is_recorded
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import (
     RecurrentWeights,
@@ -148,9 +150,16 @@ class InPlaceHost(Host):
                 return Handles()
             matrix = submodules_of(module)[module.matrix_name(weight)]
             running: list[nn.Module] = []  # a tied matrix is called by other layers too
+
+            def see(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+                if not running:
+                    return None
+                geometry = args[2] if len(args) > 2 else None  # of a convolution
+                return observe(args[0], y) if geometry is None else observed(observe, args[0], y, geometry)
+
             return Handles(
                 module.register_forward_pre_hook(lambda called, _: running.append(called)),
-                matrix.register_forward_hook(lambda _, args, y: observe(args[0], y) if running else None),
+                matrix.register_forward_hook(see),
                 module.register_forward_hook(lambda *_: running.clear(), always_call=True),
             )
         return observing(module, weight, observe, looks_up=self.multiplications(module, weight) == 0)
@@ -348,7 +357,7 @@ def _building_once(dense_class: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(inner)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = vars(self)
-        if torch.compiler.is_compiling() or state["_built"] is not None:
+        if is_recorded() or state["_built"] is not None:
             return inner(self, *args, **kwargs)
         state["_built"] = {}
         try:
