@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tdkit.support.compatibility import version_of
 
-
 CALLS = 64  # that are remembered: the sizes of batches of an expert, or of images
 
 

@@ -308,14 +308,14 @@ def _multiply(
     if not channels_last:
         every = matrix.expand(batch, -1, -1)
         y = torch.bmm(every, columns) if bias is None else torch.baddbmm(bias[:, None], every, columns)
-        return y.unflatten(2, x.shape[2:])
+        return y.view(batch, len(matrix), *x.shape[2:])
     rows = columns.mT
     if rows.is_contiguous():
         y = onednn.linear(rows, matrix, bias)
     else:
         every = matrix.T.expand(batch, -1, -1)
         y = torch.bmm(rows, every) if bias is None else torch.baddbmm(bias, rows, every)
-    return y.mT.unflatten(2, x.shape[2:])
+    return y.mT.view(batch, len(matrix), *x.shape[2:])
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -15,7 +15,7 @@ from tdkit.shapes import Shape
 CHAIN = "chain"  # the path of the stages
 TRAFFIC = 2.0  # elements copied per element of an input, output or weight: oneDNN computes in layouts of its own
 POINTWISE = 49  # positions of an image whose time a 1 x 1 convolution loses
-HELD = 1.1  # of what a dense convolution holds that the stages may hold
+HELD = 1.05  # of what a dense convolution holds that the stages may hold
 RECORDED = 4 / 3  # time of a training step of a chain, which is computed twice, by that of a dense one
 
 
