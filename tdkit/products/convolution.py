@@ -275,9 +275,10 @@ class Chain(torch.autograd.Function):
 def _run(
     x: Tensor, bias: Tensor | None, weights: Sequence[Tensor], stages: Sequence[Stage], geometry: Geometry
 ) -> Tensor:
-    recorded = torch.is_grad_enabled() and any(operand.requires_grad for operand in (x, *weights))
-    multiplies = x.device.type == "cpu" and not recorded and not torch.compiler.is_compiling()
-    channels_last = _is_channels_last(x)
+    plain = is_recorded() or needs_plain_operations() or x.device.type != "cpu"
+    needs_gradients = torch.is_grad_enabled() and any(operand.requires_grad for operand in (x, *weights))
+    multiplies = not (plain or needs_gradients)
+    channels_last = multiplies and _is_channels_last(x)
     for number, (weight, stage) in enumerate(zip(weights, stages, strict=True)):
         own, is_last = geometry.along(stage.axes, stage.groups), number == len(stages) - 1
         own_bias = bias if is_last else None
