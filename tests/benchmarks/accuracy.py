@@ -27,9 +27,19 @@ import torch
 from torch import Tensor, nn
 
 import tdkit
-from tdkit import Auto, Calibration, Decomposition, Kronecker, LowRank, PermutedKronecker, Policy, Rule, TTMatrix
+from tdkit import (
+    Auto,
+    Calibration,
+    Decomposition,
+    Kronecker,
+    LowRank,
+    PermutedKronecker,
+    Policy,
+    Rule,
+    Shrink,
+    TTMatrix,
+)
 from tdkit.calibration.losses import Labels
-from tdkit.decompositions.shrink import Shrink
 from tdkit.evaluation.language_models import PROTOCOL, evaluate
 from tdkit.models.sites import survey
 from tdkit.planning.grouping import shrink_of

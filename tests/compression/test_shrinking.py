@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tdkit
-from tdkit import Auto, Calibration, LowRank, Plan, Policy, Rule
-from tdkit.decompositions.shrink import Shrink
+from tdkit import Auto, Calibration, LowRank, Plan, Policy, Rule, Shrink
 from tdkit.errors import CalibrationError, CheckpointError, OptionError, PolicyError
 from tdkit.models.hosts.linear import FactorizedLinear
 from tdkit.models.sites import num_params
