@@ -11,7 +11,7 @@ from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.shrink import Shrink
 from tdkit.errors import CalibrationError, PolicyError
 from tdkit.models.groups.group import Bundle, Group
-from tdkit.models.groups.registered import groups_of
+from tdkit.models.groups.registered import groups_of, refusal
 from tdkit.models.sites import Site
 from tdkit.planning.rule import Rule
 from tdkit.planning.step import Step
@@ -83,6 +83,9 @@ def shrunk_groups(pairs: Sequence[tuple[Step, Site]]) -> list[tuple[Group, Shrin
         sites = [site for _, site in pairs if site.name in kinds and kinds[site.name].shared == shared]
         for group in groups_of(sites, shared):
             own = [kinds[site.name] for site in group.sites]
+            why = refusal(group)
+            if why is not None:
+                raise PolicyError(f"the plan shrinks {group.name}, and {why}")
             if any(kind != own[0] for kind in own) or (own[0].units or 0) > group.units:
                 names = ", ".join(site.name for site in group.sites)
                 raise PolicyError(f"the plan's steps of {names} must keep the same number of the {group.units} units")

@@ -13,6 +13,7 @@ from tdkit.decompositions.shrink import Shrink
 from tdkit.decompositions.stacked import stacked
 from tdkit.errors import OptionError, PolicyError
 from tdkit.models.groups.group import Bundle
+from tdkit.models.groups.registered import refusal
 from tdkit.models.sites import Site, Survey, User, survey, uninitialized
 from tdkit.planning.allocation import FLOOR, Choice, OpenSite
 from tdkit.planning.grouping import bundles_of, groups_by_rule, shrink_of
@@ -130,6 +131,7 @@ def _resolved(
     model: nn.Module, found: Survey, policy: Policy, rules: Mapping[str, Rule], faults: Mapping[str, str]
 ) -> Resolved:
     pairs = groups_by_rule(found.sites, rules)
+    faults = {group.name: why for group, _ in pairs if (why := refusal(group)) is not None} | dict(faults)
     alone = {site.name: f"not shrunk: {faults[g.name]}" for g, _ in pairs if g.name in faults for site in g.sites}
     bundles = bundles_of([(group, rule) for group, rule in pairs if group.name not in faults])
     fixed, open_sites = _sorted(policy, found, rules, bundles, alone)

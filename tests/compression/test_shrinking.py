@@ -350,3 +350,20 @@ def test_damaged_sizes_are_told(tmp_path: Path) -> None:
         file.write_text(json.dumps({**json.loads(file.read_text()), "sizes": sizes}))
         with pytest.raises(CheckpointError, match=message):
             tdkit.load(tmp_path / "whole", model=model)
+
+
+def test_without_gradients_all_groups_keep_the_same_share(llama: Any) -> None:
+    known = tdkit.calibrate(llama, batches(), gradients=False, progress=False)
+    plan = tdkit.plan(llama, Policy([Rule("*.mlp.*", Shrink(), budget=0.5)]), calibration=known)
+    assert {step.decomposition for step in plan.rewritten} == {Shrink(units=32)}
+    assert all(step.loss is None for step in plan)
+    tdkit.compress(llama, plan, calibration=known)
+    assert num_params(llama) == plan.params_after
+
+
+def test_attention_with_biases_is_kept_and_the_plan_says_why() -> None:
+    model = make_llama(attention_bias=True)
+    plan = tdkit.plan(model, Policy([Rule("*self_attn*", Shrink(units=4))]), calibration=batches())
+    assert plan["model.layers.0.self_attn.v_proj"].reason == (
+        "not shrunk: model.layers.0.self_attn.v_proj has a bias, which would have to lose rows too"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from tdkit.fitting.elimination import eliminate
 from tdkit.models.groups import registered
 from tdkit.models.groups.group import Bundle
 from tdkit.models.groups.mlp import Mlp as Names
-from tdkit.models.groups.registered import groups_of
+from tdkit.models.groups.registered import groups_of, refusal
 from tdkit.models.shrinking import masked, problem_of, shrunk
 from tdkit.models.sites import survey
 from tdkit.models.swap import Resized, swapping
@@ -96,18 +95,29 @@ def test_names_that_are_given_make_a_group() -> None:
     assert found(model, "0", "2") == [["block.0", "block.2"]]
 
 
-@pytest.mark.parametrize("wrong", ["shape", "shared", "convolution"])
-def test_weights_that_cannot_shrink_are_no_group(wrong: str) -> None:
-    model = nn.Sequential(Mlp(), Mlp())
-    first: Any = model[0]
-    if wrong == "shape":
-        first.up_proj = nn.Linear(8, 11)
-    elif wrong == "shared":
-        model.add_module("again", nn.Sequential(first.up_proj))
+WRONG: dict[str, tuple[str, nn.Module]] = {
+    "gate_proj is shared with again": ("", nn.Identity()),
+    "down_proj is a Conv1d, whose size is not changed": ("down_proj", nn.Conv1d(12, 8, 1)),
+}
+
+
+@pytest.mark.parametrize("why", WRONG)
+def test_weights_that_cannot_shrink_are_refused_with_the_reason(why: str) -> None:
+    model = Mlp()
+    name, other = WRONG[why]
+    if name:
+        model.add_module(name, other)
     else:
-        first.down_proj = nn.Conv1d(12, 8, 1)
-    assert [group for group in found(model) if group[0].startswith("0.gate")] == []
-    assert ["1.gate_proj", "1.up_proj", "1.down_proj"] in found(model)
+        model.add_module("again", model.gate_proj)
+    (group,) = groups_of(survey(model).sites)
+    assert refusal(group) == why
+
+
+def test_weights_of_other_shapes_are_no_group() -> None:
+    model = Mlp()
+    model.gate_proj = nn.Linear(8, 11)
+    model.up_proj = nn.Linear(8, 11)
+    assert found(model) == []
 
 
 def test_a_bundle_has_the_size_of_its_weights_and_of_the_biases_that_go_with_a_unit() -> None:
@@ -245,4 +255,5 @@ def test_all_units_kept_change_nothing() -> None:
 def test_a_bias_keeps_attention_whole() -> None:
     model = Attention()
     model.k_proj = nn.Linear(10, 12)
-    assert found(model) == [["v_proj", "o_proj"]]
+    reasons = {group.name: refusal(group) for group in groups_of(survey(model).sites)}
+    assert reasons == {"q_proj": "k_proj has a bias, which would have to lose rows too", "o_proj": None}

@@ -18,7 +18,7 @@ patterns: Registry[Sequence[Pattern]] = Registry(
 
 
 def groups_of(sites: Sequence[Site], shared: Sequence[str] = ()) -> list[Group]:
-    """Returns the groups among sites, in their order; each site belongs to one group at most.
+    """Returns the groups among sites, in their order; each site belongs to one group at most. See `refusal`.
 
     Args:
         shared: names of weights that share hidden units, the consumer last; the registered patterns when empty.
@@ -30,7 +30,7 @@ def groups_of(sites: Sequence[Site], shared: Sequence[str] = ()) -> list[Group]:
     for pattern in tried:
         for group in pattern.find(known):
             names = {site.name for site in group.sites}
-            if refusal(group) is None and not names & taken:
+            if not names & taken:
                 taken |= names
                 found[group.consumer.site.name] = group
     return [found[site.name] for site in sites if site.name in found]
