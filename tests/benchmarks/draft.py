@@ -1,6 +1,6 @@
 """A compressed SmolLM2-135M as the draft of the dense one in assisted generation; writes draft.json and draft.md.
 
-    PYTHONPATH=. python tests/benchmarks/draft.py [--keeps 0.9 0.8 0.7] [--prompts 8] [--new-tokens 64]
+    PYTHONPATH=. python tests/benchmarks/draft.py [--keeps 0.9 0.8 0.7] [--prompts 4] [--new-tokens 64]
 
 Each row is stored in `docs/results/draft.json` when it is finished; a rerun computes only missing rows. Decoding is
 greedy, so that the draft changes the time only. Minutes on two cores.
@@ -31,8 +31,8 @@ from tdkit.support.tables import markdown_table
 
 SEED = 0
 KEEPS = (0.9, 0.8, 0.7)  # params after / params before of the blocks
-DRAFTED = (2, 5)  # tokens that the draft proposes in each round
-CALIBRATION_TOKENS, EVALUATION_TOKENS, CONTEXT, PROMPT = 16384, 4096, 512, 32
+DRAFTED = (2, 4)  # tokens that the draft proposes in each round
+CALIBRATION_TOKENS, EVALUATION_TOKENS, CONTEXT, PROMPT = 8192, 4096, 512, 32
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of draft.json and draft.md")
     parser.add_argument("--keeps", type=float, nargs="*", default=list(KEEPS))
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=64)
     given = parser.parse_args()
     torch.manual_seed(SEED)
