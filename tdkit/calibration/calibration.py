@@ -38,6 +38,8 @@ class Calibration:
         gradients: whether the second moments of the output gradients were measured as well.
         loss: the loss function that was differentiated; None for the default loss. It is not saved.
         labels: the labels of the default loss: "data", or "sampled" from the model's predictions.
+        rows: by site name, the rows that the weight multiplies per token, or per example where the loss counts those;
+            in a convolution the positions of its output.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Calibration:
         self.gradients = gradients
         self.loss = loss
         self.labels = labels
+        self.rows: dict[str, float] = {}
         self._metrics = dict(metrics)
         self._files: dict[str, Path] = {}  # site to file, for moments spilled to disk or not loaded yet
         self._curves: dict[tuple[str, str, float, float], list[Point]] = {}
@@ -101,7 +104,9 @@ class Calibration:
         """Returns a copy without the moments of the output gradients, so that fits weight all outputs equally."""
         known = {name: self.metric(name) for name in self.names}
         metrics = {name: Metric(metric.input) for name, metric in known.items() if metric is not None}
-        return Calibration(metrics, batches=self.batches, gradients=False, loss=self.loss, labels=self.labels)
+        inputs = Calibration(metrics, batches=self.batches, gradients=False, loss=self.loss, labels=self.labels)
+        inputs.rows = dict(self.rows)
+        return inputs
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the moments, and the batches when all are tensors, to a folder: completely or not at all.
@@ -133,6 +138,7 @@ class Calibration:
                 "gradients": self.gradients,
                 "labels": self.labels,
                 "files": files,
+                "rows": self.rows,
             }
             (target / DESCRIPTION).write_text(json.dumps(form, indent=2) + "\n", encoding="utf-8")
         return folder
@@ -151,6 +157,7 @@ class Calibration:
             names = {name: folder / file for file, sites in form["files"].items() for name in sites}
             gradients = bool(form["gradients"])
             labels = check_labels(form.get("labels", "data"))
+            rows = {str(name): float(count) for name, count in form.get("rows", {}).items()}
         except FileNotFoundError:
             raise CalibrationError(f"{folder} holds no {DESCRIPTION}: it is no saved calibration") from None
         except (ValueError, KeyError, TypeError, AttributeError, CalibrationError) as error:
@@ -165,7 +172,7 @@ class Calibration:
             with _opened(folder / "batches.safetensors") as file:
                 batches = [file.get_tensor(key) for key in sorted(file.keys())]
         calibration = cls({}, batches=batches, gradients=gradients, labels=labels)
-        calibration._files = names
+        calibration._files, calibration.rows = names, rows
         return calibration
 
 

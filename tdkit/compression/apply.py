@@ -16,8 +16,11 @@ from tdkit.compression.blockwise import fit_in_order
 from tdkit.compression.fit import fit_step
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import CalibrationError, OptionError, PolicyError
+from tdkit.models.quantization import quantize
+from tdkit.models.registration import attach
 from tdkit.models.sites import Site
 from tdkit.models.swap import Swap, swapping
+from tdkit.planning.budget import FLOATS, INTEGERS, Budget
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import calibrated, planned
 from tdkit.planning.policy import Policy
@@ -108,11 +111,14 @@ def compress_resolved(
                 fit_in_order(model, pairs, known, swap, device=device, progress=progress)
             else:
                 _fit_all(pairs, known, swap, device, progress)
-            if number + 1 < passes:
+            if number + 1 == passes:
+                _cast(model, made.target)
+            else:
                 assert calibration is not None
                 sites = [site for site in resolved.survey.sites if site.name in calibration.names]
                 known = recalibrate(model, sites, calibration, device=device, progress=progress)
                 swap.undo()
+    attach(model)
     return model
 
 
@@ -129,6 +135,14 @@ def _check_options(calibration: object, sequential: bool, passes: int) -> None:
     for what, asked in (("sequential=True", sequential), (f"passes={passes}", passes > 1)):
         if asked and lacking:
             raise CalibrationError(f"{what} runs the calibration batches again: give calibration= with its batches")
+
+
+def _cast(model: nn.Module, target: Budget | None) -> None:
+    """Give the model the dtype that the budget asks for."""
+    if target is not None and target.dtype in INTEGERS:
+        quantize(model, INTEGERS[target.dtype])
+    elif target is not None and target.dtype is not None:
+        model.to(FLOATS[target.dtype])
 
 
 def _check_weights(resolved: Resolved) -> None:

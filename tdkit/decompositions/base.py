@@ -146,7 +146,7 @@ class FactorizedMatrix(nn.Module, ABC):
 
     @property
     def prefer(self) -> Preference:
-        """What `tdkit.prepare` said; 'memory' at first."""
+        """What `tdkit.prepare` said; 'auto' at first."""
         return self.dispatcher.prefer
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -167,6 +167,11 @@ class FactorizedMatrix(nn.Module, ABC):
     def params(self) -> int:
         """Number of elements of the factors; integer buffers are counted by `indices`."""
         return sum(p.numel() for p in self.parameters())
+
+    @property
+    def held_as_buffers(self) -> int:
+        """Number of those elements that are no parameters, because they are rounded to integers."""
+        return 0
 
     @property
     def indices(self) -> int:

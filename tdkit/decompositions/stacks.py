@@ -196,7 +196,7 @@ class LowRankStack(FactorizedStack):
 
     def _cached(self, x: Tensor, counts: Sequence[int]) -> Tensor | None:
         """The cached dense stack, where the product is faster by it; None where it is not, or may not be cached."""
-        if torch.compiler.is_compiling() or not self.dispatcher.may_cache(self):
+        if not self.dispatcher.may_cache(self):
             return None
         reached = [count for count in counts if count]
         if not reached or not self._is_faster_cached(sum(reached) // len(reached), x.dtype, x.device.type):

@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from tdkit.decompositions.base import Preference
 from tdkit.errors import PolicyError
 from tdkit.evaluation.timing import peak_bytes, side_by_side
+from tdkit.models.conversion import to_dense
 from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule
 from tdkit.models.hosts.convolution import FactorizedConvolution, image_size
 from tdkit.models.hosts.embedding import FactorizedEmbedding
 from tdkit.models.hosts.experts import ExpertsLayer, experts_of_a_token, stacks_of
 from tdkit.models.hosts.linear import FactorizedLinear
-from tdkit.models.hosts.registered import dense_layer
 from tdkit.models.preparation import cached_bytes, prepare
-from tdkit.models.sites import factorized_groups, factorized_layers, num_bytes, replace_module, survey
+from tdkit.models.sites import factorized_groups, factorized_layers, num_bytes, survey
 from tdkit.models.swap import Fitted, swapping
-from tdkit.models.ties import follow_ties
 from tdkit.planning.plan import Plan
 from tdkit.products.cost import CACHED, DENSE
 from tdkit.shapes import by
@@ -196,20 +195,7 @@ def benchmark(
 
 def densified(model: nn.Module) -> nn.Module:
     """Returns a copy of `model` with equivalent dense layers, tied like the factorised ones."""
-    twin = copy.deepcopy(model)
-    built: dict[int, nn.Module] = {}  # by factorised layer, one for all its names
-    weights: dict[int, Tensor] = {}  # by matrix
-    for name, layer in list(factorized_layers(twin)):
-        if id(layer) not in built:
-            built[id(layer)] = dense = dense_layer(layer)
-            for weight, matrix in layer.matrices.items():
-                own = getattr(dense, weight)
-                first = weights.setdefault(id(matrix), own)
-                if first.shape == own.shape:
-                    setattr(dense, weight, first)
-        replace_module(twin, name, built[id(layer)])
-    follow_ties(twin)
-    return twin
+    return to_dense(copy.deepcopy(model))
 
 
 def unfitted(model: nn.Module, plan: Plan) -> nn.Module:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -256,14 +255,21 @@ def factorized_groups(model: nn.Module) -> list[tuple[FactorizedMatrix, list[Fac
 
 
 def num_params(model: nn.Module) -> int:
-    """Returns the number of parameters of a model; tied ones are counted once."""
-    return sum(p.numel() for p in model.parameters())
+    """Returns the number of parameters of a model, those of quantized factors included; tied ones are counted once."""
+    rounded = sum(module.held_as_buffers for module in model.modules() if isinstance(module, FactorizedMatrix))
+    return sum(p.numel() for p in model.parameters()) + rounded
 
 
 def num_bytes(model: nn.Module) -> int:
     """Returns the bytes of the tensors in the ``state_dict`` of a model; tied ones are counted once."""
-    tensors: dict[int, torch.Tensor] = {t.data_ptr(): t for t in model.state_dict().values()}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(model))
+
+
+def distinct_tensors(model: nn.Module) -> list[Tensor]:
+    """Returns the tensors in the ``state_dict`` of a model, tied ones once; also of a model on the meta device."""
+    saved = set(model.state_dict())
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return list({t.data_ptr() or id(t): t for name, t in named if name in saved}.values())
 
 
 def changes_in_place(host: Host, layer: str) -> bool:

@@ -108,11 +108,25 @@ class Swap:
         self._spilled: list[_Spilled] = []
         self._folder = tempfile.TemporaryDirectory(prefix="tdkit-weights-") if spill else None
 
-    def put(self, fitted: Fitted) -> None:
-        """Replace every layer of each site by a factorised layer."""
+    def dense(self, layer: str) -> nn.Module:
+        """Returns the dense layer of this name, also once it is replaced.
+
+        Raises:
+            AttributeError: when the model has no such layer.
+        """
+        record = self._replaced.get(layer)
+        return self.model.get_submodule(layer) if record is None else record.dense
+
+    def put(self, fitted: Fitted, options: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Replace every layer of each site by a factorised layer.
+
+        Args:
+            fitted: the sites and their factorised matrices.
+            options: `Host.options` by the name of the layer; read from the dense layers when None.
+        """
         for site, matrix in fitted:
             built: dict[int, nn.Module] = {}  # one layer per module, also when it has several names
-            records = [self._record(user) for user in site.users]
+            records = [self._record(user, options) for user in site.users]
             weight = parameters_of(records[0].dense).get(site.users[0].weight)
             for user, record in zip(site.users, records, strict=True):
                 if id(record) not in built:
@@ -146,7 +160,7 @@ class Swap:
         if self._folder is not None:
             self._folder.cleanup()
 
-    def _record(self, user: User) -> _Replaced:
+    def _record(self, user: User, options: Mapping[str, Mapping[str, Any]] | None) -> _Replaced:
         """Returns the record of a layer; all names of a layer share one record."""
         if user.layer not in self._replaced:
             module = user.module
@@ -155,7 +169,8 @@ class Swap:
             if record is None:
                 in_place = changes_in_place(user.host, user.layer)
                 dense = shallow_copy(module) if in_place else module
-                record = _Replaced(dense, weakref.ref(module), user.host.options(module), in_place)
+                known = user.host.options(module) if options is None else options[user.layer]
+                record = _Replaced(dense, weakref.ref(module), known, in_place)
             self._replaced[user.layer] = record
         return self._replaced[user.layer]
 

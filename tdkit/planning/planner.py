@@ -19,10 +19,11 @@ from tdkit.decompositions.stacks import FactorizedStack
 from tdkit.errors import BudgetError, CalibrationError
 from tdkit.models.hosts.base import Host
 from tdkit.models.hosts.registered import builder_of
-from tdkit.models.sites import FactorizedUser, Site, factorized_groups, num_params, survey
+from tdkit.models.sites import FactorizedUser, Site, factorized_groups, num_bytes, num_params, survey
 from tdkit.planning.adapters import adapter_of
 from tdkit.planning.allocation import Choice
 from tdkit.planning.allocators import Request, allocate
+from tdkit.planning.budget import UNITS, Budget, Costs, dense_bytes, factor_bytes, other_bytes
 from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve
@@ -113,7 +114,15 @@ def planned(resolved: Resolved, calibration: Calibration | None = None, *, progr
         steps.append(_step(site, choice, policy.allow_growth))
     before = num_params(resolved.model)
     after = before - sum(s.params_before - s.params_after for s in steps)
-    made = Plan(tuple(steps), before, after, resolved.survey.untouchable, policy.budget)
+    made = Plan(
+        tuple(steps),
+        before,
+        after,
+        resolved.survey.untouchable,
+        policy.budget,
+        bytes_before=num_bytes(resolved.model),
+        bytes_after=_bytes_after(resolved, steps, policy.target),
+    )
     return replace(made, warnings=warnings_of(made, resolved))
 
 
@@ -136,7 +145,8 @@ def applied_plan(model: nn.Module) -> Plan:
     ordered = [steps[key] for key in sorted(steps, key=lambda key: places[key[0]])]
     after = num_params(model)
     before = after + sum(s.params_before - s.params_after for s in ordered)
-    made = Plan(tuple(ordered), before, after, found.untouchable)
+    size = num_bytes(model)
+    made = Plan(tuple(ordered), before, after, found.untouchable, bytes_after=size)
     return replace(made, warnings=warnings_of_applied(made, model))
 
 
@@ -151,25 +161,39 @@ def _choose(
             place = f"rule '{rule.match}' with budget={rule.budget}"
             choices |= allocate(policy.allocation, Request(sites, available, place, calibration, progress))
     if None in resolved.open:
-        assert policy.budget is not None
-        sites = resolved.open[None]
-        whole = num_params(resolved.model)
-        elsewhere = whole - sum(s.site.params for s in sites)
-        for site in resolved.survey.sites:
-            if site.name in choices:
-                elsewhere -= site.params - _step(site, choices[site.name], policy.allow_growth).params_after
-        available = int(policy.budget * whole) - elsewhere
+        target = policy.target
+        assert target is not None
+        sites, every = resolved.open[None], resolved.survey.sites
+        costs = Costs(target.unit, target.dtype, calibration)
+        whole, elsewhere = costs.whole(resolved.model, every), costs.rest(resolved.model, every)
+        chosen = {open_site.site.name for open_site in sites}
+        for site in every:
+            if site.name not in chosen:
+                choice = choices.get(site.name, Choice(None))
+                elsewhere += costs.of(site, _step(site, choice, policy.allow_growth).decomposition)
+        available = int(target.ratio * whole) - elsewhere
         place = f"policy budget={policy.budget}"
         if available <= 0:
-            lost = sum(weight.params for weight in resolved.survey.untouchable) / whole
+            lost = sum(weight.params for weight in resolved.survey.untouchable) / num_params(resolved.model)
             raise BudgetError(
                 f"{place} cannot be met: what the open rules do not match already holds "
-                f"{elsewhere / whole:.3f} of the parameters"
-                + (f", {lost:.3f} in weights that cannot be rewritten" if lost else "")
+                f"{elsewhere / whole:.3f} of the {UNITS[target.unit]}"
+                + (f", {lost:.3f} of the params are in weights that cannot be rewritten" if lost else "")
                 + ": raise the budget or match more layers"
             )
-        choices |= allocate(policy.allocation, Request(sites, available, place, calibration, progress))
+        choices |= allocate(policy.allocation, Request(sites, available, place, calibration, progress, costs))
     return choices
+
+
+def _bytes_after(resolved: Resolved, steps: Sequence[Step], target: Budget | None) -> int:
+    """Returns the bytes of all tensors after compression."""
+    dtype = None if target is None else target.dtype
+    sites = resolved.survey.sites
+    size = other_bytes(resolved.model, sites, dtype)
+    for site, step in zip(sites, steps, strict=True):
+        kind = step.decomposition
+        size += dense_bytes(site, dtype) if kind is None else factor_bytes(site, kind, dtype)
+    return size
 
 
 def _applied(matrix: FactorizedMatrix, users: Sequence[FactorizedUser]) -> Step:

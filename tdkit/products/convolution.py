@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tdkit.products.autograd import autocast_dtype
+from tdkit.products.recording import is_recorded, needs_plain_operations
 from tdkit.shapes import Shape
-from tdkit.support.compatibility import in_functional_transform
 
 FUNCTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
 TRANSPOSED: tuple[Callable[..., Tensor], ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -195,10 +195,12 @@ def _recorded(
     geometry: Geometry,
     images: int | None,
 ) -> Tensor:
-    traced = torch.compiler.is_compiling() or in_functional_transform()
+    traced = is_recorded() or needs_plain_operations()
     operands = [x, *weights, *([] if bias is None else [bias])]
-    if traced or not torch.is_grad_enabled() or not any(operand.requires_grad for operand in operands):
-        return _in_parts(x, bias, weights, stages, geometry, len(x) if traced or images is None else images)
+    if traced:
+        return _run(x, bias, weights, stages, geometry)
+    if not torch.is_grad_enabled() or not any(operand.requires_grad for operand in operands):
+        return _in_parts(x, bias, weights, stages, geometry, len(x) if images is None else images)
     shapes = tuple(Stage(torch.empty(0), s.axes, s.groups, s.leading, s.trailing) for s in stages)
     y: Tensor = Chain.apply(shapes, geometry, x, bias, *weights)  # type: ignore[no-untyped-call]
     return y

@@ -9,7 +9,7 @@ import torch
 
 from tdkit.errors import MissingDependencyError, SourceError, did_you_mean
 from tdkit.models import huggingface
-from tdkit.models.checkpoint import DESCRIPTION, load
+from tdkit.models.checkpoint import is_saved, load
 from tdkit.registry import Registry
 from tdkit.sources.source import ModelSource, Source, call_source, not_callable
 from tdkit.support.devices import check_device
@@ -52,7 +52,7 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: torch.d
             "config.json and the weights. For a file of weights alone, build the model in Python, load the weights "
             "and call tdkit.compress(model, ...)"
         )
-    if (path / DESCRIPTION).is_file():
+    if is_saved(path):
         source = Source(name, load(path), _tokenizer(path))
     elif not (path / "config.json").is_file() and name.partition(":")[0] in model_sources.names():
         source = _registered(name, dtype)
@@ -104,10 +104,8 @@ def _class_of(config: Any, name: str) -> Any:
     if not config.architectures:
         return package.AutoModel
     wanted = config.architectures[0]
-    kind: Any = getattr(package, wanted, None) if isinstance(wanted, str) else None
-    base = package.PreTrainedModel
-    shipped = isinstance(kind, type) and issubclass(kind, base) and kind is not base
-    if not shipped:
+    kind = huggingface.shipped_class(wanted)
+    if kind is None:
         raise _needs_code(
             name, f"its config.json names the class {wanted!r}, which transformers {package.__version__} does not ship"
         )

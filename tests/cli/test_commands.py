@@ -94,7 +94,7 @@ def test_plan_reads_a_policy_file(tdkit: Tdkit, gpt2_folder: Path, tmp_path: Pat
 def test_a_budget_on_the_command_line_leaves_the_rest_of_a_policy_file(tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
     policy.write_text("budget: 0.9\nallocation: uniform\nrules:\n- {match: '*', with: low_rank}\n")
-    chosen = policy_of(policy, "low_rank", None, 0.8)
+    chosen = policy_of(policy, "low_rank", None, "0.8")
     assert chosen == replace(Policy.from_yaml(policy), budget=0.8)
     assert chosen.allocation == "uniform"
 

@@ -22,7 +22,7 @@ from tdkit.errors import OptionError, PolicyError
 from tdkit.fitting.metric import Metric
 from tdkit.models.hosts.embedding import FactorizedEmbedding
 from tdkit.models.hosts.linear import FactorizedLinear
-from tdkit.models.sites import num_params
+from tdkit.models.sites import factorized_groups, num_params
 from tests.kinds import OF_MATRICES
 
 EVERY = [decompositions.get(name)() for name in OF_MATRICES]
@@ -243,7 +243,8 @@ class TestTransformers:
         model.save_pretrained(tmp_path)
         with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
             saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        assert sum(tensor.numel() for tensor in saved.values()) == num_params(model)
+        marks = sum(len(users) for _, users in factorized_groups(model))  # one number for each dense weight
+        assert sum(tensor.numel() for tensor in saved.values()) == num_params(model) + marks
 
     def test_gradient_checkpointing(self, model: Any, ids: Tensor) -> None:
         model.train()

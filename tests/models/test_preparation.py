@@ -387,7 +387,9 @@ def test_a_compiled_model_computes_from_its_factors() -> None:
 
 
 def test_another_preference_is_refused() -> None:
-    with pytest.raises(OptionError, match="prefer='sped' must be one of 'speed', 'memory'; did you mean 'speed'"):
+    with pytest.raises(
+        OptionError, match="prefer='sped' must be one of 'speed', 'auto', 'memory'; did you mean 'speed'"
+    ):
         prepare(nn.Linear(2, 2), prefer="sped")
 
 

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import TdkitError
 from tdkit.models.hosts.routing import StackObserver
+from tdkit.models.hosts.sequential import PlainStages
 from tdkit.models.lazy_weight import lazy_weight
 from tdkit.models.preparation import drop_caches
 from tdkit.support.compatibility import parameters_of, rebind_hooked_forward
@@ -89,6 +90,12 @@ class FactorizedModule(nn.Module, ABC):
     def options(self) -> dict[str, Any]:
         """Returns JSON-serialisable options that the host needs, besides the dense layer, to build this layer again."""
         return {}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for weight in self.matrices:  # saved models mark it by a single number: see `markers` of checkpoints
+            if getattr(state_dict.get(prefix + weight), "shape", None) == (1,):
+                del state_dict[prefix + weight]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setattr__(self, name: str, value: Any) -> None:
         found = getattr(type(self), name, None)
@@ -188,6 +195,15 @@ class Host(ABC):
         Biases are reused, not copied. Weights are new parameters in the dense layout, with the dtype and device of
         the factors.
         """
+
+    def sequential(self, layer: FactorizedModule, stages: PlainStages) -> nn.Sequential | None:
+        """Returns plain layers of torch that one after the other have the outputs of a factorised one, or None.
+
+        Args:
+            layer: a layer that `build` returned.
+            stages: gives the weights of such layers for a matrix.
+        """
+        return None
 
     def options(self, module: nn.Module) -> dict[str, Any]:
         """Returns JSON-serialisable facts about the dense weights for `build`; they are stored in a saved model."""

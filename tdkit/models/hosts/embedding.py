@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule, Host
+from tdkit.models.hosts.sequential import PlainStages
+from tdkit.products.recording import is_recorded
+from tdkit.support.compatibility import in_transform
 
 
 class FactorizedEmbedding(FactorizedLayer):
@@ -62,7 +65,7 @@ class FactorizedEmbedding(FactorizedLayer):
 
     def _check(self, ids: Tensor) -> None:
         """Raise IndexError for ids out of range, on CPU as torch does; factors would wrap such ids around silently."""
-        if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+        if ids.device.type != "cpu" or is_recorded() or in_transform() or ids.numel() == 0:
             return
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= self.num_embeddings:
@@ -106,6 +109,26 @@ class EmbeddingHost(Host):
             weight[layer.padding_idx] = 0.0
         dense.weight = nn.Parameter(weight)
         return dense
+
+    def sequential(self, layer: FactorizedModule, stages: PlainStages) -> nn.Sequential | None:
+        """An embedding of the rows of the last factor, and the other factors transposed."""
+        layer = cast(FactorizedEmbedding, layer)
+        found = stages(layer.matrix)
+        if found is None:
+            return None
+        *others, last = found
+        rows, width = last.weight.shape
+        embedding = nn.Embedding(rows, width, padding_idx=layer.padding_idx, device="meta")
+        embedding.weight = cast(nn.Parameter, last.weight)
+        if layer.zero_padding:
+            embedding.weight[layer.padding_idx] = 0.0
+        chain = nn.Sequential(embedding)
+        for stage in reversed(others):
+            rank, width = stage.weight.shape
+            plain = nn.Linear(rank, width, bias=False, device="meta")
+            plain.weight = nn.Parameter(stage.weight.T.contiguous(), requires_grad=stage.weight.requires_grad)
+            chain.append(plain)
+        return chain
 
     def options(self, module: nn.Module) -> dict[str, Any]:
         module = cast(nn.Embedding, module)

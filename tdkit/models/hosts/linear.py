@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule, Host
+from tdkit.models.hosts.sequential import PlainStages
 from tdkit.models.lazy_weight import lazy_weight
 from tdkit.support.compatibility import submodules_of
 
@@ -95,6 +96,9 @@ class LinearHost(Host):
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         return _with_tensors(dense, layer.matrix.dense(), cast("nn.Parameter | None", layer.bias))
 
+    def sequential(self, layer: FactorizedModule, stages: PlainStages) -> nn.Sequential | None:
+        return _pair(layer, stages)
+
 
 class Conv1DHost(Host):
     """Host of transformers' ``Conv1D``: weight (in, out). Compared by name, so that transformers is not imported."""
@@ -126,8 +130,26 @@ class Conv1DHost(Host):
             dense, self.stored(layer.matrix.dense(), "weight"), cast("nn.Parameter | None", layer.bias)
         )
 
+    def sequential(self, layer: FactorizedModule, stages: PlainStages) -> nn.Sequential | None:
+        return _pair(layer, stages)
+
 
 def _with_tensors(dense: nn.Module, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
     dense.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
     dense.register_parameter("bias", bias)
     return dense
+
+
+def _pair(layer: FactorizedModule, stages: PlainStages) -> nn.Sequential | None:
+    layer = cast(FactorizedLinear, layer)
+    found = stages(layer.matrix)
+    if found is None:
+        return None
+    chain = nn.Sequential()
+    for stage in found:
+        out, width = stage.weight.shape
+        plain = nn.Linear(width, out, bias=False, device="meta")
+        plain.weight = cast(nn.Parameter, stage.weight)
+        chain.append(plain)
+    chain[-1].register_parameter("bias", cast("nn.Parameter | None", layer.bias))
+    return chain
