@@ -85,6 +85,23 @@ def test_a_saved_adapter_loads_on_a_freshly_loaded_model(ids: Tensor, tmp_path: 
     assert torch.equal(again(ids).logits, expected)
 
 
+def test_a_model_read_by_from_pretrained_is_adapted(ids: Tensor, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tdkit.save(compressed(make_llama()), tmp_path / "smaller")
+    tuned = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "smaller"), "q_proj", "down_proj")
+    expected = tuned(ids).logits
+    tuned.save_pretrained(tmp_path / "adapter")
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
+    config = for_factorized(peft.LoraConfig.from_pretrained(tmp_path / "adapter"), fresh)
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter", config=config).eval()
+    assert torch.equal(again(ids).logits, expected)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, expected)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits, merged(ids).logits)
+
+
 def test_transformers_own_call_takes_the_config(ids: Tensor) -> None:
     model = compressed(make_llama())
     before = model(ids).logits

@@ -105,6 +105,20 @@ def test_training_in_bf16(name: str, tmp_path: Path) -> None:
     assert {each.dtype for each in model.parameters()} == {torch.float32}  # autocast computes in bfloat16
 
 
+def test_a_checkpoint_is_a_folder_of_the_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = made("llama")
+    trained(model, tmp_path, max_steps=6)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
+    loaded = tdkit.load(tmp_path / "checkpoint-6")
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+        assert torch.equal(loaded.state_dict()[key], value), key
+    more = losses(trained(again, tmp_path / "more", max_steps=6, save_strategy="no"))
+    assert more[-1] < 0.9 * more[0]
+
+
 def test_a_tie_survives_training(tmp_path: Path) -> None:
     model = made("llama")
     assert isinstance(model.lm_head, nn.Module)
