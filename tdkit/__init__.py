@@ -9,6 +9,7 @@ tdkit.save(model, "smaller")
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.measure import calibrate
 from tdkit.compression.apply import compress
+from tdkit.compression.stream import compress_folder
 from tdkit.decompositions import (
     CanonicalPolyadic,
     Decomposition,
@@ -35,8 +36,9 @@ from tdkit.planning.plan import Plan
 from tdkit.planning.planner import applied_plan, plan
 from tdkit.planning.policy import Policy
 from tdkit.planning.rule import Rule
+from tdkit.support.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 register()
 
@@ -63,6 +65,7 @@ __all__ = [
     "applied_plan",
     "calibrate",
     "compress",
+    "compress_folder",
     "load",
     "plan",
     "prepare",

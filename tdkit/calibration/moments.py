@@ -253,6 +253,10 @@ class Recorder:
             if name in self.sums:
                 self.sums[name].gradient.end_batch()
 
+    def gradients_of(self, name: str) -> int:
+        """Returns how many rows of gradients of a weight have been added, for a site whose products are not seen."""
+        return self.sums[name].gradient.rows.count if name in self.sums else 0
+
     def _gradient_handles(self, site: Site) -> Iterator[Removable]:
         total = self.sums[site.name].gradient
         seen: set[int] = set()  # parameters: one observer serves all users of a shared one

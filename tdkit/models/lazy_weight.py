@@ -192,13 +192,6 @@ def _convolved(
     if not by_factors or others or input.dim() != weight.dim():
         x, w, b = tree_map_only(LazyWeight, _numbers, (input, weight, bias))
         return func(x, w, b, stride, padding, dilation, groups)
-    kernel = tuple(weight.shape[2:])
-
-    def sizes(given: int | Sequence[int]) -> tuple[int, ...]:
-        given = (given,) if isinstance(given, int) else tuple(given)
-        return given * len(kernel) if len(given) == 1 else given
-
-    pads = padding if isinstance(padding, str) else sizes(padding)
-    geometry = Geometry(kernel, sizes(stride), pads, sizes(dilation), groups)
+    geometry = Geometry.of_call(weight.shape[2:], stride, padding, dilation, groups)
     y: Tensor = cast(LazyWeight, weight)._matrix(input, bias, geometry)
     return y

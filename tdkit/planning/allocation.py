@@ -13,6 +13,7 @@ from torch import Tensor
 from tdkit.calibration.calibration import Calibration
 from tdkit.decompositions.base import Decomposition, Point
 from tdkit.errors import BudgetError, PolicyError
+from tdkit.models.groups import Bundle
 from tdkit.models.sites import Site
 from tdkit.planning.budget import UNITS, Costs
 from tdkit.shapes import Shape
@@ -42,17 +43,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class OpenSite:
-    """A site whose rank is chosen from the budget.
+    """A site, or a bundle of groups, whose size is chosen from the budget.
 
     Attributes:
-        site: the weight.
+        site: the weight, or the groups of weights.
         kind: the decomposition, with its rank not set.
         min_keep: lower bound on params after / params before; no bound when None.
         max_keep: upper bound on params after / params before; no bound when None.
         floor: lower bound that an allocator holds where the budget allows it; 0 for none.
     """
 
-    site: Site
+    site: Site | Bundle
     kind: Decomposition
     min_keep: float | None = None
     max_keep: float | None = None
@@ -78,6 +79,7 @@ class OpenSite:
         Raises:
             PolicyError: when it is on the meta device.
         """
+        assert isinstance(self.site, Site)
         weight = self.site.weight.detach()
         if weight.is_meta:
             raise PolicyError(
@@ -151,7 +153,7 @@ def uniform(
     if available >= sum(cost.values()) and not any(s.max_keep for s in sites):
         return {s.site.name: Choice(None, "the budget is met without it") for s in sites}
     chosen: dict[str, Choice] = {}
-    shared = list(sites)
+    given, shared = available, list(sites)
     while shared:
         share = available / sum(cost[s.site.name] for s in shared)
         bounded = [s for s in shared if s.clipped(share) > share] or [s for s in shared if s.clipped(share) < share]
@@ -173,7 +175,8 @@ def uniform(
         shared = [s for s in shared if s not in settled]
         if not shared and available >= 0:
             return chosen
-    raise _too_little(place, available, sites, costs)
+    large = tuple(name for name, choice in chosen.items() if not choice.decomposition)
+    raise _too_little(place, given, sites, costs, large)
 
 
 def by_loss(
@@ -352,9 +355,17 @@ def _choice(option: _Option, curve: Sequence[Point]) -> Choice:
     return Choice(option.decomposition, "", option.error, min(others, key=lambda p: p.error, default=None))
 
 
-def _too_little(place: str, available: int, sites: Sequence[OpenSite], costs: Costs) -> BudgetError:
+def _too_little(
+    place: str, available: int, sites: Sequence[OpenSite], costs: Costs, dense: Sequence[str] = ()
+) -> BudgetError:
+    """An error that says what a budget leaves for some sites.
+
+    Args:
+        dense: the names of those that have no choice of their share and would stay dense.
+    """
+    large = f" ({', '.join(dense[:3])}{f' and {len(dense) - 3} more' if len(dense) > 3 else ''})" if dense else ""
     return BudgetError(
         f"{place} leaves {available:,} {UNITS[costs.unit]} for {len(sites)} layers that hold "
         f"{sum(costs.of(s.site) for s in sites):,}: too few for the smallest choice of "
-        f"{', '.join(sorted({s.kind.name for s in sites}))}; raise the budget or match more layers"
+        f"{', '.join(sorted({s.kind.name for s in sites}))}{large}; raise the budget or match more layers"
     )

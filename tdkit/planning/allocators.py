@@ -50,9 +50,9 @@ class Request:
         def curve(open_site: OpenSite) -> list[Point]:
             site = open_site.site
             bar.now(site.name)
-            weight = open_site.weight()
             kinds = open_site.kind.alternatives(open_site.shape)
             if self.calibration is None:
+                weight = open_site.weight()
                 return [point for kind in kinds for point in kind.curve(kind.view(weight))]
             return [point for kind in kinds for point in self.calibration.curve(site, kind)]
 

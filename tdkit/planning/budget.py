@@ -14,6 +14,7 @@ from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.quantized import GROUPS
 from tdkit.errors import BudgetError, PolicyError, did_you_mean
 from tdkit.fitting.quantization import Bits, Grid
+from tdkit.models.groups import Bundle
 from tdkit.models.sites import Site, distinct_tensors, num_bytes, num_params
 from tdkit.products.cost import DENSE
 
@@ -94,8 +95,10 @@ class Costs:
         self.unit, self.dtype, self.calibration = unit, dtype, calibration
         self._multiply_adds: dict[tuple[object, ...], int] = {}
 
-    def of(self, site: Site, kind: Decomposition | None = None, params: int | None = None) -> int:
+    def of(self, site: Site | Bundle, kind: Decomposition | None = None, params: int | None = None) -> int:
         """Returns the cost of a site: of its factors by a complete decomposition, or of the dense weight when None.
+
+        That of a bundle is the cost of all weights of its groups, as far as they belong to its units.
 
         Args:
             params: of the factors, where they are known.
@@ -104,6 +107,8 @@ class Costs:
             params = site.params if kind is None else kind.num_params(kind.shape_of(site.shape))
         if self.unit == "params":
             return params
+        if isinstance(site, Bundle):
+            return self._of_bundle(site, params)
         if self.unit == "multiply_adds":
             return round(self._rows(site) * self._multiply_adds_of(site, kind))
         return dense_bytes(site, self.dtype) if kind is None else factor_bytes(site, kind, self.dtype)
@@ -123,6 +128,20 @@ class Costs:
         if self.unit == "multiply_adds":
             return 0
         return other_bytes(model, sites, self.dtype)
+
+    def _of_bundle(self, bundle: Bundle, params: int) -> int:
+        if self.unit == "bytes":
+            first = bundle.sites[0]
+            partly = sum(len(group.parts) for group in bundle.groups) if self.dtype in INTEGERS else 0
+            return _bytes(params, first, self.dtype) + partly * _bytes(1, first, self.dtype)  # of groups of numbers
+        units = params // bundle.shape[1]
+        return round(
+            sum(
+                self._rows(part.site) * units * part.size * part.site.shape[1 - part.axis]
+                for group in bundle.groups
+                for part in group.parts
+            )
+        )
 
     def _rows(self, site: Site) -> float:
         if not site.multiplications():
@@ -153,6 +172,11 @@ class Costs:
 def dense_bytes(site: Site, dtype: str | None) -> int:
     """Returns the bytes of the dense weight of a site in `dtype`; in its own when None."""
     return _bytes(site.params, site, dtype)
+
+
+def left_bytes(site: Site, gone: int, dtype: str | None) -> int:
+    """Returns the bytes of the dense weight of a site without `gone` parameters."""
+    return _bytes(site.params - gone, site, dtype)
 
 
 def factor_bytes(site: Site, kind: Decomposition, dtype: str | None) -> int:

@@ -111,6 +111,7 @@ class Plan:
                 weight.name: {
                     "kind": weight.kind,
                     "shape": list(weight.shape),
+                    "params": weight.params,
                     "reason": weight.reason,
                     "others": list(weight.others),
                 }
@@ -239,7 +240,7 @@ def _untouchable_of(kept: Mapping[str, Any]) -> tuple[Untouchable, ...]:
             continue
         try:
             shape, others = tuple(entry["shape"]), tuple(entry["others"])
-            params = math.prod(shape) if shape else 0
+            params = entry.get("params", math.prod(shape) if shape else 0)  # not written before
             found.append(Untouchable(name, entry["kind"], params, entry["reason"], shape, others))
         except (KeyError, TypeError):
             faults.append(f"kept '{name}': {entry!r} must have kind, shape, reason and others")

@@ -92,6 +92,24 @@ class Geometry(NamedTuple):
     transposed: bool = False
     output_padding: tuple[int, ...] = ()
 
+    @classmethod
+    def of_call(
+        cls,
+        kernel: Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Geometry:
+        """That of ``torch.nn.functional.conv2d`` and the like with these arguments."""
+
+        def sizes(given: int | Sequence[int]) -> tuple[int, ...]:
+            given = (given,) if isinstance(given, int) else tuple(given)
+            return given * len(kernel) if len(given) == 1 else given
+
+        pads = padding if isinstance(padding, str) else sizes(padding)
+        return cls(tuple(kernel), sizes(stride), pads, sizes(dilation), groups)
+
     def along(self, axes: Sequence[int], groups: int) -> Geometry:
         """The geometry of a stage that extends along `axes`."""
 

@@ -9,7 +9,8 @@ import ctypes
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 from types import MethodType
@@ -41,6 +42,7 @@ __all__ = [
     "onednn_linear",
     "own_parameters",
     "parameters_of",
+    "parameters_on_meta",
     "pre_hooks_of",
     "rebind_hooked_forward",
     "recurrent_weights_again",
@@ -49,6 +51,7 @@ __all__ = [
     "shallow_copy",
     "storage_id",
     "submodules_of",
+    "tensor_files_written_by",
     "tree_leaves",
     "tree_map_only",
     "uncompiled",
@@ -75,6 +78,27 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
 def submodules_of(module: nn.Module) -> dict[str, nn.Module]:
     """The module's own submodules by name, as fast."""
     return cast("dict[str, nn.Module]", module._modules)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """A context manager inside which modules put the parameters that they are given on the meta device.
+
+    A parameter is freed as soon as its module has it, so that a model is built with one in memory. Parameters that are
+    there already stay the same objects: ties are kept. Buffers are real.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if type(param) is nn.Parameter and not param.is_meta:
+            param = nn.Parameter(param.data.to("meta"), param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def own_parameters(module: nn.Module) -> None:
@@ -190,6 +214,22 @@ def gathered_state(model: nn.Module) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # slow to import
 
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+@contextmanager
+def tensor_files_written_by(write: Callable[..., None]) -> Iterator[None]:
+    """A context manager inside which ``save_pretrained`` calls ``write(tensors, path, metadata=...)`` for its files.
+
+    transformers hands over the tensors of one file at a time, in memory or on the meta device.
+    """
+    from transformers import modeling_utils
+
+    before = modeling_utils.safe_save_file
+    modeling_utils.safe_save_file = write
+    try:
+        yield
+    finally:
+        modeling_utils.safe_save_file = before
 
 
 def given_state_dict() -> dict[str, Any] | None:

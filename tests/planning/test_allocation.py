@@ -69,6 +69,12 @@ def test_uniform_keeps_to_bounds_and_hands_on_what_they_leave() -> None:
 def test_uniform_refuses_what_cannot_be_met() -> None:
     with pytest.raises(BudgetError, match="too few for the smallest choice of low_rank"):
         uniform(opened((40, 60)), 90, "test")
+    sites = opened((40, 60), (6, 6))
+    with pytest.raises(
+        BudgetError, match=r"test leaves 90 params for 2 layers that hold 2,436: .* low_rank \("
+    ) as told:
+        uniform(sites, 90, "test")
+    assert all(s.site.name in str(told.value) for s in sites)
 
 
 spectra = st.lists(

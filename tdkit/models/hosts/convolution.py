@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tdkit.decompositions.base import FactorizedMatrix, Preference
 from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule, Handles, Host, Observer, Removable
 from tdkit.models.hosts.sequential import PlainStages
-from tdkit.models.hosts.windows import windows
+from tdkit.models.hosts.windows import observed
 from tdkit.models.lazy_weight import lazy_weight
 from tdkit.products.cached_tensor import can_cache
 from tdkit.products.convolution import Geometry
@@ -253,13 +253,7 @@ class ConvolutionHost(Host):
 
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
             x = cast(Tensor, args[0] if args else kwargs["input"])
-            geometry, axes = geometry_of(layer), len(cast(Shape, layer.kernel_size))
-            batched = x.dim() == axes + 2
-            with torch.no_grad():
-                mode = cast(str, layer.padding_mode)
-                rows = windows(x if batched else x.unsqueeze(0), geometry, mode, y.shape[-axes:])
-            positions = (y if batched else y.unsqueeze(0)).flatten(2).transpose(1, 2)
-            return observe(rows, positions).transpose(1, 2).reshape(y.shape)
+            return observed(observe, x, y, geometry_of(layer), cast(str, layer.padding_mode))
 
         return module.register_forward_hook(hook, with_kwargs=True)
 

@@ -17,6 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedModule, Handles, Host, Observer, Removable
 from tdkit.models.hosts.products import observing
+from tdkit.models.hosts.windows import observed
 from tdkit.models.lazy_weight import keep_in_cache
 from tdkit.products.recording import is_recorded
 from tdkit.shapes import Shape
@@ -149,9 +150,16 @@ class InPlaceHost(Host):
                 return Handles()
             matrix = submodules_of(module)[module.matrix_name(weight)]
             running: list[nn.Module] = []  # a tied matrix is called by other layers too
+
+            def see(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+                if not running:
+                    return None
+                geometry = args[2] if len(args) > 2 else None  # of a convolution
+                return observe(args[0], y) if geometry is None else observed(observe, args[0], y, geometry)
+
             return Handles(
                 module.register_forward_pre_hook(lambda called, _: running.append(called)),
-                matrix.register_forward_hook(lambda _, args, y: observe(args[0], y) if running else None),
+                matrix.register_forward_hook(see),
                 module.register_forward_hook(lambda *_: running.clear(), always_call=True),
             )
         return observing(module, weight, observe, looks_up=self.multiplications(module, weight) == 0)
