@@ -16,7 +16,6 @@ from tests.conftest import make_gpt2, make_llama
 pytest.importorskip("accelerate")
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated"),  # its name up to transformers 5.22
     pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator is found"),
 ]
 
