@@ -123,7 +123,7 @@ def _one_by_one(resolved: Resolved) -> Resolved:
     asked = [name for name in groups if isinstance(resolved.rules[name].decomposition, Shrink)]
     if asked:
         raise PolicyError(
-            f"shrink needs the whole model, to test that {min(asked)} shares its hidden units: load it and call compress"
+            f"shrink needs the whole model, to test that {min(asked)} shares its hidden units: load it, then compress"
         )
     target = None if resolved.policy is None else resolved.policy.target
     if target is not None and target.dtype is not None:

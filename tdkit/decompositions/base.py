@@ -135,14 +135,23 @@ class FactorizedMatrix(nn.Module, ABC):
             dtype: of x; the factors' own when None.
             device: where to run; the factors' own, or the CPU for factors on ``meta``, when None.
         """
-        of = next(self.parameters())
-        kind = torch.device(device).type if device is not None else of.device.type
+        kind = torch.device(device).type if device is not None else self.device.type
         kind = "cpu" if kind == "meta" else kind
-        return self.dispatcher.path(self, tokens, prefer=prefer, dtype=dtype or of.dtype, device=kind)
+        return self.dispatcher.path(self, tokens, prefer=prefer, dtype=dtype or self.dtype, device=kind)
 
     def multiply_adds(self) -> int:
         """Multiply-adds of `matmul` for one row of x, when the factors are contracted one by one."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of `dense`."""
+        return self.tensors()[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of `dense`."""
+        return self.tensors()[0].device
 
     @property
     def prefer(self) -> Preference:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, cast
 
@@ -67,8 +67,7 @@ class QuantizedMatrix(FactorizedMatrix):
             self._hold(name, self.grid.empty(parameter.numel(), device=device))
         for name, buffer in inner.named_buffers():
             self.register_buffer(_flat(name), torch.empty_like(buffer, device=device))
-        some = torch.empty(0, device=device, dtype=dtype)
-        self.register_buffer("computes_in", some, persistent=False)
+        self._dtype = dtype or torch.get_default_dtype()
 
     @property
     def inner(self) -> FactorizedMatrix:
@@ -78,8 +77,11 @@ class QuantizedMatrix(FactorizedMatrix):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of `dense` and `rows`."""
-        return cast(Tensor, self.computes_in).dtype
+        return self._dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype  # a cast leaves integers as they are
+        return super()._apply(fn, recurse)
 
     def assign_codes(self, matrix: FactorizedMatrix) -> None:
         """Round the factors of `matrix`, of the same decomposition and shape."""

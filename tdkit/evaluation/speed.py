@@ -281,7 +281,7 @@ def _path(layer: FactorizedModule, tokens: int, prefer: Preference) -> str:
 
 
 def _layer_call(layer: FactorizedModule, tokens: int) -> Callable[[nn.Module], object]:
-    of = next(layer.parameters())
+    of = next(iter(layer.matrices.values()))
     if isinstance(layer, ExpertsLayer):
         return _routed_call(layer, tokens, of)
     if isinstance(layer, nn.RNNBase):
@@ -297,7 +297,7 @@ def _layer_call(layer: FactorizedModule, tokens: int) -> Callable[[nn.Module], o
     return lambda module: module(x.detach().requires_grad_(torch.is_grad_enabled()))
 
 
-def _routed_call(layer: ExpertsLayer, tokens: int, of: Tensor) -> Callable[[nn.Module], object]:
+def _routed_call(layer: ExpertsLayer, tokens: int, of: FactorizedMatrix) -> Callable[[nn.Module], object]:
     name, stack = next(iter(stacks_of(layer).items()))
     width = stack.sizes[1] if name == "down_proj" else stack.sizes[2]
     hidden = torch.randn(tokens, width, device=of.device, dtype=of.dtype)

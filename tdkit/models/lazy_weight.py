@@ -149,15 +149,14 @@ class _Read(torch.autograd.Function):
 
 
 def _wrapper(matrix: FactorizedMatrix, size: Sequence[int], *_: object) -> LazyWeight:
-    of = matrix.tensors()[0]
-    return wrapper_tensor(LazyWeight, size, dtype=of.dtype, device=of.device)
+    return wrapper_tensor(LazyWeight, size, dtype=matrix.dtype, device=matrix.device)
 
 
 def _numbers(weight: LazyWeight) -> Tensor:
     if weight._built is None:
         inference, gradients = weight._modes
         matrix = weight._matrix
-        device = matrix.tensors()[0].device.type
+        device = matrix.device.type
         with torch.inference_mode(inference), torch.set_grad_enabled(gradients), without_autocast(device):
             dense = matrix.dispatcher.dense(matrix) if weight._keeps else matrix.dense()
             weight._built = weight._view(dense)

@@ -47,6 +47,12 @@ class Factorized(Protocol):
     @property
     def structure(self) -> Structure | None: ...
 
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
     def dense(self) -> Tensor: ...
 
     def tensors(self) -> Sequence[Tensor]: ...
@@ -253,12 +259,12 @@ class Dispatcher:
         tensors = matrix.tensors()
         if _needs_gradients(tensors):
             return None
-        of = tensors[0]
-        weight = cache.find(tensors, of.dtype)
-        if weight is not None or of.is_meta:
+        dtype, device = matrix.dtype, matrix.device.type
+        weight = cache.find(tensors, dtype)
+        if weight is not None or device == "meta":
             return weight
-        with without_autocast(of.device.type):
-            return cache.get(tensors, of.dtype, matrix.dense if layout is None else lambda: layout(matrix.dense()))
+        with without_autocast(device):
+            return cache.get(tensors, dtype, matrix.dense if layout is None else lambda: layout(matrix.dense()))
 
     def clear(self) -> None:
         """Empty the cache."""

@@ -103,12 +103,14 @@ class FactorizedConvolution(FactorizedLayer):
             size: of the input, (batch, in, *spatial).
             prefer: as `tdkit.prepare`; as the matrix is set when None.
         """
-        of, matrix, geometry = next(self.matrix.parameters()), self.matrix, geometry_of(self)
+        matrix, geometry = self.matrix, geometry_of(self)
         if self.padding_mode != "zeros":
             size = tuple(F.pad(torch.empty(size, device="meta"), geometry.borders(), mode=self.padding_mode).shape)
             geometry = geometry._replace(padding=(0,) * len(geometry.kernel))
         cached = (prefer or matrix.prefer) == "speed" and can_cache(matrix.tensors())
-        choice = matrix.dispatcher.choice(matrix, geometry, size, dtype=of.dtype, device=of.device.type, cached=cached)
+        choice = matrix.dispatcher.choice(
+            matrix, geometry, size, dtype=matrix.dtype, device=matrix.device.type, cached=cached
+        )
         return choice.path.name
 
     def extra_repr(self) -> str:
