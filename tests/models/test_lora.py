@@ -285,3 +285,20 @@ def test_without_peft_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delitem(sys.modules, "tdkit.models.lora")
     with pytest.raises(MissingDependencyError, match=r"pip install 'tdkit\[peft\]'"):
         importlib.import_module("tdkit.models.lora")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_factors_take_adapters(bits: int, ids: Tensor) -> None:
+    pytest.importorskip("torchao")
+    model = make_llama(hidden_size=64, intermediate_size=64, initializer_range=0.3)
+    tdkit.quantize(compressed(model, Policy([Rule("model.layers.*", LowRank(rank=8))])), bits=bits)
+    before = model(ids).logits
+    tuned = peft.get_peft_model(model, for_factorized(peft.LoraConfig(r=2, target_modules="all-linear"), model))
+    assert torch.equal(tuned(ids).logits, before)
+    trained = [each for each in tuned.parameters() if each.requires_grad]
+    assert len(trained) == 28
+    assert {each.dtype for each in trained} == {torch.float32}
+    tuned(ids, labels=ids).loss.backward()
+    assert sum(float(each.grad.abs().sum()) > 0 for each in trained if each.grad is not None) == 14  # B; A follows
+    with pytest.raises(AdapterError, match="cannot be merged into"):
+        tuned.merge_and_unload()
