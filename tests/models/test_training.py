@@ -118,6 +118,23 @@ def test_a_checkpoint_is_a_folder_of_the_model(tmp_path: Path) -> None:
     assert more[-1] < 0.9 * more[0]
 
 
+def test_adapters_are_trained_and_resumed(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from tdkit.models.lora import for_factorized
+
+    def adapted() -> Any:
+        model = made("llama")
+        return peft.get_peft_model(model, for_factorized(peft.LoraConfig(target_modules="all-linear"), model))
+
+    first = adapted()
+    found = losses(trained(first, tmp_path))
+    assert found[-1] < 0.9 * found[0]
+    files = {file.name for file in (tmp_path / "checkpoint-6").iterdir()}
+    assert "adapter_model.safetensors" in files
+    assert "model.safetensors" not in files
+    assert losses(trained(adapted(), tmp_path, resume=True)) == found
+
+
 def test_a_tie_survives_training(tmp_path: Path) -> None:
     model = made("llama")
     assert isinstance(model.lm_head, nn.Module)
