@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from tdkit.calibration.runner import device_of
+from tdkit.errors import EvaluationError
 from tdkit.models.sites import factorized_groups, num_bytes, num_params, survey
 from tdkit.sources.source import Source
 from tdkit.support.files import write_text
@@ -174,8 +175,20 @@ class Report(Form):
 
     @classmethod
     def read(cls, file: str | Path) -> Report:
-        """Returns a report that `save` wrote."""
-        return cls.model_validate_json(Path(file).read_text(encoding="utf-8"))
+        """Returns a report that `save` wrote.
+
+        Raises:
+            EvaluationError: when there is no such file, or it has another form; all faults are named.
+        """
+        try:
+            return cls.model_validate_json(Path(file).read_bytes())
+        except OSError as error:
+            raise EvaluationError(f"{file} cannot be read: {error}") from None
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, each['loc'])) or 'the file'}: {each['msg']}" for each in error.errors()]
+            raise EvaluationError(
+                f"{file} is no report of the form tdkit-evaluation/1:\n" + "\n".join(faults)
+            ) from None
 
 
 def report(source: Source, results: Iterable[Result], *, seed: int = 0) -> Report:

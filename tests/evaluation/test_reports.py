@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 import tdkit
 from tdkit import Kronecker, LowRank, Policy, Rule
-from tdkit.errors import OptionError
+from tdkit.errors import EvaluationError, OptionError
 from tdkit.evaluation import Report, measure_text, perplexity, read_texts, report
 from tdkit.evaluation.reports import Figure, identity, tokens_sha256
 from tdkit.sources.models import load_model
@@ -132,6 +131,15 @@ def test_numbers_that_are_not_finite_survive_json() -> None:
     assert Figure.model_validate_json(figure.model_dump_json()) == figure
 
 
-def test_unknown_keys_are_refused() -> None:
-    with pytest.raises(ValidationError, match="valeu"):
-        Figure.model_validate({"value": 1.0, "valeu": 2.0})
+def test_files_of_another_form_are_told(gpt2: Any, tmp_path: Path) -> None:
+    file = report(Source("gpt2", gpt2, None), []).save(tmp_path / "report.json")
+    data = json.loads(file.read_text(encoding="utf-8"))
+    data |= {"form": "tdkit-evaluation/9", "sede": 0}
+    file.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(EvaluationError, match=r"(?s)is no report of the form.*form: .*tdkit-evaluation/1.*sede: Extra"):
+        Report.read(file)
+    file.write_text("no JSON", encoding="utf-8")
+    with pytest.raises(EvaluationError, match=r"report.json is no report of the form.*\nthe file: Invalid JSON"):
+        Report.read(file)
+    with pytest.raises(EvaluationError, match=r"nothing\.json cannot be read"):
+        Report.read(tmp_path / "nothing.json")
