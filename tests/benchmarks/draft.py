@@ -186,12 +186,13 @@ dense model checks them in one forward pass: the tokens are those of the dense m
 compressed model has the tokenizer of its dense one, so it can be its draft.
 
 {markdown_table(columns, table)}
-SmolLM2-135M, its blocks by low rank with a calibrated loss ({first["calibration_tokens"]:,} tokens of speeches before 2015,
-ranks chosen by the estimated loss), no training. Perplexity: {EVALUATION_TOKENS:,} tokens of the last speeches, context
-{CONTEXT}. Greedy decoding of {first["new_tokens"]} tokens after each of {first["prompts"]} prompts of {PROMPT} tokens
-from the last speeches, float32, {first["threads"]} threads of a CPU; times with and without draft in turn. "Accepted"
-is the share of the proposed tokens that the dense model would have chosen itself. "Same tokens" is the share of prompts
-whose whole continuation is that of the dense model alone; rounding of a longer forward pass can turn a near tie.
+SmolLM2-135M, its blocks by low rank with a calibrated loss ({first["calibration_tokens"]:,} tokens of speeches before
+2015, ranks chosen by the estimated loss), no training. Perplexity: {EVALUATION_TOKENS:,} tokens of the last speeches,
+context {CONTEXT}. Greedy decoding of {first["new_tokens"]} tokens after each of {first["prompts"]} prompts of {PROMPT}
+tokens from the last speeches, float32, {first["threads"]} threads of a CPU; times with and without draft in turn.
+"Accepted" is the share of the proposed tokens that the dense model would have chosen itself. "Same tokens" is the share
+of prompts whose whole continuation is that of the dense model alone; rounding of a longer forward pass can turn a near
+tie.
 
 A time above 1 is slower than without a draft. A draft pays where its step costs a small part of the dense one's and
 most of its tokens are accepted: with k tokens proposed at a time, a share a of them accepted, and a step that costs c
