@@ -10,6 +10,8 @@ from torch import Tensor
 
 from tdkit.support.compatibility import version_of
 
+CALLS = 64  # that are remembered: the sizes of batches of an expert, or of images
+
 
 class CachedTensor:
     """At most one tensor, computed from `sources`, with what tells whether it is still valid.
@@ -25,7 +27,7 @@ class CachedTensor:
         self._entry: _Entry | None = None  # assigned as a whole: another thread sees all of it or none
 
     def again(self, call: Hashable, sources: Sequence[Tensor]) -> Tensor | None:
-        """The tensor, where the last `get` was for a `call` equal to this and the sources are unchanged; else None.
+        """The tensor, where a `get` was for a `call` equal to this and the sources are unchanged since; else None.
 
         The fast path of repeated calls. When a weight has passed through the CPU's caches, a step of Python takes
         about ten times as long as in a tight loop, so this one asks as little as it can.
@@ -33,7 +35,7 @@ class CachedTensor:
         entry = self._entry
         if (
             entry is None
-            or entry.call != call
+            or call not in entry.calls
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled(entry.device)
             or not entry.is_of(sources)
@@ -79,8 +81,9 @@ class CachedTensor:
         if few and not entry.lies_long:
             tensor = _along_the_longer_side(entry.tensor)
             entry = entry._replace(tensor=tensor, version=version_of(tensor), lies_long=True)
-        if call is not None and entry.call != call:
-            entry = entry._replace(call=call, device=device)
+        if call is not None and call not in entry.calls:
+            known = entry.calls if len(entry.calls) < CALLS else frozenset()
+            entry = entry._replace(calls=known | {call}, device=device)
         self._entry = entry
         return entry.tensor
 
@@ -105,8 +108,8 @@ class _Entry(NamedTuple):
     aliases: tuple[Tensor, ...]  # keep the storages alive, so that no address is used again
     version: int  # of the tensor
     lies_long: bool = False
-    call: Hashable = None
-    device: str = "cpu"  # type of the device of that call
+    calls: frozenset[Hashable] = frozenset()
+    device: str = "cpu"  # type of the device of these calls
 
     def is_of(self, sources: Sequence[Tensor]) -> bool:
         if len(sources) != len(self.sources) or version_of(self.tensor) != self.version:

@@ -136,6 +136,13 @@ def test_calls_in_a_row_choose_no_path_again(monkeypatch: pytest.MonkeyPatch) ->
             model(x)
     with pytest.raises(AssertionError, match="a path was chosen"):
         model(x)  # may need gradients
+    monkeypatch.undo()
+    with torch.inference_mode():
+        for rows in (200, 300):
+            model(x[:rows])
+        monkeypatch.setattr(Dispatcher, "table", chosen)
+        for rows in (512, 200, 300):  # calls of sizes that take turns are all known
+            torch.testing.assert_close(model(x[:rows]), expected[:rows])
     matrix_of(model).train()
     matrix_of(model).eval()
     with torch.inference_mode(), pytest.raises(AssertionError, match="a path was chosen"):
