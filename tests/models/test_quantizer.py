@@ -313,6 +313,20 @@ def test_saving_leaves_the_model_and_its_config_alone(tmp_path: Path) -> None:
         assert {name: id(value) for name, value in vars(model).items() if name in state} == state
 
 
+def test_the_state_that_save_pretrained_is_given_is_written(tmp_path: Path) -> None:
+    """As the Trainer gives what it gathers from the shards of a model: copies, also of tied tensors."""
+    model = compressed(make_gpt2(), "permuted_kronecker")
+    expected = logits(model)
+    given = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.save_pretrained(tmp_path, state_dict=given)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), expected)
+    assert num_params(loaded) == num_params(model)
+
+
 def remove(folder: Path, name: str) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors[name]
