@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tdkit.errors import CheckpointError, MissingDependencyError
 from tdkit.models.hosts.in_place import InPlaceLayer
-from tdkit.support.compatibility import unsharded_class
+from tdkit.support.compatibility import parameters_on_meta, unsharded_class
 
 INSTALL = "pip install 'tdkit[hf]'"
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]  # nothing that could be executed
@@ -73,8 +74,8 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     return {"kind": "subclass", "class": path, "attention": attention}
 
 
-def empty_model(description: Mapping[str, Any], folder: Path, class_: str | type | None = None) -> nn.Module:
-    """Build the dense model of a saved description, with uninitialised weights.
+def empty_model(description: Mapping[str, Any], folder: Path, class_: str | type | None = None) -> Any:
+    """Build the dense model of a saved description, with its parameters on the meta device.
 
     Args:
         description: of the model, by `describe_model`.
@@ -105,13 +106,73 @@ def empty_model(description: Mapping[str, Any], folder: Path, class_: str | type
         del config.quantization_config
     if description.get("attention") in EXACT_ATTENTION:
         config._attn_implementation = description["attention"]
+    return _built(kind, config)
+
+
+def _built(build: Callable[[Any], Any], config: Any) -> Any:
+    """Build a model with its parameters on the meta device, tied, and its buffers computed."""
     from transformers.initialization import no_init_weights
 
-    with no_init_weights():
-        model = kind(config)
+    with parameters_on_meta(), no_init_weights():
+        model = build(config)
     model.tie_weights()  # no_init_weights skips this too
-    built: nn.Module = model
+    return model
+
+
+def weightless_model(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """Build a model of the class `kind` with its parameters on the meta device, tied as loading would tie them.
+
+    Its buffers are real, since no file has those that are computed from the config.
+
+    Args:
+        kind: a class of models, or ``AutoModel``.
+        dtype: of the parameters and, where the model does not set it, of the buffers.
+
+    Raises:
+        CheckpointError: when transformers keeps some parameters of this class in float32 whatever `dtype` is.
+    """
+    config.dtype = dtype
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        model = _built(kind.from_config if kind is transformers().AutoModel else kind, config)
+    finally:
+        torch.set_default_dtype(before)
+    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype.itemsize < 4 else set()
+    kept |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    inside = sorted(part for part in kept if any(part in name for name, _ in model.named_parameters()))
+    if inside:
+        raise CheckpointError(
+            f"transformers keeps {', '.join(inside)} of a {type(model).__name__} in float32: give dtype=torch.float32"
+        )
+    built: nn.Module = model.eval()
     return built
+
+
+def names_when_loaded(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Returns the name that ``from_pretrained`` gives to each tensor of a file, without those that it merges.
+
+    It removes or adds the name of the base model, and renames what older versions called otherwise.
+
+    Args:
+        model: a model of transformers.
+        names: of the tensors in the files.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    steps = get_model_conversion_mapping(model)
+    merging = [step for step in steps if isinstance(step, WeightConverter)]
+    renaming = [step for step in steps if not isinstance(step, WeightConverter)]
+    state, base = model.state_dict(), model.base_model_prefix
+    found = {}
+    for name in names:
+        renamed, merged = rename_source_key(name, renaming, merging, base, state)
+        if renamed not in state:
+            renamed, merged = rename_source_key(name, [], [], base, state)
+        if merged is None:
+            found[name] = renamed
+    return found
 
 
 def _shipped(description: Mapping[str, Any], folder: Path) -> Any:

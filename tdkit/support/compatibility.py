@@ -1,18 +1,24 @@
-"""All private parts of torch and accelerate that tdkit uses, each with the behaviour that it relies on.
+"""Private parts of torch and accelerate, and calls of the system, that tdkit uses, each with what it relies on.
 
 A release that changes one of them fails the test of that part in ``tests/support/test_compatibility.py``.
 """
 
 from __future__ import annotations
 
+import ctypes
 import inspect
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
+from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
@@ -22,10 +28,12 @@ __all__ = [
     "constant_for_compile",
     "convolve_its_own_way",
     "convolves_its_own_way",
+    "exchange_paths",
     "gathered_state",
     "given_state_dict",
     "has_experts_interface",
-    "in_functional_transform",
+    "in_transform",
+    "is_jit_traced",
     "is_sharded",
     "move_own_tensors",
     "offloads",
@@ -34,6 +42,7 @@ __all__ = [
     "onednn_linear",
     "own_parameters",
     "parameters_of",
+    "parameters_on_meta",
     "pre_hooks_of",
     "rebind_hooked_forward",
     "recurrent_weights_again",
@@ -42,6 +51,7 @@ __all__ = [
     "shallow_copy",
     "storage_id",
     "submodules_of",
+    "tensor_files_written_by",
     "tree_leaves",
     "tree_map_only",
     "uncompiled",
@@ -68,6 +78,27 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
 def submodules_of(module: nn.Module) -> dict[str, nn.Module]:
     """The module's own submodules by name, as fast."""
     return cast("dict[str, nn.Module]", module._modules)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """A context manager inside which modules put the parameters that they are given on the meta device.
+
+    A parameter is freed as soon as its module has it, so that a model is built with one in memory. Parameters that are
+    there already stay the same objects: ties are kept. Buffers are real.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if type(param) is nn.Parameter and not param.is_meta:
+            param = nn.Parameter(param.data.to("meta"), param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def own_parameters(module: nn.Module) -> None:
@@ -97,6 +128,11 @@ class RecurrentWeights(nn.Module):
     @_flat_weights.setter
     def _flat_weights(self, _: object) -> None:
         pass
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # the weights with these names would be read, to be referred to
+        super().__setstate__({**state, "_flat_weights_names": []})  # type: ignore[no-untyped-call]
+        self._flat_weights_names = state["_flat_weights_names"]
 
     def _init_flat_weights(self) -> None:
         pass
@@ -178,6 +214,22 @@ def gathered_state(model: nn.Module) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # slow to import
 
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+@contextmanager
+def tensor_files_written_by(write: Callable[..., None]) -> Iterator[None]:
+    """A context manager inside which ``save_pretrained`` calls ``write(tensors, path, metadata=...)`` for its files.
+
+    transformers hands over the tensors of one file at a time, in memory or on the meta device.
+    """
+    from transformers import modeling_utils
+
+    before = modeling_utils.safe_save_file
+    modeling_utils.safe_save_file = write
+    try:
+        yield
+    finally:
+        modeling_utils.safe_save_file = before
 
 
 def given_state_dict() -> dict[str, Any] | None:
@@ -283,9 +335,13 @@ def wrapper_tensor(kind: type[T], size: Sequence[int], *, dtype: torch.dtype, de
     return torch.Tensor._make_wrapper_subclass(kind, size, dtype=dtype, device=device)
 
 
-def in_functional_transform() -> bool:
-    """Returns whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is running."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def in_transform() -> bool:
+    """Returns whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) or a forward-mode derivative is taken."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+is_jit_traced: Callable[[], bool] = torch._C._is_tracing
+"""Returns whether ``torch.jit.trace`` is running; ``torch.jit.is_tracing`` takes 0.1 us longer."""
 
 
 def reset_accelerate_state(*, processes: bool = False) -> None:
@@ -297,3 +353,19 @@ def reset_accelerate_state(*, processes: bool = False) -> None:
     from accelerate.state import AcceleratorState  # slow to import, and not needed for compression
 
     AcceleratorState._reset_state(processes)
+
+
+def exchange_paths(first: Path, second: Path) -> bool:
+    """Exchange two files or folders in one step; returns False where the system or the file system cannot.
+
+    By ``renameat2(..., RENAME_EXCHANGE)`` on Linux and ``renamex_np(..., RENAME_SWAP)`` on macOS, which Python does not
+    offer.
+    """
+    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    names = os.fsencode(first), os.fsencode(second)
+    if sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        return bool(library.renamex_np(*names, 2) == 0)
+    if library is None or not hasattr(library, "renameat2"):
+        return False
+    here = -100  # AT_FDCWD
+    return bool(library.renameat2(here, names[0], here, names[1], 2) == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from tdkit.support.compatibility import (
     constant_for_compile,
     convolve_its_own_way,
     convolves_its_own_way,
+    exchange_paths,
     gathered_state,
     given_state_dict,
     has_experts_interface,
-    in_functional_transform,
+    in_transform,
     is_sharded,
     move_own_tensors,
     offloads,
@@ -184,7 +186,7 @@ def test_transforms_of_functions_are_seen() -> None:
     seen = []
 
     def run(x: Tensor) -> Tensor:
-        seen.append(in_functional_transform())
+        seen.append(in_transform())
         return x.sum()
 
     run(torch.ones(3))
@@ -316,8 +318,11 @@ def test_a_recurrent_layer_reads_its_weights_in_every_call(kind: type[nn.RNNBase
     twin.__class__ = Reading
     twin.double().float()
     twin.flatten_parameters()
+    before = len(reads)
+    copy.copy(twin)
+    assert len(reads) == before  # a copy or a pickle reads no weight
     changed = twin(x)[0]
-    assert reads
+    assert len(reads) > before
     assert not changed.allclose(expected)
     del vars(twin)["held"]
     twin.__class__ = kind
@@ -402,3 +407,13 @@ def test_the_state_that_save_pretrained_is_given_is_seen() -> None:
     assert save_pretrained({"a": 1}) == {"a": 1}
     assert save_pretrained(None) is None
     assert other({"a": 1}) is None
+
+
+def test_paths_are_exchanged_in_one_step(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    (first / "x").write_text("1")
+    second.mkdir()
+    assert exchange_paths(first, second) == (sys.platform in ("linux", "darwin"))
+    assert (second / "x").exists() == (sys.platform in ("linux", "darwin"))
+    assert not exchange_paths(first, tmp_path / "missing")

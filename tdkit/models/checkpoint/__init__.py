@@ -2,8 +2,6 @@
 
 from tdkit.models.checkpoint.description import (
     DESCRIPTION,
-    INDEX,
-    WEIGHTS,
     Layer,
     is_saved,
     place_of,
@@ -11,5 +9,6 @@ from tdkit.models.checkpoint.description import (
 )
 from tdkit.models.checkpoint.reading import load
 from tdkit.models.checkpoint.writing import save
+from tdkit.models.shards import INDEX, WEIGHTS
 
 __all__ = ["DESCRIPTION", "INDEX", "WEIGHTS", "Layer", "is_saved", "load", "place_of", "read_description", "save"]

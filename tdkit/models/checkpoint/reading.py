@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from tdkit.errors import CheckpointError
 from tdkit.models import huggingface
 from tdkit.models.checkpoint.description import (
-    WEIGHTS,
-    Layer,
+    Digest,
     buffer_dtypes,
-    digest,
     layers_of,
     place_of,
     read_description,
 )
 from tdkit.models.checkpoint.rewriting import places_of, rewrite
-from tdkit.models.checkpoint.tensors import read_tensors, without_markers
+from tdkit.models.checkpoint.tensors import without_markers
 from tdkit.models.registration import attach
+from tdkit.models.shards import WEIGHTS, Shards, weight_files
 from tdkit.models.swap import swapping
 from tdkit.support.compatibility import buffers_of, parameters_of, unwrapped
 
@@ -39,7 +38,9 @@ def load(
 ) -> nn.Module:
     """Load a model that `save`, or ``save_pretrained`` of a compressed model, wrote; its outputs are bit-identical.
 
-    No code from the folder is executed.
+    No code from the folder is executed. The files are read once, tensor by tensor: a model that is built here, or given
+    on the meta device, takes no more memory than its own size. One that holds numbers needs as much again, since it is
+    changed only when all has been read and verified.
 
     Args:
         folder: the folder, or a hub name such as "user/model".
@@ -64,58 +65,64 @@ def load(
     folder = huggingface.local_folder(folder, revision)
     description, place = read_description(folder), str(place_of(folder))
     layers = layers_of(description, place)
-    tensors = _tensors(folder, description, layers, verify)
+    shards = Shards(weight_files(folder))
+    if verify and description["version"] == 1:
+        _check_digest(_digest_of_file(folder / WEIGHTS), description, folder)
     if model is None:
         model = huggingface.empty_model(description["model"], folder, class_)
     given, model = model, unwrapped(model)
     with swapping(model) as swap:
         rewrite(swap, layers, str(folder))
-        tensors, ties = _with_wrappers(model, tensors, description["ties"])
-        state = _checked_state(model, tensors, ties, folder, place)
+        names, ties = _with_wrappers(model, without_markers(shards.tensors, layers), description["ties"])
+        users = _users(model, shards, names, ties, folder, place)
         dtypes = buffer_dtypes(model, description, place)
         generation = huggingface.generation_config(model, folder)
-        _fill(model, state, dtypes, device)
+        total = Digest(counts=verify and description["version"] > 1)
+        values = _read(model, shards, users, folder, total)
+        if total.counts:
+            _check_digest(total.hexdigest(), description, folder)
+        _fill(model, values, dtypes, device)
     if generation is not None:
         model.generation_config = generation
     attach(model)
     return given.to(device).eval() if device is not None else given.eval()
 
 
-def _tensors(folder: Path, description: Mapping[str, Any], layers: Sequence[Layer], verify: bool) -> dict[str, Tensor]:
-    """Returns the tensors of a folder, compared with the recorded digest."""
-    tensors = without_markers(read_tensors(folder), layers)
-    if not verify:
-        return tensors
-    if description["version"] == 1:
-        with (folder / WEIGHTS).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    else:
-        found = digest(tensors)
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_digest(found: str, description: Mapping[str, Any], folder: Path) -> None:
     if found != description["sha256"]:
         raise CheckpointError(
             f"{folder / WEIGHTS} is not the file that was saved (its SHA-256 differs): copy it again, or pass "
             "verify=False if you changed it on purpose"
         )
-    return tensors
 
 
-def _checked_state(
-    model: nn.Module, tensors: dict[str, Tensor], ties: Mapping[str, str], folder: Path, place: str
-) -> dict[str, Tensor]:
-    """Returns a tensor for every entry of the model's state, after a check of names and shapes; copies nothing."""
-    state = dict(tensors)
+def _users(
+    model: nn.Module, shards: Shards, names: Mapping[str, str], ties: Mapping[str, Any], folder: Path, place: str
+) -> dict[str, list[str]]:
+    """Returns the entries of the model's state that each tensor of the files is for, after a check of all shapes.
+
+    Args:
+        names: the name of each tensor in the files, by its name in the model.
+        ties: entries of the state that another one is written for.
+    """
+    origins = dict(names)
     for repeated, original in ties.items():
-        if not isinstance(original, str) or original not in tensors:
+        if not isinstance(original, str) or original not in names:
             raise CheckpointError(f"{place} ties {repeated} to {original}, which is not in {WEIGHTS}")
-        state[repeated] = tensors[original]
+        origins[repeated] = names[original]
     own = model.state_dict(keep_vars=True)
-    problems = [f"lacks {name}" for name in own if name not in state]
-    problems += [f"has {name}, which the model lacks" for name in state if name not in own]
-    shared = [name for name in own if name in state]
+    problems = [f"lacks {name}" for name in own if name not in origins]
+    problems += [f"has {name}, which the model lacks" for name in origins if name not in own]
+    shapes = {name: shards.tensors[origins[name]].shape for name in own if name in origins}
     problems += [
-        f"holds {name} as {tuple(state[name].shape)}, the model as {tuple(own[name].shape)}"
-        for name in shared
-        if state[name].shape != own[name].shape
+        f"holds {name} as {shape}, the model as {tuple(own[name].shape)}"
+        for name, shape in shapes.items()
+        if shape != tuple(own[name].shape)
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -126,41 +133,73 @@ def _checked_state(
             f"{', '.join(absent[:3])} of the model given for {folder} is on the meta device, and no file holds it: "
             "build the model with its buffers on a device (accelerate.init_empty_weights leaves them there)"
         )
-    holders: dict[int, str] = {}
-    for name in shared:
-        first = holders.setdefault(id(own[name]), name)
-        if not torch.equal(state[first], state[name]):
-            raise CheckpointError(
-                f"{folder / WEIGHTS}: {name} and {first} are one tensor in this model, two in the file: "
-                "build the model without this tie (config.tie_word_embeddings=False in transformers)"
-            )
-    return state
+    users: dict[str, list[str]] = {}
+    for name in own:
+        users.setdefault(origins[name], []).append(name)
+    return users
+
+
+def _read(
+    model: nn.Module, shards: Shards, users: Mapping[str, Sequence[str]], folder: Path, digest: Digest
+) -> dict[int, Tensor]:
+    """Read every tensor of the files once.
+
+    Args:
+        digest: to which the tensors are added.
+
+    Returns:
+        The values of the model's tensors, by the ids of these, with their strides.
+    """
+    own = model.state_dict(keep_vars=True)
+    found: dict[int, Tensor] = {}
+    firsts: dict[int, str] = {}
+    for stored in sorted(users):
+        mapped = shards.mapped(stored)
+        digest.add(stored, mapped)
+        for name in users[stored]:
+            key = id(own[name])
+            if key not in found:
+                firsts[key] = name
+                with torch.inference_mode(False):  # factors are never inference tensors, wherever load is called
+                    empty = torch.empty_strided(mapped.shape, own[name].stride(), dtype=mapped.dtype)
+                    found[key] = empty.copy_(mapped)
+            elif not torch.equal(found[key], mapped):
+                raise CheckpointError(
+                    f"{folder / WEIGHTS}: {name} and {firsts[key]} are one tensor in this model, two in the file: "
+                    "build the model without this tie (config.tie_word_embeddings=False in transformers)"
+                )
+    shards.close()
+    return found
 
 
 def _with_wrappers(
-    model: nn.Module, tensors: dict[str, Tensor], ties: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns tensors and ties by the names that the model gives its state."""
+    model: nn.Module, names: Iterable[str], ties: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Returns the names of tensors in the files, and the ties, by the names that the model gives its state."""
     places = places_of(model)
 
     def named(entry: Any) -> Any:
         layer, dot, own = str(entry).rpartition(".")
         return f"{places[layer]}{dot}{own}" if layer in places else entry
 
-    return {named(name): tensor for name, tensor in tensors.items()}, {named(a): named(b) for a, b in ties.items()}
+    return {named(name): name for name in names}, {named(a): named(b) for a, b in ties.items()}
 
 
 def _fill(
     model: nn.Module,
-    state: dict[str, Tensor],
+    values: Mapping[int, Tensor],
     dtypes: Mapping[str, torch.dtype],
     device: torch.device | str | None,
 ) -> None:
-    _materialize(model, device or "cpu")
+    """Give the tensors of the model their values: those on the meta device become these, the others are copied to."""
+    held = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if state[name].dtype != tensor.dtype:
-            _retype(model, name, state[name].dtype)
-    model.load_state_dict(state)
+        if not tensor.is_meta:
+            held[name] = values[id(tensor)]
+            if held[name].dtype != tensor.dtype:
+                _retype(model, name, held[name].dtype)
+    _replace(model, values, device or "cpu")
+    model.load_state_dict(held, strict=False)
     for name, dtype in dtypes.items():
         _retype(model, name, dtype)
 
@@ -170,12 +209,12 @@ def _retype(model: nn.Module, name: str, dtype: torch.dtype) -> None:
     owner_name, _, attribute = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     tensor = getattr(owner, attribute)
-    with torch.inference_mode(False):  # factors are never inference tensors, wherever load is called
+    with torch.inference_mode(False):
         tensor.data = tensor.data.to(dtype)
 
 
-def _materialize(model: nn.Module, device: torch.device | str) -> None:
-    """Replace the tensors of `model` on the meta device by uninitialised ones on `device`; ties are kept."""
+def _replace(model: nn.Module, values: Mapping[int, Tensor], device: torch.device | str) -> None:
+    """Replace the tensors of `model` on the meta device by `values` on `device`; ties are kept."""
     made: dict[int, Tensor] = {}  # by the id of the tensor on the meta device
     old: list[Tensor] = []  # kept alive, so that no id comes back
     for module in model.modules():
@@ -186,7 +225,7 @@ def _materialize(model: nn.Module, device: torch.device | str) -> None:
                 old.append(tensor)
                 if id(tensor) not in made:
                     with torch.inference_mode(False):
-                        empty = torch.empty_like(tensor, device=device)
+                        value = values[id(tensor)].to(device)
                         is_parameter = isinstance(tensor, nn.Parameter)
-                        made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                        made[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
                 owned[name] = made[id(tensor)]  # type: ignore[assignment]

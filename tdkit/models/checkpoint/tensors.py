@@ -1,18 +1,18 @@
-"""The tensors of a saved folder: of a model's state, with each tied one once, and of the files."""
+"""The tensors of a saved folder: those of a model's state, with each tied one once, and those in its files."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tdkit.errors import CheckpointError
-from tdkit.models.checkpoint.description import INDEX, WEIGHTS, Layer
+from tdkit.models.checkpoint.description import Layer
+from tdkit.models.checkpoint.values import has_values, value_of
+from tdkit.models.shards import DTYPES, Shards, Stored
 from tdkit.models.sites import factorized_layers
 from tdkit.support.compatibility import COMPILED
 
@@ -48,18 +48,27 @@ def tensors_and_ties(
         name = key.replace(COMPILED, "")
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"cannot save '{name}': extra state of type {type(tensor).__name__} is not a tensor")
-        if tensor.is_meta:
+        if type(tensor) not in (Tensor, nn.Parameter) and not tensor.is_meta:
+            kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+            raise CheckpointError(
+                f"cannot save '{name}': it is a {kind}, no plain tensor: round weights by "
+                "tdkit.quantize instead, or save the model by the tool that made it"
+            )
+        if not has_values(name, tensor):
             raise CheckpointError(f"cannot save '{name}': it is on the meta device and has no values")
-        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        where = id(tensor) if tensor.is_meta else tensor.data_ptr()
+        place = (tensor.device, where, tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and place in first and (known is None or name in known):
             ties[name] = first[place]
             continue
+        if tensor.numel() and place in first and tensor.is_meta:  # transformers would take it for an unknown tie
+            tensor = value_of(name, tensor)
         first.setdefault(place, name)
-        tensors[name] = tensor.detach().to("cpu", copy=False).contiguous()
+        tensors[name] = tensor if tensor.is_meta else tensor.detach().to("cpu", copy=False).contiguous()
     shared: dict[int, str] = {}
     for name, tensor in tensors.items():  # safetensors cannot store views of one storage
         pointer = tensor.untyped_storage().data_ptr()
-        if tensor.numel() and pointer in shared:
+        if tensor.numel() and not tensor.is_meta and pointer in shared:
             tensors[name] = tensor.clone()
         shared[pointer] = name
     return tensors, ties
@@ -73,53 +82,16 @@ def markers(model: nn.Module) -> dict[str, Tensor]:
     """
     found = {}
     for layer, module in factorized_layers(model):
-        for weight in module.matrices:
+        for weight, matrix in module.matrices.items():
             name = f"{layer}.{weight}".lstrip(".").replace(COMPILED, "")
-            found[name] = torch.zeros(1, dtype=next(module.parameters()).dtype)
+            found[name] = torch.zeros(1, dtype=matrix.dtype)
     return found
 
 
-def without_markers(tensors: Mapping[str, Tensor], layers: Collection[Layer]) -> dict[str, Tensor]:
+def without_markers(tensors: Mapping[str, Stored], layers: Collection[Layer]) -> dict[str, Stored]:
     """Returns the tensors of a file that are no `markers` of these layers."""
     names = {name for layer in layers for weight in layer.names for name in (weight, f"{weight}.weight")}
     return {name: tensor for name, tensor in tensors.items() if name not in names or tensor.shape != (1,)}
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the files with the tensors of a saved folder: one, or the shards of an index.
-
-    Raises:
-        CheckpointError: when one is missing, or the index is damaged.
-    """
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError(f"{names!r} are no names of files")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / INDEX} is damaged: {error}") from None
-    for name in names:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} holds no {name}: the copy is incomplete")
-    return [folder / name for name in names]
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a saved folder by name, with `markers`.
-
-    Raises:
-        CheckpointError: when a file is missing, damaged or truncated.
-    """
-    tensors: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
-    return tensors
 
 
 def shapes_in(paths: Collection[str | Path]) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -128,13 +100,5 @@ def shapes_in(paths: Collection[str | Path]) -> dict[str, tuple[tuple[int, ...],
     Raises:
         CheckpointError: when a file is missing, damaged or truncated.
     """
-    found = {}
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118, not a dict
-                    part = file.get_slice(name)
-                    found[name] = tuple(part.get_shape()), str(part.get_dtype())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
-    return found
+    spelt = {dtype: name for name, dtype in DTYPES.items()}
+    return {name: (stored.shape, spelt[stored.dtype]) for name, stored in Shards(paths).tensors.items()}

@@ -13,9 +13,11 @@ from torch import nn
 from tdkit.errors import CheckpointError
 from tdkit.models import huggingface
 from tdkit.models.card import Card
-from tdkit.models.checkpoint.description import DESCRIPTION, FORMAT, WEIGHTS, describe, is_saved
+from tdkit.models.checkpoint.description import DESCRIPTION, FORMAT, describe, is_saved
 from tdkit.models.checkpoint.tensors import tensors_and_ties, tied_as_in
+from tdkit.models.checkpoint.values import late_state
 from tdkit.models.registration import attach
+from tdkit.models.shards import WEIGHTS
 from tdkit.models.sites import factorized_layers
 from tdkit.support.compatibility import gathered_state, is_sharded, unwrapped
 from tdkit.support.files import whole_folder
@@ -64,9 +66,9 @@ def save(
         if sharded:
             gathered_state(model)
         return folder
-    _check_target(folder, overwrite)
+    check_target(folder, overwrite)
     inner = unwrapped(model)
-    state = tied_as_in(inner, gathered_state(model)) if sharded else None
+    state = tied_as_in(inner, gathered_state(model)) if sharded else late_state(model)
     _check_model(inner)
     with whole_folder(folder) as target:
         if huggingface.is_pretrained(inner):
@@ -118,7 +120,7 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _check_target(folder: Path, overwrite: bool) -> None:
+def check_target(folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
