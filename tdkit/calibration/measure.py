@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from tdkit.calibration.batches import Batch, call_of, check_batches
 from tdkit.calibration.calibration import Calibration, Loss
 from tdkit.calibration.losses import Labels, check_labels
-from tdkit.calibration.moments import Reach, Recorder, SharingBrokeError, groups_within, reaching
+from tdkit.calibration.moments import Pass, Reach, Recorder, SharingBrokeError, passes_within, reaching
 from tdkit.calibration.runner import Runner, as_it_was
 from tdkit.errors import CalibrationError, did_you_mean
 from tdkit.fitting.metric import Metric
@@ -24,6 +25,8 @@ from tdkit.sources.texts import spread_windows
 from tdkit.support.compatibility import uncompiled
 from tdkit.support.devices import check_device
 from tdkit.support.progress import Bar, progress_bar
+
+_log = logging.getLogger(__name__)
 
 LIMIT_BYTES = 8 * 2**30
 
@@ -49,7 +52,8 @@ def calibrate(
     token. For an embedding the moment of the row side is the diagonal of token counts; a head tied to the embedding
     contributes to the same moments. A side longer than 16,384 (a vocabulary) keeps only the diagonal. The moments are
     float64 and on the CPU. Where all moments together exceed `limit_bytes`, the sites are measured in groups with one
-    pass each, and the moments of each group are spilled to disk.
+    pass each, and the moments of each group are spilled to disk. Those of the experts of one layer, experts * (in^2 +
+    out^2) numbers, are float32 where they alone exceed it; a warning says so before the passes if that is still more.
 
     The model runs in eval mode. Its training mode, ``requires_grad`` flags, device and the random state are restored.
 
@@ -227,15 +231,26 @@ def _measure(
     limit_bytes: int,
     progress: bool | None,
 ) -> Calibration:
-    groups = groups_within(reach.sites, reach.shared, runner.gradients, limit_bytes) or [[]]
-    groups[0] += reach.others  # a later batch may still reach these, or their weights have gradients
+    passes = passes_within(reach.sites, reach.shared, runner.gradients, limit_bytes) or [Pass([], 0)]
+    passes[0].sites.extend(reach.others)  # a later batch may still reach these, or their weights have gradients
+    for each in passes:
+        if each.bytes > limit_bytes:
+            _log.warning(
+                "the moments of %s alone take %.1f GB, more than limit_bytes=%.1f GB, and its fits work on copies of "
+                "parts of them",
+                each.sites[0].name,
+                each.bytes / 1e9,
+                limit_bytes / 1e9,
+            )
     unseen = {site.name for site in reach.others}
     calibration = runner.calibration(batches)
-    with progress_bar("calibrate", len(groups) * len(batches), progress) as bar:
-        for number, group in enumerate(groups):
-            recorder = Recorder(group, gradients=runner.gradients, shared=reach.shared, unseen=unseen)
-            _pass(runner, recorder, batches, bar, f"group {number + 1} of {len(groups)}" if len(groups) > 1 else "")
-            calibration.add(recorder.metrics(), spill=len(groups) > 1)
+    with progress_bar("calibrate", len(passes) * len(batches), progress) as bar:
+        for number, each in enumerate(passes):
+            recorder = Recorder(
+                each.sites, gradients=runner.gradients, shared=reach.shared, unseen=unseen, limit=limit_bytes
+            )
+            _pass(runner, recorder, batches, bar, f"group {number + 1} of {len(passes)}" if len(passes) > 1 else "")
+            calibration.add(recorder.metrics(), spill=len(passes) > 1)
     return calibration
 
 
