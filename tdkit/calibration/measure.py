@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def calibrate(
     model = uncompiled(model)
     sites = survey(model).sites
     if names is not None:
-        sites = _named(sites, names)
+        sites = named_sites(sites, names)
     if isinstance(batches, str | Path):
         batches = text_batches(batches, tokenizer, context=context, tokens=tokens)
     runner = Runner(model, gradients=gradients, loss=loss, labels=labels)
@@ -109,7 +110,7 @@ def text_batches(name: str | Path, tokenizer: Any, *, context: int = 512, tokens
     return [row[None] for row in spread_windows(name, tokenizer, context=context, tokens=tokens)]
 
 
-def _named(sites: Sequence[Site], names: Collection[str]) -> tuple[Site, ...]:
+def named_sites(sites: Sequence[Site], names: Collection[str]) -> tuple[Site, ...]:
     """Returns the sites that have one of `names`.
 
     Raises:
@@ -146,6 +147,7 @@ def recalibrate(
     runner = Runner(model, gradients=calibration.gradients, loss=calibration.loss, labels=calibration.labels)
     found = measured(runner, sites, calibration.batches, limit_bytes=limit_bytes, device=device, progress=progress)
     mean = runner.calibration(calibration.batches)
+    mean.rows = calibration.rows | found.rows
     for name in calibration.names:  # one that the batches do not reach now keeps its moments
         ends = calibration.metric(name), found.metric(name)
         metric = Metric(_mean([end.input for end in ends if end]), _mean([end.output for end in ends if end]))
@@ -177,7 +179,7 @@ def measured(
     device = check_device(device)
     _check_weights(runner)
     runner.check_batches(chosen)
-    with torch.inference_mode(False), as_it_was(runner.model, device), _without_fast_path():
+    with torch.inference_mode(False), as_it_was(runner.model, device), without_fast_path():
         runner.find_causality(chosen)
         with reaching(sites) as reach, torch.no_grad():
             runner.forward(chosen[0])
@@ -190,7 +192,7 @@ def measured(
 
 
 @contextmanager
-def _without_fast_path() -> Iterator[None]:
+def without_fast_path() -> Iterator[None]:
     """Make ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` call their layers one by one."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -231,7 +233,22 @@ def _measure(
     limit_bytes: int,
     progress: bool | None,
 ) -> Calibration:
-    passes = passes_within(reach.sites, reach.shared, runner.gradients, limit_bytes) or [Pass([], 0)]
+    recorders = recorders_within(reach, runner.gradients, limit_bytes)
+    calibration = runner.calibration(batches)
+    with progress_bar("calibrate", len(recorders) * len(batches), progress) as bar:
+        for number, make in enumerate(recorders):
+            recorder = make()
+            _pass(
+                runner, recorder, batches, bar, f"group {number + 1} of {len(recorders)}" if len(recorders) > 1 else ""
+            )
+            calibration.add(recorder.metrics(), spill=len(recorders) > 1)
+            calibration.rows |= recorder.rows()
+    return calibration
+
+
+def recorders_within(reach: Reach, gradients: bool, limit_bytes: int) -> list[Callable[[], Recorder]]:
+    """Returns functions that make recorders of all sites, each with moments of at most `limit_bytes`, or one site."""
+    passes = passes_within(reach.sites, reach.shared, gradients, limit_bytes) or [Pass([], 0)]
     passes[0].sites.extend(reach.others)  # a later batch may still reach these, or their weights have gradients
     for each in passes:
         if each.bytes > limit_bytes:
@@ -243,15 +260,8 @@ def _measure(
                 limit_bytes / 1e9,
             )
     unseen = {site.name for site in reach.others}
-    calibration = runner.calibration(batches)
-    with progress_bar("calibrate", len(passes) * len(batches), progress) as bar:
-        for number, each in enumerate(passes):
-            recorder = Recorder(
-                each.sites, gradients=runner.gradients, shared=reach.shared, unseen=unseen, limit=limit_bytes
-            )
-            _pass(runner, recorder, batches, bar, f"group {number + 1} of {len(passes)}" if len(passes) > 1 else "")
-            calibration.add(recorder.metrics(), spill=len(passes) > 1)
-    return calibration
+    recorder = partial(Recorder, gradients=gradients, shared=reach.shared, unseen=unseen, limit=limit_bytes)
+    return [partial(recorder, each.sites) for each in passes]
 
 
 def _pass(runner: Runner, recorder: Recorder, batches: list[Batch], bar: Bar, label: str) -> None:
