@@ -159,7 +159,7 @@ def store(out: Path, row: dict[str, Any]) -> None:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The page of the results."""
-    first = rows[0]
+    first, drafted = rows[0], " ".join(map(str, sorted({row["drafted"] for row in rows})))
     columns = [
         "draft keeps",
         "perplexity",
@@ -190,16 +190,17 @@ SmolLM2-135M, its blocks by low rank with a calibrated loss ({first["calibration
 2015, ranks chosen by the estimated loss), no training. Perplexity: {EVALUATION_TOKENS:,} tokens of the last speeches,
 context {CONTEXT}. Greedy decoding of {first["new_tokens"]} tokens after each of {first["prompts"]} prompts of {PROMPT}
 tokens from the last speeches, float32, {first["threads"]} threads of a CPU; times with and without draft in turn.
-"Accepted" is the share of the proposed tokens that the dense model would have chosen itself. "Same tokens" is the share
-of prompts whose whole continuation is that of the dense model alone; rounding of a longer forward pass can turn a near
-tie.
+"Accepted" is the share of the proposed tokens that the dense model takes over; what is proposed after a token that it
+would not have chosen counts as not accepted. "Same tokens" is the share of prompts whose whole continuation is that of
+the dense model alone; rounding of a longer forward pass can turn a near tie.
 
 A time above 1 is slower than without a draft. A draft pays where its step costs a small part of the dense one's and
 most of its tokens are accepted: with k tokens proposed at a time, a share a of them accepted, and a step that costs c
 of the dense one's, a round costs 1 + k c and yields 1 + k a tokens. A model that keeps 70% or more of its blocks and
 its whole vocabulary is too dear a draft.
 
-    PYTHONPATH=. python tests/benchmarks/draft.py
+    PYTHONPATH=. python tests/benchmarks/draft.py --drafted {drafted} --prompts {first["prompts"]} \\
+        --new-tokens {first["new_tokens"]} --calibration-tokens {first["calibration_tokens"]}
 """
 
 
