@@ -65,6 +65,7 @@ def test_data_parallel_models(alone: None, ids: Tensor, tmp_path: Path) -> None:
 def test_a_model_prepared_by_accelerate(tmp_path: Path) -> None:
     model = tdkit.compress(make_gpt2(), half)
     plain = files(tdkit.save(model, tmp_path / "plain"))
+    reset_accelerate_state(processes=True)  # of an earlier test
     try:
         wrapped = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
         assert files(tdkit.save(wrapped, tmp_path / "prepared")) == plain
