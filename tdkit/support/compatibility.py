@@ -38,6 +38,7 @@ __all__ = [
     "replace_forward",
     "reset_accelerate_state",
     "shallow_copy",
+    "static_shape",
     "storage_id",
     "submodules_of",
     "tree_leaves",
@@ -230,6 +231,18 @@ def wrapper_tensor(kind: type[T], size: Sequence[int], *, dtype: torch.dtype, de
 def in_transform() -> bool:
     """Returns whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) or a forward-mode derivative is taken."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def static_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Returns the shape of a parameter as integers; in ``torch.jit.trace`` it consists of tensors otherwise."""
+    if torch.compiler.is_compiling() or not is_jit_traced():
+        return tuple(tensor.shape)
+    state, functions = torch._C._get_tracing_state(), cast(Any, torch._C)
+    functions._set_tracing_state(None)
+    try:
+        return tuple(tensor.shape)
+    finally:
+        functions._set_tracing_state(state)
 
 
 is_jit_traced: Callable[[], bool] = torch._C._is_tracing

@@ -219,7 +219,7 @@ class InPlaceLayer(FactorizedModule):
         """Returns a parameter, computed from its factors; during a call of ``forward``, only once."""
         state = vars(self)
         built: dict[object, Tensor] | None = state["_built"]
-        key = weight, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        key = None if built is None else (weight, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         if built is not None and key in built:
             return built[key]
         matrix = cast(FactorizedMatrix, submodules_of(self)[self.matrix_name(weight)])
@@ -321,9 +321,9 @@ def _lazy_or_observed(factorized: type[FactorizedModule]) -> property:
         if state.get(GRADIENT_OBSERVERS, {}).get("weight"):
             return self.dense_weight("weight")
         built: dict[object, Tensor] | None = state["_built"]
-        key = "lazy", torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         if built is None:
             return lazy(self)
+        key = "lazy", torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         if key not in built:
             built[key] = lazy(self)
         return built[key]
