@@ -174,7 +174,10 @@ class LowRankStack(FactorizedStack):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         parameters = parameters_of(self)
-        return parameters["left"], parameters["right"]
+        try:
+            return parameters["left"], parameters["right"]
+        except KeyError:  # one has a parametrization
+            return self.left, self.right
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.factors()

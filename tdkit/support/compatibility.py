@@ -23,6 +23,7 @@ __all__ = [
     "convolve_its_own_way",
     "convolves_its_own_way",
     "has_experts_interface",
+    "holds_parameters",
     "in_transform",
     "is_jit_traced",
     "move_own_tensors",
@@ -122,6 +123,12 @@ def offloads(module: nn.Module) -> bool:
     """Returns whether a hook of accelerate loads the weights of a module when it is called."""
     hook: Any = getattr(module, "_hf_hook", None)
     return any(getattr(each, "offload", False) for each in (hook, *cast("Any", getattr(hook, "hooks", ()))))
+
+
+def holds_parameters(module: nn.Module) -> bool:
+    """Returns whether a module was wrapped by DDP or sharded by FSDP, which keep lists of the parameters."""
+    names = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")}
+    return bool(names & {"DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel"})
 
 
 def rebind_hooked_forward(module: nn.Module) -> None:

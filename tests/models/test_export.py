@@ -1,4 +1,4 @@
-"""torch.export, ONNX, torch.jit.trace and torch.compile of compressed models: right for sizes other than the example's."""
+"""torch.export, ONNX, torch.jit.trace and torch.compile of compressed models: right for sizes not of the example."""
 
 from __future__ import annotations
 
