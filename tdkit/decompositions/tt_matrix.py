@@ -36,19 +36,19 @@ class Cores(FactorHolder):
         super().__init__()
         for number, core in enumerate(cores):
             self.register_parameter(str(number), core)
-        self.count = len(parameters_of(self))
+        self.names = tuple(parameters_of(self))
 
     def forward(self) -> tuple[Tensor, ...]:
-        found = parameters_of(self)
-        if len(found) < self.count:  # one has a parametrization
-            return tuple(getattr(self, str(number)) for number in range(self.count))
-        return tuple(found.values())
+        try:
+            return tuple(map(parameters_of(self).__getitem__, self.names))
+        except KeyError:  # one has a parametrization
+            return tuple(getattr(self, name) for name in self.names)
 
     def __getitem__(self, number: int) -> Tensor:
         return self()[number]  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.names)
 
 
 class TTMatrixMatrix(StructuredMatrix):
