@@ -9,6 +9,7 @@ tdkit.save(model, "smaller")
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.measure import calibrate
 from tdkit.compression.apply import compress
+from tdkit.compression.stream import compress_folder
 from tdkit.decompositions import (
     CanonicalPolyadic,
     Decomposition,
@@ -21,23 +22,31 @@ from tdkit.decompositions import (
     Tucker,
 )
 from tdkit.decompositions.auto import Auto
+from tdkit.decompositions.quantized import Quantized
 from tdkit.decompositions.stacked import Stacked
 from tdkit.errors import TdkitError
 from tdkit.fitting.metric import Metric
+from tdkit.models.card import Card
 from tdkit.models.checkpoint import load, save
 from tdkit.models.conversion import to_dense, to_sequential
 from tdkit.models.preparation import prepare
+from tdkit.models.quantization import quantize
+from tdkit.models.registration import register
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import applied_plan, plan
 from tdkit.planning.policy import Policy
 from tdkit.planning.rule import Rule
+from tdkit.support.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
+
+register()
 
 __all__ = [
     "Auto",
     "Calibration",
     "CanonicalPolyadic",
+    "Card",
     "Decomposition",
     "FactorizedMatrix",
     "Kronecker",
@@ -46,6 +55,7 @@ __all__ = [
     "PermutedKronecker",
     "Plan",
     "Policy",
+    "Quantized",
     "Rule",
     "SpatialLowRank",
     "Stacked",
@@ -55,9 +65,11 @@ __all__ = [
     "applied_plan",
     "calibrate",
     "compress",
+    "compress_folder",
     "load",
     "plan",
     "prepare",
+    "quantize",
     "save",
     "to_dense",
     "to_sequential",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def calibrate(
     model = uncompiled(model)
     sites = survey(model).sites
     if names is not None:
-        sites = _named(sites, names)
+        sites = named_sites(sites, names)
     if isinstance(batches, str | Path):
         batches = text_batches(batches, tokenizer, context=context, tokens=tokens)
     runner = Runner(model, gradients=gradients, loss=loss, labels=labels)
@@ -105,7 +106,7 @@ def text_batches(name: str | Path, tokenizer: Any, *, context: int = 512, tokens
     return [row[None] for row in spread_windows(name, tokenizer, context=context, tokens=tokens)]
 
 
-def _named(sites: Sequence[Site], names: Collection[str]) -> tuple[Site, ...]:
+def named_sites(sites: Sequence[Site], names: Collection[str]) -> tuple[Site, ...]:
     """Returns the sites that have one of `names`.
 
     Raises:
@@ -142,6 +143,7 @@ def recalibrate(
     runner = Runner(model, gradients=calibration.gradients, loss=calibration.loss, labels=calibration.labels)
     found = measured(runner, sites, calibration.batches, limit_bytes=limit_bytes, device=device, progress=progress)
     mean = runner.calibration(calibration.batches)
+    mean.rows = calibration.rows | found.rows
     for name in calibration.names:  # one that the batches do not reach now keeps its moments
         ends = calibration.metric(name), found.metric(name)
         metric = Metric(_mean([end.input for end in ends if end]), _mean([end.output for end in ends if end]))
@@ -173,7 +175,7 @@ def measured(
     device = check_device(device)
     _check_weights(runner)
     runner.check_batches(chosen)
-    with torch.inference_mode(False), as_it_was(runner.model, device), _without_fast_path():
+    with torch.inference_mode(False), as_it_was(runner.model, device), without_fast_path():
         runner.find_causality(chosen)
         with reaching(sites) as reach, torch.no_grad():
             runner.forward(chosen[0])
@@ -186,7 +188,7 @@ def measured(
 
 
 @contextmanager
-def _without_fast_path() -> Iterator[None]:
+def without_fast_path() -> Iterator[None]:
     """Make ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` call their layers one by one."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -227,16 +229,25 @@ def _measure(
     limit_bytes: int,
     progress: bool | None,
 ) -> Calibration:
-    groups = groups_within(reach.sites, reach.shared, runner.gradients, limit_bytes) or [[]]
+    recorders = recorders_within(reach, runner.gradients, limit_bytes)
+    calibration = runner.calibration(batches)
+    with progress_bar("calibrate", len(recorders) * len(batches), progress) as bar:
+        for number, make in enumerate(recorders):
+            recorder = make()
+            _pass(
+                runner, recorder, batches, bar, f"group {number + 1} of {len(recorders)}" if len(recorders) > 1 else ""
+            )
+            calibration.add(recorder.metrics(), spill=len(recorders) > 1)
+            calibration.rows |= recorder.rows()
+    return calibration
+
+
+def recorders_within(reach: Reach, gradients: bool, limit_bytes: int) -> list[Callable[[], Recorder]]:
+    """Returns functions that make recorders of all sites, each with moments of at most `limit_bytes`, or one site."""
+    groups = groups_within(reach.sites, reach.shared, gradients, limit_bytes) or [[]]
     groups[0] += reach.others  # a later batch may still reach these, or their weights have gradients
     unseen = {site.name for site in reach.others}
-    calibration = runner.calibration(batches)
-    with progress_bar("calibrate", len(groups) * len(batches), progress) as bar:
-        for number, group in enumerate(groups):
-            recorder = Recorder(group, gradients=runner.gradients, shared=reach.shared, unseen=unseen)
-            _pass(runner, recorder, batches, bar, f"group {number + 1} of {len(groups)}" if len(groups) > 1 else "")
-            calibration.add(recorder.metrics(), spill=len(groups) > 1)
-    return calibration
+    return [partial(Recorder, group, gradients=gradients, shared=reach.shared, unseen=unseen) for group in groups]
 
 
 def _pass(runner: Runner, recorder: Recorder, batches: list[Batch], bar: Bar, label: str) -> None:

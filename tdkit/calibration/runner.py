@@ -23,12 +23,24 @@ T = TypeVar("T")
 class Runner:
     """Runs a model forward and backward on batches; `call_of` says what a batch can be.
 
+    Args:
+        device: where the batches go; when None, to the device of the model.
+
     Attributes:
         causal: whether the model is a causal language model; False until `find_causality` has found that it is.
     """
 
-    def __init__(self, model: nn.Module, *, gradients: bool, loss: Loss | None = None, labels: Labels = "data") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        gradients: bool,
+        loss: Loss | None = None,
+        labels: Labels = "data",
+        device: torch.device | None = None,
+    ) -> None:
         self.model = model
+        self._device = device
         self.loss = loss
         self.labels = labels
         self.gradients = gradients
@@ -40,7 +52,7 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        return device_of(self.model)
+        return device_of(self.model) if self._device is None else self._device
 
     def call(self, batch: Batch) -> Call:
         """Returns the batch, divided, on the device of the model."""

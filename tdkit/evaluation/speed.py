@@ -13,7 +13,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from tdkit.decompositions.base import Preference
+from tdkit.decompositions.base import FactorizedMatrix, Preference
+from tdkit.decompositions.shrink import Shrink
 from tdkit.errors import PolicyError
 from tdkit.evaluation.timing import peak_bytes, side_by_side
 from tdkit.models.conversion import to_dense
@@ -23,8 +24,10 @@ from tdkit.models.hosts.embedding import FactorizedEmbedding
 from tdkit.models.hosts.experts import ExpertsLayer, experts_of_a_token, stacks_of
 from tdkit.models.hosts.linear import FactorizedLinear
 from tdkit.models.preparation import cached_bytes, prepare
-from tdkit.models.sites import factorized_groups, factorized_layers, num_bytes, survey
-from tdkit.models.swap import Fitted, swapping
+from tdkit.models.shrinking import shrunk
+from tdkit.models.sites import Site, factorized_groups, factorized_layers, num_bytes, survey
+from tdkit.models.swap import Resized, swapping
+from tdkit.planning.grouping import shrunk_groups
 from tdkit.planning.plan import Plan
 from tdkit.products.cost import CACHED, DENSE
 from tdkit.shapes import by
@@ -201,11 +204,15 @@ def densified(model: nn.Module) -> nn.Module:
 def unfitted(model: nn.Module, plan: Plan) -> nn.Module:
     """Apply `plan` to `model` in place with random factors, to measure speed without a fit; returns `model`."""
     generator = torch.Generator().manual_seed(0)
-    fitted: Fitted = []
+    fitted: list[tuple[Site, FactorizedMatrix | Resized]] = []
     sites = {site.name: site for site in survey(model).sites}
-    for step in plan.rewritten:
-        site = sites[step.name]
+    pairs = [(step, sites[step.name]) for step in plan.rewritten]
+    for group, kind in shrunk_groups(pairs):
+        fitted += zip(group.sites, shrunk(group, torch.arange(kind.units or 0)), strict=True)
+    for step, site in pairs:
         assert step.decomposition is not None
+        if isinstance(step.decomposition, Shrink):
+            continue
         shape = step.decomposition.shape_of(site.shape)
         matrix = step.decomposition.empty(shape, device=site.weight.device, dtype=site.weight.dtype)
         for factor in matrix.parameters():
@@ -274,7 +281,7 @@ def _path(layer: FactorizedModule, tokens: int, prefer: Preference) -> str:
 
 
 def _layer_call(layer: FactorizedModule, tokens: int) -> Callable[[nn.Module], object]:
-    of = next(layer.parameters())
+    of = next(iter(layer.matrices.values()))
     if isinstance(layer, ExpertsLayer):
         return _routed_call(layer, tokens, of)
     if isinstance(layer, nn.RNNBase):
@@ -290,7 +297,7 @@ def _layer_call(layer: FactorizedModule, tokens: int) -> Callable[[nn.Module], o
     return lambda module: module(x.detach().requires_grad_(torch.is_grad_enabled()))
 
 
-def _routed_call(layer: ExpertsLayer, tokens: int, of: Tensor) -> Callable[[nn.Module], object]:
+def _routed_call(layer: ExpertsLayer, tokens: int, of: FactorizedMatrix) -> Callable[[nn.Module], object]:
     name, stack = next(iter(stacks_of(layer).items()))
     width = stack.sizes[1] if name == "down_proj" else stack.sizes[2]
     hidden = torch.randn(tokens, width, device=of.device, dtype=of.dtype)

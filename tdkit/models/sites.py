@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -67,12 +67,14 @@ class Site:
         shape: (out, in) or (out, in, *kernel).
         stored: the number of parameters that vanish with the weight, if not those of `shape`.
         stacked: whether the weight is a stack of matrices (members, out, in), such as those of experts.
+        read: returns the weight as `weight` does, where the model does not hold its values.
     """
 
     users: tuple[User, ...]
     shape: Shape
     stored: int | None = None
     stacked: bool = False
+    read: Callable[[], Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -85,8 +87,8 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as a view of `shape`."""
-        return self.users[0].tensor
+        """The weight as a view of `shape`; `read` anew in each access where the model does not hold its values."""
+        return self.users[0].tensor if self.read is None else self.read()
 
     @property
     def params(self) -> int:
@@ -114,7 +116,8 @@ class Untouchable:
     Attributes:
         name: the name of the weight, as in `weight_name`.
         kind: the type of the layer.
-        params: the number of parameters of the weight; 0 while it is uninitialised.
+        params: the number of parameters that hold the weight, more or fewer than its entries if it is parametrised; 0
+            while it is uninitialised.
         reason: why it cannot be factorised.
         shape: as the layer stores it; empty while it is uninitialised.
         others: the names of the other layers that share it.
@@ -147,8 +150,12 @@ class Survey:
     factorized: tuple[str, ...] = ()
 
 
-def survey(model: nn.Module) -> Survey:
-    """Find every weight of `model` that can be factorised, with all the layers that share it."""
+def survey(model: nn.Module, read: Callable[[User], Tensor] | None = None) -> Survey:
+    """Find every weight of `model` that can be factorised, with all the layers that share it.
+
+    Args:
+        read: returns the weight of a layer, where the model does not hold its values; see `Site.read`.
+    """
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}  # by parameter: module name, module, attribute
     inside = tuple(f"{name}." for name, module in _modules(model) if isinstance(module, FactorizedMatrix))
     inside += tuple(f"{name}.parametrizations.".lstrip(".") for name, module in _modules(model) if parametrized(module))
@@ -169,12 +176,14 @@ def survey(model: nn.Module) -> Survey:
         if reason is None:
             shape, stored = tuple(users[0].tensor.shape), users[0].host.params(module, attribute)
             stacked = users[0].host.stacked(module, attribute)
-            sites.append(Site(users, shape, None if stored == math.prod(shape) else stored, stacked))
+            stored_size = None if stored == math.prod(shape) else stored
+            sites.append(Site(users, shape, stored_size, stacked, read and partial(read, users[0])))
         else:
             parameter = getattr(module, attribute)
             shape = () if is_lazy(parameter) else tuple(parameter.shape)
             first, *others = (weight_name(layer, weight) for layer, _, weight in found)
-            params = math.prod(shape) if shape else 0
+            host = host_of(module)
+            params = 0 if not shape else math.prod(shape) if host is None else host.params(module, attribute)
             untouchable.append(Untouchable(first, type(module).__name__, params, reason, shape, tuple(others)))
     factorized = tuple(users[0].name for _, users in factorized_groups(model))
     return Survey(tuple(sites), tuple(untouchable), factorized)
@@ -256,14 +265,21 @@ def factorized_groups(model: nn.Module) -> list[tuple[FactorizedMatrix, list[Fac
 
 
 def num_params(model: nn.Module) -> int:
-    """Returns the number of parameters of a model; tied ones are counted once."""
-    return sum(p.numel() for p in model.parameters())
+    """Returns the number of parameters of a model, those of quantized factors included; tied ones are counted once."""
+    rounded = sum(module.held_as_buffers for module in model.modules() if isinstance(module, FactorizedMatrix))
+    return sum(p.numel() for p in model.parameters()) + rounded
 
 
 def num_bytes(model: nn.Module) -> int:
     """Returns the bytes of the tensors in the ``state_dict`` of a model; tied ones are counted once."""
-    tensors: dict[int, torch.Tensor] = {t.data_ptr(): t for t in model.state_dict().values()}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(model))
+
+
+def distinct_tensors(model: nn.Module) -> list[Tensor]:
+    """Returns the tensors in the ``state_dict`` of a model, tied ones once; also of a model on the meta device."""
+    saved = set(model.state_dict())
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return list({t.data_ptr() or id(t): t for name, t in named if name in saved}.values())
 
 
 def changes_in_place(host: Host, layer: str) -> bool:

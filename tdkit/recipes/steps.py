@@ -49,7 +49,7 @@ class CompressStep(StepConfig):
 
     changes_model: ClassVar[bool] = True
     rules: list[dict[str, Any]]
-    budget: float | None = None
+    budget: float | dict[str, Any] | None = None
     allow_growth: bool = False
     allocation: str = "auto"
     calibrated: bool = False

@@ -9,7 +9,7 @@ import torch
 
 from tdkit.errors import MissingDependencyError, SourceError, did_you_mean
 from tdkit.models import huggingface
-from tdkit.models.checkpoint import DESCRIPTION, load
+from tdkit.models.checkpoint import is_saved, load
 from tdkit.registry import Registry
 from tdkit.sources.source import ModelSource, Source, call_source, not_callable
 from tdkit.support.devices import check_device
@@ -52,8 +52,8 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: torch.d
             "config.json and the weights. For a file of weights alone, build the model in Python, load the weights "
             "and call tdkit.compress(model, ...)"
         )
-    if (path / DESCRIPTION).is_file():
-        source = Source(name, load(path), _tokenizer(path))
+    if is_saved(path):
+        source = Source(name, load(path), tokenizer_of(path))
     elif not (path / "config.json").is_file() and name.partition(":")[0] in model_sources.names():
         source = _registered(name, dtype)
     else:
@@ -75,14 +75,14 @@ def _pretrained(name: str, dtype: torch.dtype) -> Source:
     package = huggingface.transformers()
     try:
         config = package.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        kind = _class_of(config, name)
+        kind = class_of(config, name)
         model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     except SourceError:  # a ValueError too
         raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error):
-            raise _needs_code(name, "its config.json names Python files") from None
+            raise needs_code(name, "its config.json names Python files") from None
         names = model_sources.names()
         raise SourceError(
             f"no model '{name}'{did_you_mean(name, names) or '.'} It is no folder of a model here, none of the "
@@ -91,10 +91,10 @@ def _pretrained(name: str, dtype: torch.dtype) -> Source:
         ) from None
     for parameter in model.parameters():  # memory-mapped at any alignment, which changes the last bits of results
         parameter.data = parameter.data.clone()
-    return Source(name, model, _tokenizer(name))
+    return Source(name, model, tokenizer_of(name))
 
 
-def _class_of(config: Any, name: str) -> Any:
+def class_of(config: Any, name: str) -> Any:
     """Returns the transformers class that a config names, or AutoModel when it names none.
 
     Raises:
@@ -104,11 +104,9 @@ def _class_of(config: Any, name: str) -> Any:
     if not config.architectures:
         return package.AutoModel
     wanted = config.architectures[0]
-    kind: Any = getattr(package, wanted, None) if isinstance(wanted, str) else None
-    base = package.PreTrainedModel
-    shipped = isinstance(kind, type) and issubclass(kind, base) and kind is not base
-    if not shipped:
-        raise _needs_code(
+    kind = huggingface.shipped_class(wanted)
+    if kind is None:
+        raise needs_code(
             name, f"its config.json names the class {wanted!r}, which transformers {package.__version__} does not ship"
         )
     if not any(isinstance(each, kind.config_class) for each in (config, *vars(config).values())):
@@ -119,14 +117,14 @@ def _class_of(config: Any, name: str) -> Any:
     return kind
 
 
-def _needs_code(name: str, why: str) -> SourceError:
+def needs_code(name: str, why: str) -> SourceError:
     return SourceError(
         f"'{name}' needs code of its own ({why}), and tdkit executes no code from a model's folder: build the model in "
         "Python, load its weights and call tdkit.compress(model, ...)"
     )
 
 
-def _tokenizer(name: str | Path) -> Any:
+def tokenizer_of(name: str | Path) -> Any:
     """Returns the tokenizer of a folder or hub name, or None: functions that need one raise their own error."""
     folder = Path(name)
     if folder.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):

@@ -1,12 +1,18 @@
-"""All private parts of torch and accelerate that tdkit uses, each with the behaviour that it relies on.
+"""Private parts of torch and accelerate, and calls of the system, that tdkit uses, each with what it relies on.
 
 A release that changes one of them fails the test of that part in ``tests/support/test_compatibility.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import ctypes
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
+from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar, cast
 
@@ -22,10 +28,14 @@ __all__ = [
     "constant_for_compile",
     "convolve_its_own_way",
     "convolves_its_own_way",
+    "exchange_paths",
+    "gathered_state",
+    "given_state_dict",
     "has_experts_interface",
     "holds_parameters",
     "in_transform",
     "is_jit_traced",
+    "is_sharded",
     "move_own_tensors",
     "offloads",
     "onednn_enabled",
@@ -33,6 +43,7 @@ __all__ = [
     "onednn_linear",
     "own_parameters",
     "parameters_of",
+    "parameters_on_meta",
     "pre_hooks_of",
     "rebind_hooked_forward",
     "recurrent_weights_again",
@@ -42,9 +53,12 @@ __all__ = [
     "static_shape",
     "storage_id",
     "submodules_of",
+    "tensor_files_written_by",
     "tree_leaves",
     "tree_map_only",
     "uncompiled",
+    "unsharded_class",
+    "unwrapped",
     "version_of",
     "without_recurrent_weights",
     "wrapper_tensor",
@@ -66,6 +80,27 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
 def submodules_of(module: nn.Module) -> dict[str, nn.Module]:
     """The module's own submodules by name, as fast."""
     return cast("dict[str, nn.Module]", module._modules)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """A context manager inside which modules put the parameters that they are given on the meta device.
+
+    A parameter is freed as soon as its module has it, so that a model is built with one in memory. Parameters that are
+    there already stay the same objects: ties are kept. Buffers are real.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if type(param) is nn.Parameter and not param.is_meta:
+            param = nn.Parameter(param.data.to("meta"), param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def own_parameters(module: nn.Module) -> None:
@@ -95,6 +130,11 @@ class RecurrentWeights(nn.Module):
     @_flat_weights.setter
     def _flat_weights(self, _: object) -> None:
         pass
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # the weights with these names would be read, to be referred to
+        super().__setstate__({**state, "_flat_weights_names": []})  # type: ignore[no-untyped-call]
+        self._flat_weights_names = state["_flat_weights_names"]
 
     def _init_flat_weights(self) -> None:
         pass
@@ -144,6 +184,74 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """Returns the module inside the wrapper of ``torch.compile``, or the module itself."""
     inner = getattr(model, "_orig_mod", None)
     return inner if type(model).__name__ == "OptimizedModule" and isinstance(inner, nn.Module) else model
+
+
+WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the module inside the wrappers of ``torch.compile``, data parallelism and FSDP1, or itself."""
+    while type(model).__name__ in WRAPPERS:
+        inner = uncompiled(model)
+        inner = getattr(model, "module", model) if inner is model else inner
+        if inner is model or not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Returns whether this process holds only a part of a tensor of the model, as under FSDP."""
+    return any(hasattr(tensor, "device_mesh") for tensor in model.parameters()) or any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
+    )
+
+
+def unsharded_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Returns the class of which ``fully_shard`` made a subclass of it and ``FSDPModule``, or the class itself."""
+    first, *others = kind.__bases__
+    sharded = first.__name__ == "FSDPModule" and kind.__name__.startswith("FSDP") and others
+    return cast("type[nn.Module]", others[0]) if sharded else kind
+
+
+def gathered_state(model: nn.Module) -> dict[str, Any]:
+    """Returns the whole ``state_dict`` of a sharded model in the first process, and an empty one in the others.
+
+    All processes call it.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # slow to import
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+@contextmanager
+def tensor_files_written_by(write: Callable[..., None]) -> Iterator[None]:
+    """A context manager inside which ``save_pretrained`` calls ``write(tensors, path, metadata=...)`` for its files.
+
+    transformers hands over the tensors of one file at a time, in memory or on the meta device.
+    """
+    from transformers import modeling_utils
+
+    before = modeling_utils.safe_save_file
+    modeling_utils.safe_save_file = write
+    try:
+        yield
+    finally:
+        modeling_utils.safe_save_file = before
+
+
+def given_state_dict() -> dict[str, Any] | None:
+    """Returns the ``state_dict=`` of the ``save_pretrained`` that called the caller of this function, if there is one.
+
+    transformers drops it for a model with a quantizer, and asks the quantizer instead, which is not told. The Trainer
+    gives the gathered tensors of a model under FSDP there, which no process could gather alone.
+    """
+    frame = inspect.currentframe()
+    for _ in range(2):
+        frame = frame.f_back if frame is not None else None
+    if frame is None or frame.f_code.co_name != "save_pretrained":
+        return None
+    return cast("dict[str, Any] | None", frame.f_locals.get("state_dict"))
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
@@ -265,3 +373,19 @@ def reset_accelerate_state(*, processes: bool = False) -> None:
     from accelerate.state import AcceleratorState  # slow to import, and not needed for compression
 
     AcceleratorState._reset_state(processes)
+
+
+def exchange_paths(first: Path, second: Path) -> bool:
+    """Exchange two files or folders in one step; returns False where the system or the file system cannot.
+
+    By ``renameat2(..., RENAME_EXCHANGE)`` on Linux and ``renamex_np(..., RENAME_SWAP)`` on macOS, which Python does not
+    offer.
+    """
+    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    names = os.fsencode(first), os.fsencode(second)
+    if sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        return bool(library.renamex_np(*names, 2) == 0)
+    if library is None or not hasattr(library, "renameat2"):
+        return False
+    here = -100  # AT_FDCWD
+    return bool(library.renameat2(here, names[0], here, names[1], 2) == 0)

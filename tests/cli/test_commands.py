@@ -94,7 +94,7 @@ def test_plan_reads_a_policy_file(tdkit: Tdkit, gpt2_folder: Path, tmp_path: Pat
 def test_a_budget_on_the_command_line_leaves_the_rest_of_a_policy_file(tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
     policy.write_text("budget: 0.9\nallocation: uniform\nrules:\n- {match: '*', with: low_rank}\n")
-    chosen = policy_of(policy, "low_rank", None, 0.8)
+    chosen = policy_of(policy, "low_rank", None, "0.8")
     assert chosen == replace(Policy.from_yaml(policy), budget=0.8)
     assert chosen.allocation == "uniform"
 
@@ -110,8 +110,9 @@ def test_compress_eval_info(tdkit: Tdkit, gpt2_folder: Path, text_file: Path, tm
     source = load_model(str(out))
     ids = encode(load_texts(text_file), source.tokenizer, 512)
     expected = perplexity(source.model, ids, context=32)
-    assert json.loads(measured.out)["perplexity"] == pytest.approx(expected, rel=1e-5)
-    assert num_params(source.model) == json.loads(measured.out)["params"]
+    made = json.loads(measured.out)
+    assert made["results"][0]["figures"]["perplexity"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert num_params(source.model) == made["model"]["params"]
     again = tdkit("compress", gpt2_folder, "--budget", "0.8", "--out", out)
     assert again.code == 2
     assert "--overwrite" in again.err

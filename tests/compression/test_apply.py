@@ -22,7 +22,7 @@ from tdkit.errors import OptionError, PolicyError
 from tdkit.fitting.metric import Metric
 from tdkit.models.hosts.embedding import FactorizedEmbedding
 from tdkit.models.hosts.linear import FactorizedLinear
-from tdkit.models.sites import num_params
+from tdkit.models.sites import factorized_groups, num_params
 from tests.kinds import OF_MATRICES
 
 EVERY = [decompositions.get(name)() for name in OF_MATRICES]
@@ -231,19 +231,14 @@ class TestTransformers:
                 model._init_weights(module)
         assert torch.equal(model(ids).logits, expected)
 
-    def test_resizing_the_vocabulary_is_refused_and_changes_nothing(self, model: Any, ids: Tensor) -> None:
-        expected = model(ids).logits
-        with pytest.raises(TypeError, match=r"Old embeddings are of type .*FactorizedEmbedding"):
-            model.resize_token_embeddings(64)
-        assert torch.equal(model(ids).logits, expected)
-
     def test_save_pretrained_writes_every_factor_once(self, model: Any, tmp_path: Path) -> None:
         from safetensors import safe_open
 
         model.save_pretrained(tmp_path)
         with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
             saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        assert sum(tensor.numel() for tensor in saved.values()) == num_params(model)
+        marks = sum(len(users) for _, users in factorized_groups(model))  # one number for each dense weight
+        assert sum(tensor.numel() for tensor in saved.values()) == num_params(model) + marks
 
     def test_gradient_checkpointing(self, model: Any, ids: Tensor) -> None:
         model.train()

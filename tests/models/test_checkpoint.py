@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from tdkit.decompositions.registered import decompositions
 from tdkit.errors import CheckpointError
 from tdkit.models.checkpoint import DESCRIPTION, WEIGHTS, read_description
 from tdkit.models.sites import num_params
-from tests.conftest import make_gpt2
+from tests.conftest import make_gpt2, make_llama
 from tests.kinds import OF_MATRICES
 
 every = pytest.mark.parametrize("name", OF_MATRICES)
@@ -238,15 +239,18 @@ def cut(path: Path, size: int) -> None:
     ("damage", "message"),
     [
         (lambda f: (f / WEIGHTS).unlink(), r"holds no model.safetensors: the copy is incomplete"),
-        (lambda f: (f / DESCRIPTION).unlink(), r"holds no tdkit.json: it was not saved by tdkit"),
-        (lambda f: cut(f / WEIGHTS, 1000), r"is not the file that was saved \(its SHA-256 differs\)"),
-        (lambda f: cut(f / WEIGHTS, 0), r"is not the file that was saved"),
-        (lambda f: flip(f / WEIGHTS, -1), r"is not the file that was saved .*copy it again, or pass verify=False"),
+        (lambda f: (f / DESCRIPTION).unlink(), r"holds no tdkit.json, .* it was not saved by tdkit"),
+        (lambda f: cut(f / WEIGHTS, 1000), r"model.safetensors is damaged or truncated"),
+        (lambda f: cut(f / WEIGHTS, 0), r"model.safetensors is damaged or truncated"),
+        (
+            lambda f: flip(f / WEIGHTS, -1),
+            r"is not the file that was saved \(its SHA-256 .*copy it again, or pass verify=False",
+        ),
         (lambda f: cut(f / DESCRIPTION, 50), r"tdkit.json is damaged"),
         (lambda f: (f / DESCRIPTION).write_bytes(b"\xff\xfe\x00"), r"tdkit.json is damaged"),
         (lambda f: (f / DESCRIPTION).write_text('{"model_type": "gpt2"}'), r"tdkit.json is not a tdkit description"),
         (lambda f: (f / DESCRIPTION).write_text("[]"), r"is not a tdkit description"),
-        (lambda f: change(f, version=99), r"has format version 99, this tdkit reads up to 1: update tdkit"),
+        (lambda f: change(f, version=99), r"has format version 99, this tdkit reads up to 2: update tdkit"),
         (lambda f: change(f, version="one"), r"has format version 'one'"),
         (lambda f: change(f, version=-1), r"has format version -1"),
         (lambda f: change(f, version=True), r"has format version True"),
@@ -316,7 +320,10 @@ def test_no_change_of_the_description_gives_anything_but_our_error_or_the_model(
 def test_a_missing_folder_and_a_foreign_one_are_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere does not exist"):
         tdkit.load(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"holds no tdkit.json: it was not saved by tdkit"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds no tdkit.json, nor a config.json of a compressed model: it was not saved by tdkit",
+    ):
         tdkit.load(tmp_path)
 
 
@@ -369,14 +376,35 @@ def test_two_tensors_are_not_read_into_one(tmp_path: Path, tied: Any) -> None:
         tdkit.load(folder, model=fresh(tied))
 
 
-def test_a_model_on_the_meta_device_is_told(saved: Path, tied: Any, tmp_path: Path) -> None:
+def test_a_model_on_the_meta_device_takes_what_the_file_has(
+    saved: Path, tied: Any, ids: Tensor, tmp_path: Path
+) -> None:
     with torch.device("meta"):
         model = fresh(tied)
-    with pytest.raises(CheckpointError, match=r"is on the meta device: build it on a device that holds weights"):
-        tdkit.load(saved, model=model)
+    loaded = tdkit.load(saved, model=model)
+    assert loaded is model
+    assert torch.equal(loaded(ids), tied(ids))
+    assert num_params(loaded) == num_params(tied)
+    with torch.device("meta"):
+        model = fresh(tied)
     with pytest.raises(CheckpointError, match=r"cannot save .*it is on the meta device and has no values"):
         tdkit.save(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_what_no_file_holds_is_not_made_up(llama: Any, ids: Tensor, tmp_path: Path) -> None:
+    expected = tdkit.compress(llama, half())(ids).logits
+    folder = tdkit.save(llama, tmp_path / "saved")
+    with torch.device("meta"):
+        model = make_llama()
+    with pytest.raises(
+        CheckpointError, match=r"inv_freq.* is on the meta device, and no file holds it: build the model"
+    ):
+        tdkit.load(folder, model=model)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    with init_empty_weights(include_buffers=False):
+        model = make_llama()
+    assert torch.equal(tdkit.load(folder, model=model)(ids).logits, expected)
 
 
 def test_extra_state_that_is_no_tensor_is_told(tmp_path: Path) -> None:
@@ -392,19 +420,25 @@ def test_extra_state_that_is_no_tensor_is_told(tmp_path: Path) -> None:
 
 def test_a_transformers_folder_without_its_config_is_told(gpt2: Any, tmp_path: Path) -> None:
     folder = tdkit.save(tdkit.compress(gpt2, half()), tmp_path / "saved")
-    text = (folder / "config.json").read_text()
-    for damaged in ("", "{", "[]", '{"model_type": "no_such"}', '{"auto_map": {"AutoConfig": "evil.Config"}}'):
-        (folder / "config.json").write_text(damaged)
-        (folder / "evil.py").write_text("raise SystemExit('executed')")
+    path = folder / "config.json"
+    text = path.read_text()
+    described = {"quantization_config": json.loads(text)["quantization_config"]}
+    (folder / "evil.py").write_text("raise SystemExit('executed')")
+    for damaged in ({"model_type": "no_such"}, {"auto_map": {"AutoConfig": "evil.Config"}}, {}):
+        path.write_text(json.dumps({**damaged, **described}))
         with pytest.raises(CheckpointError, match=r"lacks a readable config.json"):
             tdkit.load(folder)
-    (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"lacks a readable config.json"):
+    for damaged in ("", "{", "[]"):
+        path.write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"it was not saved by tdkit"):
+            tdkit.load(folder)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"it was not saved by tdkit"):
         tdkit.load(folder)
-    (folder / "config.json").write_text(text)
-    description = read_description(folder)
-    for name in ("NoSuchModel", "GPT2Config", "os", "__builtins__"):
-        change(folder, model={**description["model"], "class": name})
+    for name in ("NoSuchModel", "GPT2Config", "os", "__builtins__", 3):
+        config = json.loads(text)
+        config["quantization_config"]["model"]["class"] = name
+        path.write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match=rf"this transformers \(.*\) has no model class '{name}'"):
             tdkit.load(folder)
 

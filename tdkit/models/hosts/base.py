@@ -20,6 +20,8 @@ from tdkit.support.compatibility import parameters_of, rebind_hooked_forward
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes of weights that can be fitted
 
+DENSE_SHAPE = "dense_shape"  # attribute of a dense layer that is smaller than it was: the shape (out, in) that it had
+
 Observer = Callable[[Tensor, Tensor], Tensor]
 """``(x, y) -> y``: called with the input and output of a product with a weight; its result replaces y."""
 
@@ -91,6 +93,12 @@ class FactorizedModule(nn.Module, ABC):
         """Returns JSON-serialisable options that the host needs, besides the dense layer, to build this layer again."""
         return {}
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for weight in self.matrices:  # saved models mark it by a single number: see `markers` of checkpoints
+            if getattr(state_dict.get(prefix + weight), "shape", None) == (1,):
+                del state_dict[prefix + weight]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __setattr__(self, name: str, value: Any) -> None:
         found = getattr(type(self), name, None)
         if isinstance(found, property) and found.fset is None:  # for a Parameter nn.Module would say "already exists"
@@ -133,6 +141,7 @@ class Host(ABC):
             without its ``__init__`` having run: it may use attributes of the dense layer, its `matrix`, and those
             that `adopt` sets.
         in_place: whether the module becomes the layer that `build` returns, instead of being replaced by it.
+        resizes: whether it has a `resized`.
 
     `accepts` must not accept subclasses: they may override ``forward``, which the factorised layer would not call.
     """
@@ -141,6 +150,7 @@ class Host(ABC):
     layer: ClassVar[type[nn.Module] | None] = None
     factorized: ClassVar[type[FactorizedLayer] | None] = None
     in_place: ClassVar[bool] = False
+    resizes: ClassVar[bool] = False
 
     @abstractmethod
     def accepts(self, module: nn.Module) -> bool:
@@ -198,6 +208,19 @@ class Host(ABC):
             stages: gives the weights of such layers for a matrix.
         """
         return None
+
+    def resized(
+        self,
+        module: nn.Module,
+        weight: Tensor,  # (out, in)
+        bias: Tensor | None,  # (out,)
+    ) -> nn.Module:
+        """Returns a dense layer of the same type with other tensors, of other sizes as a rule; copies neither.
+
+        Raises:
+            TdkitError: when layers of this type cannot have other sizes, which is the default.
+        """
+        raise TdkitError(f"host '{self.name}' of {type(module).__name__} does not make layers of other sizes")
 
     def options(self, module: nn.Module) -> dict[str, Any]:
         """Returns JSON-serialisable facts about the dense weights for `build`; they are stored in a saved model."""
@@ -297,6 +320,21 @@ def install(module: nn.Module, layer: FactorizedModule) -> FactorizedModule:
             trained = bool(cast(Tensor, getattr(module, name)).requires_grad)
         matrix.requires_grad_(trained)
     return layer
+
+
+def install_resized(module: nn.Module, host: Host, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Returns a dense layer like `module` with other tensors (see `Host.resized`), with its mode and hooks.
+
+    The layer remembers in ``dense_shape`` the shape (out, in) of the weight of the first layer that it comes from, by
+    which a saved model says which of its layers are smaller than their config has them.
+    """
+    dense = host.resized(module, weight, bias)
+    transfer(module, dense)
+    for name, parameter in dense.named_parameters(recurse=False):
+        parameter.requires_grad_(bool(getattr(module, name).requires_grad))
+    shape = tuple(host.canonical(parameters_of(module)["weight"], "weight").shape)
+    vars(dense)[DENSE_SHAPE] = vars(module).get(DENSE_SHAPE, shape)
+    return dense
 
 
 def become(module: nn.Module, other: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tdkit.decompositions.base import FactorizedMatrix, Preference
 from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule, Handles, Host, Observer, Removable
 from tdkit.models.hosts.sequential import PlainStages
-from tdkit.models.hosts.windows import windows
+from tdkit.models.hosts.windows import observed
 from tdkit.models.lazy_weight import lazy_weight
 from tdkit.products.cached_tensor import can_cache
 from tdkit.products.convolution import Geometry
@@ -103,12 +103,14 @@ class FactorizedConvolution(FactorizedLayer):
             size: of the input, (batch, in, *spatial).
             prefer: as `tdkit.prepare`; as the matrix is set when None.
         """
-        of, matrix, geometry = next(self.matrix.parameters()), self.matrix, geometry_of(self)
+        matrix, geometry = self.matrix, geometry_of(self)
         if self.padding_mode != "zeros":
             size = tuple(F.pad(torch.empty(size, device="meta"), geometry.borders(), mode=self.padding_mode).shape)
             geometry = geometry._replace(padding=(0,) * len(geometry.kernel))
         cached = (prefer or matrix.prefer) == "speed" and can_cache(matrix.tensors())
-        choice = matrix.dispatcher.choice(matrix, geometry, size, dtype=of.dtype, device=of.device.type, cached=cached)
+        choice = matrix.dispatcher.choice(
+            matrix, geometry, size, dtype=matrix.dtype, device=matrix.device.type, cached=cached
+        )
         return choice.path.name
 
     def extra_repr(self) -> str:
@@ -253,13 +255,7 @@ class ConvolutionHost(Host):
 
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
             x = cast(Tensor, args[0] if args else kwargs["input"])
-            geometry, axes = geometry_of(layer), len(cast(Shape, layer.kernel_size))
-            batched = x.dim() == axes + 2
-            with torch.no_grad():
-                mode = cast(str, layer.padding_mode)
-                rows = windows(x if batched else x.unsqueeze(0), geometry, mode, y.shape[-axes:])
-            positions = (y if batched else y.unsqueeze(0)).flatten(2).transpose(1, 2)
-            return observe(rows, positions).transpose(1, 2).reshape(y.shape)
+            return observed(observe, x, y, geometry_of(layer), cast(str, layer.padding_mode))
 
         return module.register_forward_hook(hook, with_kwargs=True)
 

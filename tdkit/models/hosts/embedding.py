@@ -22,7 +22,14 @@ class FactorizedEmbedding(FactorizedLayer):
         matrix: of shape (num_embeddings, embedding_dim).
         padding_idx: the row that gets no gradient.
         zero_padding: return exact zeros for that row, because it was zero in the dense layer.
+
+    The other attributes are those of ``nn.Embedding``, at their defaults: its host refuses others.
     """
+
+    max_norm: None = None
+    norm_type = 2.0
+    scale_grad_by_freq = False
+    sparse = False
 
     def __init__(self, matrix: FactorizedMatrix, padding_idx: int | None = None, *, zero_padding: bool = False) -> None:
         super().__init__()

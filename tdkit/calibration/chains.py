@@ -62,8 +62,8 @@ def blocks_of(model: nn.Module, sites: Sequence[Site]) -> list[Blocks]:
             found.append(Blocks((finest, children) if finest != children else (children,), params))
     if not found:
         raise CalibrationError(
-            "sequential=True needs blocks in an nn.ModuleList or nn.Sequential that holds the layers to rewrite: "
-            "this model has none; compress it without"
+            "working block by block (sequential=True, or from files) needs blocks in an nn.ModuleList or nn.Sequential "
+            "that holds the layers to rewrite: this model has none; compress it without, in memory"
         )
     return sorted(found, key=lambda blocks: -blocks.params)
 
@@ -144,13 +144,13 @@ def trace(model: nn.Module, names: Names, batches: list[Any]) -> Chain:
     def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         number = len(previous)
         if blocks[number] is not block:
-            raise _broken(names[number], "is not called once, after the blocks before it")
+            raise broken(names[number], "is not called once, after the blocks before it")
         if not args or not isinstance(args[0], Tensor):
-            raise _broken(names[number], "does not take its hidden states as the first argument")
+            raise broken(names[number], "does not take its hidden states as the first argument")
         if number == 0:
             hidden.append(args[0].clone())  # the block may change it in place
         elif args[0] is not previous[-1]:
-            raise _broken(names[number], f"does not take what {names[number - 1]} returned")
+            raise broken(names[number], f"does not take what {names[number - 1]} returned")
         calls[number].append((args[1:], kwargs))
         if number == len(names) - 1:
             raise _StopError
@@ -164,22 +164,26 @@ def trace(model: nn.Module, names: Names, batches: list[Any]) -> Chain:
         for block in dict.fromkeys(blocks):
             handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(block.register_forward_hook(leave))
-        with _without_cache(model):
+        with without_cache(model):
             for batch in batches:
                 previous.clear()
                 try:
                     runner.forward(batch)
                 except _StopError:
                     continue
-                raise _broken(names[len(previous)], "was not called")
+                raise broken(names[len(previous)], "was not called")
     finally:
         for handle in handles:
             handle.remove()
     return Chain(names, hidden, calls)
 
 
-def _broken(name: str, what: str) -> CalibrationError:
-    return CalibrationError(f"sequential=True needs blocks that follow each other, but {name} {what}: compress without")
+def broken(name: str, what: str) -> CalibrationError:
+    """Returns the error about a block that breaks a chain."""
+    return CalibrationError(
+        f"working block by block (sequential=True, or from files) needs blocks that follow each other, but {name} "
+        f"{what}: compress without, in memory"
+    )
 
 
 def hidden_states(output: Any) -> Tensor:
@@ -191,14 +195,14 @@ def hidden_states(output: Any) -> Tensor:
     hidden = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(hidden, Tensor):
         raise CalibrationError(
-            f"sequential=True needs blocks that return their hidden states, alone or first in a tuple, not a "
-            f"{type(output).__name__}: compress without"
+            f"working block by block needs blocks that return their hidden states, alone or first in a tuple, not a "
+            f"{type(output).__name__}: compress without, in memory"
         )
     return hidden
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(model: nn.Module) -> Iterator[None]:
     """Disable the key-value cache that transformers models pass to their blocks: every rerun would extend it.
 
     The parts of a model, such as the decoder of T5, may have a config of their own.

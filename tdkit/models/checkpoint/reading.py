@@ -1,0 +1,231 @@
+"""Load a saved model: its outputs are bit-identical, and no code of the folder is executed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdkit.errors import CheckpointError
+from tdkit.models import huggingface
+from tdkit.models.checkpoint.description import (
+    Digest,
+    buffer_dtypes,
+    layers_of,
+    place_of,
+    read_description,
+)
+from tdkit.models.checkpoint.rewriting import places_of, rewrite
+from tdkit.models.checkpoint.tensors import without_markers
+from tdkit.models.registration import attach
+from tdkit.models.shards import WEIGHTS, Shards, weight_files
+from tdkit.models.swap import swapping
+from tdkit.support.compatibility import buffers_of, parameters_of, unwrapped
+
+
+def load(
+    folder: str | Path,
+    *,
+    model: nn.Module | None = None,
+    class_: str | type[nn.Module] | None = None,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    verify: bool = True,
+) -> nn.Module:
+    """Load a model that `save`, or ``save_pretrained`` of a compressed model, wrote; its outputs are bit-identical.
+
+    No code from the folder is executed. The files are read once, tensor by tensor: a model that is built here, or given
+    on the meta device, takes no more memory than its own size. One that holds numbers needs as much again, since it is
+    changed only when all has been read and verified.
+
+    Args:
+        folder: the folder, or a hub name such as "user/model".
+        model: a newly built dense model of the same architecture, which is modified in place. Required unless the
+            saved model is of a class that transformers ships, or `class_` is given. It may be on the meta device: what
+            the file holds is then put on `device`.
+        class_: the class of a transformers model that transformers does not ship: itself, or its import path
+            "package.module:Class", which is imported.
+        revision: of a hub name: a branch, a tag or a commit.
+        device: the device of the loaded model; when None, the CPU or the device of `model`.
+        verify: compare the SHA-256 of the tensors with the recorded one.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        CheckpointError: when the folder is missing, incomplete or damaged, holds no saved model, has a newer format,
+            or does not match `model`.
+    """
+    if model is not None and class_ is not None:
+        raise CheckpointError("give model= or class_=, not both")
+    folder = huggingface.local_folder(folder, revision)
+    description, place = read_description(folder), str(place_of(folder))
+    layers = layers_of(description, place)
+    shards = Shards(weight_files(folder))
+    if verify and description["version"] == 1:
+        _check_digest(_digest_of_file(folder / WEIGHTS), description, folder)
+    if model is None:
+        model = huggingface.empty_model(description["model"], folder, class_)
+    given, model = model, unwrapped(model)
+    with swapping(model) as swap:
+        rewrite(swap, layers, str(folder))
+        names, ties = _with_wrappers(model, without_markers(shards.tensors, layers), description["ties"])
+        users = _users(model, shards, names, ties, folder, place)
+        dtypes = buffer_dtypes(model, description, place)
+        generation = huggingface.generation_config(model, folder)
+        total = Digest(counts=verify and description["version"] > 1)
+        values = _read(model, shards, users, folder, total)
+        if total.counts:
+            _check_digest(total.hexdigest(), description, folder)
+        _fill(model, values, dtypes, device)
+    if generation is not None:
+        model.generation_config = generation
+    attach(model)
+    return given.to(device).eval() if device is not None else given.eval()
+
+
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_digest(found: str, description: Mapping[str, Any], folder: Path) -> None:
+    if found != description["sha256"]:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is not the file that was saved (its SHA-256 differs): copy it again, or pass "
+            "verify=False if you changed it on purpose"
+        )
+
+
+def _users(
+    model: nn.Module, shards: Shards, names: Mapping[str, str], ties: Mapping[str, Any], folder: Path, place: str
+) -> dict[str, list[str]]:
+    """Returns the entries of the model's state that each tensor of the files is for, after a check of all shapes.
+
+    Args:
+        names: the name of each tensor in the files, by its name in the model.
+        ties: entries of the state that another one is written for.
+    """
+    origins = dict(names)
+    for repeated, original in ties.items():
+        if not isinstance(original, str) or original not in names:
+            raise CheckpointError(f"{place} ties {repeated} to {original}, which is not in {WEIGHTS}")
+        origins[repeated] = names[original]
+    own = model.state_dict(keep_vars=True)
+    problems = [f"lacks {name}" for name in own if name not in origins]
+    problems += [f"has {name}, which the model lacks" for name in origins if name not in own]
+    shapes = {name: shards.tensors[origins[name]].shape for name in own if name in origins}
+    problems += [
+        f"holds {name} as {shape}, the model as {tuple(own[name].shape)}"
+        for name, shape in shapes.items()
+        if shape != tuple(own[name].shape)
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"{folder / WEIGHTS} " + "; ".join(problems[:5]) + more)
+    absent = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in own]
+    if absent:
+        raise CheckpointError(
+            f"{', '.join(absent[:3])} of the model given for {folder} is on the meta device, and no file holds it: "
+            "build the model with its buffers on a device (accelerate.init_empty_weights leaves them there)"
+        )
+    users: dict[str, list[str]] = {}
+    for name in own:
+        users.setdefault(origins[name], []).append(name)
+    return users
+
+
+def _read(
+    model: nn.Module, shards: Shards, users: Mapping[str, Sequence[str]], folder: Path, digest: Digest
+) -> dict[int, Tensor]:
+    """Read every tensor of the files once.
+
+    Args:
+        digest: to which the tensors are added.
+
+    Returns:
+        The values of the model's tensors, by the ids of these, with their strides.
+    """
+    own = model.state_dict(keep_vars=True)
+    found: dict[int, Tensor] = {}
+    firsts: dict[int, str] = {}
+    for stored in sorted(users):
+        mapped = shards.mapped(stored)
+        digest.add(stored, mapped)
+        for name in users[stored]:
+            key = id(own[name])
+            if key not in found:
+                firsts[key] = name
+                with torch.inference_mode(False):  # factors are never inference tensors, wherever load is called
+                    empty = torch.empty_strided(mapped.shape, own[name].stride(), dtype=mapped.dtype)
+                    found[key] = empty.copy_(mapped)
+            elif not torch.equal(found[key], mapped):
+                raise CheckpointError(
+                    f"{folder / WEIGHTS}: {name} and {firsts[key]} are one tensor in this model, two in the file: "
+                    "build the model without this tie (config.tie_word_embeddings=False in transformers)"
+                )
+    shards.close()
+    return found
+
+
+def _with_wrappers(
+    model: nn.Module, names: Iterable[str], ties: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Returns the names of tensors in the files, and the ties, by the names that the model gives its state."""
+    places = places_of(model)
+
+    def named(entry: Any) -> Any:
+        layer, dot, own = str(entry).rpartition(".")
+        return f"{places[layer]}{dot}{own}" if layer in places else entry
+
+    return {named(name): name for name in names}, {named(a): named(b) for a, b in ties.items()}
+
+
+def _fill(
+    model: nn.Module,
+    values: Mapping[int, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device | str | None,
+) -> None:
+    """Give the tensors of the model their values: those on the meta device become these, the others are copied to."""
+    held = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not tensor.is_meta:
+            held[name] = values[id(tensor)]
+            if held[name].dtype != tensor.dtype:
+                _retype(model, name, held[name].dtype)
+    _replace(model, values, device or "cpu")
+    model.load_state_dict(held, strict=False)
+    for name, dtype in dtypes.items():
+        _retype(model, name, dtype)
+
+
+def _retype(model: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Cast a parameter or buffer to `dtype`, so that loading does not round."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    tensor = getattr(owner, attribute)
+    with torch.inference_mode(False):
+        tensor.data = tensor.data.to(dtype)
+
+
+def _replace(model: nn.Module, values: Mapping[int, Tensor], device: torch.device | str) -> None:
+    """Replace the tensors of `model` on the meta device by `values` on `device`; ties are kept."""
+    made: dict[int, Tensor] = {}  # by the id of the tensor on the meta device
+    old: list[Tensor] = []  # kept alive, so that no id comes back
+    for module in model.modules():
+        for owned in (parameters_of(module), buffers_of(module)):
+            for name, tensor in owned.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                old.append(tensor)
+                if id(tensor) not in made:
+                    with torch.inference_mode(False):
+                        value = values[id(tensor)].to(device)
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        made[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
+                owned[name] = made[id(tensor)]  # type: ignore[assignment]

@@ -1,0 +1,39 @@
+"""Tell transformers of models with factors, without importing it: see `tdkit.models.quantizer`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from tdkit.models.hosts.base import FactorizedModule
+from tdkit.support.imports import when_imported
+
+
+def register() -> None:
+    """Register the reader of compressed models with transformers, at once or when it is imported."""
+    when_imported("transformers.quantizers.auto", _register)
+
+
+def _register() -> None:
+    from tdkit.models.quantizer import register_quantizer
+
+    register_quantizer()
+
+
+def attach(model: nn.Module) -> None:
+    """Make ``save_pretrained`` of transformers models with factors, `model` itself or parts of it, write a description.
+
+    Models of other libraries are not changed.
+    """
+    package: Any = sys.modules.get("transformers.modeling_utils")
+    if package is None:
+        return
+    from tdkit.models.quantizer import quantizer_of
+
+    for module in model.modules():
+        if isinstance(module, package.PreTrainedModel) and any(
+            isinstance(part, FactorizedModule) for part in module.modules()
+        ):
+            vars(module)["hf_quantizer"] = quantizer_of(module)
