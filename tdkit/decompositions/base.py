@@ -318,6 +318,11 @@ class Decomposition(ABC):
         """The name of the decomposition whose factors it makes: its own, unless it applies another one."""
         return self.name
 
+    @property
+    def shares(self) -> bool:
+        """Whether the members of a stack share one of the factors."""
+        return False
+
     def is_complete(self) -> bool:
         """Whether every option is given, so that `fit` knows what to do for any shape it accepts."""
         return all(getattr(self, f.name) is not None for f in dataclasses.fields(self))
