@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from tdkit.support.compatibility import (
     gathered_state,
     given_state_dict,
     has_experts_interface,
+    holds_parameters,
     in_transform,
+    is_jit_traced,
     is_sharded,
     move_own_tensors,
     offloads,
@@ -38,6 +41,7 @@ from tdkit.support.compatibility import (
     replace_forward,
     reset_accelerate_state,
     shallow_copy,
+    static_shape,
     storage_id,
     submodules_of,
     tree_leaves,
@@ -194,6 +198,35 @@ def test_transforms_of_functions_are_seen() -> None:
         transform(run)(torch.ones(3))
     run(torch.ones(3))
     assert seen == [False, True, True, True, False]
+
+
+def test_derivatives_in_forward_mode_are_seen() -> None:
+    with torch.autograd.forward_ad.dual_level():
+        assert in_transform()
+    assert not in_transform()
+
+
+def test_a_trace_is_seen_and_the_shapes_of_parameters_are_integers_in_it() -> None:
+    class Seen(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((is_jit_traced(), static_shape(self.weight), isinstance(self.weight.shape[0], Tensor)))
+            return super().forward(x) * x.shape[0]
+
+    layer, seen = Seen(3, 2), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(layer, (torch.ones(4, 3),), check_trace=False)
+    expected = layer(torch.ones(5, 3))
+    assert seen == [(True, (2, 3), True), (False, (2, 3), False)]
+    torch.testing.assert_close(traced(torch.ones(5, 3)), expected)
+
+
+def test_what_keeps_lists_of_parameters_is_known() -> None:
+    assert not holds_parameters(nn.Linear(2, 2))
+    for name in ("DistributedDataParallel", "FSDPModule"):
+        assert not holds_parameters(type(name, (nn.Linear,), {})(2, 2)), "a class of another library"
+        kind = type("Wrapped", (type(name, (nn.Linear,), {"__module__": "torch.distributed"}),), {})
+        assert holds_parameters(kind(2, 2))
 
 
 def test_trees_are_taken_apart_and_mapped() -> None:
