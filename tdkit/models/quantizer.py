@@ -35,7 +35,7 @@ from tdkit.models.checkpoint.tensors import markers, shapes_in, tensors_and_ties
 from tdkit.models.hosts.base import FactorizedModule
 from tdkit.models.sites import factorized_layers
 from tdkit.models.swap import swapping
-from tdkit.support.compatibility import given_state_dict
+from tdkit.support.compatibility import buffers_of, given_state_dict
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ALIGNMENT = 64  # bytes; kernels for a tensor at another address may round otherwise
@@ -65,8 +65,9 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: FactorsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._strides: dict[str, tuple[int, ...]] = {}
+        self._layout: dict[str, Tensor] = {}  # the factors on the meta device, as their layers want them
         self._dtypes: dict[str, torch.dtype] = {}  # of non-persistent buffers
+        self._dense: dict[str, nn.Module] = {}  # layers with non-persistent buffers, before they were factorised
         self._expected: Any = None
 
     @property
@@ -94,6 +95,7 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
         layers, unread = _of_class(saved, model, place), _unread(saved, model)
         with swapping(model) as swap:
             rewrite(swap, layers, place)
+            self._dense = {name: swap.dense(name) for name, module in factorized_layers(model) if _computed(module)}
         if not checkpoint_files or None in checkpoint_files:
             raise CheckpointError(f"{place}: factors are read from files: give from_pretrained a folder or a hub name")
         found = _Files(checkpoint_files, model)
@@ -102,7 +104,7 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
             found.check(layer, module, place)
             factors |= {f"{layer}.{name}".lstrip(".") for name in module.state_dict()}
             for part in module.modules():
-                part._is_hf_initialized = True  # type: ignore[assignment]  # nothing is left to initialise
+                part._is_hf_initialized = True  # type: ignore[assignment]  # its dense weight must not be
         state = model.state_dict(keep_vars=True)
         if dtype == main_dtype(description):  # no other one was asked for: each tensor keeps its own
             for name, tensor in state.items():
@@ -110,7 +112,7 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
                 if own is not None and tensor.is_floating_point() and tensor.dtype != own:
                     tensor.data = tensor.data.to(own)
             self._dtypes = buffer_dtypes(model, description, place)
-        self._strides = {name: state[name].stride() for name in factors}
+        self._layout = {name: state[name] for name in factors}
         self._expected = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = _Patterns((*(self._expected or ()), *unread))
         return model
@@ -122,16 +124,22 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if "config" in vars(module):
                 vars(module.config).pop("_is_quantized", None)
+        for name, dense in self._dense.items():
+            _initialize_buffers(model, name, dense)
         for name, tensor in model.state_dict(keep_vars=True).items():
-            stride = self._strides.get(name, tensor.stride())
+            if tensor.is_meta or not tensor.numel():
+                continue
+            wanted = self._layout.get(name, tensor)
+            # transformers 5.0 casts indices too, where a class keeps its layers in float32
+            dtype = tensor.dtype if wanted.is_floating_point() else wanted.dtype
             misplaced = tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT
-            if not tensor.is_meta and tensor.numel() and (tensor.stride() != stride or misplaced):
-                placed = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+            if tensor.stride() != wanted.stride() or tensor.dtype != dtype or misplaced:
+                placed = torch.empty_strided(tensor.shape, wanted.stride(), dtype=dtype, device=tensor.device)
                 tensor.data = placed.copy_(tensor.data)
         buffers = dict(model.named_buffers())
         for name, kind in self._dtypes.items():
             buffers[name].data = buffers[name].data.to(kind)
-        self._strides, self._dtypes = {}, {}
+        self._layout, self._dtypes, self._dense = {}, {}, {}
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
@@ -155,6 +163,24 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
         return {**tensors, **markers(model)}, {}
 
 
+def _computed(module: nn.Module) -> bool:
+    """Returns whether a layer has buffers of its own that no file holds, such as the scale of an embedding."""
+    return bool(buffers_of(module).keys() - module.state_dict().keys())
+
+
+@torch.no_grad()
+def _initialize_buffers(model: nn.Module, name: str, dense: nn.Module) -> None:
+    """Let transformers compute the buffers of a factorised layer, which it does for the dense layer `dense` alone."""
+    dense._buffers = buffers_of(model.get_submodule(name))
+    for parameter in dense.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # left as it is
+    owner: Any = model
+    for place, part in model.named_modules():  # the innermost comes last
+        if hasattr(part, "_init_weights") and f"{name}.".startswith(f"{place}.".lstrip(".")):
+            owner = part
+    owner._init_weights(dense)
+
+
 class _Patterns(set[str]):
     """Regular expressions, to which transformers 5.0 adds a list and later versions a set."""
 
@@ -174,7 +200,12 @@ class _Files:
         names: dict[int, list[str]] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             names.setdefault(id(tensor), []).append(name)
-        self._same = {name: group for group in names.values() for name in group}
+        for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            names[len(names)] = [target, source]
+        self._same: dict[str, list[str]] = {}
+        for group in names.values():
+            for name in group:
+                self._same.setdefault(name, []).extend(group)
 
     def entry(self, name: str) -> tuple[tuple[int, ...], str] | None:
         for same in self._same[name]:
