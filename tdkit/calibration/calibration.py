@@ -191,6 +191,11 @@ class Calibration:
         return calibration
 
 
+def is_saved_calibration(folder: str | Path) -> bool:
+    """Returns whether a folder is one that `Calibration.save` wrote."""
+    return (Path(folder) / DESCRIPTION).is_file()
+
+
 def _write(metrics: Mapping[str, Metric], path: Path) -> None:
     tensors = {}
     for name, metric in metrics.items():

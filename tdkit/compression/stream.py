@@ -24,6 +24,7 @@ from tdkit.compression.work import Work, read_entry, write_layer
 from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.registered import spec_of
 from tdkit.errors import OptionError, TdkitError
+from tdkit.models.card import Card
 from tdkit.models.checkpoint.description import Layer
 from tdkit.models.checkpoint.rewriting import rewrite
 from tdkit.models.checkpoint.values import values_from
@@ -58,6 +59,7 @@ def compress_folder(
     device: torch.device | str | None = None,
     workers: int = 1,
     overwrite: bool = False,
+    card: bool | Card = False,
     progress: bool | None = None,
 ) -> Path:
     """Write the folder that `tdkit.save` writes after `tdkit.compress`, with one layer in memory at a time.
@@ -80,6 +82,7 @@ def compress_folder(
         device: the device to fit on; the CPU when None.
         workers: the number of processes on this machine that share the layers. They divide torch's threads.
         overwrite: replace an earlier save.
+        card: write a model card, as in `tdkit.save`.
         progress: show a progress bar; when None, only on a terminal.
 
     Returns:
@@ -108,7 +111,7 @@ def compress_folder(
     )
     with _helpers(job, policy, calibration, workers):
         job.run(progress)
-    return job.finish(out, overwrite)
+    return job.finish(out, overwrite, card)
 
 
 @dataclass(frozen=True)
@@ -148,14 +151,14 @@ class _Job:
             for _ in self.work.share(pairs, lambda item: self.work.layer(item[0]), fit):
                 bar.advance()
 
-    def finish(self, out: Path, overwrite: bool) -> Path:
+    def finish(self, out: Path, overwrite: bool, card: bool | Card) -> Path:
         """Write the output folder from the finished layers and remove them, unless another process has done so."""
-        self.work.once("saved", lambda _: self._save(out, overwrite))
+        self.work.once("saved", lambda _: self._save(out, overwrite, card))
         if self.work.is_over():
             self.work.remove()  # of the lock files that processes made that waited
         return out
 
-    def _save(self, out: Path, overwrite: bool) -> None:
+    def _save(self, out: Path, overwrite: bool, card: bool | Card) -> None:
         plan = Plan.from_json((self.work.folder / PLAN).read_text(encoding="utf-8"))
         files = [self.work.layer(number) for number in range(len(plan.rewritten))]
         entries = [read_entry(path) for path in files]
@@ -176,7 +179,7 @@ class _Job:
         state = model.state_dict(keep_vars=True).items()
         values = {name: partial(value, tensor) for name, tensor in state if tensor.is_meta}
         with values_from(values):
-            save(model, out, tokenizer=self.opened.tokenizer, overwrite=overwrite)
+            save(model, out, tokenizer=self.opened.tokenizer, overwrite=overwrite, card=card)
         self.work.remove()
 
     def _with_curves(self, progress: bool | None) -> Calibration | None:

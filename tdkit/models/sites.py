@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -270,7 +269,8 @@ def num_params(model: nn.Module) -> int:
 
 def num_bytes(model: nn.Module) -> int:
     """Returns the bytes of the tensors in the ``state_dict`` of a model; tied ones are counted once."""
-    tensors: dict[int, torch.Tensor] = {t.data_ptr(): t for t in model.state_dict().values()}
+    state = model.state_dict(keep_vars=True).values()
+    tensors: dict[int, Tensor] = {id(t) if t.is_meta else t.data_ptr(): t for t in state}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 

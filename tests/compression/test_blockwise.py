@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import tdkit
 from tdkit import Auto, Calibration, Kronecker, LowRank, Metric, Policy, Rule, TTMatrix
+from tdkit.calibration.chains import blocks_of, trace
 from tdkit.calibration.measure import measured
 from tdkit.calibration.runner import Runner
-from tdkit.calibration.chains import blocks_of, trace
 from tdkit.errors import CalibrationError, OptionError, PolicyError
 from tdkit.models.sites import Site, replace_module, survey
 from tests.conftest import make_gpt2, make_llama
