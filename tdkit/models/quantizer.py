@@ -1,6 +1,6 @@
-"""The quantization method "tdkit" of transformers: ``from_pretrained`` reads factors, ``save_pretrained`` writes.
+"""The quantization method "tdkit" of transformers: factors in ``from_pretrained`` and ``save_pretrained``.
 
-transformers reads and writes foreign weight formats through registered quantizers. Factors are no quantised weights: the
+transformers reads and writes foreign formats through registered quantizers. Factors are no quantised weights: the
 models stay ordinary ones in floating point, which can be trained, cast and compiled.
 
 This module imports transformers; `tdkit.models.registration` imports it once transformers is there.
@@ -31,7 +31,7 @@ from tdkit.models.checkpoint.description import (
     main_dtype,
 )
 from tdkit.models.checkpoint.rewriting import rewrite
-from tdkit.models.checkpoint.tensors import markers, shapes_in, tensors_and_ties
+from tdkit.models.checkpoint.tensors import markers, shapes_in, tensors_and_ties, tied_as_in
 from tdkit.models.hosts.base import FactorizedModule
 from tdkit.models.sites import factorized_layers
 from tdkit.models.swap import swapping
@@ -85,9 +85,7 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
-    def _process_model_before_weight_loading(
-        self, model: Any, dtype: Any = None, checkpoint_files: Any = None, **kwargs: Any
-    ) -> Any:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         place = f"{getattr(model.config, '_name_or_path', '') or 'the model'}: quantization_config"
         description = self.quantization_config.description
         check_description(description, place)
@@ -106,7 +104,7 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
             for part in module.modules():
                 part._is_hf_initialized = True  # type: ignore[assignment]  # its dense weight must not be
         state = model.state_dict(keep_vars=True)
-        if dtype == main_dtype(description):  # no other one was asked for: each tensor keeps its own
+        if model.config.dtype == main_dtype(description):  # no other one was asked for: each tensor keeps its own
             for name, tensor in state.items():
                 own = SAFETENSORS_DTYPES.get(found.dtype(name) or "")
                 if own is not None and tensor.is_floating_point() and tensor.dtype != own:
@@ -155,7 +153,8 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
                 del model.config.quantization_config
             return given, {}
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        tensors, ties = tensors_and_ties(model.state_dict() if given is None else given, {*tied, *tied.values()})
+        state = model.state_dict() if given is None else tied_as_in(model, given)
+        tensors, ties = tensors_and_ties(state, {*tied, *tied.values()})
         self.quantization_config = FactorsConfig(**describe(model, tensors, ties))
         model.config.quantization_config = self.quantization_config
         model._weight_conversions = []  # the names of the file are those of the model, on which the factors depend
@@ -275,7 +274,7 @@ def quantizer_of(model: Any) -> FactorsQuantizer:
     return own if isinstance(own, FactorsQuantizer) else FactorsQuantizer(FactorsConfig(), pre_quantized=True)
 
 
-def register_quantizer() -> None:
+def _register() -> None:
     """Register the method with transformers, once; a version that refuses it is named in a warning."""
     known: Mapping[str, Any] = auto.AUTO_QUANTIZER_MAPPING
     if FORMAT in known:
@@ -285,3 +284,6 @@ def register_quantizer() -> None:
         auto.register_quantizer(FORMAT)(FactorsQuantizer)
     except (AttributeError, TypeError, ValueError) as error:
         _log.warning("from_pretrained will refuse compressed models, and tdkit.load read them: %s", error)
+
+
+_register()
