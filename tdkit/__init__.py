@@ -23,12 +23,15 @@ from tdkit.decompositions import (
     Tucker,
 )
 from tdkit.decompositions.auto import Auto
+from tdkit.decompositions.quantized import Quantized
 from tdkit.decompositions.stacked import Stacked
 from tdkit.errors import TdkitError
 from tdkit.fitting.metric import Metric
 from tdkit.models.card import Card
 from tdkit.models.checkpoint import load, save
+from tdkit.models.conversion import to_dense, to_sequential
 from tdkit.models.preparation import prepare
+from tdkit.models.quantization import quantize
 from tdkit.models.registration import register
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import applied_plan, plan
@@ -53,6 +56,7 @@ __all__ = [
     "PermutedKronecker",
     "Plan",
     "Policy",
+    "Quantized",
     "Rule",
     "SpatialLowRank",
     "Stacked",
@@ -67,5 +71,8 @@ __all__ = [
     "load",
     "plan",
     "prepare",
+    "quantize",
     "save",
+    "to_dense",
+    "to_sequential",
 ]

@@ -30,6 +30,10 @@ class EvaluationError(TdkitError, ValueError):
     """A model cannot be measured in the way asked for."""
 
 
+class AdapterError(TdkitError, ValueError):
+    """An adapter, such as LoRA, cannot be put on a factorised layer or merged into it in the way asked for."""
+
+
 class CheckpointError(TdkitError, ValueError):
     """A saved folder is missing, damaged, foreign or of a newer format."""
 

@@ -20,14 +20,19 @@ from torch import Tensor
 from tdkit.calibration.batches import Batch
 from tdkit.calibration.losses import Labels, check_labels
 from tdkit.decompositions.base import Decomposition, Point
+from tdkit.decompositions.shrink import Shrink
 from tdkit.errors import CalibrationError
+from tdkit.fitting.elimination import Elimination, eliminate, in_order, leverage_scores
 from tdkit.fitting.metric import Metric
+from tdkit.models.groups import Bundle, Group
 from tdkit.models.sites import Site
 from tdkit.support.files import whole_folder
 
 FORMAT_VERSION = 1
 
 DESCRIPTION = "calibration.json"
+
+LEVERAGE_RIDGE = 1.0 / 16384  # of the mean over tokens; 1 for the sum over as many tokens as a calibration usually has
 
 Loss = Callable[[Any, Batch], Tensor]
 
@@ -52,6 +57,8 @@ class Calibration:
         gradients: whether the second moments of the output gradients were measured as well.
         loss: the loss function that was differentiated; None for the default loss. It is not saved.
         labels: the labels of the default loss: "data", or "sampled" from the model's predictions.
+        rows: by site name, the rows that the weight multiplies per token, or per example where the loss counts those;
+            in a convolution the positions of its output.
     """
 
     def __init__(
@@ -70,9 +77,11 @@ class Calibration:
         self.gradients = gradients
         self.loss = loss
         self.labels = labels
+        self.rows: dict[str, float] = {}
         self._metrics = dict(metrics)
         self._files: dict[str, Path] = {}  # site to file, for moments spilled to disk or not loaded yet
         self._curves: Curves = {}
+        self._eliminations: dict[CurveKey, Elimination] = {}
         self._folder: Path | None = None  # of the spilled moments; deleted together with this object
         self._original: Calibration | None = None  # of a copy, which keeps the folder
 
@@ -104,8 +113,15 @@ class Calibration:
             return _read(self._files[name], name)
         return self._metrics.get(name)
 
-    def curve(self, site: Site, kind: Decomposition) -> list[Point]:
-        """Returns the error curve of `kind` for a site's weight in the site's metric; cached for later plans."""
+    def curve(self, site: Site | Bundle, kind: Decomposition) -> list[Point]:
+        """Returns the error curve of `kind` for a site's weight in the site's metric; cached for later plans.
+
+        That of a bundle of groups is the sum of the errors of their consumers.
+        """
+        if isinstance(site, Bundle):
+            assert isinstance(kind, Shrink)
+            errors = sum(self.elimination(group, kind).errors for group in site.groups)
+            return kind.curve_of(site.shape, torch.as_tensor(errors))
         weight = kind.view(site.weight.detach())
         total = float(weight.sum(dtype=torch.float64))
         key = (site.name, repr(kind), total, float(torch.linalg.vector_norm(weight, dtype=torch.float64)))
@@ -119,11 +135,21 @@ class Calibration:
         other._curves, other._original = curves, self
         return other
 
+    def elimination(self, group: Group, kind: Shrink) -> Elimination:
+        """Returns the order in which the units of a group are removed, and the errors; cached for later plans."""
+        weight = group.consumer.site.weight.detach()
+        key = (group.name, kind.by, float(weight.double().sum()), float(weight.double().square().sum()))
+        if key not in self._eliminations:
+            self._eliminations[key] = elimination_of(group, kind, self.metric(group.name))
+        return self._eliminations[key]
+
     def inputs_only(self) -> Calibration:
         """Returns a copy without the moments of the output gradients, so that fits weight all outputs equally."""
         known = {name: self.metric(name) for name in self.names}
         metrics = {name: Metric(metric.input) for name, metric in known.items() if metric is not None}
-        return Calibration(metrics, batches=self.batches, gradients=False, loss=self.loss, labels=self.labels)
+        inputs = Calibration(metrics, batches=self.batches, gradients=False, loss=self.loss, labels=self.labels)
+        inputs.rows = dict(self.rows)
+        return inputs
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the moments, and the batches when all are tensors, to a folder: completely or not at all.
@@ -155,6 +181,7 @@ class Calibration:
                 "gradients": self.gradients,
                 "labels": self.labels,
                 "files": files,
+                "rows": self.rows,
             }
             (target / DESCRIPTION).write_text(json.dumps(form, indent=2) + "\n", encoding="utf-8")
         return folder
@@ -173,6 +200,7 @@ class Calibration:
             names = {name: folder / file for file, sites in form["files"].items() for name in sites}
             gradients = bool(form["gradients"])
             labels = check_labels(form.get("labels", "data"))
+            rows = {str(name): float(count) for name, count in form.get("rows", {}).items()}
         except FileNotFoundError:
             raise CalibrationError(f"{folder} holds no {DESCRIPTION}: it is no saved calibration") from None
         except (ValueError, KeyError, TypeError, AttributeError, CalibrationError) as error:
@@ -187,13 +215,31 @@ class Calibration:
             with _opened(folder / "batches.safetensors") as file:
                 batches = [file.get_tensor(key) for key in sorted(file.keys())]
         calibration = cls({}, batches=batches, gradients=gradients, labels=labels)
-        calibration._files = names
+        calibration._files, calibration.rows = names, rows
         return calibration
 
 
 def is_saved_calibration(folder: str | Path) -> bool:
     """Returns whether a folder is one that `Calibration.save` wrote."""
     return (Path(folder) / DESCRIPTION).is_file()
+
+
+def elimination_of(group: Group, kind: Shrink, metric: Metric | None) -> Elimination:
+    """Eliminate the units of a group from the weight that consumes them, by the scores that `kind` names.
+
+    Raises:
+        CalibrationError: when leverage scores are asked for and the moments of the inputs are not known.
+    """
+    metric = metric or Metric()
+    weight, columns = group.consumer.site.weight.detach(), group.consumer.places
+    if kind.by == "loss":
+        return eliminate(weight, metric, columns)
+    if metric.input is None:
+        raise CalibrationError(f"{group.name}: leverage scores need the moments of its inputs: calibrate the model")
+    moment = metric.input.to(weight.device)
+    moment = moment.diag() if moment.ndim == 1 else moment
+    scores = leverage_scores(moment, LEVERAGE_RIDGE)[columns].sum(1)
+    return in_order(weight, metric, scores.argsort(stable=True), columns)
 
 
 def _write(metrics: Mapping[str, Metric], path: Path) -> None:

@@ -143,6 +143,7 @@ def recalibrate(
     runner = Runner(model, gradients=calibration.gradients, loss=calibration.loss, labels=calibration.labels)
     found = measured(runner, sites, calibration.batches, limit_bytes=limit_bytes, device=device, progress=progress)
     mean = runner.calibration(calibration.batches)
+    mean.rows = calibration.rows | found.rows
     for name in calibration.names:  # one that the batches do not reach now keeps its moments
         ends = calibration.metric(name), found.metric(name)
         metric = Metric(_mean([end.input for end in ends if end]), _mean([end.output for end in ends if end]))
@@ -237,6 +238,7 @@ def _measure(
                 runner, recorder, batches, bar, f"group {number + 1} of {len(recorders)}" if len(recorders) > 1 else ""
             )
             calibration.add(recorder.metrics(), spill=len(recorders) > 1)
+            calibration.rows |= recorder.rows()
     return calibration
 
 

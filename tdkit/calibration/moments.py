@@ -120,6 +120,7 @@ class SiteSums:
         self.lookup_rows = SideSum(out)
         self.lookup_output = SideSum(width)
         self.gradient = GradientSum(out, width)
+        self.products = 0  # rows that were multiplied
 
     def metric(self, units: int) -> Metric | None:
         """Returns the metric of the site, or None when its layers were never called.
@@ -223,6 +224,12 @@ class Recorder:
                     )
         return known
 
+    def rows(self) -> dict[str, float]:
+        """Returns the rows that each site multiplied per token or example, by site name; 0 for a look-up."""
+        found: dict[str, float] = {name: sums.products for name, sums in self.sums.items()}
+        found |= {name: float(sums.multiply_input.rows.sum()) for name, sums in self.stacks.items()}
+        return {name: count / max(self.units, 1) for name, count in found.items()}
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """A context manager inside which the hooks are registered."""
@@ -283,8 +290,10 @@ class Recorder:
             mask = self.mask if self.mask is not None and x.shape[:2] == self.mask.shape else None
             if looks_up:
                 sums.lookup_rows.add_ids((x if mask is None else x[mask]).reshape(-1))
-            elif not self._follows(site.name, x):
-                sums.multiply_input.add(token_rows(x, mask))
+            else:
+                sums.products += y.numel() // y.shape[-1] if mask is None else int(mask.sum())
+                if not self._follows(site.name, x):
+                    sums.multiply_input.add(token_rows(x, mask))
             if not self.gradients:
                 return y
             if not y.requires_grad:

@@ -22,7 +22,8 @@ def bench(
     tokens: Annotated[str, typer.Option(help="Rows per call, as a list.")] = "1,16,512",
     train: Annotated[bool, typer.Option("--train", help="Forward and backward pass instead of inference.")] = False,
     prefer: Annotated[
-        Literal["speed", "memory"], typer.Option(help="'speed' may hold dense weights in eval mode.")
+        Literal["speed", "auto", "memory"],
+        typer.Option(help="What may hold dense weights: 'speed' all that is faster dense, 'auto' all computed dense."),
     ] = "speed",
     policy: PolicyFile = None,
     with_: With = "low_rank",

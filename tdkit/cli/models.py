@@ -1,10 +1,10 @@
-"""``tdkit plan``, ``compress``, ``eval`` and ``info``."""
+"""``tdkit plan``, ``compress`` and ``info``."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 import yaml
@@ -22,19 +22,21 @@ from tdkit.cli.options import Context, Dtype, ModelName, dtype_of
 from tdkit.cli.output import AsJson, Device, DryRun, note, show
 from tdkit.cli.streaming import compress_streamed
 from tdkit.compression.apply import compress_resolved
+from tdkit.decompositions.quantized import Quantized
 from tdkit.decompositions.registered import decomposition
 from tdkit.errors import CheckpointError, OptionError, PolicyError
-from tdkit.evaluation.language_models import PROTOCOL, check_takes_text, evaluate
+from tdkit.fitting.quantization import Bits, check_torchao
 from tdkit.models.card import Card
 from tdkit.models.checkpoint import is_saved, place_of, read_description, save
+from tdkit.models.quantization import quantize as round_weights
+from tdkit.models.sites import num_bytes
+from tdkit.planning.plan import megabytes
 from tdkit.planning.planner import applied_plan, planned
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import resolve
 from tdkit.planning.rule import Rule
 from tdkit.shapes import by
 from tdkit.sources.models import load_model
-from tdkit.sources.positions import check_positions
-from tdkit.sources.texts import encode, load_texts
 from tdkit.support.devices import check_device
 from tdkit.support.tables import table_of
 
@@ -43,7 +45,13 @@ With = Annotated[
     str, typer.Option("--with", help="A decomposition, also as YAML: '{kronecker: {terms: 4, b: [2, 4]}}'.")
 ]
 Match = Annotated[list[str] | None, typer.Option("--match", help="Globs of the layers to rewrite; all by default.")]
-Budget = Annotated[float | None, typer.Option(help="Params after / params before, whole model, tied weights once.")]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="Params after / params before of the whole model, or another unit: '{bytes: 0.3, dtype: int4}', "
+        "'{multiply_adds: 0.5}'."
+    ),
+]
 Every = Annotated[bool, typer.Option("--every", help="One row per layer, also in a long table.")]
 
 
@@ -139,45 +147,9 @@ def compress(
         what = resolved.following(made) if passes == 1 else resolved
         compress_resolved(what, known, sequential=sequential, passes=passes, device=device)
         save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite, card=card)
-        made = replace(applied_plan(source.model), warnings=made.warnings)
+        made = replace(applied_plan(source.model), warnings=made.warnings, bytes_before=made.bytes_before)
         note(f"saved to {folder}")
     show(made.report(every=every), made.to_dict(), as_json)
-
-
-def eval_(
-    model: ModelName,
-    text: Annotated[list[str], typer.Option(help="A file, a folder, a name (sotu:evaluation) or a dataset.")],
-    tokens: Annotated[int, typer.Option(help="How many tokens of the text to use.", min=2)] = 16384,
-    context: Context = 1024,
-    dtype: Dtype = "float32",
-    device: Device = None,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a language model: perplexity, parameters, bytes, tokens per second."""
-    kind = dtype_of(dtype)
-    check_device(device)
-    texts = load_texts(text)
-    if dry_run:
-        size = sum(len(t) for t in texts)
-        plan_of = {"model": model, "characters": size, "tokens": tokens, "context": context, "protocol": PROTOCOL}
-        show(f"would measure {model} on up to {tokens:,} tokens of {size:,} characters", plan_of, as_json)
-        return
-    source = load_model(model, dtype=kind, device=device)
-    check_takes_text(source.model)
-    check_positions(source.model, context)
-    measured = evaluate(source.model, encode(texts, source.tokenizer, tokens), context=context)
-    columns = ["model", "params", "MB", "perplexity", "tokens", "context", "tokens/s"]
-    row = [
-        model,
-        f"{measured.params:,}",
-        f"{measured.bytes / 1e6:.1f}",
-        f"{measured.perplexity:.3f}",
-        f"{measured.tokens:,}",
-        str(context),
-        f"{measured.tokens_per_second:,.0f}",
-    ]
-    show(table_of(PROTOCOL, columns, [row]), measured.to_dict(), as_json)
 
 
 def info(
@@ -207,17 +179,23 @@ def info(
     show(table, {**description, "bytes_on_disk": size}, as_json)
 
 
-def policy_of(file: Path | None, with_: str, match: list[str] | None, budget: float | None) -> Policy:
+def policy_of(file: Path | None, with_: str, match: list[str] | None, budget: str | None) -> Policy:
+    asked = None
+    if budget is not None:
+        try:
+            asked = yaml.safe_load(budget)
+        except yaml.YAMLError as error:
+            raise OptionError(f"--budget {budget!r} is not YAML: {error}") from None
     if file is not None:
         if not file.is_file():
             raise PolicyError(f"policy file {file} does not exist")
         chosen = Policy.from_yaml(file)
-        return chosen if budget is None else replace(chosen, budget=budget)
+        return chosen if asked is None else replace(chosen, budget=asked)
     try:
         kind = decomposition(yaml.safe_load(with_))
     except yaml.YAMLError as error:
         raise OptionError(f"--with {with_!r} is not YAML: {error}") from None
-    return Policy([Rule(glob, kind) for glob in match or ["*"]], budget)
+    return Policy([Rule(glob, kind) for glob in match or ["*"]], asked)
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
@@ -232,4 +210,29 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
             raise PolicyError(f"{folder} holds an earlier save: give another folder, or --overwrite it")
 
 
-COMMANDS = (plan, compress, eval_, info)
+def quantize(
+    model: ModelName,
+    folder: Annotated[Path, typer.Option("--out", help="Where to save the quantized model.")],
+    bits: Annotated[int, typer.Option(help="Bits per number: 8 or 4.")] = 8,
+    match: Match = None,
+    dtype: Dtype = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier save.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Round the factors and the dense weights of a model to 8 or 4 bits and save it."""
+    Quantized(bits=cast(Bits, bits))  # checks the bits before the model is loaded
+    check_torchao()
+    _check_folder(folder, overwrite)
+    source = load_model(model, dtype=dtype_of(dtype))
+    before = num_bytes(source.model)
+    round_weights(source.model, cast(Bits, bits), match=match or ["*"])
+    save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite)
+    after = num_bytes(source.model)
+    show(
+        f"saved to {folder}: {megabytes(before)} -> {megabytes(after)}",
+        {"bytes_before": before, "bytes_after": after, "bits": bits},
+        as_json,
+    )
+
+
+COMMANDS = (plan, compress, quantize, info)

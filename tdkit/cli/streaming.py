@@ -10,7 +10,7 @@ import torch
 from tdkit.calibration.calibration import Calibration
 from tdkit.cli.calibration import saved_moments
 from tdkit.cli.output import note
-from tdkit.compression.stream import compress_folder
+from tdkit.compression.stream import compress_folder, resolve_on_disk
 from tdkit.compression.work import Work
 from tdkit.errors import OptionError
 from tdkit.models.card import Card
@@ -18,7 +18,6 @@ from tdkit.models.checkpoint.reading import outline
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import applied_plan, planned
 from tdkit.planning.policy import Policy
-from tdkit.planning.resolution import resolve
 from tdkit.sources.on_disk import open_model
 
 
@@ -52,7 +51,7 @@ def compress_streamed(
     if dry_run:
         opened = open_model(model, dtype=dtype)
         known = None if moments is None else Calibration.load(moments)
-        return planned(resolve(opened.model, policy, opened.weights.weight), known)
+        return planned(resolve_on_disk(opened, policy), known)
     try:
         compress_folder(
             model,

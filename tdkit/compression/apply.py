@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,12 +13,16 @@ from tdkit.calibration.batches import Batch
 from tdkit.calibration.calibration import Calibration, Loss
 from tdkit.calibration.measure import recalibrate
 from tdkit.compression.blockwise import fit_in_order
-from tdkit.compression.fit import fit_step
+from tdkit.compression.jobs import Job, ShrinkJob, jobs_of
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import CalibrationError, OptionError, PolicyError
+from tdkit.models.quantization import quantize
 from tdkit.models.registration import attach
 from tdkit.models.sites import Site
-from tdkit.models.swap import Swap, swapping
+from tdkit.models.swap import Resized, Swap, swapping
+from tdkit.models.widths import follow_widths
+from tdkit.planning.budget import FLOATS, INTEGERS, Budget
+from tdkit.planning.grouping import shrunk_groups, tested
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import calibrated, planned
 from tdkit.planning.policy import Policy
@@ -98,24 +102,42 @@ def compress_resolved(
     _check_weights(resolved)
     device = check_device(device)
     model, known = resolved.model, calibration
+    if resolved.plan is not None:
+        _check_groups(resolved.pairs(resolved.plan), calibration)
+    jobs: list[Job] = []
     for number in range(passes):
         made = planned(resolved, known, progress=progress)
         if resolved.plan is None and number + 1 == passes:
             _log_warnings(made)
-        pairs = resolved.pairs(made)
-        with failing_together(), swapping(model, [site for _, site in pairs]) as swap:
+        last = number + 1 == passes
+        known_order = None if sequential or known is None else known.elimination
+        jobs = jobs_of(resolved.pairs(made), elimination=known_order, keep_size=not last)
+        with failing_together(), swapping(model, [site for job in jobs for site in job.sites]) as swap:
             if sequential:
                 assert known is not None
-                fit_in_order(model, pairs, known, swap, device=device, progress=progress)
+                fit_in_order(model, jobs, known, swap, device=device, progress=progress)
             else:
-                _fit_all(pairs, known, swap, device, progress)
-            if number + 1 < passes:
+                _fit_all(jobs, known, swap, device, progress)
+            if last:
+                _cast(model, made.target)
+            else:
                 assert calibration is not None
                 sites = [site for site in resolved.survey.sites if site.name in calibration.names]
                 known = recalibrate(model, sites, calibration, device=device, progress=progress)
                 swap.undo()
+    _follow_widths(model, jobs)
     attach(model)
     return model
+
+
+def _follow_widths(model: nn.Module, jobs: Sequence[Job]) -> None:
+    """Write the width of shrunk groups that are all alike into the config of a transformers model."""
+    shrunk = [job for job in jobs if isinstance(job, ShrinkJob)]
+    for width in dict.fromkeys(job.group.units for job in shrunk):
+        alike = [job for job in shrunk if job.group.units == width]
+        units = {job.kind.units for job in alike}
+        if len(units) == 1:
+            follow_widths(model, [job.group for job in alike], alike[0].kind.units or 0)
 
 
 def _log_warnings(plan: Plan) -> None:
@@ -133,6 +155,14 @@ def _check_options(calibration: object, sequential: bool, passes: int) -> None:
             raise CalibrationError(f"{what} runs the calibration batches again: give calibration= with its batches")
 
 
+def _cast(model: nn.Module, target: Budget | None) -> None:
+    """Give the model the dtype that the budget asks for."""
+    if target is not None and target.dtype in INTEGERS:
+        quantize(model, INTEGERS[target.dtype])
+    elif target is not None and target.dtype is not None:
+        model.to(FLOATS[target.dtype])
+
+
 def _check_weights(resolved: Resolved) -> None:
     """Check that the weights can be fitted.
 
@@ -147,8 +177,20 @@ def _check_weights(resolved: Resolved) -> None:
         )
 
 
+def _check_groups(pairs: Sequence[tuple[Step, Site]], calibration: Calibration | None) -> None:
+    """Check that the groups which a given plan shrinks can be.
+
+    Raises:
+        PolicyError: when other layers depend on their units.
+        CalibrationError: when there are no calibration batches to test it on.
+    """
+    faults = tested([group for group, _ in shrunk_groups(pairs)], calibration)
+    if faults:
+        raise PolicyError("the plan cannot be carried out: " + "; ".join(f"{n}: {why}" for n, why in faults.items()))
+
+
 def _fit_all(
-    pairs: list[tuple[Step, Site]],
+    jobs: list[Job],
     calibration: Calibration | None,
     swap: Swap,
     device: torch.device | str | None,
@@ -156,14 +198,13 @@ def _fit_all(
 ) -> None:
     """Fit the layers, distributed over the processes of the group, and replace each once it is fitted."""
 
-    def fit(pair: tuple[Step, Site]) -> FactorizedMatrix:
-        step, site = pair
-        bar.now(step.name)
-        matrix = fit_step(step, site, calibration.metric(site.name) if calibration else None, device)
-        return matrix.cpu() if together else matrix
+    def fit(job: Job) -> list[FactorizedMatrix | Resized]:
+        bar.now(job.name)
+        fitted = job.fit(calibration.metric if calibration else lambda _: None, device)
+        return [each.cpu() for each in fitted] if together else fitted
 
     together = processes()[1] > 1
-    with progress_bar("fit", len(pairs), progress) as bar:
-        for (_, site), matrix in zip(pairs, shared(pairs, fit), strict=True):
-            swap.put([(site, matrix.to(site.weight.device))])
+    with progress_bar("fit", len(jobs), progress) as bar:
+        for job, fitted in zip(jobs, shared(jobs, fit), strict=True):
+            swap.put([(site, each.to(site.weight.device)) for site, each in zip(job.sites, fitted, strict=True)])
             bar.advance()

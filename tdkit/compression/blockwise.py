@@ -24,29 +24,27 @@ from tdkit.calibration.chains import (
 )
 from tdkit.calibration.moments import Recorder
 from tdkit.calibration.runner import Runner, as_it_was
-from tdkit.compression.fit import fit_step
+from tdkit.compression.jobs import Job
+from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import CalibrationError
 from tdkit.fitting.metric import Metric
 from tdkit.models.sites import Site
-from tdkit.models.swap import Swap
-from tdkit.planning.step import Step
+from tdkit.models.swap import Resized, Swap
 from tdkit.support.progress import progress_bar
-
-Pairs = list[tuple[Step, Site]]
 
 _log = logging.getLogger(__name__)
 
 
 def fit_in_order(
     model: nn.Module,
-    pairs: Pairs,
+    jobs: Sequence[Job],
     calibration: Calibration,
     swap: Swap,
     *,
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Fit and replace the sites of `pairs`: first those outside the blocks, then block by block.
+    """Fit and replace the sites of `jobs`: first those outside the blocks, then block by block.
 
     Blocks are the children of each outermost `nn.ModuleList` and `nn.Sequential`, or of the lists in these children if
     they follow each other. The lists are fitted in the order of their calls: the encoder before the decoder. The input
@@ -69,31 +67,31 @@ def fit_in_order(
     assert calibration.batches is not None
     batches = calibration.batches
     with (
-        progress_bar("fit in order", len(pairs), progress) as bar,
+        progress_bar("fit in order", len(jobs), progress) as bar,
         as_it_was(model, device, freeze=False),  # new layers copy requires_grad from the dense ones
         _undone_by_errors(swap),  # while the dense layers can still be moved with the model
         torch.no_grad(),
     ):
 
-        def fit(chosen: Pairs, seen: Mapping[str, Metric]) -> None:
-            fitted = []
-            for step, site in chosen:
-                bar.now(step.name)
-                metric = _with_input(calibration.metric(site.name), seen.get(site.name))
-                fitted.append((site, fit_step(step, site, metric)))
+        def fit(chosen: Sequence[Job], seen: Mapping[str, Metric]) -> None:
+            fitted: list[tuple[Site, FactorizedMatrix | Resized]] = []
+            for job in chosen:
+                bar.now(job.name)
+                found = job.fit(lambda name: _with_input(calibration.metric(name), seen.get(name)))
+                fitted += zip(job.sites, found, strict=True)
                 bar.advance()
             swap.put(fitted)
 
-        chains = _chains(model, [site for _, site in pairs], batches[0])
+        chains = _chains(model, [site for job in jobs for site in job.sites], batches[0])
         covered = [name for names in chains for name in names]
-        fit([p for p in pairs if not within(p[1], covered)], {})
+        fit([job for job in jobs if not within(job.measured, covered)], {})
         for names in chains:
             chain = trace(model, names, batches)
             hidden = chain.hidden
             for name, calls in zip(names, chain.calls, strict=True):
-                inside = [p for p in pairs if within(p[1], [name])]
+                inside = [job for job in jobs if within(job.measured, [name])]
                 if inside:
-                    sites = [site for _, site in inside]
+                    sites = [job.measured for job in inside]
                     fit(inside, _input_moments(model, name, sites, hidden, calls, batches))
                 block = model.get_submodule(name)
                 hidden = [_run(block, x, call) for x, call in zip(hidden, calls, strict=True)]

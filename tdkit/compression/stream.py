@@ -23,7 +23,8 @@ from tdkit.compression.fit import fit_step
 from tdkit.compression.work import Work, read_entry, write_layer
 from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.registered import spec_of
-from tdkit.errors import OptionError, TdkitError
+from tdkit.decompositions.shrink import Shrink
+from tdkit.errors import OptionError, PolicyError, TdkitError
 from tdkit.models.card import Card
 from tdkit.models.checkpoint.description import Layer
 from tdkit.models.checkpoint.rewriting import rewrite
@@ -35,7 +36,7 @@ from tdkit.models.swap import swapping
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import planned
 from tdkit.planning.policy import Policy
-from tdkit.planning.resolution import Resolved, resolve
+from tdkit.planning.resolution import Resolved, resolve, without
 from tdkit.planning.step import Step
 from tdkit.sources.on_disk import OpenedModel, open_model
 from tdkit.support.devices import check_device
@@ -100,7 +101,8 @@ def compress_folder(
     check_target(out, overwrite)
     opened = open_model(source, dtype=dtype)
     moments = None if calibration is None else _moments(calibration)
-    job = _Job(opened, resolve(opened.model, policy, opened.weights.weight), moments, Work(out), device)
+    resolved = resolve_on_disk(opened, policy)
+    job = _Job(opened, resolved, moments, Work(out), device)
     job.work.begin(
         {
             "source": _state_of(opened.weights.shards.files, opened.folder / "config.json"),
@@ -112,6 +114,28 @@ def compress_folder(
     with _helpers(job, policy, calibration, workers):
         job.run(progress)
     return job.finish(out, overwrite, card)
+
+
+def resolve_on_disk(opened: OpenedModel, policy: Policy | Plan) -> Resolved:
+    """Returns the resolved policy without groups of weights, which shrink together in a model that can be run.
+
+    Raises:
+        PolicyError: when a rule asks for them, or the budget for a dtype of integers; else as `resolve`.
+    """
+    resolved = resolve(opened.model, policy, opened.weights.weight)
+    groups = {group.name for bundle in resolved.bundles.values() for group in bundle.groups}
+    asked = [name for name in groups if isinstance(resolved.rules[name].decomposition, Shrink)]
+    if asked:
+        raise PolicyError(
+            f"shrink needs the whole model, to test that {min(asked)} shares its hidden units: load it, then compress"
+        )
+    target = None if resolved.policy is None else resolved.policy.target
+    if target is not None and target.dtype is not None:
+        raise PolicyError(
+            f"the budget's dtype={target.dtype} is not for weights that are read one by one: give dtype=, and quantize "
+            "the result"
+        )
+    return without(resolved, dict.fromkeys(groups, "weights are read one by one"))
 
 
 @dataclass(frozen=True)
@@ -195,7 +219,9 @@ class _Job:
             (open_site.site, kind)
             for open_sites in self.resolved.open.values()
             for open_site in open_sites
-            if open_site.site.name in reached and not (self.work.folder / PLAN).exists()
+            if isinstance(open_site.site, Site)
+            and open_site.site.name in reached
+            and not (self.work.folder / PLAN).exists()
             for kind in open_site.kind.alternatives(open_site.shape)
         ]
 
@@ -271,7 +297,7 @@ def _work(folder: str) -> None:
     policy = Plan.from_dict(call["policy"]) if call["is_plan"] else Policy.from_dict(call["policy"])
     try:
         opened = open_model(call["source"], dtype=getattr(torch, call["dtype"]))
-        resolved = resolve(opened.model, policy, opened.weights.weight)
+        resolved = resolve_on_disk(opened, policy)
         moments = None if call["calibration"] is None else Calibration.load(call["calibration"])
         out = place.with_name(place.name.removesuffix(".work"))
         _Job(opened, resolved, moments, Work(out), call["device"]).run(progress=False)

@@ -135,18 +135,27 @@ class FactorizedMatrix(nn.Module, ABC):
             dtype: of x; the factors' own when None.
             device: where to run; the factors' own, or the CPU for factors on ``meta``, when None.
         """
-        of = next(self.parameters())
-        kind = torch.device(device).type if device is not None else of.device.type
+        kind = torch.device(device).type if device is not None else self.device.type
         kind = "cpu" if kind == "meta" else kind
-        return self.dispatcher.path(self, tokens, prefer=prefer, dtype=dtype or of.dtype, device=kind)
+        return self.dispatcher.path(self, tokens, prefer=prefer, dtype=dtype or self.dtype, device=kind)
 
     def multiply_adds(self) -> int:
         """Multiply-adds of `matmul` for one row of x, when the factors are contracted one by one."""
         return self.shape[0] * self.shape[1]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of `dense`."""
+        return self.tensors()[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of `dense`."""
+        return self.tensors()[0].device
+
+    @property
     def prefer(self) -> Preference:
-        """What `tdkit.prepare` said; 'memory' at first."""
+        """What `tdkit.prepare` said; 'auto' at first."""
         return self.dispatcher.prefer
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -167,6 +176,11 @@ class FactorizedMatrix(nn.Module, ABC):
     def params(self) -> int:
         """Number of elements of the factors; integer buffers are counted by `indices`."""
         return sum(p.numel() for p in self.parameters())
+
+    @property
+    def held_as_buffers(self) -> int:
+        """Number of those elements that are no parameters, because they are rounded to integers."""
+        return 0
 
     @property
     def indices(self) -> int:

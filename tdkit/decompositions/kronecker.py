@@ -27,6 +27,8 @@ from tdkit.support.compatibility import parameters_of
 class KroneckerMatrix(StructuredMatrix):
     """A (terms, a1, a2) and B (terms, b1, b2), standing for sum_r A[r] kron B[r]."""
 
+    structure: KroneckerStructure
+
     def __init__(
         self,
         decomposition: Decomposition,
@@ -58,7 +60,7 @@ class KroneckerMatrix(StructuredMatrix):
         return None, None
 
     def rows(self, ids: Tensor) -> Tensor:
-        b1 = self.b.shape[1]
+        b1 = self.structure.b[0]
         flat = ids.reshape(-1)
         upper = self.a[:, flat // b1]  # (terms, n, a2)
         lower = self.b[:, flat % b1]  # (terms, n, b2)
@@ -72,15 +74,15 @@ class KroneckerMatrix(StructuredMatrix):
         decomposition", section 3.
         """
         a, b = self.factors()
-        terms, rows, outer = a.shape
-        inner, rest = divmod(b.shape[2], math.prod(kernel))
+        terms, (rows, outer), (b_rows, b_columns) = self.structure.terms, self.structure.a, self.structure.b
+        inner, rest = divmod(b_columns, math.prod(kernel))
         if rest or rows % groups:
             return None
-        first = b.reshape(terms * b.shape[1], inner, *kernel)  # channels (outer, inner) to (outer, term, row of B)
+        first = b.reshape(terms * b_rows, inner, *kernel)  # channels (outer, inner) to (outer, term, row of B)
         second = a.permute(1, 2, 0).reshape(rows, outer * terms)
         return [
             Stage(first, axes=tuple(range(len(kernel))), leading=groups * outer),
-            Stage(pointwise(second, len(kernel)), groups=groups, trailing=b.shape[1]),
+            Stage(pointwise(second, len(kernel)), groups=groups, trailing=b_rows),
         ]
 
 

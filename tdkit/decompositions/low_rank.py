@@ -81,7 +81,7 @@ class LowRankMatrix(StructuredMatrix):
     def convolutions(self, kernel: tuple[int, ...], groups: int) -> list[Stage] | None:
         """The whole kernel to `rank` channels, then 1 x 1. Source: Denton et al. (2014)."""
         left, right = self.factors()
-        inner, rest = divmod(right.shape[1], math.prod(kernel))
+        inner, rest = divmod(self.shape[1], math.prod(kernel))
         if rest:
             return None
         first = Stage(right.reshape(-1, inner, *kernel), axes=tuple(range(len(kernel))), leading=groups)

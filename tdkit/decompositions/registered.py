@@ -23,6 +23,8 @@ decompositions: Registry[type[Decomposition]] = Registry(
         "spatial_low_rank": "tdkit.decompositions.spatial_low_rank:SpatialLowRank",
         "stacked": "tdkit.decompositions.stacked:Stacked",
         "blocks": "tdkit.decompositions.blocks:Blocks",
+        "quantized": "tdkit.decompositions.quantized:Quantized",
+        "shrink": "tdkit.decompositions.shrink:Shrink",
         "auto": "tdkit.decompositions.auto:Auto",
     },
     fault=subclass_fault(Decomposition),

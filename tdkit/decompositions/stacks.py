@@ -17,7 +17,7 @@ from tdkit.products.cost import CACHED, Path, PathTable, cached_path, lookup, pa
 from tdkit.products.dispatch import check_loaded
 from tdkit.products.low_rank import LowRankStructure
 from tdkit.shapes import Shape
-from tdkit.support.compatibility import parameters_of
+from tdkit.support.compatibility import parameters_of, submodules_of
 
 
 class FactorizedStack(FactorizedMatrix):
@@ -104,7 +104,7 @@ class MemberStack(FactorizedStack):
         return torch.stack([member.dense() for member in self._matrices()])
 
     def grouped(self, x: Tensor, counts: Sequence[int], bias: Tensor | None = None) -> Tensor:
-        members = self.members
+        members = list(submodules_of(self.members).values())
         parts = [members[e](rows, None if bias is None else bias[e]) for e, rows in _reached(x, counts)]
         return torch.cat(parts) if parts else x.new_zeros(0, self.sizes[1])
 
@@ -196,7 +196,7 @@ class LowRankStack(FactorizedStack):
 
     def _cached(self, x: Tensor, counts: Sequence[int]) -> Tensor | None:
         """The cached dense stack, where the product is faster by it; None where it is not, or may not be cached."""
-        if torch.compiler.is_compiling() or not self.dispatcher.may_cache(self):
+        if not self.dispatcher.may_cache(self):
             return None
         reached = [count for count in counts if count]
         if not reached or not self._is_faster_cached(sum(reached) // len(reached), x.dtype, x.device.type):

@@ -85,7 +85,7 @@ class TTMatrixMatrix(StructuredMatrix):
                 row = picked[:, 0]
             else:
                 joined = row @ picked.flatten(2)
-                row = joined.reshape(len(flat), row.shape[1] * core.shape[2], core.shape[3])
+                row = joined.reshape(-1, row.shape[1] * core.shape[2], core.shape[3])
         assert row is not None
         return row[:, : self.shape[1], 0].reshape(*ids.shape, self.shape[1])
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ from tdkit.calibration.batches import Call, is_encoder_decoder
 from tdkit.calibration.causality import is_causal
 from tdkit.calibration.losses import next_token_logits
 from tdkit.calibration.runner import device_of
-from tdkit.errors import EvaluationError, SourceError
+from tdkit.errors import EvaluationError
+from tdkit.evaluation.protocols import Protocol, Window
 from tdkit.models.sites import num_bytes, num_params
 from tdkit.sources.positions import check_positions
-from tdkit.sources.texts import windows
 from tdkit.support.progress import progress_bar
 
-PROTOCOL = "non-overlapping windows, each predicting all its tokens but the first; exp of the mean token loss"
+PROTOCOL = Protocol().describe()
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,27 @@ class Evaluation:
     Attributes:
         params: number of parameters; tied ones are counted once.
         bytes: size of the tensors of the saved model; tied ones are counted once.
-        perplexity: the perplexity, measured as `PROTOCOL` describes.
+        perplexity: the perplexity, measured as `protocol` says.
+        stderr: the standard error of the perplexity, from the differences between windows; None for one window.
         tokens: number of predicted tokens.
         context: window length in tokens.
+        windows: number of windows.
         tokens_per_second: throughput of the forward passes that measured the perplexity.
+        protocol: how the perplexity was measured.
     """
 
     params: int
     bytes: int
     perplexity: float
+    stderr: float | None
     tokens: int
     context: int
+    windows: int
     tokens_per_second: float
+    protocol: Protocol = field(default_factory=Protocol)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "protocol": PROTOCOL}
+        return {**vars(self), "protocol": self.protocol.describe()}
 
 
 @torch.inference_mode()
@@ -55,6 +62,7 @@ def evaluate(
     *,
     context: int = 1024,
     batch: int = 1,
+    protocol: Protocol | None = None,
     progress: bool | None = None,
 ) -> Evaluation:
     """Measure a causal language model on a row of token ids.
@@ -62,9 +70,10 @@ def evaluate(
     Args:
         model: called as ``model(ids)`` with ids (batch, context), int64; its output, or the ``logits`` of its output,
             is (batch, context, vocabulary).
-        ids: the token ids of the text; an incomplete last window is dropped.
-        context: tokens per window, at least 2.
+        ids: the token ids of the text; an incomplete last window is dropped, if `protocol` does not say otherwise.
+        context: tokens per window, at least 2; for the default protocol.
         batch: windows per forward pass.
+        protocol: how to measure; its context is used.
         progress: show a progress bar; when None, only on a terminal.
 
     Raises:
@@ -74,42 +83,75 @@ def evaluate(
             the position table of the model.
     """
     check_takes_text(model)
-    device = device_of(model)
-    rows = windows(ids, context)
-    if context < 2:
-        raise SourceError(f"a context of {context} predicts nothing: give at least 2 tokens")
-    check_positions(model, context)
+    device, protocol = device_of(model), protocol or Protocol(context=context)
+    windows = protocol.windows(len(ids))
+    check_positions(model, max(window.end - window.start for window in windows))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    loss, seconds = torch.zeros((), dtype=torch.float64), 0.0
+    sums: list[Tensor] = []
+    seconds, seen = 0.0, 0
     try:
-        check_causal(model, rows[0])
-        with progress_bar("perplexity", len(rows), progress) as bar:
-            for start in range(0, len(rows), batch):
-                chunk = rows[start : start + batch].to(device)
+        check_causal(model, ids[windows[0].start : windows[0].end])
+        with progress_bar("perplexity", len(windows), progress) as bar:
+            for alike in _batches(windows, batch):
+                chunk = torch.stack([ids[window.start : window.end] for window in alike]).to(device)
                 started = time.perf_counter()
                 output = model(chunk)
                 logits = _logits(model, output, chunk)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 seconds += time.perf_counter() - started
-                targets = chunk[:, 1:].reshape(-1)
-                losses = F.cross_entropy(logits[:, :-1].reshape(len(targets), -1).float(), targets, reduction="sum")
-                loss += losses.double().cpu()
+                seen += chunk.numel()
+                first = alike[0].first - alike[0].start
+                targets = chunk[:, first:]
+                scores = logits[:, first - 1 : -1].reshape(targets.numel(), -1).float()
+                losses = F.cross_entropy(scores, targets.reshape(-1), reduction="none").reshape(targets.shape)
+                sums.append(losses.double().sum(1).cpu())
                 bar.advance(len(chunk))
     finally:
         for module, training in modes:
             module.training = training
-    tokens = rows.numel() - len(rows)
-    mean = float(loss) / tokens
+    counts = torch.tensor([window.predicted for window in windows], dtype=torch.float64)
+    value, stderr = _perplexity(torch.cat(sums), counts, protocol)
     return Evaluation(
         params=num_params(model),
         bytes=num_bytes(model),
-        perplexity=math.inf if mean >= 700 else math.exp(mean),  # NaN stays NaN
-        tokens=tokens,
-        context=context,
-        tokens_per_second=rows.numel() / seconds if seconds else math.inf,
+        perplexity=value,
+        stderr=stderr,
+        tokens=int(counts.sum()),
+        context=protocol.context,
+        windows=len(windows),
+        tokens_per_second=seen / seconds if seconds else math.inf,
+        protocol=protocol,
     )
+
+
+def _batches(windows: list[Window], size: int) -> list[list[Window]]:
+    """Divide windows into batches of at most `size`, in order, with the same length and the same predicted tokens."""
+    found = []
+    for _, alike in itertools.groupby(windows, lambda window: (window.end - window.start, window.first - window.start)):
+        same = list(alike)
+        found += [same[start : start + size] for start in range(0, len(same), size)]
+    return found
+
+
+def _perplexity(
+    sums: Tensor,  # (windows,) float64, of the token losses
+    counts: Tensor,  # (windows,) float64, of the predicted tokens
+    protocol: Protocol,
+) -> tuple[float, float | None]:
+    """Returns the perplexity and its standard error, that of a ratio estimator over windows times the perplexity.
+
+    Cochran (1977), section 6.4, without the correction for a finite population.
+    """
+    if protocol.mean == "windows":
+        sums, counts = sums / counts, torch.ones_like(counts)
+    mean, number = float(sums.sum() / counts.sum()), len(sums)
+    value = math.inf if mean >= 700 else math.exp(mean)  # NaN stays NaN
+    if number < 2:
+        return value, None
+    spread = float((sums - mean * counts).square().sum())
+    return value, value * math.sqrt(spread * number / (number - 1)) / float(counts.sum())
 
 
 MEASURE_OTHERWISE = (

@@ -13,19 +13,21 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from tdkit.decompositions.base import Preference
+from tdkit.decompositions.base import FactorizedMatrix, Preference
+from tdkit.decompositions.shrink import Shrink
 from tdkit.errors import PolicyError
 from tdkit.evaluation.timing import peak_bytes, side_by_side
+from tdkit.models.conversion import to_dense
 from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule
 from tdkit.models.hosts.convolution import FactorizedConvolution, image_size
 from tdkit.models.hosts.embedding import FactorizedEmbedding
 from tdkit.models.hosts.experts import ExpertsLayer, experts_of_a_token, stacks_of
 from tdkit.models.hosts.linear import FactorizedLinear
-from tdkit.models.hosts.registered import dense_layer
 from tdkit.models.preparation import cached_bytes, prepare
-from tdkit.models.sites import factorized_groups, factorized_layers, num_bytes, replace_module, survey
-from tdkit.models.swap import Fitted, swapping
-from tdkit.models.ties import follow_ties
+from tdkit.models.shrinking import shrunk
+from tdkit.models.sites import Site, factorized_groups, factorized_layers, num_bytes, survey
+from tdkit.models.swap import Resized, swapping
+from tdkit.planning.grouping import shrunk_groups
 from tdkit.planning.plan import Plan
 from tdkit.products.cost import CACHED, DENSE
 from tdkit.shapes import by
@@ -196,30 +198,21 @@ def benchmark(
 
 def densified(model: nn.Module) -> nn.Module:
     """Returns a copy of `model` with equivalent dense layers, tied like the factorised ones."""
-    twin = copy.deepcopy(model)
-    built: dict[int, nn.Module] = {}  # by factorised layer, one for all its names
-    weights: dict[int, Tensor] = {}  # by matrix
-    for name, layer in list(factorized_layers(twin)):
-        if id(layer) not in built:
-            built[id(layer)] = dense = dense_layer(layer)
-            for weight, matrix in layer.matrices.items():
-                own = getattr(dense, weight)
-                first = weights.setdefault(id(matrix), own)
-                if first.shape == own.shape:
-                    setattr(dense, weight, first)
-        replace_module(twin, name, built[id(layer)])
-    follow_ties(twin)
-    return twin
+    return to_dense(copy.deepcopy(model))
 
 
 def unfitted(model: nn.Module, plan: Plan) -> nn.Module:
     """Apply `plan` to `model` in place with random factors, to measure speed without a fit; returns `model`."""
     generator = torch.Generator().manual_seed(0)
-    fitted: Fitted = []
+    fitted: list[tuple[Site, FactorizedMatrix | Resized]] = []
     sites = {site.name: site for site in survey(model).sites}
-    for step in plan.rewritten:
-        site = sites[step.name]
+    pairs = [(step, sites[step.name]) for step in plan.rewritten]
+    for group, kind in shrunk_groups(pairs):
+        fitted += zip(group.sites, shrunk(group, torch.arange(kind.units or 0)), strict=True)
+    for step, site in pairs:
         assert step.decomposition is not None
+        if isinstance(step.decomposition, Shrink):
+            continue
         shape = step.decomposition.shape_of(site.shape)
         matrix = step.decomposition.empty(shape, device=site.weight.device, dtype=site.weight.dtype)
         for factor in matrix.parameters():
@@ -288,7 +281,7 @@ def _path(layer: FactorizedModule, tokens: int, prefer: Preference) -> str:
 
 
 def _layer_call(layer: FactorizedModule, tokens: int) -> Callable[[nn.Module], object]:
-    of = next(layer.parameters())
+    of = next(iter(layer.matrices.values()))
     if isinstance(layer, ExpertsLayer):
         return _routed_call(layer, tokens, of)
     if isinstance(layer, nn.RNNBase):
@@ -304,7 +297,7 @@ def _layer_call(layer: FactorizedModule, tokens: int) -> Callable[[nn.Module], o
     return lambda module: module(x.detach().requires_grad_(torch.is_grad_enabled()))
 
 
-def _routed_call(layer: ExpertsLayer, tokens: int, of: Tensor) -> Callable[[nn.Module], object]:
+def _routed_call(layer: ExpertsLayer, tokens: int, of: FactorizedMatrix) -> Callable[[nn.Module], object]:
     name, stack = next(iter(stacks_of(layer).items()))
     width = stack.sizes[1] if name == "down_proj" else stack.sizes[2]
     hidden = torch.randn(tokens, width, device=of.device, dtype=of.dtype)

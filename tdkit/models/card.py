@@ -24,14 +24,14 @@ class Card:
 
     Attributes:
         policy: the policy or plan that the model was compressed by, as YAML or other text.
-        budget: params after / params before that the policy asked for.
+        budget: the budget that the policy asked for, as it takes it.
         evaluation: figures with their conditions, such as ``evaluate(model, ids).to_dict()``.
         base_model: the hub name of the dense model; when None, the name that a transformers model was loaded by.
         licence: of the base model; when None, that of its README.md, if its folder is here.
     """
 
     policy: str | None = None
-    budget: float | None = None
+    budget: float | Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     base_model: str | None = None
     licence: str | None = None
@@ -55,12 +55,21 @@ class Card:
             f"Compressed by [tdkit](https://pypi.org/project/tdkit/). Base model: {base or UNKNOWN}. Licence of the "
             f"base model: {licence or f'{UNKNOWN}, see the base model'}.",
             _figures(model),
-            f"Budget: {self.budget:g} of the parameters." if self.budget is not None else "",
+            _budget(self.budget),
             f"## Policy\n\n```yaml\n{self.policy.strip()}\n```" if self.policy else "",
             _evaluation(self.evaluation),
             _how_to_load(model),
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _budget(budget: float | Mapping[str, Any] | None) -> str:
+    if budget is None:
+        return ""
+    asked = {"params": budget} if not isinstance(budget, Mapping) else dict(budget)
+    dtype = f", in {asked.pop('dtype')}" if "dtype" in asked else ""
+    unit, ratio = next(iter(asked.items()))
+    return f"Budget: {ratio:g} of the {'parameters' if unit == 'params' else unit.replace('_', '-')}{dtype}."
 
 
 def _figures(model: nn.Module) -> str:

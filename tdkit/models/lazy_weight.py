@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -12,9 +11,10 @@ from torch.nn import functional as F
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import TdkitError
-from tdkit.products.autograd import autocast_dtype
+from tdkit.products.autograd import without_autocast
 from tdkit.products.convolution import Geometry
-from tdkit.support.compatibility import in_functional_transform, tree_map_only, wrapper_tensor
+from tdkit.products.recording import is_recorded
+from tdkit.support.compatibility import in_transform, tree_map_only, wrapper_tensor
 
 METADATA = {
     *(
@@ -29,8 +29,11 @@ METADATA = {
 }
 """Functions that need only metadata, not the values."""
 
+WRITE = Tensor.data.__set__  # type: ignore[attr-defined]
+"""``weight.data = values``, which a weight computed on each access would forget; libraries merge adapters by it."""
+
 PRODUCTS = {
-    *(F.linear, F.embedding, torch.addmm, torch.mm, torch.matmul),
+    *(F.linear, F.embedding, F.multi_head_attention_forward, torch.addmm, torch.mm, torch.matmul),
     *(Tensor.mm, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__),
 }
 """Functions that only read the weight and return no view of it, so that they can use a cached weight."""
@@ -49,8 +52,9 @@ def lazy_weight(
     """Returns ``view(matrix.dense())`` as a tensor of `size` whose values are computed by the first operation on it.
 
     Reading its dtype, device or shape computes nothing. The values are computed once, in the factors' dtype also under
-    autocast, and with gradients to the factors if these were enabled when `lazy_weight` was called. Products use the
-    cached weight if there is one (see `tdkit.prepare`). It is a copy: writing to it does not change the factors.
+    autocast, and with gradients to the factors if these were enabled when `lazy_weight` was called. Products use, and
+    leave, a cached weight where the matrix may have one (see `tdkit.prepare`). It is a copy: writing to it does not
+    change the factors.
 
     Args:
         matrix: the factorised matrix (out, in).
@@ -59,14 +63,24 @@ def lazy_weight(
         convolves: `size` is that of a convolution, (out, in / groups, *kernel): ``torch.nn.functional.conv2d`` with
             this weight computes as the factorised layer does.
     """
-    if torch.compiler.is_compiling() or in_functional_transform():  # tracing does not keep the subclass
+    if is_recorded() or in_transform():  # none of them keeps the subclass
         return view(matrix.dense())
     size = matrix.shape if size is None else size
     trained = [tensor for tensor in matrix.tensors() if tensor.requires_grad] if torch.is_grad_enabled() else []
     read = cast("Callable[..., LazyWeight]", _Read.apply if trained else _wrapper)
     weight = read(matrix, size, view, *trained)
     weight._matrix, weight._view, weight._built = matrix, view, None
-    weight._modes, weight._convolves = _modes(), convolves
+    weight._modes, weight._convolves, weight._keeps = _modes(), convolves, False
+    return weight
+
+
+def keep_in_cache(weight: Tensor) -> Tensor:
+    """Make every function, not only products, use and leave a cached weight where the matrix may have one.
+
+    For a weight that lives as long as one call of its layer. Other tensors than a lazy weight are returned unchanged.
+    """
+    if isinstance(weight, LazyWeight):
+        weight._keeps = True
     return weight
 
 
@@ -78,10 +92,17 @@ class LazyWeight(Tensor):
     _modes: tuple[bool, bool]  # inference mode, gradients
     _built: Tensor | None
     _convolves: bool
+    _keeps: bool
     _is_hf_initialized = True  # the initializers of transformers leave it alone: they would draw numbers for a copy
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == WRITE:
+            raise TdkitError(
+                "the dense weight of a factorised layer is read-only, computed from its factors: values put in its "
+                "place would be lost. Change the factors in `matrices`; an adapter on such a layer, which merging adds "
+                "to the dense weight, is to be kept beside the model"
+            )
         if func in METADATA:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         if func in CONVOLUTIONS:
@@ -128,17 +149,17 @@ class _Read(torch.autograd.Function):
 
 
 def _wrapper(matrix: FactorizedMatrix, size: Sequence[int], *_: object) -> LazyWeight:
-    of = matrix.tensors()[0]
-    return wrapper_tensor(LazyWeight, size, dtype=of.dtype, device=of.device)
+    return wrapper_tensor(LazyWeight, size, dtype=matrix.dtype, device=matrix.device)
 
 
 def _numbers(weight: LazyWeight) -> Tensor:
     if weight._built is None:
         inference, gradients = weight._modes
         matrix = weight._matrix
-        device = matrix.tensors()[0].device.type
-        with torch.inference_mode(inference), torch.set_grad_enabled(gradients), _without_autocast(device):
-            weight._built = weight._view(matrix.dense())
+        device = matrix.device.type
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients), without_autocast(device):
+            dense = matrix.dispatcher.dense(matrix) if weight._keeps else matrix.dense()
+            weight._built = weight._view(dense)
     return weight._built
 
 
@@ -146,7 +167,7 @@ def _lent(weight: LazyWeight) -> Tensor:
     if weight._built is not None:
         return weight._built
     matrix = weight._matrix
-    cached = matrix.dispatcher.cached_weight(matrix, matrix.tensors()[0].dtype)
+    cached = matrix.dispatcher.cached_weight(matrix)
     return _numbers(weight) if cached is None else weight._view(cached)
 
 
@@ -170,17 +191,6 @@ def _convolved(
     if not by_factors or others or input.dim() != weight.dim():
         x, w, b = tree_map_only(LazyWeight, _numbers, (input, weight, bias))
         return func(x, w, b, stride, padding, dilation, groups)
-    kernel = tuple(weight.shape[2:])
-
-    def sizes(given: int | Sequence[int]) -> tuple[int, ...]:
-        given = (given,) if isinstance(given, int) else tuple(given)
-        return given * len(kernel) if len(given) == 1 else given
-
-    pads = padding if isinstance(padding, str) else sizes(padding)
-    geometry = Geometry(kernel, sizes(stride), pads, sizes(dilation), groups)
+    geometry = Geometry.of_call(weight.shape[2:], stride, padding, dilation, groups)
     y: Tensor = cast(LazyWeight, weight)._matrix(input, bias, geometry)
     return y
-
-
-def _without_autocast(device: str) -> AbstractContextManager[object]:
-    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)

@@ -20,8 +20,12 @@ def prepare(model: M, *, prefer: Preference = "speed", graphs: bool = False) -> 
     With ``prefer="speed"``, a matrix caches its dense weight at the first call for whose number of tokens the
     factors would be slower. No call is then slower than in the dense model, and the cache takes at most the memory
     of the dense weights in addition to the factors. A low-rank pair whose rank is not a multiple of 16 caches its
-    factors padded to one at its first CPU call with 256 tokens or more. With ``prefer="memory"``, the default of
-    every model, nothing is cached: each call uses the factors, or builds the weight and frees it.
+    factors padded to one at its first CPU call with 256 tokens or more.
+
+    With ``prefer="auto"``, which is how every model starts, only weights that no layer multiplies by as factors are
+    cached, at their first use: those of recurrent layers and packed attention, bare parameters, and weights that other
+    modules read. With ``prefer="memory"`` nothing is cached: each call uses the factors, or builds the weight and frees
+    it.
 
     A cached weight is not part of ``state_dict``, of a copy or of a pickle. It is recomputed after the factors
     change (in place, by an optimizer or ``load_state_dict``, or by assignment of other tensors) and after ``.to()``;
@@ -36,7 +40,7 @@ def prepare(model: M, *, prefer: Preference = "speed", graphs: bool = False) -> 
 
     Args:
         model: any module; a module without factorised layers is only set to eval mode.
-        prefer: 'speed' or 'memory'.
+        prefer: 'speed', 'auto' or 'memory'.
         graphs: choose paths for calls that are replayed from a CUDA graph, where kernel launches cost little. This
             also applies to the calls before the capture, of which at least one is needed to cache weights and
             compile kernels.
@@ -45,7 +49,7 @@ def prepare(model: M, *, prefer: Preference = "speed", graphs: bool = False) -> 
         The same model.
 
     Raises:
-        OptionError: when `prefer` is neither.
+        OptionError: when `prefer` is none of them.
     """
     if prefer not in get_args(Preference):
         known = get_args(Preference)

@@ -199,10 +199,9 @@ class _Files:
         names: dict[int, list[str]] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             names.setdefault(id(tensor), []).append(name)
-        for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-            names[len(names)] = [target, source]
+        tied = getattr(model, "all_tied_weights_keys", None) or {}  # not tied yet
         self._same: dict[str, list[str]] = {}
-        for group in names.values():
+        for group in (*names.values(), *map(list, tied.items())):
             for name in group:
                 self._same.setdefault(name, []).extend(group)
 

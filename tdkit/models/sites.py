@@ -116,7 +116,8 @@ class Untouchable:
     Attributes:
         name: the name of the weight, as in `weight_name`.
         kind: the type of the layer.
-        params: the number of parameters of the weight; 0 while it is uninitialised.
+        params: the number of parameters that hold the weight, more or fewer than its entries if it is parametrised; 0
+            while it is uninitialised.
         reason: why it cannot be factorised.
         shape: as the layer stores it; empty while it is uninitialised.
         others: the names of the other layers that share it.
@@ -181,7 +182,8 @@ def survey(model: nn.Module, read: Callable[[User], Tensor] | None = None) -> Su
             parameter = getattr(module, attribute)
             shape = () if is_lazy(parameter) else tuple(parameter.shape)
             first, *others = (weight_name(layer, weight) for layer, _, weight in found)
-            params = math.prod(shape) if shape else 0
+            host = host_of(module)
+            params = 0 if not shape else math.prod(shape) if host is None else host.params(module, attribute)
             untouchable.append(Untouchable(first, type(module).__name__, params, reason, shape, tuple(others)))
     factorized = tuple(users[0].name for _, users in factorized_groups(model))
     return Survey(tuple(sites), tuple(untouchable), factorized)
@@ -263,15 +265,21 @@ def factorized_groups(model: nn.Module) -> list[tuple[FactorizedMatrix, list[Fac
 
 
 def num_params(model: nn.Module) -> int:
-    """Returns the number of parameters of a model; tied ones are counted once."""
-    return sum(p.numel() for p in model.parameters())
+    """Returns the number of parameters of a model, those of quantized factors included; tied ones are counted once."""
+    rounded = sum(module.held_as_buffers for module in model.modules() if isinstance(module, FactorizedMatrix))
+    return sum(p.numel() for p in model.parameters()) + rounded
 
 
 def num_bytes(model: nn.Module) -> int:
     """Returns the bytes of the tensors in the ``state_dict`` of a model; tied ones are counted once."""
-    state = model.state_dict(keep_vars=True).values()
-    tensors: dict[int, Tensor] = {id(t) if t.is_meta else t.data_ptr(): t for t in state}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(model))
+
+
+def distinct_tensors(model: nn.Module) -> list[Tensor]:
+    """Returns the tensors in the ``state_dict`` of a model, tied ones once; also of a model on the meta device."""
+    saved = set(model.state_dict())
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return list({t.data_ptr() or id(t): t for name, t in named if name in saved}.values())
 
 
 def changes_in_place(host: Host, layer: str) -> bool:

@@ -6,7 +6,7 @@ import copy
 import logging
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +19,32 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from tdkit.decompositions.base import FactorizedMatrix
-from tdkit.models.hosts.base import FactorizedModule, become, install
+from tdkit.models.hosts.base import become, install, install_resized
 from tdkit.models.sites import Site, User, changes_in_place, replace_module
 from tdkit.models.ties import follow_ties
 from tdkit.support.compatibility import own_parameters, parameters_of, shallow_copy
 
-Fitted = list[tuple[Site, FactorizedMatrix]]
+
+@dataclass(frozen=True, eq=False)
+class Resized:
+    """The tensors of the dense layer that replaces another one, of another size as a rule.
+
+    Attributes:
+        weight: (out, in), of the dtype and on the device of the one that it replaces.
+        bias: (out,), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def to(self, device: torch.device) -> Resized:
+        return Resized(self.weight.to(device), None if self.bias is None else self.bias.to(device))
+
+    def cpu(self) -> Resized:
+        return self.to(torch.device("cpu"))
+
+
+Fitted = Sequence[tuple[Site, FactorizedMatrix | Resized]]
 
 SPILL_FROM = 2**26  # bytes of replaced weights above which they are spilled to disk
 
@@ -49,7 +69,7 @@ class _Replaced:
     in_place: bool = False
     matrices: dict[str, FactorizedMatrix] = field(default_factory=dict)
 
-    def take(self, layer: FactorizedModule) -> nn.Module:
+    def take(self, layer: nn.Module) -> nn.Module:
         """Returns the module to put in the place of the dense layer: the layer itself if it changes in place."""
         module = self.original()
         if not self.in_place or module is None:
@@ -118,10 +138,10 @@ class Swap:
         return self.model.get_submodule(layer) if record is None else record.dense
 
     def put(self, fitted: Fitted, options: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        """Replace every layer of each site by a factorised layer.
+        """Replace every layer of each site by a factorised one, or by a dense one of another size.
 
         Args:
-            fitted: the sites and their factorised matrices.
+            fitted: the sites and their factorised matrices, or the tensors of the other size.
             options: `Host.options` by the name of the layer; read from the dense layers when None.
         """
         for site, matrix in fitted:
@@ -130,9 +150,7 @@ class Swap:
             weight = parameters_of(records[0].dense).get(site.users[0].weight)
             for user, record in zip(site.users, records, strict=True):
                 if id(record) not in built:
-                    record.matrices[user.weight] = matrix
-                    layer = install(record.dense, user.host.build(record.dense, record.matrices, record.options))
-                    built[id(record)] = record.take(layer)
+                    built[id(record)] = record.take(_built(user, record, matrix))
                 replace_module(self.model, user.layer, built[id(record)])
             if self._folder is not None and weight is not None:
                 self._spill(weight, site, records, Path(self._folder.name))
@@ -187,6 +205,13 @@ class Swap:
         self._spilled.append(_Spilled(path, weight.stride(), weight.device, TensorWeakRef(weight), placeholder))
         for user, record in zip(site.users, records, strict=True):
             record.forget(user.weight, placeholder)
+
+
+def _built(user: User, record: _Replaced, matrix: FactorizedMatrix | Resized) -> nn.Module:
+    if isinstance(matrix, Resized):
+        return install_resized(record.dense, user.host, matrix.weight, matrix.bias)
+    record.matrices[user.weight] = matrix
+    return install(record.dense, user.host.build(record.dense, record.matrices, record.options))
 
 
 @contextmanager

@@ -13,7 +13,9 @@ from torch import Tensor
 from tdkit.calibration.calibration import Calibration
 from tdkit.decompositions.base import Decomposition, Point
 from tdkit.errors import BudgetError, PolicyError
+from tdkit.models.groups import Bundle
 from tdkit.models.sites import Site
+from tdkit.planning.budget import UNITS, Costs
 from tdkit.shapes import Shape
 
 FLOOR = 0.05  # default lower bound on params after / params before of a layer whose rank a budget chooses
@@ -41,17 +43,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class OpenSite:
-    """A site whose rank is chosen from the budget.
+    """A site, or a bundle of groups, whose size is chosen from the budget.
 
     Attributes:
-        site: the weight.
+        site: the weight, or the groups of weights.
         kind: the decomposition, with its rank not set.
         min_keep: lower bound on params after / params before; no bound when None.
         max_keep: upper bound on params after / params before; no bound when None.
         floor: lower bound that an allocator holds where the budget allows it; 0 for none.
     """
 
-    site: Site
+    site: Site | Bundle
     kind: Decomposition
     min_keep: float | None = None
     max_keep: float | None = None
@@ -77,6 +79,7 @@ class OpenSite:
         Raises:
             PolicyError: when it is on the meta device.
         """
+        assert isinstance(self.site, Site)
         weight = self.site.weight.detach()
         if weight.is_meta:
             raise PolicyError(
@@ -85,9 +88,26 @@ class OpenSite:
             )
         return self.kind.view(weight)
 
-    def complete(self, share: float, calibration: Calibration | None) -> Decomposition | None:
-        """Returns the best complete decomposition with at most `share` of the dense parameters, or None."""
+    def complete(
+        self, share: float, calibration: Calibration | None, costs: Costs | None = None
+    ) -> Decomposition | None:
+        """Returns the best complete decomposition with at most `share` of the dense cost, or None.
+
+        Costs are parameters when `costs` is None.
+        """
+        costs = costs or Costs()
         most = math.floor(share * self.site.params)
+        limit = share * costs.of(self.site)
+        while most > 0:
+            found = self._within(most, calibration)
+            cost = 0 if found is None else costs.of(self.site, found)
+            if found is None or cost <= limit:
+                return found
+            most = min(most - 1, math.floor(most * limit / cost))
+        return None
+
+    def _within(self, most: int, calibration: Calibration | None) -> Decomposition | None:
+        """Returns the best complete decomposition with at most `most` parameters, or None."""
         if not self.is_choice():
             return self.kind.complete(self.shape, most)
         metric = calibration.metric(self.site.name) if calibration else None
@@ -99,17 +119,22 @@ class OpenSite:
 
 
 def uniform(
-    sites: Sequence[OpenSite], available: int, place: str, calibration: Calibration | None = None
+    sites: Sequence[OpenSite],
+    available: int,
+    place: str,
+    calibration: Calibration | None = None,
+    costs: Costs | None = None,
 ) -> dict[str, Choice]:
-    """Choose for every site the same share of its dense parameters, within its bounds.
+    """Choose for every site the same share of its dense cost, within its bounds.
 
-    A site for which no choice is as small as the share stays dense, and the others share the remaining parameters.
+    A site for which no choice is as small as the share stays dense, and the others share what remains.
 
     Args:
         sites: sites whose rank is not set.
-        available: the maximum number of parameters of these sites together.
+        available: the maximum cost of these sites together.
         place: where the budget was given, for the error message.
         calibration: used to compare decompositions where a site has several alternatives.
+        costs: what choices cost; their parameters when None.
 
     Returns:
         The choices by site name.
@@ -117,16 +142,24 @@ def uniform(
     Raises:
         BudgetError: when not even the smallest choices fit.
     """
-    dense = sum(s.site.params for s in sites)
-    if available >= dense and not any(s.max_keep for s in sites):
+    costs = costs or Costs()
+    cost = {s.site.name: costs.of(s.site) for s in sites}
+    free = [s for s in sites if not cost[s.site.name]]  # such as look-ups, which multiply nothing
+    if free:
+        rest = (
+            uniform([s for s in sites if cost[s.site.name]], available, place, calibration, costs) if available else {}
+        )
+        return rest | {s.site.name: Choice(None, "its size does not count in the budget") for s in free}
+    if available >= sum(cost.values()) and not any(s.max_keep for s in sites):
         return {s.site.name: Choice(None, "the budget is met without it") for s in sites}
     chosen: dict[str, Choice] = {}
-    shared = list(sites)
+    given, shared = available, list(sites)
     while shared:
-        share = available / sum(s.site.params for s in shared)
+        share = available / sum(cost[s.site.name] for s in shared)
         bounded = [s for s in shared if s.clipped(share) > share] or [s for s in shared if s.clipped(share) < share]
         fits = {
-            s.site.name: s.complete(s.clipped(share), calibration) if share > 0 else None for s in (bounded or shared)
+            s.site.name: s.complete(s.clipped(share), calibration, costs) if share > 0 else None
+            for s in (bounded or shared)
         }
         stuck = [s for s in (bounded or shared) if fits[s.site.name] is None]
         settled = stuck or bounded
@@ -136,13 +169,14 @@ def uniform(
                 kind,
                 "" if kind else f"no {s.kind.name} has {max(share, 0):.0%} of its {s.site.params:,} params",
             )
-            available -= s.site.params if kind is None else kind.num_params(kind.shape_of(s.site.shape))
+            available -= costs.of(s.site, kind)
         if not settled:
             return chosen
         shared = [s for s in shared if s not in settled]
         if not shared and available >= 0:
             return chosen
-    raise _too_little(place, available, sites)
+    large = tuple(name for name, choice in chosen.items() if not choice.decomposition)
+    raise _too_little(place, given, sites, costs, large)
 
 
 def by_loss(
@@ -152,21 +186,23 @@ def by_loss(
     place: str,
     *,
     rivals: Mapping[str, Sequence[Point]] | None = None,
+    costs: Costs | None = None,
 ) -> dict[str, Choice]:
-    """Choose the sizes with the least total error, read from the error curves, within `available` parameters.
+    """Choose the sizes with the least total error, read from the error curves, within a cost of `available`.
 
     The dense weight, with zero error, is the last point of each curve. Starting from the smallest choices, steps
-    along the lower convex hull of the curves of all sites are taken in the order of error removed per parameter.
-    This is optimal for every budget that a whole number of steps uses up. The remaining parameters are spent on
+    along the lower convex hull of the curves of all sites are taken in the order of error removed per cost.
+    This is optimal for every budget that a whole number of steps uses up. What remains is spent on
     the points, on the hull or not, that remove most error. The floors of the sites hold if the budget allows all of
     them.
 
     Args:
         sites: sites whose rank is not set.
         curves: by site name, points of the site's decompositions with their error, in the same unit for all sites.
-        available: the maximum number of parameters of these sites together.
+        available: the maximum cost of these sites together.
         place: where the budget was given, for the error message.
         rivals: the points from which the runner-up is taken; those of `curves` when None.
+        costs: what choices cost; their parameters when None.
 
     Returns:
         The choices by site name.
@@ -176,16 +212,17 @@ def by_loss(
 
     Source: the greedy optimum of separable convex resource allocation, Fox (1966).
     """
-    options = {s.site.name: _options(s, curves[s.site.name]) for s in sites}
+    costs = costs or Costs()
+    options = {s.site.name: _options(s, curves[s.site.name], costs) for s in sites}
     floored = {s.site.name: _above_floor(s, options[s.site.name]) for s in sites}
-    if sum(points[0].params for points in floored.values()) <= available:
+    if sum(points[0].cost for points in floored.values()) <= available:
         options = floored
     held = {name: points[0] for name, points in options.items()}
-    left = available - sum(point.params for point in held.values())
+    left = available - sum(point.cost for point in held.values())
     if left < 0:
-        raise _too_little(place, available, sites)
+        raise _too_little(place, available, sites, costs)
     steps = [
-        (-(low.error - high.error) / (high.params - low.params), order, high.params, name, high)
+        (-(low.error - high.error) / (high.cost - low.cost), order, high.cost, name, high)
         for order, (name, points) in enumerate(options.items())
         for low, high in _pairs(lower_hull(points))
     ]
@@ -193,7 +230,7 @@ def by_loss(
     for _, _, _, name, point in sorted(steps, key=lambda step: step[:3]):
         if name in stopped:
             continue
-        cost = point.params - held[name].params
+        cost = point.cost - held[name].cost
         if cost > left:
             stopped.add(name)
         else:
@@ -203,14 +240,18 @@ def by_loss(
 
 
 def mixed(
-    sites: Sequence[OpenSite], curves: Mapping[str, Sequence[Point]], available: int, place: str
+    sites: Sequence[OpenSite],
+    curves: Mapping[str, Sequence[Point]],
+    available: int,
+    place: str,
+    costs: Costs | None = None,
 ) -> dict[str, Choice]:
     """Like `by_loss`, but mixes several decompositions in one model only when the estimated gain is large enough.
 
     The estimated loss of a mixture must be lower than that of the best single decomposition by the fraction
     `MIXED_GAIN`; smaller differences are within the error of the estimate.
     """
-    chosen = by_loss(sites, curves, available, place)
+    chosen = by_loss(sites, curves, available, place, costs=costs)
     used = {choice.decomposition.family for choice in chosen.values() if choice.decomposition is not None}
     if len(used) < 2:
         return chosen
@@ -224,7 +265,7 @@ def mixed(
         if not all(own[site] for site in free):
             continue
         try:
-            single = by_loss(sites, own, available, place, rivals=curves)
+            single = by_loss(sites, own, available, place, rivals=curves, costs=costs)
         except BudgetError:  # a site has no point of this decomposition within its bounds
             continue
         error = sum(choice.error or 0.0 for choice in single.values())
@@ -235,18 +276,24 @@ def mixed(
 
 @dataclass(frozen=True)
 class _Option:
+    cost: int
     params: int
     error: float
     decomposition: Decomposition | None
 
 
-def _options(open_site: OpenSite, curve: Sequence[Point]) -> list[_Option]:
-    """Returns the Pareto-optimal options of a site within its bounds, the dense weight included, by rising params."""
+def _options(open_site: OpenSite, curve: Sequence[Point], costs: Costs) -> list[_Option]:
+    """Returns the Pareto-optimal options of a site within its bounds, the dense weight included, by rising cost."""
     dense = open_site.site.params
-    every = [_Option(p.params, p.error, p.decomposition) for p in curve if p.params < dense]
-    every.append(_Option(dense, 0.0, None))
+    site = open_site.site
+    every = [
+        _Option(costs.of(site, p.decomposition, p.params), p.params, p.error, p.decomposition)
+        for p in curve
+        if p.params < dense
+    ]
+    every.append(_Option(costs.of(site), dense, 0.0, None))
     kept: list[_Option] = []
-    for option in sorted((o for o in every if open_site.within(o.params)), key=lambda o: (o.params, o.error)):
+    for option in sorted((o for o in every if open_site.within(o.params)), key=lambda o: (o.cost, o.error)):
         if not kept or option.error < kept[-1].error:
             kept.append(option)
     if not kept:
@@ -264,7 +311,7 @@ def _above_floor(open_site: OpenSite, options: list[_Option]) -> list[_Option]:
 
 
 def lower_hull(points: Sequence[_Option]) -> list[_Option]:
-    """Returns the points on the lower convex hull, by rising params. Source: Andrew (1979)."""
+    """Returns the points on the lower convex hull, by rising cost. Source: Andrew (1979)."""
     hull: list[_Option] = []
     for point in points:
         while len(hull) > 1 and _above(hull[-2], hull[-1], point):
@@ -275,8 +322,8 @@ def lower_hull(points: Sequence[_Option]) -> list[_Option]:
 
 def _above(left: _Option, middle: _Option, right: _Option) -> bool:
     """Returns whether `middle` lies on or above the line from `left` to `right`."""
-    return (middle.error - left.error) * (right.params - left.params) >= (right.error - left.error) * (
-        middle.params - left.params
+    return (middle.error - left.error) * (right.cost - left.cost) >= (right.error - left.error) * (
+        middle.cost - left.cost
     )
 
 
@@ -285,19 +332,19 @@ def _pairs(hull: list[_Option]) -> list[tuple[_Option, _Option]]:
 
 
 def _spend(held: dict[str, _Option], options: Mapping[str, list[_Option]], left: int) -> dict[str, _Option]:
-    """Spend the remaining parameters greedily: replace the option whose replacement removes most error and fits."""
-    sizes = {name: [option.params for option in points] for name, points in options.items()}
+    """Spend what is left greedily: replace the option whose replacement removes most error and fits."""
+    sizes = {name: [option.cost for option in points] for name, points in options.items()}
     while True:
         best: tuple[float, str, _Option] | None = None
         for name, points in options.items():
-            richest = points[bisect.bisect_right(sizes[name], held[name].params + left) - 1]
+            richest = points[bisect.bisect_right(sizes[name], held[name].cost + left) - 1]
             gain = held[name].error - richest.error
             if gain > 0 and (best is None or gain > best[0]):
                 best = gain, name, richest
         if best is None:
             return held
         _, name, option = best
-        left -= option.params - held[name].params
+        left -= option.cost - held[name].cost
         held[name] = option
 
 
@@ -308,9 +355,17 @@ def _choice(option: _Option, curve: Sequence[Point]) -> Choice:
     return Choice(option.decomposition, "", option.error, min(others, key=lambda p: p.error, default=None))
 
 
-def _too_little(place: str, available: int, sites: Sequence[OpenSite]) -> BudgetError:
+def _too_little(
+    place: str, available: int, sites: Sequence[OpenSite], costs: Costs, dense: Sequence[str] = ()
+) -> BudgetError:
+    """An error that says what a budget leaves for some sites.
+
+    Args:
+        dense: the names of those that have no choice of their share and would stay dense.
+    """
+    large = f" ({', '.join(dense[:3])}{f' and {len(dense) - 3} more' if len(dense) > 3 else ''})" if dense else ""
     return BudgetError(
-        f"{place} leaves {available:,} params for {len(sites)} layers that hold "
-        f"{sum(s.site.params for s in sites):,}: too few for the smallest choice of "
-        f"{', '.join(sorted({s.kind.name for s in sites}))}; raise the budget or match more layers"
+        f"{place} leaves {available:,} {UNITS[costs.unit]} for {len(sites)} layers that hold "
+        f"{sum(costs.of(s.site) for s in sites):,}: too few for the smallest choice of "
+        f"{', '.join(sorted({s.kind.name for s in sites}))}{large}; raise the budget or match more layers"
     )

@@ -1,14 +1,15 @@
-"""Allocators, which share a parameter budget among weights: the registry and the built-in ones."""
+"""Allocators, which share a budget among weights: the registry and the built-in ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tdkit.calibration.calibration import Calibration
 from tdkit.decompositions.base import Point
 from tdkit.errors import BudgetError, PolicyError
 from tdkit.planning.allocation import Choice, OpenSite, mixed, uniform
+from tdkit.planning.budget import UNITS, Costs
 from tdkit.registry import Registry
 from tdkit.support.processes import shared
 from tdkit.support.progress import progress_bar
@@ -20,10 +21,11 @@ class Request:
 
     Attributes:
         sites: the weights whose size the allocator chooses.
-        available: the maximum number of parameters of these weights together.
+        available: the maximum cost of these weights together, in the unit of the budget.
         place: where the budget was given, for error messages.
         calibration: the calibration of the model; None when there is none.
         progress: show a progress bar; when None, only on a terminal.
+        costs: what choices cost in that unit: ``costs.of(site, decomposition)``; by default their parameters.
     """
 
     sites: Sequence[OpenSite]
@@ -31,6 +33,7 @@ class Request:
     place: str
     calibration: Calibration | None = None
     progress: bool | None = None
+    costs: Costs = field(default_factory=Costs)
 
     @property
     def estimates_loss(self) -> bool:
@@ -47,9 +50,9 @@ class Request:
         def curve(open_site: OpenSite) -> list[Point]:
             site = open_site.site
             bar.now(site.name)
-            weight = open_site.weight()
             kinds = open_site.kind.alternatives(open_site.shape)
             if self.calibration is None:
+                weight = open_site.weight()
                 return [point for kind in kinds for point in kind.curve(kind.view(weight))]
             return [point for kind in kinds for point in self.calibration.curve(site, kind)]
 
@@ -62,7 +65,7 @@ class Request:
 
 
 Allocator = Callable[[Request], Mapping[str, Choice]]
-"""Maps a request to one choice per site, by site name, of at most ``request.available`` parameters together."""
+"""Maps a request to one choice per site, by site name, of at most ``request.available`` cost together."""
 
 allocators: Registry[Allocator] = Registry(
     "tdkit.allocators",
@@ -91,19 +94,18 @@ def allocate(name: str, request: Request) -> dict[str, Choice]:
         )
     held = 0
     for open_site in request.sites:
-        kind, site = choices[open_site.site.name].decomposition, open_site.site
-        held += site.params if kind is None else kind.num_params(kind.shape_of(site.shape))
+        held += request.costs.of(open_site.site, choices[open_site.site.name].decomposition)
     if held > max(request.available, 0):
         raise BudgetError(
-            f"allocator '{name}' spends {held:,} params where {request.place} leaves {request.available:,}: "
-            "the fault is the allocator's"
+            f"allocator '{name}' spends {held:,} {UNITS[request.costs.unit]} where "
+            f"{request.place} leaves {request.available:,}: the fault is the allocator's"
         )
     return choices
 
 
 def by_equal_shares(request: Request) -> dict[str, Choice]:
     """Choose the same share of parameters for every layer, within its bounds."""
-    return uniform(request.sites, request.available, request.place, request.calibration)
+    return uniform(request.sites, request.available, request.place, request.calibration, request.costs)
 
 
 def by_estimated_loss(request: Request) -> dict[str, Choice]:
@@ -130,9 +132,10 @@ def by_what_is_known(request: Request) -> dict[str, Choice]:
     choices: dict[str, Choice] = {}
     available = request.available
     if unreached:  # their effect on the loss was not measured
-        share = available / sum(s.site.params for s in request.sites)
-        part = int(share * sum(s.site.params for s in unreached))
+        cost = request.costs.of
+        share = available / max(sum(cost(s.site) for s in request.sites), 1)
+        part = int(share * sum(cost(s.site) for s in unreached))
         place = f"{request.place}, for the layers that the calibration did not reach,"
-        choices = uniform(unreached, part, place, request.calibration)
+        choices = uniform(unreached, part, place, request.calibration, request.costs)
         available -= part
-    return choices | mixed(reached, request.curves(reached), available, request.place)
+    return choices | mixed(reached, request.curves(reached), available, request.place, request.costs)

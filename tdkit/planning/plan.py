@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tdkit.errors import PolicyError, TdkitError
 from tdkit.models.sites import Untouchable
+from tdkit.planning.budget import Budget
 from tdkit.planning.step import Step
 from tdkit.planning.table import plan_table
 from tdkit.support.tables import render
@@ -30,21 +31,30 @@ class Plan:
         params_before: parameters of the dense model, tied weights counted once.
         params_after: parameters of the compressed model, tied weights counted once.
         untouchable: the weights that tdkit cannot rewrite, with size and reason.
-        budget: the budget of the policy, params after / params before; None when it has none.
+        budget: the budget of the policy, as it takes it; None when it has none.
         warnings: what the plan does that may not be meant, such as layers of which little is left.
+        bytes_before: bytes of all tensors of the dense model, tied ones counted once; None where it is not known.
+        bytes_after: bytes after compression, in the dtype that the budget asks for.
     """
 
     steps: tuple[Step, ...]
     params_before: int
     params_after: int
     untouchable: tuple[Untouchable, ...] = ()
-    budget: float | None = None
+    budget: float | Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()
+    bytes_before: int | None = None
+    bytes_after: int | None = None
 
     @property
     def ratio(self) -> float:
         """Params after / params before of the whole model."""
         return self.params_after / self.params_before if self.params_before else 1.0
+
+    @property
+    def target(self) -> Budget | None:
+        """The budget as an object."""
+        return Budget.read(self.budget, "plan budget")
 
     @property
     def kept(self) -> dict[str, str]:
@@ -94,11 +104,14 @@ class Plan:
             "budget": self.budget,
             "params_before": self.params_before,
             "params_after": self.params_after,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
             "steps": [step.to_dict() for step in self.steps],
             "kept": {
                 weight.name: {
                     "kind": weight.kind,
                     "shape": list(weight.shape),
+                    "params": weight.params,
                     "reason": weight.reason,
                     "others": list(weight.others),
                 }
@@ -142,7 +155,11 @@ class Plan:
             raise PolicyError("not a tdkit plan:\n" + "\n".join(faults))
         warnings = tuple(str(text) for text in form.get("warnings", ()))
         sizes = form["params_before"], form["params_after"]
-        return cls(tuple(steps), *sizes, untouchable, form.get("budget"), warnings)
+        counts = [form.get(key) for key in ("bytes_before", "bytes_after")]
+        for count in counts:
+            if count is not None and (type(count) is not int or count < 0):
+                raise PolicyError(f"not a tdkit plan: bytes {count!r} must be a count or null")
+        return cls(tuple(steps), *sizes, untouchable, form.get("budget"), warnings, *counts)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -156,15 +173,22 @@ class Plan:
         rewritten = sum(step.params_before for step in self.rewritten)
         after = sum(step.params_after for step in self.rewritten)
         unknown = sum(not weight.params for weight in self.untouchable)
-        asked = f", budget {self.budget:g}" if self.budget is not None else ""
+        asked = f", budget {self.target}" if self.target is not None else ""
         return (
             f"of {self.weights:,} weights {percent(self.share_rewritable)} can be rewritten: "
             f"{percent(self.share_rewritten)} are ({rewritten:,} -> {after:,}), "
             f"{percent(1 - self.share_rewritten, up=True)} are kept ({self.weights - rewritten:,})"
             + (f", and {unknown} tensors of unknown size are kept" if unknown else "")
             + f"\n{self.params_before:,} -> {self.params_after:,} params (ratio {self.ratio:.4f}{asked}), "
-            f"{len(self.rewritten)} of {len(self.steps) + len(self.untouchable)} tensors rewritten"
+            f"{len(self.rewritten)} of {len(self.steps) + len(self.untouchable)} tensors rewritten" + self._bytes()
         )
+
+    def _bytes(self) -> str:
+        if self.bytes_after is None:
+            return ""
+        dtype = f" in {self.target.dtype}" if self.target and self.target.dtype else ""
+        before = "" if self.bytes_before is None else f"{megabytes(self.bytes_before)} -> "
+        return f"; {before}{megabytes(self.bytes_after)}{dtype}"
 
     def table(self, *, every: bool = False) -> Table:
         """Returns a table with layer, shape, replacement, parameters, multiply-adds and paths.
@@ -196,6 +220,11 @@ class Plan:
         return render(self.report())
 
 
+def megabytes(count: int) -> str:
+    """Format a number of bytes in units of 10^6, or of 10^3 below."""
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
 def percent(share: float, *, up: bool = False) -> str:
     """Format a share with one decimal, rounded down, or `up`, so that 100.0% and 0.0% are exact."""
     tenths = round(share * 1000, 6)  # of floating-point noise
@@ -211,7 +240,7 @@ def _untouchable_of(kept: Mapping[str, Any]) -> tuple[Untouchable, ...]:
             continue
         try:
             shape, others = tuple(entry["shape"]), tuple(entry["others"])
-            params = math.prod(shape) if shape else 0
+            params = entry.get("params", math.prod(shape) if shape else 0)  # not written before
             found.append(Untouchable(name, entry["kind"], params, entry["reason"], shape, others))
         except (KeyError, TypeError):
             faults.append(f"kept '{name}': {entry!r} must have kind, shape, reason and others")

@@ -14,18 +14,23 @@ from tdkit.calibration.calibration import Calibration, Loss
 from tdkit.calibration.losses import Labels
 from tdkit.calibration.measure import measured, text_batches
 from tdkit.calibration.runner import Runner
+from tdkit.decompositions.auto import Auto
 from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.decompositions.shrink import Shrink
 from tdkit.decompositions.stacks import FactorizedStack
 from tdkit.errors import BudgetError, CalibrationError
+from tdkit.models.groups import Bundle, Part
 from tdkit.models.hosts.base import Host
 from tdkit.models.hosts.registered import builder_of
-from tdkit.models.sites import FactorizedUser, Site, factorized_groups, num_params, survey
+from tdkit.models.sites import FactorizedUser, Site, factorized_groups, num_bytes, num_params, survey
 from tdkit.planning.adapters import adapter_of
 from tdkit.planning.allocation import Choice
 from tdkit.planning.allocators import Request, allocate
+from tdkit.planning.budget import UNITS, Budget, Costs, dense_bytes, factor_bytes, left_bytes, other_bytes
+from tdkit.planning.grouping import tested
 from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy
-from tdkit.planning.resolution import Resolved, resolve
+from tdkit.planning.resolution import Resolved, resolve, without
 from tdkit.planning.step import Step
 from tdkit.planning.warnings import warnings_of, warnings_of_applied
 from tdkit.products.cost import DENSE
@@ -100,10 +105,17 @@ def planned(resolved: Resolved, calibration: Calibration | None = None, *, progr
     policy = resolved.policy
     assert policy is not None
     with failing_together():
+        resolved = _with_tested_groups(resolved, calibration)
         choices = _choose(resolved, policy, calibration, progress)
+    shrunk: dict[str, Step] = {}
+    for name, bundle in resolved.bundles.items():
+        shrunk |= _bundle_steps(bundle, choices[name], calibration)
     steps = []
     for site in resolved.survey.sites:
         rule = resolved.rules.get(site.name)
+        if site.name in shrunk:
+            steps.append(shrunk[site.name])
+            continue
         if rule is None:
             choice = Choice(None, _unselected(site, policy))
         elif rule.keep:
@@ -113,8 +125,70 @@ def planned(resolved: Resolved, calibration: Calibration | None = None, *, progr
         steps.append(_step(site, choice, policy.allow_growth))
     before = num_params(resolved.model)
     after = before - sum(s.params_before - s.params_after for s in steps)
-    made = Plan(tuple(steps), before, after, resolved.survey.untouchable, policy.budget)
+    made = Plan(
+        tuple(steps),
+        before,
+        after,
+        resolved.survey.untouchable,
+        policy.budget,
+        bytes_before=num_bytes(resolved.model),
+        bytes_after=_bytes_after(resolved, steps, policy.target),
+    )
     return replace(made, warnings=warnings_of(made, resolved))
+
+
+def _with_tested_groups(resolved: Resolved, calibration: Calibration | None) -> Resolved:
+    """Returns `resolved` without the groups that cannot be shrunk; those of an `Auto` need a calibration to be tried.
+
+    Raises:
+        CalibrationError: when a rule asks for `Shrink` alone and there are no calibration batches.
+    """
+    groups = [group for bundle in resolved.bundles.values() for group in bundle.groups]
+    if calibration is None or not calibration.batches:
+        optional = [g for g in groups if isinstance(resolved.rules[g.name].decomposition, Auto)]
+        faults = {group.name: "there are no calibration batches" for group in optional}
+        faults |= tested([group for group in groups if group.name not in faults], calibration)
+    else:
+        faults = tested(groups, calibration)
+    return without(resolved, faults) if faults else resolved
+
+
+def _bundle_steps(bundle: Bundle, choice: Choice, calibration: Calibration | None) -> dict[str, Step]:
+    """Returns the steps of the weights of a bundle, by site name; the estimated loss is that of the consumer."""
+    found = {}
+    for group in bundle.groups:
+        kind, error = choice.decomposition, choice.error
+        if isinstance(kind, Shrink) and kind.units is not None and error is not None and calibration is not None:
+            error = calibration.elimination(group, kind).error(kind.units)
+        for part in group.parts:
+            own = replace(choice, error=error if part is group.consumer else None)
+            found[part.site.name] = _part_step(part, own)
+    return found
+
+
+def _part_step(part: Part, choice: Choice) -> Step:
+    """Returns the step of one weight of a group, with the parameters of the bias if units are its entries."""
+    site, kind = part.site, choice.decomposition
+    units = len(part.places)
+    left = kind.units if isinstance(kind, Shrink) and kind.units is not None else units
+    gone = (units - left) * part.params_per_unit
+    rest = site.params - units * part.size * site.shape[1 - part.axis]
+    before = rest + units * part.params_per_unit
+    adds = site.multiply_adds - (units - left) * part.size * site.shape[1 - part.axis]
+    times = site.multiplications()
+    return Step(
+        names=site.names,
+        kinds=site.kinds,
+        shape=site.shape,
+        decomposition=kind,
+        reason=choice.reason,
+        params_before=before,
+        params_after=before - gone,
+        indices=0,
+        multiply_adds_before=times * site.multiply_adds,
+        multiply_adds_after=times * adds,
+        loss=None if choice.error is None else choice.error / 2,
+    )
 
 
 def _unselected(site: Site, policy: Policy) -> str:
@@ -136,7 +210,8 @@ def applied_plan(model: nn.Module) -> Plan:
     ordered = [steps[key] for key in sorted(steps, key=lambda key: places[key[0]])]
     after = num_params(model)
     before = after + sum(s.params_before - s.params_after for s in ordered)
-    made = Plan(tuple(ordered), before, after, found.untouchable)
+    size = num_bytes(model)
+    made = Plan(tuple(ordered), before, after, found.untouchable, bytes_after=size)
     return replace(made, warnings=warnings_of_applied(made, model))
 
 
@@ -151,25 +226,49 @@ def _choose(
             place = f"rule '{rule.match}' with budget={rule.budget}"
             choices |= allocate(policy.allocation, Request(sites, available, place, calibration, progress))
     if None in resolved.open:
-        assert policy.budget is not None
-        sites = resolved.open[None]
-        whole = num_params(resolved.model)
-        elsewhere = whole - sum(s.site.params for s in sites)
-        for site in resolved.survey.sites:
-            if site.name in choices:
-                elsewhere -= site.params - _step(site, choices[site.name], policy.allow_growth).params_after
-        available = int(policy.budget * whole) - elsewhere
+        target = policy.target
+        assert target is not None
+        sites, bundles = resolved.open[None], resolved.bundles
+        costs = Costs(target.unit, target.dtype, calibration)
+        every = resolved.survey.sites
+        whole, elsewhere = costs.whole(resolved.model, every), costs.rest(resolved.model, every)
+        opened = {open_site.site.name for open_site in sites}
+        together = {site.name for bundle in bundles.values() for site in bundle.sites}
+        for site in every:
+            if site.name in together:
+                elsewhere += costs.of(site)
+            elif site.name not in opened:
+                choice = choices.get(site.name, Choice(None))
+                elsewhere += costs.of(site, _step(site, choice, policy.allow_growth).decomposition)
+        for name, bundle in bundles.items():  # with their biases, but without rows of other units
+            chosen = 0 if name in opened else costs.of(bundle, choices[name].decomposition)
+            elsewhere += chosen - costs.of(bundle)
+        available = int(target.ratio * whole) - elsewhere
         place = f"policy budget={policy.budget}"
         if available <= 0:
-            lost = sum(weight.params for weight in resolved.survey.untouchable) / whole
+            lost = sum(weight.params for weight in resolved.survey.untouchable) / num_params(resolved.model)
             raise BudgetError(
                 f"{place} cannot be met: what the open rules do not match already holds "
-                f"{elsewhere / whole:.3f} of the parameters"
-                + (f", {lost:.3f} in weights that cannot be rewritten" if lost else "")
+                f"{elsewhere / whole:.3f} of the {UNITS[target.unit]}"
+                + (f", {lost:.3f} of the params are in weights that cannot be rewritten" if lost else "")
                 + ": raise the budget or match more layers"
             )
-        choices |= allocate(policy.allocation, Request(sites, available, place, calibration, progress))
+        choices |= allocate(policy.allocation, Request(sites, available, place, calibration, progress, costs))
     return choices
+
+
+def _bytes_after(resolved: Resolved, steps: Sequence[Step], target: Budget | None) -> int:
+    """Returns the bytes of all tensors after compression."""
+    dtype = None if target is None else target.dtype
+    sites = resolved.survey.sites
+    size = other_bytes(resolved.model, sites, dtype)
+    for site, step in zip(sites, steps, strict=True):
+        kind = step.decomposition
+        if isinstance(kind, Shrink):
+            size += left_bytes(site, step.params_before - step.params_after, dtype)
+        else:
+            size += dense_bytes(site, dtype) if kind is None else factor_bytes(site, kind, dtype)
+    return size
 
 
 def _applied(matrix: FactorizedMatrix, users: Sequence[FactorizedUser]) -> Step:

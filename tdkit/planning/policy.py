@@ -13,7 +13,8 @@ from torch import nn
 from tdkit.errors import OptionError, PolicyError, RegistryError, did_you_mean
 from tdkit.models.sites import Survey, survey
 from tdkit.planning.allocators import allocators
-from tdkit.planning.rule import Rule, check_ratio, refuse_unknown
+from tdkit.planning.budget import Budget, check_ratio
+from tdkit.planning.rule import Rule, refuse_unknown
 from tdkit.planning.unmatched import unmatched
 
 __all__ = ["Policy", "Rule"]
@@ -28,7 +29,10 @@ class Policy:
     Args:
         rules: the first rule that selects a layer applies to it; layers that no rule selects stay dense.
         budget: params after / params before of the whole model, tied weights counted once. It is allocated to
-            the selected layers whose decomposition has no rank set.
+            the selected layers whose decomposition has no rank set. Or a mapping with another unit: ``{"bytes": 0.3}``,
+            the bytes of all tensors, or ``{"multiply_adds": 0.5}``, those of the products with weights. With ``dtype``
+            ("float32", "float16", "bfloat16", "int8" or "int4") the result has that dtype, which its bytes follow;
+            "int8" and "int4" round the factors and the dense weights, as `tdkit.quantize` does.
         allow_growth: permit factors with as many parameters as the dense weight or more.
         allocation: the allocator that shares the budget. ``uniform`` gives each layer the same share of its
             parameters; ``loss`` chooses the sizes with the least estimated loss, which needs a calibration with
@@ -43,7 +47,7 @@ class Policy:
     """
 
     rules: Sequence[Rule]
-    budget: float | None = None
+    budget: float | Mapping[str, Any] | None = None
     allow_growth: bool = False
     allocation: str = "auto"
     min_keep: float | None = None
@@ -54,7 +58,8 @@ class Policy:
         object.__setattr__(self, "rules", tuple(self.rules))
         if not self.rules:
             raise PolicyError("a policy needs at least one rule")
-        check_ratio(self.budget, "policy budget")
+        target = Budget.read(self.budget, "policy budget")
+        object.__setattr__(self, "budget", None if target is None else target.form)
         check_ratio(self.min_keep, "policy min_keep", least=0)
         if not isinstance(self.allow_growth, bool):
             raise PolicyError(f"policy allow_growth={self.allow_growth!r} must be true or false")
@@ -63,6 +68,11 @@ class Policy:
                 f"policy allocation={self.allocation!r}{did_you_mean(str(self.allocation), known)}; "
                 f"known: {', '.join(known)}"
             )
+
+    @property
+    def target(self) -> Budget | None:
+        """The budget as an object."""
+        return Budget.read(self.budget, "policy budget")
 
     def assign(self, found: Survey) -> dict[str, Rule]:
         """Returns the rule of each site, by site name, without the sites that no rule selects.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor, nn
 
+from tdkit.decompositions.auto import Auto
 from tdkit.decompositions.base import Decomposition
+from tdkit.decompositions.shrink import Shrink
 from tdkit.decompositions.stacked import stacked
 from tdkit.errors import OptionError, PolicyError
+from tdkit.models.groups import Bundle
 from tdkit.models.sites import Site, Survey, User, survey, uninitialized
 from tdkit.planning.allocation import FLOOR, Choice, OpenSite
+from tdkit.planning.grouping import bundles_of, groups_by_rule, shrink_of
 from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy
 from tdkit.planning.rule import Rule
@@ -31,9 +35,11 @@ class Resolved:
         rules: by site name, the rule that applies to the site.
         fixed: by site name, the choices that need no budget: of rules whose decomposition has its rank set, and of
             weights that cannot become smaller.
-        open: the sites whose rank is chosen from a budget. The key is the index of the rule whose own budget applies,
-            or None for the budget of the policy.
+        open: the sites, and bundles of groups, whose size is chosen from a budget. The key is the index of the rule
+            whose own budget applies, or None for the budget of the policy.
         plan: the plan to follow; None when there is none yet.
+        bundles: by name, the groups of weights that are to be shrunk together. `fixed` and `open` have the bundle in
+            the place of its sites, under its name.
     """
 
     model: nn.Module
@@ -43,6 +49,7 @@ class Resolved:
     fixed: Mapping[str, Choice]
     open: Mapping[int | None, list[OpenSite]]
     plan: Plan | None = None
+    bundles: Mapping[str, Bundle] = field(default_factory=dict)
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
@@ -88,8 +95,8 @@ def resolve(model: nn.Module, policy: Policy | Plan, read: Callable[[User], Tens
 
     Raises:
         PolicyError: when a rule matches nothing, the plan belongs to another model, or an argument has a wrong type.
-        OptionError: when options do not fit the layers they apply to, or a rank is not set and there is no budget;
-            lists all such layers.
+        OptionError: when options fit none of the layers they apply to, or not one that a rule names, or a rank is not
+            set and there is no budget; lists all such layers.
     """
     if not isinstance(model, nn.Module):
         raise PolicyError(f"the model is a {type(model).__name__}, not a torch.nn.Module: give the model itself")
@@ -106,21 +113,65 @@ def resolve(model: nn.Module, policy: Policy | Plan, read: Callable[[User], Tens
         return resolved
     if not isinstance(policy, Policy):
         raise PolicyError(_no_policy(policy))
-    rules = policy.assign(found)
-    fixed, open_sites = _sorted(policy, found, rules)
-    return Resolved(model, found, policy, rules, fixed, open_sites)
+    return _resolved(model, found, policy, policy.assign(found), {})
+
+
+def without(resolved: Resolved, faults: Mapping[str, str]) -> Resolved:
+    """Returns `resolved` without some groups, given by name with the reason: each of their weights is on its own.
+
+    Raises:
+        OptionError: as `resolve`.
+    """
+    assert resolved.policy is not None
+    return _resolved(resolved.model, resolved.survey, resolved.policy, resolved.rules, faults)
+
+
+def _resolved(
+    model: nn.Module, found: Survey, policy: Policy, rules: Mapping[str, Rule], faults: Mapping[str, str]
+) -> Resolved:
+    pairs = groups_by_rule(found.sites, rules)
+    alone = {site.name: f"not shrunk: {faults[g.name]}" for g, _ in pairs if g.name in faults for site in g.sites}
+    bundles = bundles_of([(group, rule) for group, rule in pairs if group.name not in faults])
+    fixed, open_sites = _sorted(policy, found, rules, bundles, alone)
+    return Resolved(
+        model, found, policy, rules, fixed, open_sites, None, {bundle.name: bundle for bundle, _ in bundles}
+    )
 
 
 def decomposition_at(site: Site, kind: Decomposition) -> Decomposition:
-    """Returns what the decomposition of a rule stands for at a site: at a stack of matrices, itself for each of them.
+    """Returns what the decomposition of a rule stands for at a single site: at a stack of matrices, itself for each.
 
     Raises:
-        OptionError: when a decomposition of stacks is given for another weight.
+        OptionError: when a decomposition of stacks is given for another weight, or one of groups.
     """
+    kind = _of_single_weights(kind)
     if site.stacked:
         return stacked(kind)
     if kind.stacks:
         raise OptionError(f"{kind.describe()} is for stacks of matrices, such as experts; this weight is none")
+    return kind
+
+
+def _kind_at(site: Site | Bundle, kind: Decomposition) -> Decomposition:
+    """Returns what the decomposition of a rule stands for at a site or, of groups, at a bundle."""
+    if isinstance(site, Site):
+        return decomposition_at(site, kind)
+    shrink = shrink_of(kind)
+    assert shrink is not None
+    return shrink
+
+
+def _of_single_weights(kind: Decomposition) -> Decomposition:
+    """Returns `kind`, an `Auto` without those of its members that are for groups.
+
+    Raises:
+        OptionError: when nothing is left.
+    """
+    if isinstance(kind, Auto) and shrink_of(kind) is not None:
+        members = tuple(member for member in kind.members if not isinstance(member, Shrink))
+        kind = replace(kind, among=members) if members else Shrink()
+    if isinstance(kind, Shrink):
+        raise OptionError("it shares no hidden units with other weights that the same rule matches")
     return kind
 
 
@@ -137,36 +188,54 @@ def _no_policy(given: object) -> str:
 
 
 def _sorted(
-    policy: Policy, found: Survey, assigned: Mapping[str, Rule]
+    policy: Policy,
+    found: Survey,
+    assigned: Mapping[str, Rule],
+    bundles: Sequence[tuple[Bundle, Rule]],
+    alone: Mapping[str, str],
 ) -> tuple[dict[str, Choice], dict[int | None, list[OpenSite]]]:
-    """Returns the choices that need no budget, and the sites whose rank is chosen from a budget."""
+    """Returns the choices that need no budget, and the sites and bundles whose size is chosen from a budget.
+
+    Args:
+        bundles: the groups that are shrunk together, each bundle with its rule.
+        alone: by site name, why a weight is not shrunk with others.
+    """
     fixed: dict[str, Choice] = {}
     open_sites: dict[int | None, list[OpenSite]] = {}
     problems: list[str] = []
     unbudgeted: dict[str, list[str]] = {}
+    unmet: list[
+        tuple[Site | Bundle, Rule, str]
+    ] = []  # the options of a rule that a site's shape does not allow, and why
+    met: set[int] = set()  # the rules whose options another site's shape allows
     shrinks: dict[tuple[int, Shape, int], bool] = {}  # by rule, shape and size
-    for site in found.sites:
-        rule = assigned.get(site.name)
+    together = {site.name for bundle, _ in bundles for site in bundle.sites}
+    targets: list[tuple[Site | Bundle, Rule | None]] = [
+        *((site, assigned.get(site.name)) for site in found.sites if site.name not in together),
+        *bundles,
+    ]
+    for site, rule in targets:
         if rule is None or rule.decomposition is None:
             continue
-        named = any(rule.spells_out(name) for name in site.names)
+        named = isinstance(site, Bundle) or any(rule.spells_out(name) for name in site.names)
         try:
-            kind = decomposition_at(site, rule.decomposition)
+            kind = _kind_at(site, rule.decomposition)
         except OptionError as error:
             if named:
-                problems.append(f"{site.name}: {error}")
+                problems.append(f"{site.name}: {alone.get(site.name, error)}")
             else:
-                fixed[site.name] = Choice(None, str(error))
+                fixed[site.name] = Choice(None, alone.get(site.name, str(error)))
             continue
         problem = _problem(kind, site)
-        if problem is not None and not named:
+        if problem is not None and not named and isinstance(site, Site):
             reason = _unfit(rule.decomposition, site)
             if reason is not None:
                 fixed[site.name] = Choice(None, reason)
                 continue
         if problem is not None:
-            problems.append(f"{site.name}: {problem}")
+            unmet.append((site, rule, problem))
             continue
+        met.add(id(rule))
         key = id(rule), site.shape, site.params
         if key not in shrinks:
             shrinks[key] = kind.is_complete() or policy.allow_growth or _can_shrink(kind, site)
@@ -183,6 +252,11 @@ def _sorted(
             open_site = OpenSite(site, kind, least, rule.max_keep, floor)
             place = next(number for number, own in enumerate(policy.rules) if own is rule)
             open_sites.setdefault(place if rule.budget is not None else None, []).append(open_site)
+    for site, rule, problem in unmet:
+        if id(rule) in met and not any(rule.spells_out(name) for name in site.names):
+            fixed[site.name] = Choice(None, problem)
+        else:
+            problems.append(f"{site.name}: {problem}")
     for what, names in unbudgeted.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         problems.append(
@@ -194,7 +268,7 @@ def _sorted(
     return fixed, open_sites
 
 
-def _problem(kind: Decomposition, site: Site) -> str | None:
+def _problem(kind: Decomposition, site: Site | Bundle) -> str | None:
     """Returns why a decomposition has no choice for a site, or None."""
     try:
         kind.check(kind.shape_of(site.shape))
@@ -208,7 +282,7 @@ def _unfit(kind: Decomposition, site: Site) -> str | None:
 
     A pattern with wildcards matches such weights too: they stay dense, for this reason.
     """
-    unset = replace(kind, **{field.name: None for field in fields(kind) if field.default is None})
+    unset = replace(kind, **{each.name: None for each in fields(kind) if each.default is None})
     try:
         kind = decomposition_at(site, unset)
         kind.shape_of(site.shape)
@@ -224,7 +298,7 @@ def _no_smaller(kind: Decomposition) -> str:
     return f"no {kind.name} decomposition holds fewer parameters"
 
 
-def _can_shrink(kind: Decomposition, site: Site) -> bool:
+def _can_shrink(kind: Decomposition, site: Site | Bundle) -> bool:
     """Returns whether a choice holds fewer parameters than the dense weight."""
     shape, most = kind.shape_of(site.shape), site.params - 1
     return any(each.complete(each.shape_of(shape), most) is not None for each in kind.alternatives(shape))

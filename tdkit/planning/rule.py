@@ -13,6 +13,7 @@ from tdkit.decompositions.registered import decomposition, spec_of
 from tdkit.errors import PolicyError, did_you_mean
 from tdkit.models.sites import Site
 from tdkit.planning.adapters import adapter_of
+from tdkit.planning.budget import check_ratio
 
 
 @dataclass(frozen=True)
@@ -154,16 +155,6 @@ class Rule:
         if isinstance(options.get("types"), list):
             options["types"] = tuple(options["types"])
         return cls(form["match"], form.get("with"), **options)
-
-
-def check_ratio(value: float | None, place: str, *, least: float | None = None) -> None:
-    """Raise PolicyError unless `value` is None, `least`, or params after / params before in (0, 1]."""
-    if value is None:
-        return
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (0 < value <= 1 or value == least):
-        above = "above 0" if least is None else f"at least {least}"
-        raise PolicyError(f"{place}={value!r} must be params after / params before, {above} and at most 1")
 
 
 def refuse_unknown(form: Mapping[str, Any], known: Sequence[str], place: str) -> None:

@@ -61,10 +61,13 @@ def _lost(plan: Plan, resolved: Resolved) -> Iterator[str]:
 
 def _missed(plan: Plan) -> Iterator[str]:
     """Of a budget that the rules leave no rank open for."""
-    if plan.budget is not None and plan.params_after > plan.budget * plan.params_before:
+    target = plan.target
+    if target is None or target.unit == "multiply_adds":
+        return
+    ratio = plan.ratio if target.unit == "params" else (plan.bytes_after or 0) / (plan.bytes_before or 1)
+    if ratio > target.ratio:
         yield (
-            f"the ratio is {plan.ratio:.4f}, above the budget {plan.budget:g}: there is no layer whose rank the "
-            "budget could choose"
+            f"the ratio is {ratio:.4f}, above the budget {target}: there is no layer whose rank the budget could choose"
         )
 
 
@@ -73,12 +76,13 @@ def _crushed(plan: Plan, resolved: Resolved) -> Iterator[str]:
     chosen = {open_site.site.name for open_site in resolved.open.get(None, ())}
     before = sum(step.params_before for step in plan.rewritten if step.name in chosen)
     after = sum(step.params_after for step in plan.rewritten if step.name in chosen)
-    if plan.budget is None or not before or before >= SMALL_PART * plan.params_before:
+    target = plan.target
+    if target is None or target.unit != "params" or not before or before >= SMALL_PART * plan.params_before:
         return
-    if after < plan.budget / 2 * before:
+    if after < target.ratio / 2 * before:
         part, left = before / plan.params_before, after / before
         yield (
-            f"the budget {plan.budget:g} is met by cutting {percent(part)} of the parameters to {percent(left)} of "
+            f"the budget {target} is met by cutting {percent(part)} of the parameters to {percent(left)} of "
             f"their size; it does not choose the other {percent(1 - part, up=True)}: match more layers or raise it"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from tdkit.products import onednn
 from tdkit.products.cost import DENSE, Path
+from tdkit.products.recording import needs_plain_operations
 from tdkit.products.structure import Factors, Structure
 
 
@@ -17,6 +19,11 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """A context in which operations on a device type are not cast."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 
 
 def linear(
@@ -38,11 +45,17 @@ def linear(
             return linear(x, bias, factors, structure, path)
     flat = x.reshape(-1, structure.shape[1])
     operands = [flat, *factors, *([] if bias is None else [bias])]
-    if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+    if _is_differentiated(*operands):
         y: Tensor = FactorizedProduct.apply(structure, path, flat, bias, *factors)  # type: ignore[no-untyped-call]
     else:
         y = _forward(structure, path, flat, bias, factors)
     return y.reshape(*x.shape[:-1], structure.shape[0])
+
+
+def _is_differentiated(*operands: Tensor) -> bool:
+    """Whether the autograd functions of this file record the gradient, and not the operations that they consist of."""
+    recorded = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
+    return recorded and not needs_plain_operations()
 
 
 def _forward(structure: Structure, path: Path, x: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
@@ -84,7 +97,7 @@ def reorder(
     order: Tensor,  # (n,) integers, a permutation
 ) -> Tensor:  # (*batch, n)
     """``x[..., order]``, whose gradient is gathered by the inverse order."""
-    if torch.is_grad_enabled() and x.requires_grad:
+    if _is_differentiated(x):
         return Reorder.apply(x, order)  # type: ignore[no-any-return, no-untyped-call]
     return x.index_select(-1, order)
 

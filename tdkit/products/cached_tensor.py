@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,12 +10,15 @@ from torch import Tensor
 
 from tdkit.support.compatibility import version_of
 
+CALLS = 64  # that are remembered: the sizes of batches of an expert, or of images
+
 
 class CachedTensor:
     """At most one tensor, computed from `sources`, with what tells whether it is still valid.
 
     A change is seen when a source is another tensor, has another storage, or was written in place (its version
-    counter moved). Writing through ``source.data`` moves no counter and is not seen.
+    counter moved). Writing through ``source.data`` moves no counter and is not seen. A tensor that was itself written
+    in place is computed again as well.
 
     Several threads may share one: whatever they do, each gets the tensor of its own dtype.
     """
@@ -23,8 +26,8 @@ class CachedTensor:
     def __init__(self) -> None:
         self._entry: _Entry | None = None  # assigned as a whole: another thread sees all of it or none
 
-    def again(self, x: Tensor, sources: Sequence[Tensor]) -> Tensor | None:
-        """The tensor, where the last `get` was for a `call` like this one and the sources are unchanged; else None.
+    def again(self, call: Hashable, sources: Sequence[Tensor]) -> Tensor | None:
+        """The tensor, where a `get` was for a `call` equal to this and the sources are unchanged since; else None.
 
         The fast path of repeated calls. When a weight has passed through the CPU's caches, a step of Python takes
         about ten times as long as in a tight loop, so this one asks as little as it can.
@@ -32,7 +35,7 @@ class CachedTensor:
         entry = self._entry
         if (
             entry is None
-            or entry.call != (x.numel(), x.dtype)
+            or call not in entry.calls
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled(entry.device)
             or not entry.is_of(sources)
@@ -52,14 +55,16 @@ class CachedTensor:
         build: Callable[[], Tensor],
         *,
         few: bool = False,
-        call: Tensor | None = None,
+        call: Hashable = None,
+        device: str = "cpu",
     ) -> Tensor | None:
         """The tensor in `dtype`, computed by `build` on a cache miss; None where `can_cache` says no.
 
         Args:
             few: it is a matrix, wanted for a few vectors: from then on it lies in memory along its longer side, as
                 such products read it fastest.
-            call: the x of a call without gradients and autocast: `again` answers the next ones of its size and dtype.
+            call: what tells calls without gradients and autocast apart: `again` answers the next equal ones.
+            device: the type of the device of such a call.
         """
         entry = self._entry
         if entry is None or entry.dtype is not dtype or not entry.is_of(sources):
@@ -69,11 +74,16 @@ class CachedTensor:
             stamps = tuple((source, source.data_ptr(), version_of(source)) for source in sources)  # before the build
             aliases = tuple(source.detach() for source in sources)
             with torch.inference_mode(False), torch.no_grad():
-                entry = _Entry(build().to(dtype).contiguous(), dtype, stamps, aliases)
+                tensor = build().to(dtype).contiguous()
+                if type(tensor) is not Tensor:  # such as a FakeTensor, which has no numbers
+                    return tensor
+                entry = _Entry(tensor, dtype, stamps, aliases, version_of(tensor))
         if few and not entry.lies_long:
-            entry = entry._replace(tensor=_along_the_longer_side(entry.tensor), lies_long=True)
-        if call is not None and entry.call != (call.numel(), call.dtype):
-            entry = entry._replace(call=(call.numel(), call.dtype), device=call.device.type)
+            tensor = _along_the_longer_side(entry.tensor)
+            entry = entry._replace(tensor=tensor, version=version_of(tensor), lies_long=True)
+        if call is not None and call not in entry.calls:
+            known = entry.calls if len(entry.calls) < CALLS else frozenset()
+            entry = entry._replace(calls=known | {call}, device=device)
         self._entry = entry
         return entry.tensor
 
@@ -96,12 +106,13 @@ class _Entry(NamedTuple):
     dtype: torch.dtype
     sources: tuple[tuple[Tensor, int, int], ...]  # tensor, address, version
     aliases: tuple[Tensor, ...]  # keep the storages alive, so that no address is used again
+    version: int  # of the tensor
     lies_long: bool = False
-    call: tuple[int, torch.dtype] | None = None  # size and dtype of x
-    device: str = "cpu"  # of that x
+    calls: frozenset[Hashable] = frozenset()
+    device: str = "cpu"  # type of the device of these calls
 
     def is_of(self, sources: Sequence[Tensor]) -> bool:
-        if len(sources) != len(self.sources):
+        if len(sources) != len(self.sources) or version_of(self.tensor) != self.version:
             return False
         for now, (then, address, version) in zip(sources, self.sources, strict=True):
             if now is not then or version_of(now) != version or now.data_ptr() != address:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdkit.products import onednn
 from tdkit.products.autograd import autocast_dtype
+from tdkit.products.recording import is_recorded, needs_plain_operations
 from tdkit.shapes import Shape
-from tdkit.support.compatibility import in_functional_transform
 
 FUNCTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
 TRANSPOSED: tuple[Callable[..., Tensor], ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -91,6 +92,24 @@ class Geometry(NamedTuple):
     groups: int = 1
     transposed: bool = False
     output_padding: tuple[int, ...] = ()
+
+    @classmethod
+    def of_call(
+        cls,
+        kernel: Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Geometry:
+        """That of ``torch.nn.functional.conv2d`` and the like with these arguments."""
+
+        def sizes(given: int | Sequence[int]) -> tuple[int, ...]:
+            given = (given,) if isinstance(given, int) else tuple(given)
+            return given * len(kernel) if len(given) == 1 else given
+
+        pads = padding if isinstance(padding, str) else sizes(padding)
+        return cls(tuple(kernel), sizes(stride), pads, sizes(dilation), groups)
 
     def along(self, axes: Sequence[int], groups: int) -> Geometry:
         """The geometry of a stage that extends along `axes`."""
@@ -195,10 +214,12 @@ def _recorded(
     geometry: Geometry,
     images: int | None,
 ) -> Tensor:
-    traced = torch.compiler.is_compiling() or in_functional_transform()
+    traced = is_recorded() or needs_plain_operations()
     operands = [x, *weights, *([] if bias is None else [bias])]
-    if traced or not torch.is_grad_enabled() or not any(operand.requires_grad for operand in operands):
-        return _in_parts(x, bias, weights, stages, geometry, len(x) if traced or images is None else images)
+    if traced:
+        return _run(x, bias, weights, stages, geometry)
+    if not torch.is_grad_enabled() or not any(operand.requires_grad for operand in operands):
+        return _in_parts(x, bias, weights, stages, geometry, len(x) if images is None else images)
     shapes = tuple(Stage(torch.empty(0), s.axes, s.groups, s.leading, s.trailing) for s in stages)
     y: Tensor = Chain.apply(shapes, geometry, x, bias, *weights)  # type: ignore[no-untyped-call]
     return y
@@ -254,10 +275,52 @@ class Chain(torch.autograd.Function):
 def _run(
     x: Tensor, bias: Tensor | None, weights: Sequence[Tensor], stages: Sequence[Stage], geometry: Geometry
 ) -> Tensor:
+    plain = is_recorded() or needs_plain_operations() or x.device.type != "cpu"
+    needs_gradients = torch.is_grad_enabled() and any(operand.requires_grad for operand in (x, *weights))
+    multiplies = not (plain or needs_gradients)
+    channels_last = multiplies and _is_channels_last(x)
     for number, (weight, stage) in enumerate(zip(weights, stages, strict=True)):
-        own = geometry.along(stage.axes, stage.groups)
-        x = _convolve_middle(x, weight, bias if number == len(stages) - 1 else None, stage, own)
+        own, is_last = geometry.along(stage.axes, stage.groups), number == len(stages) - 1
+        own_bias = bias if is_last else None
+        if multiplies and is_product(stage.axes, stage.groups, stage.leading * stage.trailing):
+            x = _multiply(x, weight.flatten(1), own_bias, channels_last=channels_last if is_last else x.dim() > 3)
+        else:
+            x = _convolve_middle(x, weight, own_bias, stage, own)
     return x
+
+
+def is_product(axes: Sequence[int], groups: int, outer: int) -> bool:
+    """Whether a stage is the product of each position with one matrix, which a CPU computes as such.
+
+    A stage with a kernel after it then reads its input with the channels last, of which oneDNN makes no copies, and
+    whose number it does not pad to whole registers.
+    """
+    return not axes and groups == outer == 1
+
+
+def _multiply(
+    x: Tensor,  # (batch, in, *spatial)
+    matrix: Tensor,  # (out, in)
+    bias: Tensor | None,  # (out,)
+    *,
+    channels_last: bool,
+) -> Tensor:  # (batch, out, *spatial), in memory (batch, *spatial, out) if channels_last
+    columns, batch = x.flatten(2), len(x)
+    if not channels_last:
+        every = matrix.expand(batch, -1, -1)
+        y = torch.bmm(every, columns) if bias is None else torch.baddbmm(bias[:, None], every, columns)
+        return y.view(batch, len(matrix), *x.shape[2:])
+    rows = columns.mT
+    if rows.is_contiguous():
+        y = onednn.linear(rows, matrix, bias)
+    else:
+        every = matrix.T.expand(batch, -1, -1)
+        y = torch.bmm(rows, every) if bias is None else torch.baddbmm(bias, rows, every)
+    return y.mT.view(batch, len(matrix), *x.shape[2:])
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() > 3 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 def _convolve_middle(x: Tensor, weight: Tensor, bias: Tensor | None, stage: Stage, geometry: Geometry) -> Tensor:

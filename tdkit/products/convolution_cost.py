@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from tdkit.products.convolution import Geometry, Stage
+from tdkit.products.convolution import Geometry, Stage, is_product
 from tdkit.products.cost import CACHED, DENSE, MARGIN, Path, Product
 from tdkit.shapes import Shape
 
 CHAIN = "chain"  # the path of the stages
 TRAFFIC = 2.0  # elements copied per element of an input, output or weight: oneDNN computes in layouts of its own
 POINTWISE = 49  # positions of an image whose time a 1 x 1 convolution loses
-HELD = 1.25  # of what a dense convolution holds that the stages may hold; an estimate, of which 0.9 is measured
+HELD = 1.05  # of what a dense convolution holds that the stages may hold
 RECORDED = 4 / 3  # time of a training step of a chain, which is computed twice, by that of a dense one
 
 
@@ -92,8 +92,8 @@ def images_at_once(stages: Sequence[StageShape], dense: StageShape, geometry: Ge
     """The most images to send through the stages at once, so that they hold about as much as a dense convolution.
 
     A dense convolution holds its output and copies of its input and weight. A stage with a kernel holds its input and
-    output and a copy of each in oneDNN's layout; a pointwise one makes no copies. With more than one part, the parts
-    are copied to the whole output.
+    output and a copy of its input in oneDNN's layout; a pointwise one makes no copy, nor does the one after it, see
+    `is_product`. With more than one part, the parts are copied to the whole output.
     """
     batch, entering, *spatial = size
     first = before = batch * entering * math.prod(spatial)
@@ -101,7 +101,8 @@ def images_at_once(stages: Sequence[StageShape], dense: StageShape, geometry: Ge
     for number, stage in enumerate(stages):
         spatial = _output_size(spatial, geometry.along(stage.axes, stage.groups))
         after = batch * stage.outer * stage.shape[0] * math.prod(spatial)
-        held = 2 * (before + after) if stage.axes else before + after
+        copies = stage.axes and not (number and is_product(*stages[number - 1][1:]))
+        held = before + after + (before if copies else 0)
         most = max(most, held - first if number == 0 else held)
         before = after
     whole, allowed = before, HELD * (first + before) + math.prod(dense.shape) - max(math.prod(s.shape) for s in stages)

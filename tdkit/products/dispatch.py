@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdkit.errors import TdkitError
 from tdkit.products import kernels, onednn
-from tdkit.products.autograd import autocast_dtype
+from tdkit.products.autograd import autocast_dtype, without_autocast
 from tdkit.products.cached_tensor import CachedTensor, can_cache
 from tdkit.products.convolution import Geometry, Stage, chain, merged
 from tdkit.products.convolution_cost import CHAIN, Choice, dense_shape, faster_of, multiply_adds, shape_of
@@ -28,13 +28,14 @@ from tdkit.products.cost import (
     lookup,
     path_table,
 )
+from tdkit.products.recording import is_for_all_sizes, is_recorded
 from tdkit.products.structure import Structure
 from tdkit.shapes import Shape
-from tdkit.support.compatibility import constant_for_compile
+from tdkit.support.compatibility import constant_for_compile, in_transform
 
 CHOICES = 256  # sizes of images for which the path is remembered
 
-Preference = Literal["speed", "memory"]
+Preference = Literal["speed", "auto", "memory"]
 
 
 class Factorized(Protocol):
@@ -45,6 +46,12 @@ class Factorized(Protocol):
 
     @property
     def structure(self) -> Structure | None: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def dense(self) -> Tensor: ...
 
@@ -61,16 +68,17 @@ class Dispatcher:
     """Takes the cheapest path for each product of one matrix. The matrix owns it and passes itself to every call.
 
     Attributes:
-        prefer: 'memory' computes from the factors in every call; 'speed' may cache the dense weight in eval mode.
+        prefer: what may be cached in eval mode: nothing with 'memory'; with 'auto' the dense weight where the layer
+            does not multiply by the factors; with 'speed' also where the dense weight is faster than the factors.
         graphs: whether a CUDA graph replays the calls, where a launch costs little.
     """
 
     def __init__(self) -> None:
-        self.prefer: Preference = "memory"
+        self.prefer: Preference = "auto"
         self.graphs = False
         self._weight = CachedTensor()
-        self._kernel = CachedTensor()  # the dense weight in the layout of a convolution
-        self._caches = [self._weight, self._kernel]
+        self._stored = CachedTensor()  # the dense weight in the layout of the layer
+        self._caches = [self._weight, self._stored]
         self._tables: dict[tuple[object, ...], PathTable] = {}
         self._choices: dict[tuple[object, ...], Choice] = {}
 
@@ -86,11 +94,11 @@ class Dispatcher:
         bias: Tensor | None,  # (out,)
     ) -> Tensor:  # (*batch, out)
         """``x @ dense().T + bias`` by the cheapest path for the size, dtype and device of x."""
-        if torch.compiler.is_compiling():
-            return matrix.multiply(x, bias, _compiled_path(matrix, x))
+        if is_recorded():
+            return matrix.multiply(x, bias, _recorded_path(matrix, x))
         may_cache = self.prefer == "speed" and not matrix.training
         tensors = matrix.tensors()
-        weight = self._weight.again(x, tensors) if may_cache else None
+        weight = self._weight.again((x.numel(), x.dtype), tensors) if may_cache else None
         if weight is None:
             return self._dispatch(matrix, x, bias, tensors, may_cache)
         return onednn.linear(x, weight, bias)
@@ -101,14 +109,14 @@ class Dispatcher:
         check_loaded(tensors, x)
         tokens, device = x.numel() // matrix.shape[1], x.device.type
         training = _needs_gradients(tensors)
-        if may_cache and not training:
+        if may_cache and not training and not in_transform():
             path = lookup(self.table(matrix, x.dtype, device, cached=True), tokens)
             if path.name != CACHED:
                 return matrix.multiply(x, bias, path)
             few = tokens <= FEW and device == "cpu" and not onednn.serves(x, matrix.shape)
-            autocast = autocast_dtype(device)
-            call = x if autocast is None and torch.amp.is_autocast_available(device) else None
-            weight = self._weight.get(tensors, autocast or x.dtype, matrix.dense, few=few, call=call)
+            autocast, call = _call_on(device, x.numel(), x.dtype)
+            dtype = autocast or x.dtype
+            weight = self._weight.get(tensors, dtype, matrix.dense, few=few, call=call, device=device)
             if weight is not None:
                 return onednn.linear(x, weight, bias)
         table = self.table(matrix, x.dtype, device, cached=False, training=training)
@@ -151,22 +159,28 @@ class Dispatcher:
         geometry: Geometry,
     ) -> Tensor:  # (batch, out, *spatial)
         """The convolution with the weight that is the matrix, by its stages or by the dense weight."""
-        if torch.compiler.is_compiling():
+        if is_recorded() or in_transform():
             stages = _stages(matrix, geometry)
             if stages is not None and _needs_fewer(stages, matrix.shape, geometry):
                 return chain(x, stages, bias, geometry)
             return geometry.convolve(x, _kernel_of(matrix, geometry), bias)
         tensors = matrix.tensors()
+        may_cache = self.prefer == "speed" and not matrix.training
+        weight = self._stored.again((x.shape, x.dtype, geometry), tensors) if may_cache else None
+        if weight is not None:
+            return geometry.convolve(x, weight, bias)
         check_loaded(tensors, x)
         training = _needs_gradients(tensors)
-        cached = self.prefer == "speed" and not matrix.training and not training
+        cached = may_cache and not training
         choice_of = partial(
             self.choice, matrix, geometry, tuple(x.shape), dtype=x.dtype, device=x.device.type, training=training
         )
         choice = choice_of(cached=cached)
         if cached and choice.path.name != CHAIN:
-            dtype = autocast_dtype(x.device.type) or x.dtype
-            weight = self._kernel.get(tensors, dtype, lambda: _kernel_of(matrix, geometry))
+            device = x.device.type
+            autocast, call = _call_on(device, x.shape, x.dtype, geometry)
+            build = partial(_kernel_of, matrix, geometry)
+            weight = self._stored.get(tensors, autocast or x.dtype, build, call=call, device=device)
             if weight is not None:
                 return geometry.convolve(x, weight, bias)
             choice = choice_of(cached=False)
@@ -210,7 +224,9 @@ class Dispatcher:
 
     def may_cache(self, matrix: Factorized) -> bool:
         """Whether a product may cache what it computes from the factors: it is wanted, in eval mode, no gradients."""
-        return self.prefer == "speed" and not matrix.training and not _needs_gradients(matrix.tensors())
+        if self.prefer != "speed" or matrix.training or is_recorded() or in_transform():
+            return False
+        return not _needs_gradients(matrix.tensors())
 
     def new_cache(self) -> CachedTensor:
         """A cache for something else than the dense weight, emptied and counted together with it."""
@@ -218,17 +234,37 @@ class Dispatcher:
         return self._caches[-1]
 
     def dense(self, matrix: Factorized) -> Tensor:  # (out, in)
-        """The dense weight, for a layer that computes with it: from the cache where `may_cache` allows one."""
-        if self.may_cache(matrix) and not torch.compiler.is_compiling():
-            tensors = matrix.tensors()
-            weight = self._weight.get(tensors, tensors[0].dtype, matrix.dense)
-            if weight is not None:
-                return weight
-        return matrix.dense()
+        """The dense weight, for what computes with it: from the cache where one is allowed, see `prefer`."""
+        weight = self.cached_weight(matrix)
+        return matrix.dense() if weight is None else weight
 
-    def cached_weight(self, matrix: Factorized, dtype: torch.dtype) -> Tensor | None:
-        """The dense weight where a call has left it in the cache and would use it now; it must not be written to."""
-        return self._weight.find(matrix.tensors(), dtype) if self.may_cache(matrix) else None
+    def cached_weight(self, matrix: Factorized) -> Tensor | None:  # (out, in)
+        """The dense weight, in the cache from now on; None where it may not be cached. It must not be written to."""
+        return self._kept(matrix, self._weight, None)
+
+    def stored(
+        self,
+        matrix: Factorized,
+        layout: Callable[[Tensor], Tensor],  # of the matrix (out, in) to the weight of the layer
+    ) -> Tensor:
+        """Like `dense`, in the layout of the layer, which is that of all layers that share the matrix."""
+        weight = self._kept(matrix, self._stored, layout)
+        return layout(matrix.dense()) if weight is None else weight
+
+    def _kept(
+        self, matrix: Factorized, cache: CachedTensor, layout: Callable[[Tensor], Tensor] | None
+    ) -> Tensor | None:
+        if self.prefer == "memory" or matrix.training or is_recorded() or in_transform():
+            return None
+        tensors = matrix.tensors()
+        if _needs_gradients(tensors):
+            return None
+        dtype, device = matrix.dtype, matrix.device.type
+        weight = cache.find(tensors, dtype)
+        if weight is not None or device == "meta":
+            return weight
+        with without_autocast(device):
+            return cache.get(tensors, dtype, matrix.dense if layout is None else lambda: layout(matrix.dense()))
 
     def clear(self) -> None:
         """Empty the cache."""
@@ -256,6 +292,12 @@ def check_loaded(tensors: Sequence[Tensor], x: Tensor) -> None:
             "the matrix is called. Hooks on each module do, as accelerate attaches them; or keep the factorised "
             "layers in memory"
         )
+
+
+def _call_on(device: str, *key: Hashable) -> tuple[torch.dtype | None, Hashable]:
+    """The dtype of autocast, None where it is off, and `key` where `CachedTensor.again` may answer such calls."""
+    autocast = autocast_dtype(device)
+    return autocast, key if autocast is None and torch.amp.is_autocast_available(device) else None
 
 
 def _needs_gradients(tensors: Sequence[Tensor]) -> bool:
@@ -286,12 +328,19 @@ def _needs_fewer(stages: Sequence[Stage], shape: Shape, geometry: Geometry) -> b
     return multiply_adds([shape_of(stage) for stage in stages], geometry) < multiply_adds(dense, geometry)
 
 
-def _compiled_path(matrix: Factorized, x: Tensor) -> Path:
-    """The path in code made by torch.compile: without cache and kernels, and no arithmetic on shapes in the graph."""
+def _recorded_path(matrix: Factorized, x: Tensor) -> Path:
+    """The path in a recorded program: without cache and kernels, and no arithmetic on shapes in the graph."""
     if matrix.structure is None:
         return matrix.paths(1)[0]
+    if is_for_all_sizes():
+        return _constant_path(matrix.structure)
     table = _constant_table(matrix.structure, x.dtype, x.device.type, torch.is_grad_enabled())
     return lookup(table, x.numel() // matrix.shape[1])
+
+
+@constant_for_compile
+def _constant_path(structure: Structure) -> Path:
+    return structure.recorded_path()
 
 
 @constant_for_compile

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdkit.products.recording import is_recorded
 from tdkit.shapes import Shape
-from tdkit.support.compatibility import onednn_enabled, onednn_has_linear, onednn_linear
+from tdkit.support.compatibility import in_transform, onednn_enabled, onednn_has_linear, onednn_linear
 
 ENTRIES = 2**17  # oneDNN is used from this size of a matrix, or
 MULTIPLY_ADDS = 2**22  # from this size of a product: a call takes 10 to 30 us more
@@ -33,7 +34,7 @@ def linear(
 ) -> Tensor:  # (*batch, out)
     """``x @ matrix.T + bias``, by oneDNN in inference mode only: torch has no derivative of its operator."""
     rows, columns = matrix.shape
-    if torch.compiler.is_compiling() or not serves(x, (rows, columns)) or not _accepts(x, matrix, bias):
+    if is_recorded() or not serves(x, (rows, columns)) or not _accepts(x, matrix, bias):
         return F.linear(x, matrix, bias)
     return onednn_linear(x, matrix, bias)
 
@@ -49,6 +50,7 @@ def serves(x: Tensor, shape: Shape) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and onednn_enabled()  # torch.backends.mkldnn.flags
         and faster()
+        and not in_transform()
     )
 
 

@@ -6,15 +6,16 @@ to its methods. Every method is made of differentiable operations.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tdkit.products import onednn
 from tdkit.products.cost import DENSE, FEW, Path, Product
+from tdkit.products.recording import is_recorded
 from tdkit.shapes import Shape
 
 Factors = Sequence[Tensor]
@@ -35,8 +36,8 @@ def product(
 
 
 def _on_cpu(x: Tensor) -> bool:
-    """Whether x is multiplied by the library whose speed on a CPU is known; torch.compile uses another one."""
-    return not torch.compiler.is_compiling() and x.device.type == "cpu"
+    """Whether x is multiplied by the library whose speed on a CPU is known; a recorded program uses another one."""
+    return not is_recorded() and x.device.type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,14 @@ class Structure(ABC):
     def paths(self, tokens: int) -> tuple[Path, ...]:
         """Every path to multiply `tokens` rows without a cached weight."""
         return (*self.factor_paths(tokens), *self.kernel_paths(tokens), self.dense_path(tokens))
+
+    def recorded_path(self) -> Path:
+        """The path in a program for all numbers of tokens: that with the fewest multiply-adds in each call.
+
+        The dense path counts without what it takes to build the matrix: a runtime computes what is constant once.
+        """
+        paths = *self.factor_paths(1), self.dense_path(1)
+        return min(paths, key=lambda path: math.prod(self.shape) if path.name == DENSE else path.multiply_adds)
 
     def dense_path(self, tokens: int) -> Path:
         """The path that builds the matrix."""

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tdkit.products.contraction_order import WIDE, Modes, Order, Stage, chain_path, layout_of, orders, stages
 from tdkit.products.cost import FEW, FUSED, Path, Product, chunk_of
 from tdkit.products.kernels import SMALL
+from tdkit.products.recording import is_recorded, needs_plain_operations
 from tdkit.products.structure import Factors, Gradients, Structure, product
 from tdkit.shapes import Shape
 
@@ -56,12 +57,14 @@ class ChainStructure(Structure):
 
     def build(self, factors: Factors) -> Tensor:
         train = _trains(self.to_cores(factors))[-1][..., 0]
-        return train if train.shape == self.shape else train[: self.shape[0], : self.shape[1]]
+        return train if (self._rows, self._columns) == self.shape else train[: self.shape[0], : self.shape[1]]
 
     def pullback(self, gradient: Tensor, factors: Factors) -> Gradients:
         cores = self.to_cores(factors)
         trains = _trains(cores[:-1])
-        rest = _padded(_padded(gradient, self._columns).T, self._rows).T.unsqueeze(2)  # of the train up to a core
+        rows, columns = self.shape
+        padded = _padded(_padded(gradient, columns, self._columns).T, rows, self._rows).T
+        rest = padded.unsqueeze(2)  # of the train up to a core
         gradients: list[Tensor | None] = []
         for train, core in zip(reversed(trains), reversed(cores[1:]), strict=True):
             rows, columns, rank = train.shape
@@ -88,10 +91,11 @@ class ChainStructure(Structure):
 
     def multiply(self, x: Tensor, factors: Factors, path: Path, bias: Tensor | None = None) -> Tensor:
         steps, cores = stages(self.cores, path.order), self.to_cores(factors)
-        x = _padded(x, self._columns)
+        x = _padded(x, self.shape[1], self._columns)
         matrices = [_matrix(cores[stage.core], stage) for stage in steps]
-        size = chunk_of(x.shape[0], self._between(steps) * x.element_size(), x.device.type)
-        if size >= x.shape[0]:
+        plain = needs_plain_operations()
+        size = 0 if plain else chunk_of(x.shape[0], self._between(steps) * x.element_size(), x.device.type)
+        if plain or size >= x.shape[0]:
             out = _forward(x, matrices, steps)
         elif torch.is_grad_enabled():
             out = torch.cat([_forward(x[start : start + size], matrices, steps) for start in range(0, len(x), size)])
@@ -99,15 +103,15 @@ class ChainStructure(Structure):
             out = x.new_empty(x.shape[0], self._rows)
             for start in range(0, x.shape[0], size):
                 out[start : start + size] = _forward(x[start : start + size], matrices, steps)
-        out = out if out.shape[1] == self.shape[0] else out[:, : self.shape[0]]
-        return out if bias is None else out + bias if torch.is_grad_enabled() else out.add_(bias)
+        out = out if _width(steps[-1]) == self.shape[0] else out[:, : self.shape[0]]
+        return out if bias is None else out + bias if plain or torch.is_grad_enabled() else out.add_(bias)
 
     def factor_backward(
         self, gradient: Tensor, x: Tensor, factors: Factors, path: Path, needs_x: bool, needs_factors: Sequence[bool]
     ) -> tuple[Tensor | None, Gradients]:
         """Backward through the chain, in chunks of tokens; intermediate results are computed again."""
         steps, cores = stages(self.cores, path.order), self.to_cores(factors)
-        x, gradient = _padded(x, self._columns), _padded(gradient, self._rows)
+        x, gradient = _padded(x, self.shape[1], self._columns), _padded(gradient, self.shape[0], self._rows)
         matrices = [_matrix(cores[stage.core], stage) for stage in steps]
         wanted = [needs_factors[stage.core] for stage in steps]
         size = chunk_of(x.shape[0], 2 * self._between(steps) * x.element_size(), x.device.type)
@@ -201,8 +205,13 @@ def _matrix(core: Tensor, stage: Stage) -> Tensor:
 def _forward(x: Tensor, matrices: Sequence[Tensor], steps: Sequence[Stage]) -> Tensor:
     state, tokens = x, x.shape[0]
     for matrix, stage in zip(matrices, steps, strict=True):
-        state = _times(matrix, state.reshape(tokens * stage.left, stage.inner, stage.right))
-    return state.reshape(tokens, steps[-1].left * steps[-1].rows * steps[-1].right)
+        state = _times(matrix, state.reshape(tokens * stage.left, stage.inner, stage.right), stage.right)
+    return state.reshape(tokens, _width(steps[-1]))
+
+
+def _width(stage: Stage) -> int:
+    """The numbers per token after a stage."""
+    return stage.left * stage.rows * stage.right
 
 
 def _backward(
@@ -216,7 +225,8 @@ def _backward(
     """The gradients of x and of every stage's matrix."""
     tokens, states = x.shape[0], [x]
     for matrix, stage in zip(matrices[:-1], steps, strict=False):
-        states.append(_times(matrix, states[-1].reshape(tokens * stage.left, stage.inner, stage.right)))
+        state = states[-1].reshape(tokens * stage.left, stage.inner, stage.right)
+        states.append(_times(matrix, state, stage.right))
     found: list[Tensor | None] = [None] * len(steps)
     for place in reversed(range(len(steps))):
         stage = steps[place]
@@ -225,20 +235,20 @@ def _backward(
             found[place] = _outer(out, states[place].reshape(tokens * stage.left, stage.inner, stage.right))
         if not needs_x and not any(wanted[:place]):
             break
-        gradient = _times(matrices[place].T, out)
+        gradient = _times(matrices[place].T, out, stage.right)
     return gradient.reshape(x.shape) if needs_x else None, found
 
 
 def _times(
     matrix: Tensor,  # (rows, inner)
     batch: Tensor,  # (n, inner, right)
+    right: int,
 ) -> Tensor:  # (n, rows, right)
-    n, _, right = batch.shape
     if right == 1:
         return product(batch.squeeze(2), matrix).unsqueeze(2)
     if right >= WIDE:
         return torch.matmul(matrix, batch)
-    if right <= FEW and n == 1:
+    if right <= FEW and not is_recorded() and batch.shape[0] == 1:
         return product(batch[0].T, matrix).T.unsqueeze(0)
     return F.linear(batch.transpose(1, 2), matrix).transpose(1, 2)
 
@@ -267,5 +277,9 @@ def _trains(cores: Factors) -> list[Tensor]:
     return trains
 
 
-def _padded(x: Tensor, columns: int) -> Tensor:
-    return x if x.shape[1] == columns else F.pad(x, (0, columns - x.shape[1]))
+def _padded(
+    x: Tensor,  # (n, width)
+    width: int,
+    columns: int,
+) -> Tensor:  # (n, columns)
+    return x if width == columns else F.pad(x, (0, columns - width))

@@ -10,12 +10,22 @@ import torch
 from torch import Tensor
 
 from tdkit.errors import MissingDependencyError, SourceError, did_you_mean
-from tdkit.models import huggingface
 from tdkit.registry import Registry
+from tdkit.sources.corpora import Corpus
+from tdkit.sources.documents import Text, load_dataset
 from tdkit.sources.source import TextSource, call_source, not_callable
 
 text_sources: Registry[TextSource] = Registry(
-    "tdkit.texts", "text source", {"sotu": "tdkit.sources.sotu:load_sotu"}, not_callable
+    "tdkit.texts",
+    "text source",
+    {
+        "sotu": "tdkit.sources.sotu:load_sotu",
+        "wikitext-2": "tdkit.sources.corpora:wikitext_2",
+        "wikitext-103": "tdkit.sources.corpora:wikitext_103",
+        "wikitext-2-raw": "tdkit.sources.corpora:wikitext_2_raw",
+        "lambada": "tdkit.sources.corpora:lambada",
+    },
+    not_callable,
 )
 
 LONGEST_WORD = 100  # characters; a longer text without spaces, such as Chinese, is cut anywhere
@@ -29,7 +39,8 @@ def load_texts(name: str | Path | Sequence[str | Path]) -> list[str]:
     Args:
         name: a UTF-8 text file; a folder, whose ``.txt`` files are read; ``NAME`` or ``NAME:PART`` of a registered
             text, such as ``sotu:calibration`` (State of the Union speeches before 2015) and ``sotu:evaluation`` (the
-            last six); or ``DATASET[@CONFIG][:SPLIT]``, whose ``text`` column is read.
+            last six), or ``wikitext-2``, ``wikitext-103``, ``wikitext-2-raw`` and ``lambada``, of which ``NAME:PATH``
+            reads a copy; or ``DATASET[@CONFIG][:SPLIT]``, whose ``text`` column is read.
 
     Raises:
         SourceError: when there is no such text, it cannot be read, or its source fails.
@@ -37,16 +48,29 @@ def load_texts(name: str | Path | Sequence[str | Path]) -> list[str]:
     """
     if not isinstance(name, str | Path):
         return [text for one in name for text in load_texts(one)]
+    return read_text(name).documents
+
+
+def read_text(name: str | Path) -> Text:
+    """Like `load_texts`, for one name, with the origin of the documents.
+
+    Raises:
+        SourceError, RegistryError, MissingDependencyError: as `load_texts`.
+    """
     path = Path(name)
     if path.is_file():
-        return [_read(path)]
+        return Text(str(name), [_read(path)])
     if path.is_dir():
         files = sorted(path.rglob("*.txt"))
         if not files:
             raise SourceError(f"{path} holds no .txt files")
-        return [_read(file) for file in files]
-    if str(name).partition(":")[0] in text_sources.names():
-        return _registered(str(name))
+        return Text(str(name), [_read(file) for file in files])
+    key, colon, part = str(name).partition(":")
+    if key in text_sources.names():
+        source = text_sources.get(key)
+        if isinstance(source, Corpus):
+            return source.read(part if colon else None)
+        return Text(str(name), _registered(str(name)), dataset=str(name))
     return _dataset(str(name))
 
 
@@ -61,29 +85,21 @@ def _registered(name: str) -> list[str]:
     return found
 
 
-def _dataset(name: str) -> list[str]:
+def _dataset(name: str) -> Text:
     path, _, split = name.partition(":")
     path, _, config = path.partition("@")
-    known = ", ".join(text_sources.names())
+    split = split or "train"
+    names = text_sources.names()
+    nothing = f"no file or folder here, none of the registered texts ({', '.join(names)})"
+    remedy = "Offline, give a .txt file or a folder of them"
     try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"'{name}' is no file or folder here and none of the registered texts ({known}); to "
-            f"read it as a dataset: {huggingface.INSTALL}"
-        ) from error
-    try:
-        data = datasets.load_dataset(path, config or None, split=split or "train")
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SourceError(
-            f"no text '{name}'{did_you_mean(name.partition(':')[0], text_sources.names()) or '.'} It is no file or "
-            f"folder here, none of the registered texts ({known}), and datasets found none ({reason}). "
-            "Offline, give a .txt file or a folder of them"
-        ) from None
-    if "text" not in data.column_names:
-        raise SourceError(f"dataset '{name}' has no 'text' column; it has {', '.join(data.column_names)}")
-    return list(data["text"])
+        rows, revision = load_dataset(path, config or None, split, remedy)
+    except MissingDependencyError as error:
+        raise MissingDependencyError(f"'{name}' is {nothing}; as a dataset, {error}") from error
+    except SourceError as error:
+        suggestion = did_you_mean(name.partition(":")[0], names) or "."
+        raise SourceError(f"no text '{name}'{suggestion} It is {nothing}, and {error}") from None
+    return Text(name, rows, path, config or None, split, revision)
 
 
 def _read(path: Path) -> str:
@@ -93,24 +109,27 @@ def _read(path: Path) -> str:
         raise SourceError(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
-def encode(texts: Sequence[str], tokenizer: Any, limit: int | None = None) -> Tensor:
+def encode(texts: Sequence[str], tokenizer: Any, limit: int | None = None, *, special_tokens: bool = False) -> Tensor:
     """Returns the token ids (n,), int64, of all texts joined by blank lines, at most `limit` of them.
+
+    With `special_tokens` the tokenizer adds those of one text to the first, such as a token that begins it.
 
     Raises:
         SourceError: when there is no tokenizer, or no token.
     """
-    pieces = _ids(texts, tokenizer, limit)
+    pieces = _ids(texts, tokenizer, limit, special_tokens)
     if not pieces:
         raise SourceError("the text is empty")
     return torch.tensor(pieces, dtype=torch.long)
 
 
-def _ids(texts: Sequence[str], tokenizer: Any, limit: int | None) -> list[int]:
+def _ids(texts: Sequence[str], tokenizer: Any, limit: int | None, special_tokens: bool = False) -> list[int]:
     if tokenizer is None:
         raise SourceError("this model has no tokenizer: give a folder that holds one")
     pieces: list[int] = []
     for number, text in enumerate(texts):
-        ids = tokenizer(("\n\n" if number else "") + text, add_special_tokens=False, verbose=False)["input_ids"]
+        added = special_tokens and not number
+        ids = tokenizer(("\n\n" if number else "") + text, add_special_tokens=added, verbose=False)["input_ids"]
         pieces.extend(ids)
         if limit is not None and len(pieces) >= limit:
             break

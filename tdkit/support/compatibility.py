@@ -1,19 +1,24 @@
-"""All private parts of torch and accelerate that tdkit uses, each with the behaviour that it relies on.
+"""Private parts of torch and accelerate, and calls of the system, that tdkit uses, each with what it relies on.
 
 A release that changes one of them fails the test of that part in ``tests/support/test_compatibility.py``.
 """
 
 from __future__ import annotations
 
+import ctypes
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
+from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
@@ -23,10 +28,12 @@ __all__ = [
     "constant_for_compile",
     "convolve_its_own_way",
     "convolves_its_own_way",
+    "exchange_paths",
     "gathered_state",
     "given_state_dict",
     "has_experts_interface",
-    "in_functional_transform",
+    "in_transform",
+    "is_jit_traced",
     "is_sharded",
     "move_own_tensors",
     "offloads",
@@ -121,6 +128,11 @@ class RecurrentWeights(nn.Module):
     @_flat_weights.setter
     def _flat_weights(self, _: object) -> None:
         pass
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # the weights with these names would be read, to be referred to
+        super().__setstate__({**state, "_flat_weights_names": []})  # type: ignore[no-untyped-call]
+        self._flat_weights_names = state["_flat_weights_names"]
 
     def _init_flat_weights(self) -> None:
         pass
@@ -323,9 +335,13 @@ def wrapper_tensor(kind: type[T], size: Sequence[int], *, dtype: torch.dtype, de
     return torch.Tensor._make_wrapper_subclass(kind, size, dtype=dtype, device=device)
 
 
-def in_functional_transform() -> bool:
-    """Returns whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is running."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def in_transform() -> bool:
+    """Returns whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) or a forward-mode derivative is taken."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+is_jit_traced: Callable[[], bool] = torch._C._is_tracing
+"""Returns whether ``torch.jit.trace`` is running; ``torch.jit.is_tracing`` takes 0.1 us longer."""
 
 
 def reset_accelerate_state(*, processes: bool = False) -> None:
@@ -337,3 +353,19 @@ def reset_accelerate_state(*, processes: bool = False) -> None:
     from accelerate.state import AcceleratorState  # slow to import, and not needed for compression
 
     AcceleratorState._reset_state(processes)
+
+
+def exchange_paths(first: Path, second: Path) -> bool:
+    """Exchange two files or folders in one step; returns False where the system or the file system cannot.
+
+    By ``renameat2(..., RENAME_EXCHANGE)`` on Linux and ``renamex_np(..., RENAME_SWAP)`` on macOS, which Python does not
+    offer.
+    """
+    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    names = os.fsencode(first), os.fsencode(second)
+    if sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        return bool(library.renamex_np(*names, 2) == 0)
+    if library is None or not hasattr(library, "renameat2"):
+        return False
+    here = -100  # AT_FDCWD
+    return bool(library.renameat2(here, names[0], here, names[1], 2) == 0)

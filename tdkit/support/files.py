@@ -1,38 +1,45 @@
-"""Atomic writes of files and folders: completely or not at all."""
+"""Atomic writes of files and folders: completely or not at all, also when the process is killed."""
 
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import socket
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tdkit.support.compatibility import exchange_paths
+
+# Temporary names say who writes them: machine and process; the earlier content of NAME is set aside under ".NAME-old-".
+_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A context manager that yields a temporary folder, which replaces `folder` if the block raises nothing."""
+    """A context manager that yields a temporary folder, which replaces `folder` if the block raises nothing.
+
+    The two folders are exchanged in one step where the system can do that (Linux and macOS, on most file systems).
+    Elsewhere the earlier one is renamed first: if the process is killed in between, the next call puts it back. What
+    a killed process has left is removed by the next call for the same folder.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    target = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    recover(folder)
+    target = _name(folder)
+    target.mkdir()
     try:
         yield target
         for path in target.rglob("*"):
             if path.is_file():
                 _to_disk(path)
-        target.chmod(0o755)
-        if folder.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            folder.rename(aside / "old")
-            try:
-                target.rename(folder)
-            except BaseException:
-                (aside / "old").rename(folder)
-                raise
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-        else:
+        if not folder.exists():
             target.rename(folder)
+        elif not exchange_paths(target, folder):
+            _replace(folder, target)
+        _folder_to_disk(folder.parent)
     finally:
         shutil.rmtree(target, ignore_errors=True)
 
@@ -41,14 +48,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 def whole_file(path: Path) -> Iterator[Path]:
     """A context manager that yields a temporary path to write to, which replaces `path` if the block raises nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    target = Path(name)
+    recover(path)
+    target = _name(path)
+    target.touch(exist_ok=False)
     try:
         yield target
         _to_disk(target)
-        target.chmod(0o644)
         target.replace(path)
+        _folder_to_disk(path.parent)
     finally:
         target.unlink(missing_ok=True)
 
@@ -59,6 +66,62 @@ def write_text(path: Path, text: str) -> None:
         target.write_text(text, encoding="utf-8")
 
 
+def recover(path: Path) -> None:
+    """Put back what a killed process had set aside for `path`, and remove what it had begun to write."""
+    if not path.parent.is_dir():
+        return
+    left = re.compile(rf"\.{re.escape(path.name)}-(old-)?([0-9a-f]{{8}})-([0-9]+)-[0-9a-f]{{8}}")
+    found = [(entry, left.fullmatch(entry.name)) for entry in path.parent.iterdir() if entry.name.startswith(".")]
+    for entry, match in found:
+        if match is None or match[2] != _HOST or _is_alive(int(match[3])):
+            continue
+        if match[1] and not path.exists():
+            entry.rename(path)
+        elif entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _replace(folder: Path, target: Path) -> None:
+    """Rename the earlier folder, then the new one."""
+    aside = _name(folder, "old-")
+    folder.rename(aside)
+    try:
+        target.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _name(path: Path, what: str = "") -> Path:
+    return path.with_name(f".{path.name}-{what}{_HOST}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to someone else
+        return True
+    return True
+
+
 def _to_disk(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _folder_to_disk(folder: Path) -> None:
+    """Make the names in a folder durable, on systems whose folders can be opened."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems refuse
+        pass
+    finally:
+        os.close(handle)

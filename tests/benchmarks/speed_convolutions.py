@@ -51,12 +51,17 @@ RESNET = (
 POINTWISE = tuple(Case(*each, kernel=1) for each in ((144, 24, 56), (192, 32, 28), (384, 96, 14), (960, 160, 7)))
 DEPTHWISE = tuple(Case(n, n, size, groups=n) for n, size in ((144, 56), (384, 14), (960, 7)))
 KINDS = (LowRank(), Tucker(), SpatialLowRank(), CanonicalPolyadic())
+WHOLE_REGISTERS = (  # output channels that are multiples of 16, at the same share
+    (RESNET[0], Tucker(rank_out=32, rank_in=46)),
+    (RESNET[1], Tucker(rank_out=64, rank_in=32)),
+)
 
 
 def cases() -> list[tuple[Case, Decomposition]]:
     """Every layer with the decompositions that make sense for it."""
     return [
         *((case, kind) for case in RESNET for kind in KINDS),
+        *WHOLE_REGISTERS,
         *((case, LowRank()) for case in (*POINTWISE, *DEPTHWISE)),
     ]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import tdkit
 from tdkit import LowRank, Policy, Rule
-from tdkit.compression import blockwise
+from tdkit.compression import jobs
 from tdkit.compression.fit import fit_step
 from tdkit.errors import CalibrationError
 from tdkit.fitting.metric import Metric
@@ -43,11 +43,11 @@ def metrics_used(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The metric that each site is fitted in, by site name; filled in by a sequential fit."""
     used: dict[str, Metric | None] = {}
 
-    def noted(step: Step, site: Site, metric: Metric | None = None) -> Any:
+    def noted(step: Step, site: Site, metric: Metric | None, device: None) -> Any:
         used[site.name] = metric
-        return fit_step(step, site, metric)
+        return fit_step(step, site, metric, device)
 
-    monkeypatch.setattr(blockwise, "fit_step", noted)
+    monkeypatch.setattr(jobs, "fit_step", noted)
     return used
 
 

@@ -94,24 +94,29 @@ def test_plan_reads_a_policy_file(tdkit: Tdkit, gpt2_folder: Path, tmp_path: Pat
 def test_a_budget_on_the_command_line_leaves_the_rest_of_a_policy_file(tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
     policy.write_text("budget: 0.9\nallocation: uniform\nrules:\n- {match: '*', with: low_rank}\n")
-    chosen = policy_of(policy, "low_rank", None, 0.8)
+    chosen = policy_of(policy, "low_rank", None, "0.8")
     assert chosen == replace(Policy.from_yaml(policy), budget=0.8)
     assert chosen.allocation == "uniform"
 
 
 def test_compress_eval_info(tdkit: Tdkit, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
     out = tmp_path / "smaller"
     made = tdkit("compress", gpt2_folder, "--with", "tt_matrix", "--match", "*.mlp.*", "--budget", "0.8", "--out", out)
     assert made.code == 0, made.err
-    assert (out / "tdkit.json").is_file()
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "tdkit"
+    assert "budget: 0.8" in (out / "README.md").read_text()
+    assert type(AutoModelForCausalLM.from_pretrained(out).transformer.h[0].mlp.c_fc).__name__ == "FactorizedConv1D"
     assert "tt_matrix" in tdkit("info", out).out
     assert len(json.loads(tdkit("info", out, "--json").out)["layers"]) == 4
     measured = tdkit("eval", out, "--text", text_file, "--context", "32", "--tokens", "512", "--json")
     source = load_model(str(out))
     ids = encode(load_texts(text_file), source.tokenizer, 512)
     expected = perplexity(source.model, ids, context=32)
-    assert json.loads(measured.out)["perplexity"] == pytest.approx(expected, rel=1e-5)
-    assert num_params(source.model) == json.loads(measured.out)["params"]
+    made = json.loads(measured.out)
+    assert made["results"][0]["figures"]["perplexity"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert num_params(source.model) == made["model"]["params"]
     again = tdkit("compress", gpt2_folder, "--budget", "0.8", "--out", out)
     assert again.code == 2
     assert "--overwrite" in again.err

@@ -231,12 +231,6 @@ class TestTransformers:
                 model._init_weights(module)
         assert torch.equal(model(ids).logits, expected)
 
-    def test_resizing_the_vocabulary_is_refused_and_changes_nothing(self, model: Any, ids: Tensor) -> None:
-        expected = model(ids).logits
-        with pytest.raises(TypeError, match=r"Old embeddings are of type .*FactorizedEmbedding"):
-            model.resize_token_embeddings(64)
-        assert torch.equal(model(ids).logits, expected)
-
     def test_save_pretrained_writes_every_factor_once(self, model: Any, tmp_path: Path) -> None:
         from safetensors import safe_open
 

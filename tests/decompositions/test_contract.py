@@ -6,6 +6,7 @@ import pytest
 
 from tdkit.decompositions.registered import decompositions
 from tdkit.testing import Check, checks
+from tests.kinds import OTHERS
 
 BUILT_IN = (
     *("low_rank", "kronecker", "permuted_kronecker", "tt_matrix", "tucker", "cp", "spatial_low_rank", "stacked"),
@@ -14,7 +15,7 @@ BUILT_IN = (
 EVERY = [
     pytest.param(check, id=f"{name}-{check}")
     for name in decompositions.names()
-    if name != "blocks"  # for rows that its parts divide: test_blocks.py
+    if name not in OTHERS  # test_blocks.py, test_quantized.py
     for check in checks(decompositions.get(name), metric="used" if name in BUILT_IN else None)
 ]
 

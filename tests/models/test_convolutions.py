@@ -301,3 +301,33 @@ def test_a_resnet_goes_through_everything(kind: str, tmp_path: Path) -> None:
     optimizer.step()
     with torch.no_grad():
         assert model(x, labels=labels).loss < loss
+
+
+def test_the_products_of_a_subclass_with_a_forward_of_its_own_are_seen() -> None:
+    torch.manual_seed(0)
+    own = PaddedOnOneSide(8, 12, 3, stride=2)
+    plain = nn.Conv2d(8, 12, 3, stride=2)
+    plain.load_state_dict(own.state_dict())
+    x = torch.randn(2, 8, 6, 6)
+    found = []
+    for model in (nn.Sequential(own), nn.Sequential(nn.ZeroPad2d((0, 2, 0, 2)), plain)):
+        calibration = tdkit.calibrate(model, [x], loss=lambda output, _: output.square().sum())
+        found.append(calibration.metric(calibration.names[0]))
+    measured, wanted = found
+    assert measured is not None
+    assert wanted is not None
+    torch.testing.assert_close(measured.input, wanted.input)
+    torch.testing.assert_close(measured.output, wanted.output)
+    seen: list[torch.Size] = []
+    small = tdkit.compress(nn.Sequential(own), Policy([Rule("*", LowRank(rank=3))]))[0]
+
+    def observe(rows: Tensor, y: Tensor) -> Tensor:
+        seen.extend([rows.shape, y.shape])
+        return 2 * y
+
+    before = small(x)
+    handle = small.builder.attach(small, "weight", observe)  # as when a compressed model is calibrated again
+    torch.testing.assert_close(small(x), 2 * before)
+    handle.remove()
+    torch.testing.assert_close(small(x), before)
+    assert seen == [(2, 9, 72), (2, 9, 12)]

@@ -332,3 +332,15 @@ def test_what_is_written_into_it_changes_neither_factors_nor_cache(write: Callab
         write(layer.weight)
         assert torch.equal(layer(x), expected)
         assert torch.equal(F.linear(x, layer.weight), expected)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(8, 8), nn.Embedding(8, 8), nn.Conv2d(4, 4, 3)], ids=["linear", "embedding", "conv"]
+)
+def test_values_cannot_be_put_in_its_place(layer: nn.Module) -> None:
+    """As libraries merge adapters; a value written to a weight that is computed again would be lost silently."""
+    model = tdkit.compress(nn.Sequential(layer), Policy([Rule("*", LowRank(rank=2))]), progress=False)
+    with pytest.raises(TdkitError, match="read-only, computed from its factors: values put in its place would be lost"):
+        model[0].weight.data += 1.0
+    with pytest.raises(TdkitError, match="Change the factors in `matrices`"):
+        model[0].weight.data = torch.zeros(8, 8)

@@ -136,6 +136,13 @@ def test_calls_in_a_row_choose_no_path_again(monkeypatch: pytest.MonkeyPatch) ->
             model(x)
     with pytest.raises(AssertionError, match="a path was chosen"):
         model(x)  # may need gradients
+    monkeypatch.undo()
+    with torch.inference_mode():
+        for rows in (200, 300):
+            model(x[:rows])
+        monkeypatch.setattr(Dispatcher, "table", chosen)
+        for rows in (512, 200, 300):  # calls of sizes that take turns are all known
+            torch.testing.assert_close(model(x[:rows]), expected[:rows])
     matrix_of(model).train()
     matrix_of(model).eval()
     with torch.inference_mode(), pytest.raises(AssertionError, match="a path was chosen"):
@@ -387,7 +394,9 @@ def test_a_compiled_model_computes_from_its_factors() -> None:
 
 
 def test_another_preference_is_refused() -> None:
-    with pytest.raises(OptionError, match="prefer='sped' must be one of 'speed', 'memory'; did you mean 'speed'"):
+    with pytest.raises(
+        OptionError, match="prefer='sped' must be one of 'speed', 'auto', 'memory'; did you mean 'speed'"
+    ):
         prepare(nn.Linear(2, 2), prefer="sped")
 
 

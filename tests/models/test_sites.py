@@ -78,6 +78,29 @@ def test_what_is_not_rewritten_has_name_kind_params_and_reason() -> None:
     assert "complex64" in reasons[1]
 
 
+class Scaled(nn.Module):
+    """A weight held as a matrix and a scale for each of its rows."""
+
+    def forward(self, matrix: Tensor, scale: Tensor) -> Tensor:
+        return matrix * scale
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight, torch.ones_like(weight[:, :1])
+
+
+def test_a_parametrised_weight_that_is_not_rewritten_counts_what_holds_it() -> None:
+    model = nn.Linear(4, 4, dtype=torch.complex64)
+    nn.utils.parametrize.register_parametrization(model, "weight", Scaled())
+    [entry] = survey(model).untouchable
+    assert entry.shape == (4, 4)
+    assert entry.params == 16 + 4 == num_params(model) - 4  # without the bias, which is no weight
+    plan = tdkit.plan(nn.ModuleList([model, nn.Linear(8, 8)]), Policy([Rule("*", LowRank(rank=2))]))
+    assert tdkit.Plan.from_json(plan.to_json()) == plan
+    old = plan.to_dict()
+    del old["kept"]["0"]["params"]  # as plans were written before
+    assert tdkit.Plan.from_dict(old).untouchable[0].params == 16
+
+
 def test_factorised_layers_are_no_sites_and_are_grouped_by_their_matrix(tied: Any) -> None:
     tdkit.compress(tied, Policy([Rule("embed", LowRank(rank=3)), Rule("up", LowRank(rank=3))]))
     assert [site.name for site in survey(tied).sites] == ["down"]

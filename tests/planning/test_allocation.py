@@ -14,7 +14,7 @@ from tdkit import Auto, LowRank
 from tdkit.decompositions.base import Decomposition, Point
 from tdkit.errors import BudgetError
 from tdkit.models.sites import Site, survey
-from tdkit.planning.allocation import Choice, OpenSite, by_loss, lower_hull, mixed, uniform
+from tdkit.planning.allocation import Choice, OpenSite, _Option, by_loss, lower_hull, mixed, uniform
 
 
 def sites(*shapes: tuple[int, int]) -> list[Site]:
@@ -69,6 +69,12 @@ def test_uniform_keeps_to_bounds_and_hands_on_what_they_leave() -> None:
 def test_uniform_refuses_what_cannot_be_met() -> None:
     with pytest.raises(BudgetError, match="too few for the smallest choice of low_rank"):
         uniform(opened((40, 60)), 90, "test")
+    sites = opened((40, 60), (6, 6))
+    with pytest.raises(
+        BudgetError, match=r"test leaves 90 params for 2 layers that hold 2,436: .* low_rank \("
+    ) as told:
+        uniform(sites, 90, "test")
+    assert all(s.site.name in str(told.value) for s in sites)
 
 
 spectra = st.lists(
@@ -96,7 +102,7 @@ def test_by_loss_is_near_the_best_of_all_choices(values: list[list[float]], shar
     affordable = [c for c in itertools.product(*every) if sum(p.params for p in c) <= available]
     best = min(sum(p.error for p in c) for c in affordable)
     chosen = sum(c.error or 0.0 for c in choices.values())
-    hulls = [lower_hull(points) for points in every]  # type: ignore[arg-type]
+    hulls = [lower_hull([_Option(p.params, p.params, p.error, p.decomposition) for p in points]) for points in every]
     step = max(low.error - high.error for hull in hulls for low, high in itertools.pairwise(hull))
     assert best - 1e-9 <= chosen <= best + step  # the greedy algorithm loses at most one step of one hull
 

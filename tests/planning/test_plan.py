@@ -126,7 +126,7 @@ def test_the_first_line_says_which_share_is_rewritten_and_which_is_kept() -> Non
     assert plan.share_rewritten == 10 * 64 / plan.weights
     first, second = str(plan).splitlines()[:2]
     assert first == "of 3,344 weights 47.8% can be rewritten: 19.1% are (640 -> 320), 80.9% are kept (2,704)"
-    assert second == "3,750 -> 3,430 params (ratio 0.9147), 10 of 51 tensors rewritten"
+    assert second == "3,750 -> 3,430 params (ratio 0.9147), 10 of 51 tensors rewritten; 22.8 kB -> 21.5 kB"
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,20 @@ def test_impossible_options_are_told_together_and_before_any_work() -> None:
     assert len(text.splitlines()) == 4
 
 
+def test_a_rank_that_some_weights_cannot_have_keeps_them_dense_with_the_reason() -> None:
+    model = nn.ModuleDict({"types": nn.Embedding(2, 32), "fc": nn.Linear(24, 24), "conv": nn.Conv2d(3, 8, 3)})
+    plan = tdkit.plan(model, Policy([Rule("*", LowRank(rank=8), types=("Embedding", "Linear"))]))
+    assert [step.name for step in plan.rewritten] == ["fc"]
+    assert plan["types"].reason == "low_rank: rank=8 is above the full rank 2 of a 2x32 matrix"
+    plan = tdkit.plan(model, Policy([Rule("*", Kronecker(terms=1, a=(8, 1)))]))
+    assert [step.name for step in plan.rewritten] == ["fc", "conv"]
+    assert plan["types"].reason == "kronecker: a=8x1 does not divide a 2x32 matrix"
+    with pytest.raises(OptionError, match="types: low_rank: rank=8 is above the full rank 2"):  # named, if not alone
+        tdkit.plan(model, Policy([Rule("re:types|fc", LowRank(rank=8))]))
+    with pytest.raises(OptionError, match="types: low_rank: rank=8 is above the full rank 2"):  # it fits nothing else
+        tdkit.plan(model, Policy([Rule("t*", LowRank(rank=8))]))
+
+
 def test_an_open_rank_needs_a_budget() -> None:
     message = r"0\.up, 0\.down.*: tt_matrix\(\) leaves its rank open and no budget chooses it"
     with pytest.raises(OptionError, match=message):
@@ -244,7 +258,7 @@ def test_a_floor_of_the_policy_holds_and_a_rule_lifts_it() -> None:
 
 def test_a_budget_error_says_how_much_cannot_be_rewritten() -> None:
     model = nn.ModuleDict({"fc": nn.Linear(24, 24), "odd": nn.Linear(48, 48, bias=False, dtype=torch.complex64)})
-    with pytest.raises(BudgetError, match=r"already holds 0.802 of the parameters, 0.793 in weights that cannot be"):
+    with pytest.raises(BudgetError, match=r"already holds 0.802 of the params, 0.793 of the params are in w"):
         tdkit.plan(model, Policy([Rule("*", LowRank())], budget=0.5))
 
 

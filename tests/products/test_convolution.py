@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdkit.evaluation.timing import peak_bytes, saved_bytes
 from tdkit.products.convolution import Geometry, Stage, chain, merged
@@ -84,6 +85,47 @@ def test_a_chain_equals_the_dense_convolution(stages: list[Stage], geometry: Geo
     spread = x.contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(chain(spread, stages, bias, geometry), expected)
     torch.testing.assert_close(chain(x, merged(stages), bias, geometry), expected)
+
+
+@pytest.mark.parametrize("name", ["low rank", "tucker", "cp"])
+@pytest.mark.parametrize("geometry", [GEOMETRIES["strided"], GEOMETRIES["transposed"]], ids=["strided", "transposed"])
+def test_the_output_lies_in_memory_as_the_input(name: str, geometry: Geometry) -> None:
+    x = random(2, 4, 9, 11)
+    for bias in (random(6), None):
+        y = chain(x, CHAINS[name], bias, geometry)
+        assert y.is_contiguous()
+        spread = chain(x.contiguous(memory_format=torch.channels_last), CHAINS[name], bias, geometry)
+        assert spread.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(spread.contiguous(), y)
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_pointwise_stages_are_products_of_any_number_of_axes(axes: int) -> None:
+    kernel = (3,) * axes
+    sizes = [random(3, 4, *(1,) * axes), random(5, 3, *kernel), random(6, 5, *(1,) * axes)]
+    stages = [Stage(sizes[0]), Stage(sizes[1], tuple(range(axes))), Stage(sizes[2])]
+    geometry = Geometry(kernel, (2,) * axes, (1,) * axes, (1,) * axes)
+    x, bias = random(2, 4, *(7,) * axes), random(6)
+    weight = torch.einsum("op,pq...,qi->oi...", sizes[2].flatten(1), sizes[1], sizes[0].flatten(1))
+    y = chain(x, stages, bias, geometry)
+    torch.testing.assert_close(y, geometry.convolve(x, weight, bias))
+    assert y.is_contiguous()
+    recorded = [Stage(stage.weight.detach().requires_grad_(), stage.axes) for stage in stages]
+    torch.testing.assert_close(chain(x, recorded, bias, geometry), y)
+
+
+def test_a_kernel_reads_what_a_product_wrote_with_the_channels_last() -> None:
+    read = []
+
+    class Reading(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.convolution.default:
+                read.append(args[0].is_contiguous(memory_format=torch.channels_last))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Reading():
+        chain(random(2, 4, 9, 11), CHAINS["tucker"], None, PLAIN)
+    assert read == [True]  # of the core, the only convolution
 
 
 def test_depthwise_stages_become_one() -> None:
@@ -198,7 +240,7 @@ def test_wide_chains_take_a_batch_in_parts() -> None:
     geometry = PLAIN._replace(kernel=(9, 9), padding=(4, 4))
     found = choice(wide, (8, 64, 28, 28), geometry, 64)
     assert found.path.name == CHAIN
-    assert found.images == 1
+    assert found.images == 3
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_a_cached_weight_lies_by_rows_where_onednn_reads_it(monkeypatch: pytest.
     x = torch.randn(1, 256)
     with torch.inference_mode():
         torch.testing.assert_close(matrix.linear(x), x @ matrix.dense().T, rtol=1e-4, atol=1e-4)
-        weight = matrix.dispatcher.cached_weight(matrix, torch.float32)
+        weight = matrix.dispatcher.cached_weight(matrix)
     assert weight is not None
     assert weight.is_contiguous() is wins
 

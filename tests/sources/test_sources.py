@@ -55,7 +55,7 @@ def test_unreadable_texts_are_told(tmp_path: Path) -> None:
         load_texts(tmp_path / "empty")
     with pytest.raises(
         SourceError,
-        match=r"no text 'no/such_set'\. It is no file or folder here, none of the .* and datasets found none",
+        match=r"no text 'no/such_set'\. It is no file or folder here, none of the .* and datasets gave no 'no/such",
     ):
         load_texts("no/such_set")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +19,12 @@ from tdkit.support.compatibility import (
     constant_for_compile,
     convolve_its_own_way,
     convolves_its_own_way,
+    exchange_paths,
+    gathered_state,
+    given_state_dict,
     has_experts_interface,
-    in_functional_transform,
+    in_transform,
+    is_sharded,
     move_own_tensors,
     offloads,
     onednn_enabled,
@@ -39,6 +45,8 @@ from tdkit.support.compatibility import (
     tree_leaves,
     tree_map_only,
     uncompiled,
+    unsharded_class,
+    unwrapped,
     version_of,
     without_recurrent_weights,
     wrapper_tensor,
@@ -180,7 +188,7 @@ def test_transforms_of_functions_are_seen() -> None:
     seen = []
 
     def run(x: Tensor) -> Tensor:
-        seen.append(in_functional_transform())
+        seen.append(in_transform())
         return x.sum()
 
     run(torch.ones(3))
@@ -312,8 +320,11 @@ def test_a_recurrent_layer_reads_its_weights_in_every_call(kind: type[nn.RNNBase
     twin.__class__ = Reading
     twin.double().float()
     twin.flatten_parameters()
+    before = len(reads)
+    copy.copy(twin)
+    assert len(reads) == before  # a copy or a pickle reads no weight
     changed = twin(x)[0]
-    assert reads
+    assert len(reads) > before
     assert not changed.allclose(expected)
     del vars(twin)["held"]
     twin.__class__ = kind
@@ -392,3 +403,61 @@ def test_save_pretrained_hands_over_the_tensors_of_its_files(tmp_path: Path) -> 
     assert not list(tmp_path.glob("*.safetensors"))
     make_gpt2().save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
+def test_wrappers_are_taken_off() -> None:
+    layer = nn.Linear(2, 2)
+    assert unwrapped(layer) is layer
+    assert unwrapped(nn.DataParallel(layer)) is layer
+    assert unwrapped(nn.DataParallel(torch.compile(layer, backend="eager"))) is layer  # type: ignore[arg-type]
+
+    class DistributedDataParallel(nn.Module):  # of the same name, and no wrapper
+        pass
+
+    other = DistributedDataParallel()
+    assert unwrapped(other) is other
+
+
+def test_the_class_and_the_tensors_of_a_sharded_model(tmp_path: Path) -> None:
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        layer = nn.Linear(2, 3)
+        weight = layer.weight.detach().clone()
+        assert unsharded_class(type(layer)) is nn.Linear
+        assert not is_sharded(layer)
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        assert type(layer) is not nn.Linear
+        assert unsharded_class(type(layer)) is nn.Linear
+        assert is_sharded(layer)
+        assert torch.equal(gathered_state(layer)["weight"], weight)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_the_state_that_save_pretrained_is_given_is_seen() -> None:
+    def hook() -> Any:
+        return given_state_dict()
+
+    def save_pretrained(state_dict: Any) -> Any:
+        return hook()
+
+    def other(state_dict: Any) -> Any:
+        return hook()
+
+    assert save_pretrained({"a": 1}) == {"a": 1}
+    assert save_pretrained(None) is None
+    assert other({"a": 1}) is None
+
+
+def test_paths_are_exchanged_in_one_step(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    (first / "x").write_text("1")
+    second.mkdir()
+    assert exchange_paths(first, second) == (sys.platform in ("linux", "darwin"))
+    assert (second / "x").exists() == (sys.platform in ("linux", "darwin"))
+    assert not exchange_paths(first, tmp_path / "missing")

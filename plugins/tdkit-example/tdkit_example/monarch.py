@@ -36,10 +36,10 @@ class MonarchMatrix(FactorizedMatrix):
         return self.matmul(torch.eye(self.shape[1], dtype=self.right.dtype, device=self.right.device)).T
 
     def matmul(self, x: Tensor) -> Tensor:
-        tokens, rank = x.shape[:-1].numel(), self.right.shape[2] // self.p
-        inner = x.reshape(tokens, self.q, self.right.shape[1]).transpose(0, 1) @ self.right  # (q, tokens, p * rank)
-        turned = inner.reshape(self.q, tokens, self.p, rank).permute(2, 1, 0, 3)
-        out = turned.reshape(self.p, tokens, self.q * rank) @ self.left  # (p, tokens, out / p)
+        rank = self.right.shape[2] // self.p
+        inner = x.reshape(-1, self.q, self.right.shape[1]).transpose(0, 1) @ self.right  # (q, tokens, p * rank)
+        turned = inner.reshape(self.q, -1, self.p, rank).permute(2, 1, 0, 3)
+        out = turned.reshape(self.p, -1, self.q * rank) @ self.left  # (p, tokens, out / p)
         return out.permute(1, 2, 0).reshape(*x.shape[:-1], self.shape[0])
 
     def multiply_adds(self) -> int:

@@ -48,6 +48,12 @@ def tensors_and_ties(
         name = key.replace(COMPILED, "")
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"cannot save '{name}': extra state of type {type(tensor).__name__} is not a tensor")
+        if type(tensor) not in (Tensor, nn.Parameter) and not tensor.is_meta:
+            kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+            raise CheckpointError(
+                f"cannot save '{name}': it is a {kind}, no plain tensor: round weights by "
+                "tdkit.quantize instead, or save the model by the tool that made it"
+            )
         if not has_values(name, tensor):
             raise CheckpointError(f"cannot save '{name}': it is on the meta device and has no values")
         where = id(tensor) if tensor.is_meta else tensor.data_ptr()
@@ -76,9 +82,9 @@ def markers(model: nn.Module) -> dict[str, Tensor]:
     """
     found = {}
     for layer, module in factorized_layers(model):
-        for weight in module.matrices:
+        for weight, matrix in module.matrices.items():
             name = f"{layer}.{weight}".lstrip(".").replace(COMPILED, "")
-            found[name] = torch.zeros(1, dtype=next(module.parameters()).dtype)
+            found[name] = torch.zeros(1, dtype=matrix.dtype)
     return found
 
 

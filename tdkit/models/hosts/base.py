@@ -13,11 +13,14 @@ from torch.nn.parameter import is_lazy
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import TdkitError
 from tdkit.models.hosts.routing import StackObserver
+from tdkit.models.hosts.sequential import PlainStages
 from tdkit.models.lazy_weight import lazy_weight
 from tdkit.models.preparation import drop_caches
 from tdkit.support.compatibility import parameters_of, rebind_hooked_forward
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes of weights that can be fitted
+
+DENSE_SHAPE = "dense_shape"  # attribute of a dense layer that is smaller than it was: the shape (out, in) that it had
 
 Observer = Callable[[Tensor, Tensor], Tensor]
 """``(x, y) -> y``: called with the input and output of a product with a weight; its result replaces y."""
@@ -138,6 +141,7 @@ class Host(ABC):
             without its ``__init__`` having run: it may use attributes of the dense layer, its `matrix`, and those
             that `adopt` sets.
         in_place: whether the module becomes the layer that `build` returns, instead of being replaced by it.
+        resizes: whether it has a `resized`.
 
     `accepts` must not accept subclasses: they may override ``forward``, which the factorised layer would not call.
     """
@@ -146,6 +150,7 @@ class Host(ABC):
     layer: ClassVar[type[nn.Module] | None] = None
     factorized: ClassVar[type[FactorizedLayer] | None] = None
     in_place: ClassVar[bool] = False
+    resizes: ClassVar[bool] = False
 
     @abstractmethod
     def accepts(self, module: nn.Module) -> bool:
@@ -194,6 +199,28 @@ class Host(ABC):
         Biases are reused, not copied. Weights are new parameters in the dense layout, with the dtype and device of
         the factors.
         """
+
+    def sequential(self, layer: FactorizedModule, stages: PlainStages) -> nn.Sequential | None:
+        """Returns plain layers of torch that one after the other have the outputs of a factorised one, or None.
+
+        Args:
+            layer: a layer that `build` returned.
+            stages: gives the weights of such layers for a matrix.
+        """
+        return None
+
+    def resized(
+        self,
+        module: nn.Module,
+        weight: Tensor,  # (out, in)
+        bias: Tensor | None,  # (out,)
+    ) -> nn.Module:
+        """Returns a dense layer of the same type with other tensors, of other sizes as a rule; copies neither.
+
+        Raises:
+            TdkitError: when layers of this type cannot have other sizes, which is the default.
+        """
+        raise TdkitError(f"host '{self.name}' of {type(module).__name__} does not make layers of other sizes")
 
     def options(self, module: nn.Module) -> dict[str, Any]:
         """Returns JSON-serialisable facts about the dense weights for `build`; they are stored in a saved model."""
@@ -293,6 +320,21 @@ def install(module: nn.Module, layer: FactorizedModule) -> FactorizedModule:
             trained = bool(cast(Tensor, getattr(module, name)).requires_grad)
         matrix.requires_grad_(trained)
     return layer
+
+
+def install_resized(module: nn.Module, host: Host, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Returns a dense layer like `module` with other tensors (see `Host.resized`), with its mode and hooks.
+
+    The layer remembers in ``dense_shape`` the shape (out, in) of the weight of the first layer that it comes from, by
+    which a saved model says which of its layers are smaller than their config has them.
+    """
+    dense = host.resized(module, weight, bias)
+    transfer(module, dense)
+    for name, parameter in dense.named_parameters(recurse=False):
+        parameter.requires_grad_(bool(getattr(module, name).requires_grad))
+    shape = tuple(host.canonical(parameters_of(module)["weight"], "weight").shape)
+    vars(dense)[DENSE_SHAPE] = vars(module).get(DENSE_SHAPE, shape)
+    return dense
 
 
 def become(module: nn.Module, other: nn.Module) -> None:

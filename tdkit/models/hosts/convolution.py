@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from tdkit.decompositions.base import FactorizedMatrix, Preference
 from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule, Handles, Host, Observer, Removable
-from tdkit.models.hosts.windows import windows
+from tdkit.models.hosts.sequential import PlainStages
+from tdkit.models.hosts.windows import observed
 from tdkit.models.lazy_weight import lazy_weight
 from tdkit.products.cached_tensor import can_cache
 from tdkit.products.convolution import Geometry
@@ -102,12 +103,14 @@ class FactorizedConvolution(FactorizedLayer):
             size: of the input, (batch, in, *spatial).
             prefer: as `tdkit.prepare`; as the matrix is set when None.
         """
-        of, matrix, geometry = next(self.matrix.parameters()), self.matrix, geometry_of(self)
+        matrix, geometry = self.matrix, geometry_of(self)
         if self.padding_mode != "zeros":
             size = tuple(F.pad(torch.empty(size, device="meta"), geometry.borders(), mode=self.padding_mode).shape)
             geometry = geometry._replace(padding=(0,) * len(geometry.kernel))
         cached = (prefer or matrix.prefer) == "speed" and can_cache(matrix.tensors())
-        choice = matrix.dispatcher.choice(matrix, geometry, size, dtype=of.dtype, device=of.device.type, cached=cached)
+        choice = matrix.dispatcher.choice(
+            matrix, geometry, size, dtype=matrix.dtype, device=matrix.device.type, cached=cached
+        )
         return choice.path.name
 
     def extra_repr(self) -> str:
@@ -181,25 +184,46 @@ class ConvolutionHost(Host):
 
     def undo(self, layer: FactorizedModule) -> nn.Module:
         layer = cast(FactorizedConvolution, layer)
-        more = {"output_padding": layer.output_padding} if layer.transposed else {}
-        dense = self.layer(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-            padding_mode=layer.padding_mode,
-            bias=False,
-            device="meta",
-            **more,
-        )
+        dense = self._empty(geometry_of(layer), layer.in_channels, layer.out_channels, layer.padding_mode)
         with torch.no_grad():
             weight = layer.as_stored(layer.matrix.dense())
         dense.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
         dense.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
         return dense
+
+    def sequential(self, layer: FactorizedModule, stages: PlainStages) -> nn.Sequential | None:
+        layer, chain = cast(FactorizedConvolution, layer), nn.Sequential()
+        geometry = geometry_of(layer)
+        found = stages(layer.matrix, geometry.kernel, geometry.groups)
+        if found is None:
+            return None
+        for number, stage in enumerate(found):
+            own = geometry.along(stage.axes, stage.groups)
+            plain = self._empty(own, stage.weight.shape[1] * stage.groups, stage.weight.shape[0], layer.padding_mode)
+            stored = own.stored(stage.weight)
+            trained = stage.weight.requires_grad
+            plain.weight = stored if isinstance(stored, nn.Parameter) else nn.Parameter(stored.contiguous(), trained)
+            last = number == len(found) - 1
+            plain.register_parameter("bias", cast("nn.Parameter | None", layer.bias if last else None))
+            chain.append(plain)
+        return chain
+
+    def _empty(self, geometry: Geometry, width: int, out: int, padding_mode: str) -> nn.Module:
+        """A layer of torch whose weight, on the meta device, and bias are still to be set."""
+        more = {"output_padding": geometry.output_padding} if geometry.transposed else {}
+        return self.layer(
+            width,
+            out,
+            geometry.kernel,
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            groups=geometry.groups,
+            padding_mode=padding_mode,
+            bias=False,
+            device="meta",
+            **more,
+        )
 
     def computed(self, module: nn.Module, weight: str) -> str:
         return "dense" if convolves_its_own_way(module) else super().computed(module, weight)
@@ -231,13 +255,7 @@ class ConvolutionHost(Host):
 
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
             x = cast(Tensor, args[0] if args else kwargs["input"])
-            geometry, axes = geometry_of(layer), len(cast(Shape, layer.kernel_size))
-            batched = x.dim() == axes + 2
-            with torch.no_grad():
-                mode = cast(str, layer.padding_mode)
-                rows = windows(x if batched else x.unsqueeze(0), geometry, mode, y.shape[-axes:])
-            positions = (y if batched else y.unsqueeze(0)).flatten(2).transpose(1, 2)
-            return observe(rows, positions).transpose(1, 2).reshape(y.shape)
+            return observed(observe, x, y, geometry_of(layer), cast(str, layer.padding_mode))
 
         return module.register_forward_hook(hook, with_kwargs=True)
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule, Host
+from tdkit.models.hosts.sequential import PlainStages
+from tdkit.products.recording import is_recorded
+from tdkit.support.compatibility import in_transform
 
 
 class FactorizedEmbedding(FactorizedLayer):
@@ -19,7 +22,14 @@ class FactorizedEmbedding(FactorizedLayer):
         matrix: of shape (num_embeddings, embedding_dim).
         padding_idx: the row that gets no gradient.
         zero_padding: return exact zeros for that row, because it was zero in the dense layer.
+
+    The other attributes are those of ``nn.Embedding``, at their defaults: its host refuses others.
     """
+
+    max_norm: None = None
+    norm_type = 2.0
+    scale_grad_by_freq = False
+    sparse = False
 
     def __init__(self, matrix: FactorizedMatrix, padding_idx: int | None = None, *, zero_padding: bool = False) -> None:
         super().__init__()
@@ -55,7 +65,7 @@ class FactorizedEmbedding(FactorizedLayer):
 
     def _check(self, ids: Tensor) -> None:
         """Raise IndexError for ids out of range, on CPU as torch does; factors would wrap such ids around silently."""
-        if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+        if ids.device.type != "cpu" or is_recorded() or in_transform() or ids.numel() == 0:
             return
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= self.num_embeddings:
@@ -99,6 +109,26 @@ class EmbeddingHost(Host):
             weight[layer.padding_idx] = 0.0
         dense.weight = nn.Parameter(weight)
         return dense
+
+    def sequential(self, layer: FactorizedModule, stages: PlainStages) -> nn.Sequential | None:
+        """An embedding of the rows of the last factor, and the other factors transposed."""
+        layer = cast(FactorizedEmbedding, layer)
+        found = stages(layer.matrix)
+        if found is None:
+            return None
+        *others, last = found
+        rows, width = last.weight.shape
+        embedding = nn.Embedding(rows, width, padding_idx=layer.padding_idx, device="meta")
+        embedding.weight = cast(nn.Parameter, last.weight)
+        if layer.zero_padding:
+            embedding.weight[layer.padding_idx] = 0.0
+        chain = nn.Sequential(embedding)
+        for stage in reversed(others):
+            rank, width = stage.weight.shape
+            plain = nn.Linear(rank, width, bias=False, device="meta")
+            plain.weight = nn.Parameter(stage.weight.T.contiguous(), requires_grad=stage.weight.requires_grad)
+            chain.append(plain)
+        return chain
 
     def options(self, module: nn.Module) -> dict[str, Any]:
         module = cast(nn.Embedding, module)

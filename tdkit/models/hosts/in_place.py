@@ -17,6 +17,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedModule, Handles, Host, Observer, Removable
 from tdkit.models.hosts.products import observing
+from tdkit.models.hosts.windows import observed
+from tdkit.models.lazy_weight import keep_in_cache
+from tdkit.products.recording import is_recorded
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import (
     RecurrentWeights,
@@ -147,9 +150,16 @@ class InPlaceHost(Host):
                 return Handles()
             matrix = submodules_of(module)[module.matrix_name(weight)]
             running: list[nn.Module] = []  # a tied matrix is called by other layers too
+
+            def see(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+                if not running:
+                    return None
+                geometry = args[2] if len(args) > 2 else None  # of a convolution
+                return observe(args[0], y) if geometry is None else observed(observe, args[0], y, geometry)
+
             return Handles(
                 module.register_forward_pre_hook(lambda called, _: running.append(called)),
-                matrix.register_forward_hook(lambda _, args, y: observe(args[0], y) if running else None),
+                matrix.register_forward_hook(see),
                 module.register_forward_hook(lambda *_: running.clear(), always_call=True),
             )
         return observing(module, weight, observe, looks_up=self.multiplications(module, weight) == 0)
@@ -215,20 +225,30 @@ class InPlaceLayer(FactorizedModule):
         return MATRIX if self.base is not None and weight == "weight" else f"{weight}_{MATRIX}"
 
     def dense_weight(self, weight: str) -> Tensor:
-        """Returns a parameter, computed from its factors; during a call of ``forward``, only once."""
+        """Returns a parameter, computed from its factors: once per call of ``forward``, or cached in eval mode.
+
+        See `tdkit.prepare` for what may be cached.
+        """
         state = vars(self)
         built: dict[object, Tensor] | None = state["_built"]
         key = weight, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         if built is not None and key in built:
             return built[key]
         matrix = cast(FactorizedMatrix, submodules_of(self)[self.matrix_name(weight)])
-        canonical, stored = state["_shapes"][weight]
-        dense = self.builder.stored(matrix.dispatcher.dense(matrix).reshape(canonical), weight).reshape(stored)
+        dense = matrix.dispatcher.stored(matrix, functools.partial(self._as_stored, weight))
         for observe in state.get(GRADIENT_OBSERVERS, {}).get(weight, ()):
             dense = _with_gradient_seen(dense, observe)
         if built is not None:
             built[key] = dense
         return dense
+
+    def _as_stored(
+        self,
+        weight: str,
+        dense: Tensor,  # (out, in)
+    ) -> Tensor:
+        canonical, stored = vars(self)["_shapes"][weight]
+        return self.builder.stored(dense.reshape(canonical), weight).reshape(stored)
 
     def observed(self, weight: str, observe: Callable[[Tensor], None]) -> Removable:
         """See `Host.attach_gradient`; the factors get no gradients."""
@@ -324,7 +344,7 @@ def _lazy_or_observed(factorized: type[FactorizedModule]) -> property:
         if built is None:
             return lazy(self)
         if key not in built:
-            built[key] = lazy(self)
+            built[key] = keep_in_cache(lazy(self))
         return built[key]
 
     return property(read, doc="The dense weight, computed from its factors on first use; read-only.")
@@ -337,7 +357,7 @@ def _building_once(dense_class: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(inner)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = vars(self)
-        if torch.compiler.is_compiling() or state["_built"] is not None:
+        if is_recorded() or state["_built"] is not None:
             return inner(self, *args, **kwargs)
         state["_built"] = {}
         try:

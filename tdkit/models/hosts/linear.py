@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.models.hosts.base import FactorizedLayer, FactorizedModule, Host
+from tdkit.models.hosts.sequential import PlainStages
 from tdkit.models.lazy_weight import lazy_weight
 from tdkit.support.compatibility import submodules_of
 
@@ -81,6 +82,7 @@ class LinearHost(Host):
     name = "linear"
     layer = nn.Linear
     factorized = FactorizedLinear
+    resizes = True
 
     def accepts(self, module: nn.Module) -> bool:
         return type(module) is nn.Linear
@@ -90,16 +92,23 @@ class LinearHost(Host):
     ) -> FactorizedLayer:
         return FactorizedLinear(matrices["weight"], cast("nn.Parameter | None", module.bias))
 
+    def resized(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        return _with_tensors(dense, weight, bias)
+
     def undo(self, layer: FactorizedModule) -> nn.Module:
         layer = cast(FactorizedLinear, layer)
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        return _with_tensors(dense, layer.matrix.dense(), cast("nn.Parameter | None", layer.bias))
+        return self.resized(layer, layer.matrix.dense(), cast("nn.Parameter | None", layer.bias))
+
+    def sequential(self, layer: FactorizedModule, stages: PlainStages) -> nn.Sequential | None:
+        return _pair(layer, stages)
 
 
 class Conv1DHost(Host):
     """Host of transformers' ``Conv1D``: weight (in, out). Compared by name, so that transformers is not imported."""
 
     name = "conv1d"
+    resizes = True
 
     def accepts(self, module: nn.Module) -> bool:
         kind = type(module)
@@ -116,18 +125,39 @@ class Conv1DHost(Host):
     ) -> FactorizedLayer:
         return FactorizedConv1D(matrices["weight"], cast("nn.Parameter | None", module.bias))
 
-    def undo(self, layer: FactorizedModule) -> nn.Module:
+    def resized(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
         from transformers.pytorch_utils import Conv1D  # the layer came from a model of this library
 
-        layer = cast(FactorizedConv1D, layer)
         with torch.device("meta"):
-            dense = Conv1D(layer.nf, layer.nx)
-        return _with_tensors(
-            dense, self.stored(layer.matrix.dense(), "weight"), cast("nn.Parameter | None", layer.bias)
-        )
+            dense = Conv1D(*weight.shape)
+        return _with_tensors(dense, self.stored(weight, "weight"), bias)
+
+    def undo(self, layer: FactorizedModule) -> nn.Module:
+        layer = cast(FactorizedConv1D, layer)
+        return self.resized(layer, layer.matrix.dense(), cast("nn.Parameter | None", layer.bias))
+
+    def sequential(self, layer: FactorizedModule, stages: PlainStages) -> nn.Sequential | None:
+        return _pair(layer, stages)
 
 
-def _with_tensors(dense: nn.Module, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
+def _with_tensors(dense: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Gives a layer a copy of a weight in its layout, and a bias: itself if it is a parameter, else as a new one."""
     dense.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
-    dense.register_parameter("bias", bias)
+    known = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+    dense.register_parameter("bias", known)
     return dense
+
+
+def _pair(layer: FactorizedModule, stages: PlainStages) -> nn.Sequential | None:
+    layer = cast(FactorizedLinear, layer)
+    found = stages(layer.matrix)
+    if found is None:
+        return None
+    chain = nn.Sequential()
+    for stage in found:
+        out, width = stage.weight.shape
+        plain = nn.Linear(width, out, bias=False, device="meta")
+        plain.weight = cast(nn.Parameter, stage.weight)
+        chain.append(plain)
+    chain[-1].register_parameter("bias", cast("nn.Parameter | None", layer.bias))
+    return chain

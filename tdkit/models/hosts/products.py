@@ -10,12 +10,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tdkit.models.hosts.base import Handles, Observer, Removable
+from tdkit.models.hosts.windows import observed
+from tdkit.products.convolution import FUNCTIONS, Geometry
 
 
 def observing(module: nn.Module, weight: str, observe: Observer, *, looks_up: bool) -> Removable:
-    """Call ``observe(x, y)`` at each product ``F.linear(x, weight)`` in the forward of a module; its result replaces y.
+    """Call ``observe(x, y)`` at each product with a weight in the forward of a module; its result replaces y.
 
-    Products that are computed by other functions are not seen.
+    Seen are ``F.linear(x, weight)`` and ``F.conv1d(x, weight)``, ``F.conv2d`` and ``F.conv3d``, the latter with the
+    rows that `tdkit.models.hosts.windows.observed` gives; products that are computed by other functions are not.
 
     Args:
         weight: the name of the parameter of `module`.
@@ -40,15 +43,30 @@ class _Observing(TorchFunctionMode):
         super().__init__()
         self.weight = weight
         self.observe = observe
-        self.function = F.embedding if looks_up else F.linear
+        self.functions = {F.embedding: _row} if looks_up else {F.linear: _row} | dict.fromkeys(FUNCTIONS, _convolution)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
         output = func(*args, **given)
-        if func is self.function:
-            x, weight = (args[i] if len(args) > i else given.get(name) for i, name in enumerate(("input", "weight")))
-            if weight is self.weight:
-                return self.observe(x, output)  # type: ignore[arg-type]
+        see = self.functions.get(func)
+        if see is not None and (args[1] if len(args) > 1 else given.get("weight")) is self.weight:
+            return see(self.observe, output, *args, **given)
         return output
+
+
+def _row(observe: Observer, output: Tensor, input: Tensor, *_: Any, **__: Any) -> Tensor:  # noqa: A002, as torch's
+    return observe(input, output)
+
+
+def _convolution(
+    observe: Observer,
+    output: Tensor,
+    input: Tensor,  # noqa: A002, as torch's
+    weight: Tensor,
+    *arguments: Any,
+    **named: Any,
+) -> Tensor:
+    others = {name: value for name, value in named.items() if name != "bias"}
+    return observed(observe, input, output, Geometry.of_call(weight.shape[2:], *arguments[1:], **others))

@@ -10,11 +10,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdkit.models.hosts.base import Observer
 from tdkit.products.convolution import Geometry
 from tdkit.shapes import Shape
 
 ROWS = 2**16  # positions from which an even sample is drawn
 ELEMENTS = 2**25  # elements of the rows from which it is
+
+
+def observed(
+    observe: Observer,
+    x: Tensor,  # (batch, in, *spatial) or (in, *spatial)
+    y: Tensor,  # (batch, out, *spatial) or (out, *spatial)
+    geometry: Geometry,
+    padding_mode: str = "zeros",
+) -> Tensor:  # as y
+    """What replaces the output y of a convolution when `observe` sees its products: rows of `windows` and of y."""
+    axes = len(geometry.kernel)
+    batched = x.dim() == axes + 2
+    with torch.no_grad():
+        rows = windows(x if batched else x.unsqueeze(0), geometry, padding_mode, y.shape[-axes:])
+    positions = (y if batched else y.unsqueeze(0)).flatten(2).transpose(1, 2)
+    return observe(rows, positions).transpose(1, 2).reshape(y.shape)
 
 
 def windows(
