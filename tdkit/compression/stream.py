@@ -124,18 +124,20 @@ def resolve_on_disk(opened: OpenedModel, policy: Policy | Plan) -> Resolved:
     """
     resolved = resolve(opened.model, policy, opened.weights.weight)
     groups = {group.name for bundle in resolved.bundles.values() for group in bundle.groups}
+    plan, chosen = resolved.plan, resolved.policy
     asked = [name for name in groups if isinstance(resolved.rules[name].decomposition, Shrink)]
+    asked += [step.name for step in plan.rewritten if isinstance(step.decomposition, Shrink)] if plan else []
     if asked:
         raise PolicyError(
             f"shrink needs the whole model, to test that {min(asked)} shares its hidden units: load it, then compress"
         )
-    target = None if resolved.policy is None else resolved.policy.target
+    target = plan.target if plan else chosen.target if chosen else None
     if target is not None and target.dtype is not None:
         raise PolicyError(
             f"the budget's dtype={target.dtype} is not for weights that are read one by one: give dtype=, and quantize "
             "the result"
         )
-    return without(resolved, dict.fromkeys(groups, "weights are read one by one"))
+    return without(resolved, dict.fromkeys(groups, "weights are read one by one")) if groups else resolved
 
 
 @dataclass(frozen=True)
