@@ -68,7 +68,7 @@ def save(
         return folder
     check_target(folder, overwrite)
     inner = unwrapped(model)
-    state = tied_as_in(inner, gathered_state(model)) if sharded else late_state(model)
+    state = tied_as_in(inner, gathered_state(model)) if sharded else late_state(inner)
     _check_model(inner)
     with whole_folder(folder) as target:
         if huggingface.is_pretrained(inner):
