@@ -24,6 +24,7 @@ from tdkit.decompositions import (
 )
 from tdkit.decompositions.auto import Auto
 from tdkit.decompositions.quantized import Quantized
+from tdkit.decompositions.shrink import Shrink
 from tdkit.decompositions.stacked import Stacked
 from tdkit.errors import TdkitError
 from tdkit.fitting.metric import Metric
@@ -58,6 +59,7 @@ __all__ = [
     "Policy",
     "Quantized",
     "Rule",
+    "Shrink",
     "SpatialLowRank",
     "Stacked",
     "TTMatrix",

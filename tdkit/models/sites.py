@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tdkit.decompositions.base import FactorizedMatrix
-from tdkit.models.hosts.base import FactorizedModule, Host, become, unsupported
+from tdkit.models.hosts.base import DENSE_SHAPE, FactorizedModule, Host, become, unsupported
 from tdkit.models.hosts.in_place import parametrized
 from tdkit.models.hosts.registered import builder_of, host_of
 from tdkit.shapes import Shape
-from tdkit.support.compatibility import COMPILED, offloads
+from tdkit.support.compatibility import COMPILED, offloads, parameters_of
 
 
 @dataclass(frozen=True)
@@ -262,6 +262,20 @@ def factorized_groups(model: nn.Module) -> list[tuple[FactorizedMatrix, list[Fac
         for weight, matrix in layer.matrices.items():
             groups.setdefault(id(matrix), (matrix, []))[1].append(FactorizedUser(name, layer, weight))
     return list(groups.values())
+
+
+def resized_layers(model: nn.Module) -> Iterator[tuple[str, Shape, Shape]]:
+    """Iterate over (name, shape, dense shape) of the layers that `Shrink` made smaller; shapes are (out, in)."""
+    for name, module in _modules(model):
+        dense = vars(module).get(DENSE_SHAPE)
+        host = host_of(module) if dense is not None else None
+        if dense is not None and host is not None:
+            yield name, tuple(host.canonical(parameters_of(module)["weight"], "weight").shape), dense
+
+
+def is_compressed(model: nn.Module) -> bool:
+    """Returns whether a model has factorised layers or resized ones."""
+    return any(isinstance(module, FactorizedModule) or DENSE_SHAPE in vars(module) for module in model.modules())
 
 
 def num_params(model: nn.Module) -> int:
