@@ -8,6 +8,7 @@ tdkit.save(model, "smaller")
 
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.measure import calibrate
+from tdkit.calibration.stream import calibrate_folder
 from tdkit.compression.apply import compress
 from tdkit.compression.stream import compress_folder
 from tdkit.decompositions import (
@@ -66,6 +67,7 @@ __all__ = [
     "Tucker",
     "applied_plan",
     "calibrate",
+    "calibrate_folder",
     "compress",
     "compress_folder",
     "load",

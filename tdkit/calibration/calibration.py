@@ -220,6 +220,11 @@ class Calibration:
         return calibration
 
 
+def is_saved_calibration(folder: str | Path) -> bool:
+    """Returns whether a folder is one that `Calibration.save` wrote."""
+    return (Path(folder) / DESCRIPTION).is_file()
+
+
 def elimination_of(group: Group, kind: Shrink, metric: Metric | None) -> Elimination:
     """Eliminate the units of a group from the weight that consumes them, by the scores that `kind` names.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from tdkit.calibration.batches import Batch, call_of, check_batches
 from tdkit.calibration.calibration import Calibration, Loss
 from tdkit.calibration.losses import Labels, check_labels
-from tdkit.calibration.moments import Reach, Recorder, SharingBrokeError, groups_within, reaching
+from tdkit.calibration.moments import Pass, Reach, Recorder, SharingBrokeError, passes_within, reaching
 from tdkit.calibration.runner import Runner, as_it_was
 from tdkit.errors import CalibrationError, did_you_mean
 from tdkit.fitting.metric import Metric
@@ -25,6 +26,8 @@ from tdkit.sources.texts import spread_windows
 from tdkit.support.compatibility import uncompiled
 from tdkit.support.devices import check_device
 from tdkit.support.progress import Bar, progress_bar
+
+_log = logging.getLogger(__name__)
 
 LIMIT_BYTES = 8 * 2**30
 
@@ -50,7 +53,8 @@ def calibrate(
     token. For an embedding the moment of the row side is the diagonal of token counts; a head tied to the embedding
     contributes to the same moments. A side longer than 16,384 (a vocabulary) keeps only the diagonal. The moments are
     float64 and on the CPU. Where all moments together exceed `limit_bytes`, the sites are measured in groups with one
-    pass each, and the moments of each group are spilled to disk.
+    pass each, and the moments of each group are spilled to disk. Those of the experts of one layer, experts * (in^2 +
+    out^2) numbers, are float32 where they alone exceed it; a warning says so before the passes if that is still more.
 
     The model runs in eval mode. Its training mode, ``requires_grad`` flags, device and the random state are restored.
 
@@ -244,10 +248,20 @@ def _measure(
 
 def recorders_within(reach: Reach, gradients: bool, limit_bytes: int) -> list[Callable[[], Recorder]]:
     """Returns functions that make recorders of all sites, each with moments of at most `limit_bytes`, or one site."""
-    groups = groups_within(reach.sites, reach.shared, gradients, limit_bytes) or [[]]
-    groups[0] += reach.others  # a later batch may still reach these, or their weights have gradients
+    passes = passes_within(reach.sites, reach.shared, gradients, limit_bytes) or [Pass([], 0)]
+    passes[0].sites.extend(reach.others)  # a later batch may still reach these, or their weights have gradients
+    for each in passes:
+        if each.bytes > limit_bytes:
+            _log.warning(
+                "the moments of %s alone take %.1f GB, more than limit_bytes=%.1f GB, and its fits work on copies of "
+                "parts of them",
+                each.sites[0].name,
+                each.bytes / 1e9,
+                limit_bytes / 1e9,
+            )
     unseen = {site.name for site in reach.others}
-    return [partial(Recorder, group, gradients=gradients, shared=reach.shared, unseen=unseen) for group in groups]
+    recorder = partial(Recorder, gradients=gradients, shared=reach.shared, unseen=unseen, limit=limit_bytes)
+    return [partial(recorder, each.sites) for each in passes]
 
 
 def _pass(runner: Runner, recorder: Recorder, batches: list[Batch], bar: Bar, label: str) -> None:

@@ -180,6 +180,7 @@ class Recorder:
         gradients: also record the gradients of the outputs; the caller runs the backward pass.
         unseen: names of sites whose products may not be seen: the gradients of their weights are recorded as well.
         shared: maps a site name to that of the site with the same input tensor, whose moment is computed only once.
+        limit: bytes above which the moments of one stack are held in float32.
     """
 
     def __init__(
@@ -189,6 +190,7 @@ class Recorder:
         gradients: bool,
         shared: Mapping[str, str] | None = None,
         unseen: Collection[str] = (),
+        limit: float = math.inf,
     ) -> None:
         self.sites = sites
         self.unseen = unseen if gradients else ()
@@ -199,7 +201,7 @@ class Recorder:
         self.stacks: dict[str, StackSums] = {}
         for site in sites:
             if site.stacked:
-                self.stacks[site.name] = StackSums(site)
+                self.stacks[site.name] = StackSums(site, limit)
                 continue
             leader = self.sums.get(self.shared.get(site.name, ""))
             self.sums[site.name] = SiteSums(site, leader.multiply_input if leader else None)
@@ -390,16 +392,29 @@ def distinct_users(site: Site) -> list[User]:
     return list({id(user.module): user for user in site.users}.values())
 
 
-def groups_within(sites: Sequence[Site], shared: Mapping[str, str], gradients: bool, limit: int) -> list[list[Site]]:
-    """Split sites, in order, into groups whose moments take at most `limit` bytes, or one site that takes more."""
-    groups: list[list[Site]] = []
-    held = math.inf
+@dataclass(frozen=True)
+class Pass:
+    """The sites whose moments are measured together, in one pass over the batches.
+
+    Attributes:
+        sites: the sites.
+        bytes: of their moments.
+    """
+
+    sites: list[Site]
+    bytes: int
+
+
+def passes_within(sites: Sequence[Site], shared: Mapping[str, str], gradients: bool, limit: float) -> list[Pass]:
+    """Split sites, in order, into passes whose moments take at most `limit` bytes, or one site that takes more."""
+    found: list[Pass] = []
     for site in sites:
-        sums = StackSums(site) if site.stacked else SiteSums(site)
-        size = (0 if site.name in shared else sums.multiply_input.bytes) + gradients * sums.multiply_output.bytes
-        if held + size > limit:
-            groups.append([])
-            held, size = 0, sums.multiply_input.bytes + gradients * sums.multiply_output.bytes
-        groups[-1].append(site)
-        held += size
-    return groups
+        sums = StackSums(site, limit) if site.stacked else SiteSums(site)
+        alone = sums.multiply_input.bytes + gradients * sums.multiply_output.bytes
+        more = alone - (sums.multiply_input.bytes if site.name in shared else 0)
+        last = found[-1] if found else None
+        if last is None or last.bytes + more > limit:
+            found.append(Pass([site], alone))
+        else:
+            found[-1] = Pass([*last.sites, site], last.bytes + more)
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,45 +15,52 @@ UNSEEN_ROWS = 0.5  # rows that an expert counts for to which no token was routed
 
 
 class StackSum:
-    """A running sum of row^T row for each member of a stack, (members, n, n) float64."""
+    """A running sum of row^T row for each member of a stack, (members, n, n).
 
-    def __init__(self, members: int, size: int) -> None:
+    Args:
+        dtype: in which the sum is held, float64 or float32. It is added to in float64 either way; float32 rounds it
+            after each batch, by 6e-8 of each entry.
+    """
+
+    def __init__(self, members: int, size: int, dtype: torch.dtype = torch.float64) -> None:
         self.members = members
         self.size = size
+        self.dtype = dtype
         self.sum: Tensor | None = None
         self.rows = torch.zeros(members, dtype=torch.float64)
 
     @property
     def bytes(self) -> int:
-        return 8 * self.members * self.size**2
+        return self.dtype.itemsize * self.members * self.size**2
 
     def add(
         self,
         rows: Tensor,  # (rows, n), those of the first member first
         routing: Routing,
     ) -> None:
-        """Add the rows of one batch: the products in float32 (float64 for float64 rows), the sum in float64."""
+        """Add the rows of one batch; the products are in float32, or in float64 for float64 rows."""
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if self.sum is None:
-            self.sum = torch.zeros(self.members, self.size, self.size, dtype=torch.float64, device=rows.device)
+            self.sum = torch.zeros(self.members, self.size, self.size, dtype=self.dtype, device=rows.device)
         start = 0
         for member, count in enumerate(routing.counts):
             own = rows[start : start + count]
-            self.sum[member] += own.T @ own
+            if count:
+                self.sum[member] = (own.T @ own).double().add_(self.sum[member])
             start += count
         self.rows += torch.tensor(routing.counts, dtype=torch.float64)
 
     def mean(self) -> Tensor | None:
-        """Returns the moment of each member per row, `shrunk`, (members, n, n) float64 on the CPU; None without rows.
+        """Returns the moment of each member per row, `shrunk`, (members, n, n) on the CPU; None without rows.
 
-        It frees the sum, so call it last.
+        It takes the place of the sum, so call it last.
         """
         if self.sum is None or not bool(self.rows.any()):
             return None
         total, self.sum = self.sum.cpu(), None
-        pooled = total.sum(0) / self.rows.sum()
+        pooled = total.sum(0, dtype=torch.float64) / self.rows.sum()
         for member, count in enumerate(self.rows.tolist()):
-            total[member] = shrunk(total[member] / count, int(count), pooled) if count else pooled
+            total[member] = shrunk(total[member].double() / count, int(count), pooled) if count else pooled
         return total
 
 
@@ -74,12 +83,17 @@ def shrunk(
 
 
 class StackSums:
-    """The sums of one site whose weight is a stack (members, out, in)."""
+    """The sums of one site whose weight is a stack (members, out, in).
 
-    def __init__(self, site: Site) -> None:
+    Args:
+        limit: bytes above which both sums together are held in float32 instead of float64.
+    """
+
+    def __init__(self, site: Site, limit: float = math.inf) -> None:
         members, out, width = site.shape
-        self.multiply_input = StackSum(members, width)
-        self.multiply_output = StackSum(members, out)
+        dtype = torch.float32 if 8 * members * (width**2 + out**2) > limit else torch.float64
+        self.multiply_input = StackSum(members, width, dtype)
+        self.multiply_output = StackSum(members, out, dtype)
 
     def metric(self, units: int) -> Metric | None:
         """Returns the metric of the stack, or None when no token was routed to it.
@@ -93,7 +107,7 @@ class StackSums:
         if inputs is None:
             return None
         rows = self.multiply_input.rows.clamp_min(UNSEEN_ROWS) / units
-        return Metric(inputs * rows[:, None, None], outputs)
+        return Metric(inputs.mul_(rows[:, None, None]), outputs)
 
     def observe(self, routing: Routing, x: Tensor, y: Tensor, *, mask: Tensor | None, gradients: bool) -> Tensor:
         """Add the inputs x (rows, in) of one call and, with `gradients`, the gradients of its outputs y (rows, out).

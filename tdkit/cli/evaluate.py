@@ -9,11 +9,11 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from tdkit.cli.models import Dtype, ModelName, dtype_of
+from tdkit.cli.options import Dtype, ModelName, dtype_of
 from tdkit.cli.output import AsJson, Device, DryRun, note, show
 from tdkit.errors import OptionError
 from tdkit.evaluation.language_models import Evaluation, check_takes_text
-from tdkit.evaluation.report import Result, report
+from tdkit.evaluation.reports import Result, report
 from tdkit.evaluation.tasks import Tasks, measure_tasks
 from tdkit.evaluation.texts import limit_of, measure_text, protocol_of, read_texts
 from tdkit.sources.documents import Text

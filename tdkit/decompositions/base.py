@@ -17,6 +17,7 @@ from tdkit.decompositions.options import integers, pair, positive
 from tdkit.errors import OptionError
 from tdkit.fitting.linalg import relative_error, working
 from tdkit.fitting.metric import Metric
+from tdkit.products.cached_tensor import GATHERED
 from tdkit.products.convolution import Geometry, Stage
 from tdkit.products.cost import DENSE, Path, Product
 from tdkit.products.dispatch import Dispatcher, Preference, check_loaded
@@ -38,7 +39,21 @@ __all__ = [
 CURVE_POINTS = 8  # fits made for the default error curve
 
 
-class FactorizedMatrix(nn.Module, ABC):
+class FactorHolder(nn.Module):
+    """A module with factors as parameters, which knows those that FSDP gathers: see `tdkit.products.cached_tensor`.
+
+    ``fully_shard`` assigns a parameter of its own before and after each forward pass, by ``setattr`` where a class
+    overrides it.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = vars(self).get("_parameters", {}).get(name)
+        super().__setattr__(name, value)
+        if type(value) is nn.Parameter and type(before) not in (type(None), nn.Parameter):
+            setattr(value, GATHERED, True)
+
+
+class FactorizedMatrix(FactorHolder, ABC):
     """A matrix of `shape` (out, in) held as factors.
 
     Factors are parameters; what is fixed (a permutation) is an integer buffer. Only `dense` must be
@@ -302,6 +317,11 @@ class Decomposition(ABC):
     def family(self) -> str:
         """The name of the decomposition whose factors it makes: its own, unless it applies another one."""
         return self.name
+
+    @property
+    def shares(self) -> bool:
+        """Whether the members of a stack share one of the factors."""
+        return False
 
     def is_complete(self) -> bool:
         """Whether every option is given, so that `fit` knows what to do for any shape it accepts."""

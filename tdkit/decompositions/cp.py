@@ -18,7 +18,7 @@ from tdkit.fitting.canonical_polyadic import cp_errors, fit_cp, full_rank
 from tdkit.fitting.metric import Metric
 from tdkit.products.convolution import Stage, pointwise
 from tdkit.shapes import Shape, by
-from tdkit.support.compatibility import submodules_of
+from tdkit.support.compatibility import static_shape, submodules_of
 
 LARGE = 1 << 14  # entries of the weight from which an error curve takes `FEW_SHARES`
 FEW_SHARES = (0.1, 0.3, 0.5, 0.75)  # of the dense size, at which to fit large weights for an error curve
@@ -59,15 +59,15 @@ class CPMatrix(FactorizedMatrix):
         if self.sizes[2:] != kernel:
             return None
         out, inner, *axes = self.factors()
-        count, rank = len(kernel), out.shape[1]
+        count, rank = len(kernel), static_shape(out)[1]
         middle = [
             Stage(
-                each.T.reshape(rank, 1, *[len(each) if other == axis else 1 for other in range(count)]),
+                each.T.reshape(rank, 1, *[size if other == axis else 1 for other in range(count)]),
                 axes=(axis,),
                 groups=rank,
                 leading=groups,
             )
-            for axis, each in enumerate(axes)
+            for axis, (each, size) in enumerate(zip(axes, kernel, strict=True))
         ]
         return [
             Stage(pointwise(inner.T, count), leading=groups),

@@ -26,18 +26,23 @@ def exact_curve(smaller: Sequence[tuple[int, Decomposition]], errors: Sequence[f
     return points
 
 
-def corrected_curve(points: Sequence[Point], error: Callable[[Decomposition], float]) -> list[Point]:
+def corrected_curve(points: Sequence[Point], error: Callable[[Decomposition], float | None]) -> list[Point]:
     """A curve of upper estimates lowered to fits at a few sizes, by shares that are interpolated between them.
 
     Args:
         points: by strictly rising params, with strictly falling, positive errors but for the last, which may be zero.
-        error: of the fit of a choice.
+        error: of the fit of a choice; None where it is not known.
     """
     anchors = []
     for place in sorted({round((len(points) - 1) * share) for share in ANCHORS} if points else ()):
         estimate = points[place].error
-        share = error(points[place].decomposition) / estimate if estimate > 0 else 1.0
+        found = error(points[place].decomposition) if estimate > 0 else estimate
+        if found is None:
+            continue
+        share = found / estimate if estimate > 0 else 1.0
         anchors.append((points[place].params, min(max(share, LEAST_SHARE), 1.0)))
+    if not anchors:
+        return list(points)
     lowered = []
     for point in points:
         after = bisect.bisect_left(anchors, (point.params, 0.0))

@@ -47,7 +47,10 @@ class KroneckerMatrix(StructuredMatrix):
 
     def factors(self) -> tuple[Tensor, ...]:
         parameters = parameters_of(self)
-        return parameters["a"], parameters["b"]
+        try:
+            return parameters["a"], parameters["b"]
+        except KeyError:  # one has a parametrization
+            return self.a, self.b
 
     def fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
         from tdkit.products.kernels.kronecker import kronecker_product  # imports Triton

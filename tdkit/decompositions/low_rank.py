@@ -47,7 +47,10 @@ class LowRankMatrix(StructuredMatrix):
 
     def factors(self) -> tuple[Tensor, ...]:
         parameters = parameters_of(self)
-        return parameters["left"], parameters["right"]
+        try:
+            return parameters["left"], parameters["right"]
+        except KeyError:  # one has a parametrization
+            return self.left, self.right
 
     def fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
         from tdkit.products.kernels.low_rank import low_rank_pair  # imports Triton

@@ -15,8 +15,7 @@ from tdkit.decompositions.options import positive
 from tdkit.errors import OptionError
 from tdkit.fitting.linalg import leading
 from tdkit.fitting.metric import Metric
-from tdkit.fitting.row_space import SINGLE_FROM
-from tdkit.fitting.tucker import fit_tucker, span_errors
+from tdkit.fitting.tucker import TuckerErrors, fit_tucker
 from tdkit.products.convolution import Stage
 from tdkit.shapes import Shape, by
 
@@ -130,21 +129,30 @@ class SpatialLowRank(Decomposition):
         """See `Decomposition.curve`.
 
         One factorisation for each order of the axes gives every point. In a metric it is the error of the closed form
-        that starts `fit`, which does no worse; for all but large weights it is lowered as that of a few fits.
+        that starts `fit`, lowered as that of a few points falls in a few steps; `fit` does no worse. Points for which
+        these steps take long, of matrices of thousands of columns, are lowered as the nearest one.
         """
         shape = tuple(weight.shape)
         points: list[Point] = []
         self._full_rank(shape)
+        spans: dict[int, TuckerErrors] = {}
         for first in (0, 1) if self.first is None else (self.first,):
             kind = replace(self, first=first)
-            errors = span_errors(*_along(weight, metric, first)).tolist()
             smaller = [(c.num_params(shape), c) for c in kind.candidates(shape)]
             smaller = [(params, c) for params, c in smaller if params < weight.numel()]
-            points += exact_curve(smaller, [errors[(c.rank or 1) - 1] for _, c in smaller])
+            if smaller:
+                spans[first] = TuckerErrors.of(*_along(weight, metric, first), most=smaller[-1][1].rank)
+                errors = spans[first].span_bounds().tolist()
+                points += exact_curve(smaller, [errors[(c.rank or 1) - 1] for _, c in smaller])
         points = lowest(points)
-        if metric is None or weight.numel() > SINGLE_FROM:
+        if metric is None:
             return points
-        return corrected_curve(points, lambda kind: kind.squared_error(weight, metric))
+
+        def refined(kind: Decomposition) -> float | None:
+            assert isinstance(kind, SpatialLowRank)
+            return spans[kind.first or 0].refined(kind.rank or 1)
+
+        return corrected_curve(points, refined)
 
     def _full_rank(self, shape: Shape) -> int:
         out, inner, *kernel = self.shape_of(shape)

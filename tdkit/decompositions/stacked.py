@@ -73,6 +73,10 @@ class Stacked(Decomposition):
     def family(self) -> str:
         return self.member.name
 
+    @property
+    def shares(self) -> bool:
+        return self.shared
+
     def is_complete(self) -> bool:
         return self.member.is_complete() and (not self.shared or self.side is not None)
 

@@ -43,14 +43,28 @@ class FactorizedStack(FactorizedMatrix):
     ) -> Tensor:  # (rows, out)
         """The product of each row with the matrix of its member; members without rows are not computed."""
 
+    def products(
+        self,
+        x: Tensor,  # (tokens, in) or (members, tokens, in)
+    ) -> Tensor:  # (members, tokens, out)
+        """The products of every row with every member, or with the member that it belongs to."""
+        return x @ self.stack().mT
+
     def forward(
         self,
         x: Tensor,
         bias: Tensor | None = None,
         geometry: Geometry | None = None,
         counts: Sequence[int] | None = None,
+        *,
+        every: bool = False,
     ) -> Tensor:
-        """`grouped` with `counts`, else as `FactorizedMatrix.forward`; called as a module so that hooks run."""
+        """`grouped` with `counts`, `products` with `every`, else as `FactorizedMatrix.forward`.
+
+        Called as a module so that hooks run.
+        """
+        if every:
+            return self.products(x)
         return super().forward(x, bias, geometry) if counts is None else self.grouped(x, counts, bias)
 
     @abstractmethod
@@ -108,6 +122,10 @@ class MemberStack(FactorizedStack):
         parts = [members[e](rows, None if bias is None else bias[e]) for e, rows in _reached(x, counts)]
         return torch.cat(parts) if parts else x.new_zeros(0, self.sizes[1])
 
+    def products(self, x: Tensor) -> Tensor:
+        rows = x.unbind() if x.ndim == 3 else [x] * len(self.members)
+        return torch.stack([member(own) for member, own in zip(self.members, rows, strict=True)])
+
     def multiply_adds(self) -> int:
         return self._matrices()[0].multiply_adds()
 
@@ -156,7 +174,10 @@ class LowRankStack(FactorizedStack):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         parameters = parameters_of(self)
-        return parameters["left"], parameters["right"]
+        try:
+            return parameters["left"], parameters["right"]
+        except KeyError:  # one has a parametrization
+            return self.left, self.right
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.factors()
@@ -164,6 +185,10 @@ class LowRankStack(FactorizedStack):
     def stack(self) -> Tensor:
         left, right = self.factors()
         return left @ right
+
+    def products(self, x: Tensor) -> Tensor:
+        left, right = self.factors()
+        return (x @ right.mT) @ left.mT
 
     def multiply_adds(self) -> int:
         return self.member_structure.multiply_adds()

@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from tdkit.decompositions.base import Decomposition, Point, assign, factor
+from tdkit.decompositions.base import Decomposition, FactorHolder, Point, assign, factor
 from tdkit.decompositions.error_curve import sampled_curve
 from tdkit.decompositions.options import integers, positive
 from tdkit.decompositions.structured_matrix import StructuredMatrix
@@ -25,7 +25,7 @@ from tdkit.support.compatibility import parameters_of, submodules_of
 Modes = tuple[int, ...]
 
 
-class Cores(nn.Module):
+class Cores(FactorHolder):
     """A tuple of parameters, called ``0``, ``1`` and so on.
 
     Unlike ``nn.ParameterList`` it is called to get them, so that hooks on it run, such as those by which accelerate
@@ -36,15 +36,19 @@ class Cores(nn.Module):
         super().__init__()
         for number, core in enumerate(cores):
             self.register_parameter(str(number), core)
+        self.names = tuple(parameters_of(self))
 
     def forward(self) -> tuple[Tensor, ...]:
-        return tuple(parameters_of(self).values())
+        try:
+            return tuple(map(parameters_of(self).__getitem__, self.names))
+        except KeyError:  # one has a parametrization
+            return tuple(getattr(self, name) for name in self.names)
 
     def __getitem__(self, number: int) -> Tensor:
         return self()[number]  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
-        return len(parameters_of(self))
+        return len(self.names)
 
 
 class TTMatrixMatrix(StructuredMatrix):

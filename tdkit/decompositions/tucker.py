@@ -14,8 +14,7 @@ from tdkit.decompositions.error_curve import corrected_curve, exact_curve, lowes
 from tdkit.decompositions.options import positive
 from tdkit.errors import OptionError
 from tdkit.fitting.metric import Metric
-from tdkit.fitting.row_space import SINGLE_FROM
-from tdkit.fitting.tucker import HOOI_ENTRIES, fit_tucker, tucker_errors
+from tdkit.fitting.tucker import HOOI_ENTRIES, TuckerErrors, fit_tucker
 from tdkit.products.convolution import Stage, pointwise
 from tdkit.shapes import Shape, by
 
@@ -102,7 +101,7 @@ class Tucker(Decomposition):
         shape = tuple(weight.shape)
         if weight.is_meta:
             return self.complete(shape, max_params)
-        points = [point for point in self._frontier(weight, metric) if point.params <= max_params]
+        points = [point for point in self._frontier(shape, self._errors(weight, metric)) if point.params <= max_params]
         return points[-1].decomposition if points else self.complete(shape, max_params)
 
     def empty(
@@ -125,34 +124,41 @@ class Tucker(Decomposition):
     def curve(self, weight: Tensor, metric: Metric | None = None) -> list[Point]:
         """See `Decomposition.curve`.
 
-        One factorisation gives the errors of a closed form for all pairs of ranks, of which the best are taken. A few
-        of these are fitted: without a metric no others are returned, in the metric the others are lowered as these.
-        For large weights the closed form stands, than which `fit` does no worse, and no better without a metric.
+        One factorisation gives the errors of a closed form for all pairs of ranks, of which the best are taken. In a
+        metric they are lowered as those of a few pairs fall in a few steps, where these do not take long; without one
+        only a few are returned as fitted, or for large weights, whose fits are the closed form, all.
         """
-        points = spread(self._frontier(weight, metric), POINTS)
-        if weight.numel() > (HOOI_ENTRIES if metric is None else SINGLE_FROM):
+        errors = self._errors(weight, metric)
+        points = spread(self._frontier(tuple(weight.shape), errors), POINTS)
+        if metric is None and weight.numel() > HOOI_ENTRIES:
             return points
         if metric is not None:
-            return corrected_curve(points, lambda kind: kind.squared_error(weight, metric))
+
+            def refined(kind: Decomposition) -> float | None:
+                assert isinstance(kind, Tucker)
+                return errors.refined(kind.rank_in or 1, kind.rank_out)
+
+            return corrected_curve(points, refined)
         kinds = [(point.params, point.decomposition) for point in spread(points, FITS)]
         return exact_curve(kinds, [kind.squared_error(weight) for _, kind in kinds])
 
-    def _frontier(self, weight: Tensor, metric: Metric | None) -> list[Point]:
+    def _errors(self, weight: Tensor, metric: Metric | None) -> TuckerErrors:
+        return TuckerErrors.of(weight.flatten(2), metric or Metric(), self._bounds(tuple(weight.shape))[1][1])
+
+    def _frontier(self, shape: Shape, errors: TuckerErrors) -> list[Point]:
         """The pairs of ranks below the dense size that no smaller pair beats, with the error of the closed form."""
-        shape = tuple(weight.shape)
         least, most = self._bounds(shape)
         inner = range(least[1], most[1] + 1)
         picked = spread(list(inner), INNER_RANKS)
-        errors = tucker_errors(weight.flatten(2), metric or Metric(), picked)
         points = []
-        for rank_in, found in zip(picked, errors, strict=True):
+        for rank_in, found in zip(picked, errors.bounds(picked), strict=True):
             values = found.tolist()
             low, high = max(least[0], -(-rank_in // math.prod(shape[2:]))), min(most[0], len(values))
             for rank_out in range(low, high + 1):
                 pair = (rank_out, rank_in)
                 kind = replace(self, rank_out=rank_out, rank_in=rank_in)
                 points.append(Point(kind, _params(shape, pair), values[rank_out - 1]))
-        return lowest([point for point in points if point.params < weight.numel()])
+        return lowest([point for point in points if point.params < math.prod(shape)])
 
     def _bounds(self, shape: Shape) -> tuple[Pair, Pair]:
         """The least and the largest (rank_out, rank_in) for a weight of `shape`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 
 from tdkit.calibration.runner import as_it_was
 from tdkit.errors import EvaluationError, MissingDependencyError, SourceError, did_you_mean
-from tdkit.evaluation.report import DatasetIdentity, Figure, ProtocolReport, Result, tokens_sha256
+from tdkit.evaluation.reports import DatasetIdentity, Figure, ProtocolReport, Result, tokens_sha256
 from tdkit.models import huggingface
 from tdkit.sources.documents import commit
 from tdkit.sources.source import Source
@@ -42,19 +43,26 @@ class Tasks:
     def __init__(self, names: Sequence[str | Path]) -> None:
         harness = _harness()
         paths = [Path(name) for name in names if _is_path(name)]
-        plain = [str(name) for name in names if not _is_path(name)]
+        given = [str(name) for name in names if not _is_path(name)]
         folders = [str(path if path.is_dir() else path.parent) for path in paths]
         # the index of all tasks takes seconds to build: not for tasks given by path alone
-        self._manager = harness.tasks.TaskManager(include_path=folders or None, include_defaults=bool(plain))
-        self.names = [*plain, *(name for path in paths for name in self._names_in(path))]
-        self.loaded = {name: self._load(name) for name in self.names}
+        self.manager = harness.tasks.TaskManager(include_path=folders or None, include_defaults=bool(given))
+        given += [name for path in paths for name in self._names_in(path)]
+        loaded = {name: self._load(name) for name in given}
+        inside = {task for name, each in loaded.items() if name in each["groups"] for task in each["tasks"]}
+        self.loaded: dict[str, Any] = {name: each for name, each in loaded.items() if name not in inside}
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tasks, and of the groups in place of their tasks."""
+        return list(self.loaded)
 
     def _names_in(self, path: Path) -> list[str]:
         """Returns the names of the tasks that a YAML file or the files in a folder define."""
         inside = path.resolve()
         found = [
             name
-            for name, entry in self._manager.task_index.items()
+            for name, entry in self.manager.task_index.items()
             if entry.yaml_path is not None and Path(entry.yaml_path).resolve().is_relative_to(inside)
         ]
         if not found:
@@ -62,14 +70,14 @@ class Tasks:
         return sorted(found)
 
     def _load(self, name: str) -> Any:
-        if name not in self._manager.task_index:
-            known = self._manager.all_tasks
+        if name not in self.manager.task_index:
+            known = self.manager.all_tasks
             raise EvaluationError(
                 f"lm-eval has no task '{name}'{did_you_mean(name, known) or '.'} Give a name that `lm-eval ls tasks` "
                 "lists, or the path of a task's YAML file"
             )
         try:
-            return self._manager.load([name])
+            return self.manager.load([name])
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise EvaluationError(f"task '{name}' or its data cannot be had: {reason}. {OFFLINE}") from error
@@ -112,26 +120,38 @@ def measure_tasks(
         )
     if source.tokenizer is None:
         raise SourceError("this model has no tokenizer: give a folder that holds one")
-    tasks = tasks if isinstance(tasks, Tasks) else Tasks(tasks)
-    results = []
-    with as_it_was(source.model, None, freeze=False), _random_state():
-        runner = harness.models.huggingface.HFLM(pretrained=source.model, tokenizer=source.tokenizer, batch_size=batch)
-        for name, loaded in tasks.loaded.items():
-            found = harness.simple_evaluate(
-                runner,
-                tasks=[loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values()),
-                task_manager=tasks._manager,
-                num_fewshot=few_shot,
-                limit=limit,
-                log_samples=True,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-            )
-            results += [_result(each, task, found, runner, limit) for each, task in loaded["tasks"].items()]
-            results += [_group(each, found, results, limit) for each in loaded["groups"] if each in found["results"]]
+    results: list[Result] = []
+    with _random_state():
+        tasks = tasks if isinstance(tasks, Tasks) else Tasks(tasks)
+        with as_it_was(source.model, None, freeze=False):
+            runner = _runner(harness, source, batch)
+            for name, loaded in tasks.loaded.items():
+                found = harness.simple_evaluate(
+                    runner,
+                    tasks=[loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values()),
+                    num_fewshot=few_shot,
+                    limit=limit,
+                    log_samples=True,
+                    task_manager=tasks.manager,
+                    random_seed=seed,
+                    numpy_random_seed=seed,
+                    torch_random_seed=seed,
+                    fewshot_random_seed=seed,
+                )
+                results += [_result(each, task, found, runner, limit) for each, task in loaded["tasks"].items()]
+                results += [_group(each, group, found, results, limit) for each, group in loaded["groups"].items()]
     return results
+
+
+def _runner(harness: Any, source: Source, batch: int) -> Any:
+    """Returns lm-eval's wrapper of a model, without its warnings that it did not load the model itself."""
+    log = logging.getLogger(harness.models.huggingface.__name__)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        return harness.models.huggingface.HFLM(pretrained=source.model, tokenizer=source.tokenizer, batch_size=batch)
+    finally:
+        log.setLevel(level)
 
 
 def _result(name: str, task: Any, found: Any, runner: Any, limit: int | None) -> Result:
@@ -168,9 +188,10 @@ def _result(name: str, task: Any, found: Any, runner: Any, limit: int | None) ->
     )
 
 
-def _group(name: str, found: Any, results: Sequence[Result], limit: int | None) -> Result:
+def _group(name: str, group: Any, found: Any, results: Sequence[Result], limit: int | None) -> Result:
     """Returns the result of a group: its figures, and the tokens of its tasks together."""
-    inside = [each for each in results if each.task in found["results"]]
+    tasks = {task.task_name for task in group.get_all_tasks()}
+    inside = [each for each in results if each.task in tasks]
     digest = hashlib.sha256("".join(f"{each.tokens_sha256}  {each.task}\n" for each in inside).encode())
     return Result(
         task=name,
@@ -185,7 +206,7 @@ def _group(name: str, found: Any, results: Sequence[Result], limit: int | None) 
         ),
         tokens=sum(each.tokens for each in inside),
         tokens_sha256=digest.hexdigest(),
-        figures=_figures(found["results"][name]),
+        figures=_figures(found["results"].get(name, {})),
     )
 
 

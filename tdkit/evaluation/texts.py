@@ -8,7 +8,7 @@ from pathlib import Path
 from tdkit.errors import OptionError
 from tdkit.evaluation.language_models import Evaluation, check_takes_text, evaluate
 from tdkit.evaluation.protocols import Protocol, named
-from tdkit.evaluation.report import DatasetIdentity, Figure, ProtocolReport, Result, tokens_sha256
+from tdkit.evaluation.reports import DatasetIdentity, Figure, ProtocolReport, Result, tokens_sha256
 from tdkit.sources.documents import Text, sha256
 from tdkit.sources.source import Source
 from tdkit.sources.texts import encode, read_text

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tdkit.fitting.linalg import leading, working
+from tdkit.fitting.linalg import leading, principal, working
 from tdkit.fitting.metric import Metric
 from tdkit.fitting.row_space import RowSpaceProblem, row_space_problem
 from tdkit.fitting.spans import RepeatedSpan
 from tdkit.fitting.tensorly_tucker import partial_tucker
 
 STEPS = 20  # of L-BFGS: the start is within about 2% of the error that hundreds reach
+CURVE_STEPS = 8  # as many for error curves
+CURVE_WORK = 2**37  # multiply-adds of the steps for one point of an error curve; some seconds of one core
 HOOI_ENTRIES = 1 << 18  # of the weight up to which orthogonal iteration by TensorLy starts; above it takes seconds
 
 
@@ -81,46 +83,75 @@ def fit_tucker(
     return Tucker2(left, torch.tensordot(left.T, core, dims=1), inner)
 
 
-def tucker_errors(
-    weight: Tensor,  # (out, m, t)
-    metric: Metric,
-    ranks_in: Sequence[int],
-) -> list[Tensor]:
-    """Upper estimates of the squared error of `fit_tucker` for several `rank_in` and every `rank_out`.
+@dataclass(frozen=True)
+class TuckerErrors:
+    """Squared errors of `fit_tucker` for many ranks, from one problem: the columns of one basis V serve every rank_in.
 
-    They are the errors of its closed-form start, for all ranks from one factorisation: the leading columns of one
-    basis V serve every rank. Without a metric and for weights above `HOOI_ENTRIES` they are those of the fits.
-
-    Returns:
-        For each of `ranks_in` the errors (r,) for rank_out = 1 ... r, float64; r is the least of out and rank_in * t.
+    Attributes:
+        problem: the whitened weight.
+        kernel: t, the last size of the weight.
+        basis: V of the closed-form start of the fits, (m, most), leading columns first.
     """
-    t = weight.shape[2]
-    problem = _problem(weight, metric)
-    basis = _leading_basis(problem, t, weight.shape[1])
-    reached = problem.reached([basis])  # (m * t, out)
-    found: list[Tensor] = []
-    for rank in ranks_in:
-        part = reached[: rank * t]
-        small = part if part.shape[0] <= part.shape[1] else part.T
-        squares = torch.linalg.eigvalsh(small @ small.T).flip(0).clamp_min(0)
-        tails = squares.flip(0).cumsum(0).flip(0)
-        missed = max(problem.size - float(part.square().sum()), 0.0)
-        found.append(missed + torch.cat([tails[1:], tails.new_zeros(1)]))
-    return found
 
+    problem: RowSpaceProblem
+    kernel: int
+    basis: Tensor
 
-def span_errors(weight: Tensor, metric: Metric) -> Tensor:
-    """As `tucker_errors` without a bound on the rank of U: the errors (r,) for rank_in = 1 ... r, float64.
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,  # (out, m, t)
+        metric: Metric,
+        most: int | None = None,
+    ) -> TuckerErrors:
+        """Set up for every rank_in up to `most`, or up to that which is exact, the least of m and out * t."""
+        out, m, t = weight.shape
+        problem = _problem(weight, metric)
+        return cls(problem, t, _leading_basis(problem, t, min(m, out * t, most or m)))
 
-    Without a metric they are those of the fits. r is the least of m and out * t.
-    """
-    out, m, t = weight.shape
-    problem = _problem(weight, metric)
-    reached = problem.reached([_leading_basis(problem, t, m)])
-    squares = reached.square().reshape(m, -1).sum(1)
-    rest = max(problem.size - float(squares.sum()), 0.0)
-    tails = squares.flip(0).cumsum(0).flip(0)  # summed from the smallest up: the last keep their digits
-    return (torch.cat([tails[1:], tails.new_zeros(1)]) + rest)[: min(m, out * t)]
+    def bounds(self, ranks_in: Sequence[int]) -> list[Tensor]:
+        """Upper estimates for several rank_in and every rank_out: the errors of the closed-form start.
+
+        Without a metric and for weights above `HOOI_ENTRIES` they are those of the fits.
+
+        Returns:
+            For each of `ranks_in` the errors (r,) for rank_out = 1 ... r, float64; r is the least of out and
+            rank_in * t.
+        """
+        reached = self.problem.reached([self.basis])  # (columns * t, out)
+        found: list[Tensor] = []
+        for rank in ranks_in:
+            part = reached[: rank * self.kernel]
+            small = part if part.shape[0] <= part.shape[1] else part.T
+            squares = torch.linalg.eigvalsh(small @ small.T).flip(0).clamp_min(0)
+            tails = squares.flip(0).cumsum(0).flip(0)
+            missed = max(self.problem.size - float(part.square().sum()), 0.0)
+            found.append(missed + torch.cat([tails[1:], tails.new_zeros(1)]))
+        return found
+
+    def span_bounds(self) -> Tensor:
+        """As `bounds` without a bound on the rank of U: the errors (most,) for rank_in = 1 ... most, float64.
+
+        Without a metric they are those of the fits.
+        """
+        reached = self.problem.reached([self.basis])
+        squares = reached.square().reshape(self.basis.shape[1], -1).sum(1)
+        rest = max(self.problem.size - float(squares.sum()), 0.0)
+        tails = squares.flip(0).cumsum(0).flip(0)  # summed from the smallest up: the last keep their digits
+        return torch.cat([tails[1:], tails.new_zeros(1)]) + rest
+
+    def refined(self, rank_in: int, rank_out: int | None = None) -> float | None:
+        """The error after `CURVE_STEPS` from the closed form, some 3% above that of the fit.
+
+        Returns:
+            None where these steps take more than `CURVE_WORK` multiply-adds.
+        """
+        out, n = self.problem.weight.shape
+        if CURVE_STEPS * rank_in * self.kernel * n * (n + out) > CURVE_WORK:
+            return None
+        rank_out = None if rank_out is None or rank_out >= out else rank_out
+        parts = self.problem.refine([self.basis[:, :rank_in]], rank_out, CURVE_STEPS)
+        return self.problem.error(parts, rank_out)
 
 
 def _problem(weight: Tensor, metric: Metric) -> RowSpaceProblem:
@@ -142,6 +173,10 @@ def _basis(problem: RowSpaceProblem, t: int, rank_in: int, rank_out: int | None)
 
 def _leading_basis(problem: RowSpaceProblem, t: int, rank_in: int) -> Tensor:
     unfolded = problem.weight.reshape(len(problem.weight), -1, t).transpose(0, 1).flatten(1)
+    if rank_in <= unfolded.shape[1] < unfolded.shape[0]:  # by the smaller Gram matrix
+        vectors, _ = principal(unfolded, rank_in)
+        basis: Tensor = torch.linalg.qr(unfolded @ vectors).Q
+        return basis
     return leading(unfolded @ unfolded.T, rank_in)[0]
 
 

@@ -290,9 +290,10 @@ class BlockForm:
 
     def fit(self, weight: Tensor, metric: Metric, steps: int) -> list[Tensor]:
         """Cores of the fit, as those of `fit_train`."""
-        starts = (False, True) if weight.numel() < SINGLE_FROM else (False,)  # the plain one: so as to be never worse
-        fits = [self.problem(weight, metric, plain=plain).fit(self.rank, steps) for plain in starts]
-        b, x, _ = min(fits, key=lambda fit: fit[2])
+        problem = self.problem(weight, metric)
+        if weight.numel() < SINGLE_FROM:  # from the plain fit, if its error is smaller: so as to be never worse
+            problem = min(problem, self.problem(weight, metric, plain=True), key=lambda each: each.error(self.rank, 0))
+        b, x, _ = problem.fit(self.rank, steps)
         cores = []
         for k in range(self.core):
             size = self.ranks[k] * self.out_modes[k]

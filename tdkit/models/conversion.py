@@ -16,7 +16,7 @@ from tdkit.models.hosts.registered import builder_of, dense_layer
 from tdkit.models.hosts.sequential import PlainStages
 from tdkit.models.sites import changes_in_place, factorized_groups, factorized_layers, replace_module
 from tdkit.models.ties import follow_ties
-from tdkit.support.compatibility import offloads
+from tdkit.support.compatibility import holds_parameters, offloads
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -117,6 +117,9 @@ def _selected(model: nn.Module, only: Patterns) -> dict[str, FactorizedModule]:
             break
         found |= more
     selected = {name: layer for name, layer in layers.items() if id(layer) in found}
+    holder = next((type(module).__name__ for module in model.modules() if holds_parameters(module)), None)
+    if selected and holder is not None:
+        raise TdkitError(f"{holder} holds the parameters of this model: convert it before it is wrapped or sharded")
     for name, layer in selected.items():
         _check_present(name, layer)
     return selected

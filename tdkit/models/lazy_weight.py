@@ -93,6 +93,7 @@ class LazyWeight(Tensor):
     _built: Tensor | None
     _convolves: bool
     _keeps: bool
+    _is_hf_initialized = True  # the initializers of transformers leave it alone: they would draw numbers for a copy
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

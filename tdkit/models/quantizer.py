@@ -1,7 +1,7 @@
-"""The quantization method "tdkit" of transformers: ``from_pretrained`` reads factors, ``save_pretrained`` writes.
+"""The quantization method "tdkit" of transformers: factors in ``from_pretrained`` and ``save_pretrained``.
 
-transformers reads and writes foreign weight formats through registered quantizers. Factors are no quantised weights:
-the models stay ordinary ones in floating point, which can be trained, cast and compiled.
+transformers reads and writes foreign formats through registered quantizers. Factors are no quantised weights: the
+models stay ordinary ones in floating point, which can be trained, cast and compiled.
 
 This module imports transformers; `tdkit.models.registration` imports it once transformers is there.
 """
@@ -32,12 +32,12 @@ from tdkit.models.checkpoint.description import (
 )
 from tdkit.models.checkpoint.rewriting import rewrite
 from tdkit.models.checkpoint.sizes import Sizes, resize, sizes_of
-from tdkit.models.checkpoint.tensors import markers, shapes_in, tensors_and_ties
+from tdkit.models.checkpoint.tensors import markers, shapes_in, tensors_and_ties, tied_as_in
 from tdkit.models.hosts.base import FactorizedModule
 from tdkit.models.sites import factorized_layers, is_compressed
 from tdkit.models.swap import swapping
 from tdkit.shapes import Shape
-from tdkit.support.compatibility import given_state_dict
+from tdkit.support.compatibility import buffers_of, given_state_dict
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ALIGNMENT = 64  # bytes; kernels for a tensor at another address may round otherwise
@@ -67,8 +67,9 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: FactorsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._strides: dict[str, tuple[int, ...]] = {}
+        self._layout: dict[str, Tensor] = {}  # the factors on the meta device, as their layers want them
         self._dtypes: dict[str, torch.dtype] = {}  # of non-persistent buffers
+        self._dense: dict[str, nn.Module] = {}  # layers with non-persistent buffers, before they were factorised
         self._expected: Any = None
 
     @property
@@ -86,9 +87,7 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
-    def _process_model_before_weight_loading(
-        self, model: Any, dtype: Any = None, checkpoint_files: Any = None, **kwargs: Any
-    ) -> Any:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         place = f"{getattr(model.config, '_name_or_path', '') or 'the model'}: quantization_config"
         description = self.quantization_config.description
         check_description(description, place)
@@ -96,6 +95,7 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
         layers, unread = _of_class(saved, model, place), _unread(saved, model)
         with swapping(model) as swap:
             rewrite(swap, layers, place)
+            self._dense = {name: swap.dense(name) for name, module in factorized_layers(model) if _computed(module)}
             resize(swap, _sizes_in(model, sizes_of(description, place)), place)
         if not checkpoint_files or None in checkpoint_files:
             raise CheckpointError(f"{place}: factors are read from files: give from_pretrained a folder or a hub name")
@@ -105,15 +105,15 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
             found.check(layer, module, place)
             factors |= {f"{layer}.{name}".lstrip(".") for name in module.state_dict()}
             for part in module.modules():
-                part._is_hf_initialized = True  # type: ignore[assignment]  # nothing is left to initialise
+                part._is_hf_initialized = True  # type: ignore[assignment]  # its dense weight must not be
         state = model.state_dict(keep_vars=True)
-        if dtype == main_dtype(description):  # no other one was asked for: each tensor keeps its own
+        if model.config.dtype == main_dtype(description):  # no other one was asked for: each tensor keeps its own
             for name, tensor in state.items():
                 own = SAFETENSORS_DTYPES.get(found.dtype(name) or "")
                 if own is not None and tensor.is_floating_point() and tensor.dtype != own:
                     tensor.data = tensor.data.to(own)
             self._dtypes = buffer_dtypes(model, description, place)
-        self._strides = {name: state[name].stride() for name in factors}
+        self._layout = {name: state[name] for name in factors}
         self._expected = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = _Patterns((*(self._expected or ()), *unread))
         return model
@@ -125,16 +125,22 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if "config" in vars(module):
                 vars(module.config).pop("_is_quantized", None)
+        for name, dense in self._dense.items():
+            _initialize_buffers(model, name, dense)
         for name, tensor in model.state_dict(keep_vars=True).items():
-            stride = self._strides.get(name, tensor.stride())
+            if tensor.is_meta or not tensor.numel():
+                continue
+            wanted = self._layout.get(name, tensor)
+            # transformers 5.0 casts indices too, where a class keeps its layers in float32
+            dtype = tensor.dtype if wanted.is_floating_point() else wanted.dtype
             misplaced = tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT
-            if not tensor.is_meta and tensor.numel() and (tensor.stride() != stride or misplaced):
-                placed = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+            if tensor.stride() != wanted.stride() or tensor.dtype != dtype or misplaced:
+                placed = torch.empty_strided(tensor.shape, wanted.stride(), dtype=dtype, device=tensor.device)
                 tensor.data = placed.copy_(tensor.data)
         buffers = dict(model.named_buffers())
         for name, kind in self._dtypes.items():
             buffers[name].data = buffers[name].data.to(kind)
-        self._strides, self._dtypes = {}, {}
+        self._layout, self._dtypes, self._dense = {}, {}, {}
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
@@ -150,12 +156,31 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
                 del model.config.quantization_config
             return given, {}
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        tensors, ties = tensors_and_ties(model.state_dict() if given is None else given, {*tied, *tied.values()})
+        state = model.state_dict() if given is None else tied_as_in(model, given)
+        tensors, ties = tensors_and_ties(state, {*tied, *tied.values()})
         self.quantization_config = FactorsConfig(**describe(model, tensors, ties))
         model.config.quantization_config = self.quantization_config
         model._weight_conversions = []  # the names of the file are those of the model, on which the factors depend
         model._keys_to_ignore_on_save = None
         return {**tensors, **markers(model)}, {}
+
+
+def _computed(module: nn.Module) -> bool:
+    """Returns whether a layer has buffers of its own that no file holds, such as the scale of an embedding."""
+    return bool(buffers_of(module).keys() - module.state_dict().keys())
+
+
+@torch.no_grad()
+def _initialize_buffers(model: nn.Module, name: str, dense: nn.Module) -> None:
+    """Let transformers compute the buffers of a factorised layer, which it does for the dense layer `dense` alone."""
+    dense._buffers = buffers_of(model.get_submodule(name))
+    for parameter in dense.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # left as it is
+    owner: Any = model
+    for place, part in model.named_modules():  # the innermost comes last
+        if hasattr(part, "_init_weights") and f"{name}.".startswith(f"{place}.".lstrip(".")):
+            owner = part
+    owner._init_weights(dense)
 
 
 class _Patterns(set[str]):
@@ -177,7 +202,11 @@ class _Files:
         names: dict[int, list[str]] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             names.setdefault(id(tensor), []).append(name)
-        self._same = {name: group for group in names.values() for name in group}
+        tied = getattr(model, "all_tied_weights_keys", None) or {}  # not tied yet
+        self._same: dict[str, list[str]] = {}
+        for group in (*names.values(), *map(list, tied.items())):
+            for name in group:
+                self._same.setdefault(name, []).extend(group)
 
     def entry(self, name: str) -> tuple[tuple[int, ...], str] | None:
         for same in self._same[name]:
@@ -253,7 +282,7 @@ def quantizer_of(model: Any) -> FactorsQuantizer:
     return own if isinstance(own, FactorsQuantizer) else FactorsQuantizer(FactorsConfig(), pre_quantized=True)
 
 
-def register_quantizer() -> None:
+def _register() -> None:
     """Register the method with transformers, once; a version that refuses it is named in a warning."""
     known: Mapping[str, Any] = auto.AUTO_QUANTIZER_MAPPING
     if FORMAT in known:
@@ -263,3 +292,6 @@ def register_quantizer() -> None:
         auto.register_quantizer(FORMAT)(FactorsQuantizer)
     except (AttributeError, TypeError, ValueError) as error:
         _log.warning("from_pretrained will refuse compressed models, and tdkit.load read them: %s", error)
+
+
+_register()

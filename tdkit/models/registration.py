@@ -17,9 +17,7 @@ def register() -> None:
 
 
 def _register() -> None:
-    from tdkit.models.quantizer import register_quantizer
-
-    register_quantizer()
+    import tdkit.models.quantizer  # noqa: F401, registers when it is loaded
 
 
 def attach(model: nn.Module) -> None:

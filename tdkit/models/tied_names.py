@@ -7,6 +7,7 @@ from collections.abc import Collection
 from torch import nn
 
 from tdkit.models.hosts.base import FactorizedModule
+from tdkit.models.sites import factorized_groups
 
 
 def follow_names(model: nn.Module, replaced: Collection[str] = ()) -> None:
@@ -29,6 +30,23 @@ def follow_names(model: nn.Module, replaced: Collection[str] = ()) -> None:
                 followed = _follow(module, tied, inside)
                 if followed != tied:
                     setattr(module, attribute, followed)
+    known = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(known, dict):
+        model.all_tied_weights_keys = {**_held_once(model), **known}  # type: ignore[assignment]
+
+
+def _held_once(model: nn.Module) -> dict[str, str]:
+    """Returns the names of factors that several layers hold, whatever the model's config says of its embeddings.
+
+    Other libraries set ``tie_word_embeddings=False`` when they find the dense weights, which are computed on each
+    access, at different addresses; ``from_pretrained`` would then take factors that the file holds once as missing.
+    """
+    found: dict[str, str] = {}
+    for _, (first, *others) in factorized_groups(model):
+        for other in others:
+            if other.module is not first.module:
+                found |= _shared(model, other.layer, first.layer)
+    return found
 
 
 def _follow(module: nn.Module, tied: dict[str, str], replaced: Collection[str]) -> dict[str, str]:

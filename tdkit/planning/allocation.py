@@ -246,32 +246,42 @@ def mixed(
     place: str,
     costs: Costs | None = None,
 ) -> dict[str, Choice]:
-    """Like `by_loss`, but mixes several decompositions in one model only when the estimated gain is large enough.
+    """Like `by_loss`, but never with a larger estimated loss than with fewer decompositions to choose from.
 
-    The estimated loss of a mixture must be lower than that of the best single decomposition by the fraction
-    `MIXED_GAIN`; smaller differences are within the error of the estimate.
+    The greedy choice and the floors can make more alternatives worse. So all sites with a choice are also given a
+    single decomposition, each in turn, and none of the factors that members of a stack share. A mixture of several
+    decompositions in one model must gain the fraction `MIXED_GAIN` over the best single one; smaller differences are
+    within the error of the estimate.
     """
+    free = {s.site.name for s in sites if s.is_choice()}
+    families = sorted({point.decomposition.family for name in free for point in curves[name]})
     chosen = by_loss(sites, curves, available, place, costs=costs)
     used = {choice.decomposition.family for choice in chosen.values() if choice.decomposition is not None}
-    if len(used) < 2:
-        return chosen
-    limit = sum(choice.error or 0.0 for choice in chosen.values()) / (1 - MIXED_GAIN)
-    free = {s.site.name for s in sites if s.is_choice()}
-    for name in sorted(used):
+    limit = _total(chosen) / (1 - MIXED_GAIN) if len(used) > 1 else _total(chosen)
+    for family, shares in itertools.product([*families, None], (True, False)):
         own = {
-            site: [p for p in points if site not in free or p.decomposition.family == name]
-            for site, points in curves.items()
+            name: [p for p in points if name not in free or _is_within(p.decomposition, family, shares)]
+            for name, points in curves.items()
         }
-        if not all(own[site] for site in free):
+        if own == curves or not all(own[name] for name in free):
             continue
         try:
-            single = by_loss(sites, own, available, place, rivals=curves, costs=costs)
+            fewer = by_loss(sites, own, available, place, rivals=curves, costs=costs)
         except BudgetError:  # a site has no point of this decomposition within its bounds
             continue
-        error = sum(choice.error or 0.0 for choice in single.values())
+        error = _total(fewer) if family is not None or len(used) < 2 else _total(fewer) / (1 - MIXED_GAIN)
         if error < limit:
-            chosen, limit = single, error
+            chosen, limit = fewer, error
     return chosen
+
+
+def _is_within(kind: Decomposition, family: str | None, shares: bool) -> bool:
+    """Returns whether a decomposition is of the family, if one is given, and shares factors only if that is allowed."""
+    return family in (None, kind.family) and (shares or not kind.shares)
+
+
+def _total(choices: Mapping[str, Choice]) -> float:
+    return sum(choice.error or 0.0 for choice in choices.values())
 
 
 @dataclass(frozen=True)

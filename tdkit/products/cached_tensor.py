@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tdkit.support.compatibility import version_of
 
+GATHERED = "_gathered_from_shards"  # an attribute of tensors whose values may change unseen
 CALLS = 64  # that are remembered: the sizes of batches of an expert, or of images
 
 
@@ -123,10 +124,11 @@ class _Entry(NamedTuple):
 def can_cache(sources: Sequence[Tensor]) -> bool:
     """Whether what is computed from these tensors can be cached.
 
-    Not from inference tensors: they have no version counter, so that changes in place would not be seen. Nor while
-    a CUDA graph is captured: what is computed then has no values until the graph is replayed.
+    Not from inference tensors: they have no version counter, so that changes in place would not be seen. Nor from
+    what FSDP gathers again and again into the same memory, without a new version. Nor while a CUDA graph is captured:
+    what is computed then has no values until the graph is replayed.
     """
-    if any(source.is_inference() for source in sources):
+    if any(source.is_inference() or hasattr(source, GATHERED) for source in sources):
         return False
     return not (any(source.is_cuda for source in sources) and torch.cuda.is_current_stream_capturing())
 

@@ -10,6 +10,7 @@ from functools import cache
 import opt_einsum
 
 from tdkit.products.cost import Path, Product
+from tdkit.support.compatibility import constant_for_compile
 
 Modes = tuple[int, ...]
 Order = tuple[int, ...]  # in which x is contracted with the cores
@@ -47,9 +48,14 @@ class Stage:
         return (*self.contracted, *self.free) if self.rows > self.inner else self.axes
 
 
-@cache
+@constant_for_compile
 def stages(cores: tuple[Modes, ...], order: Order) -> tuple[Stage, ...]:
     """The contractions in an order."""
+    return _stages(cores, order)
+
+
+@cache
+def _stages(cores: tuple[Modes, ...], order: Order) -> tuple[Stage, ...]:
     taken: set[int] = set()
     found = []
     for k in order:

@@ -14,6 +14,7 @@ from tdkit.products import onednn
 from tdkit.products.autograd import autocast_dtype
 from tdkit.products.recording import is_recorded, needs_plain_operations
 from tdkit.shapes import Shape
+from tdkit.support.compatibility import static_shape
 
 FUNCTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
 TRANSPOSED: tuple[Callable[..., Tensor], ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -40,6 +41,11 @@ class Stage:
     groups: int = 1
     leading: int = 1
     trailing: int = 1
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the weight, as integers also where torch.jit.trace runs."""
+        return static_shape(self.weight)
 
     @property
     def outer(self) -> tuple[int, int]:
@@ -69,7 +75,7 @@ def merged(stages: Sequence[Stage]) -> list[Stage]:
 
 
 def _is_depthwise(stage: Stage) -> bool:
-    return stage.weight.shape[0] == stage.groups > 1 and stage.weight.shape[1] == 1
+    return stage.shape[0] == stage.groups > 1 and stage.shape[1] == 1
 
 
 class Geometry(NamedTuple):

@@ -30,7 +30,7 @@ class StageShape(NamedTuple):
 
 def shape_of(stage: Stage) -> StageShape:
     """Returns the integers of a stage."""
-    return StageShape(tuple(stage.weight.shape), stage.axes, stage.groups, stage.leading * stage.trailing)
+    return StageShape(stage.shape, stage.axes, stage.groups, stage.leading * stage.trailing)
 
 
 def dense_shape(shape: Shape, geometry: Geometry) -> StageShape:

@@ -18,6 +18,7 @@ from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.registered import decomposition, spec_of
 from tdkit.errors import CheckpointError, RecipeError
 from tdkit.evaluation.language_models import PROTOCOL, Evaluation, evaluate
+from tdkit.models.card import Card
 from tdkit.models.checkpoint import load, save
 from tdkit.models.huggingface import is_transformers
 from tdkit.models.sites import num_params
@@ -256,7 +257,7 @@ class SaveStep(StepConfig):
         return on_main_process(lambda: self._save(run))
 
     def _save(self, run: Run) -> dict[str, Any]:
-        place = save(run.model, run.folder / self.folder, tokenizer=run.tokenizer, overwrite=True)
+        place = save(run.model, run.folder / self.folder, tokenizer=run.tokenizer, overwrite=True, card=_card(run))
         size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
         if not is_transformers(run.model):
             say(run.console, f"  saved to {place}, {size / 1e6:.1f} MB on disk")
@@ -267,6 +268,14 @@ class SaveStep(StepConfig):
             raise CheckpointError(f"{place}: the reloaded model's outputs differ from the saved one's")
         say(run.console, f"  saved to {place}, {size / 1e6:.1f} MB on disk; reloaded, outputs identical")
         return {"folder": str(place), "bytes_on_disk": size, "reloaded_identical": True}
+
+
+def _card(run: Run) -> Card:
+    """Returns a model card with the recipe and the results of its last evaluation so far."""
+    measured = [result for result in run.results if result["step"] == "evaluate"]
+    figures = {**measured[-1], "text": str(run.recipe.data.evaluation)} if measured else None
+    name = None if Path(run.recipe.model).exists() else run.recipe.model
+    return Card(policy=run.recipe.to_yaml(), evaluation=figures, base_model=name)
 
 
 def _probe(run: Run) -> Tensor:

@@ -32,6 +32,7 @@ __all__ = [
     "gathered_state",
     "given_state_dict",
     "has_experts_interface",
+    "holds_parameters",
     "in_transform",
     "is_jit_traced",
     "is_sharded",
@@ -49,6 +50,7 @@ __all__ = [
     "replace_forward",
     "reset_accelerate_state",
     "shallow_copy",
+    "static_shape",
     "storage_id",
     "submodules_of",
     "tensor_files_written_by",
@@ -161,6 +163,12 @@ def offloads(module: nn.Module) -> bool:
     """Returns whether a hook of accelerate loads the weights of a module when it is called."""
     hook: Any = getattr(module, "_hf_hook", None)
     return any(getattr(each, "offload", False) for each in (hook, *cast("Any", getattr(hook, "hooks", ()))))
+
+
+def holds_parameters(module: nn.Module) -> bool:
+    """Returns whether a module was wrapped by DDP or sharded by FSDP, which keep lists of the parameters."""
+    names = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")}
+    return bool(names & {"DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel"})
 
 
 def rebind_hooked_forward(module: nn.Module) -> None:
@@ -338,6 +346,18 @@ def wrapper_tensor(kind: type[T], size: Sequence[int], *, dtype: torch.dtype, de
 def in_transform() -> bool:
     """Returns whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) or a forward-mode derivative is taken."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def static_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Returns the shape of a parameter as integers; in ``torch.jit.trace`` it consists of tensors otherwise."""
+    if torch.compiler.is_compiling() or not is_jit_traced():
+        return tuple(tensor.shape)
+    state, functions = torch._C._get_tracing_state(), cast(Any, torch._C)
+    functions._set_tracing_state(None)
+    try:
+        return tuple(tensor.shape)
+    finally:
+        functions._set_tracing_state(state)
 
 
 is_jit_traced: Callable[[], bool] = torch._C._is_tracing

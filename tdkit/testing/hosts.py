@@ -17,6 +17,7 @@ from tdkit.errors import RegistryError
 from tdkit.models.hosts.base import FactorizedModule, Host, Observer, install
 from tdkit.models.hosts.registered import host_of, hosts
 from tdkit.models.hosts.routing import Routing, StackObserver
+from tdkit.models.hosts.sequential import PlainStages
 from tdkit.testing.check import Check, close, require, run_all
 
 MakeLayer = Callable[[], nn.Module]
@@ -38,6 +39,7 @@ def host_checks(make: MakeLayer, inputs: MakeInputs) -> list[Check]:
         full_rank_layers_compute_the_same,
         other_parameters_stay_the_same_objects,
         undo_is_the_reverse_of_build,
+        plain_layers_compute_the_same,
         observers_see_every_product,
         observers_see_the_products_of_the_factorised_layer,
         what_observers_return_is_used_until_they_are_removed,
@@ -161,6 +163,18 @@ def undo_is_the_reverse_of_build(case: _Case) -> None:
             other = dict(dense.named_parameters())[name]
             close(other, parameter, f"'{name}' after undo")
             require(other.dtype == parameter.dtype, f"'{name}' after undo is {other.dtype}")
+
+
+def plain_layers_compute_the_same(case: _Case) -> None:
+    """What `sequential` returns, if anything, has the output of the factorised layer and holds no factorised one."""
+    for weights in _selections(case):
+        layer, inputs = case.layer(), case.inputs()
+        built = case.factorized(layer, weights)
+        chain = case.host(layer).sequential(built, PlainStages())
+        if chain is not None:
+            inside = [type(each).__name__ for each in chain.modules() if isinstance(each, FactorizedModule)]
+            require(not inside, f"sequential returns factorised layers: {', '.join(inside)}")
+            close(chain(*inputs), built(*inputs), "the output of sequential")
 
 
 def observers_see_every_product(case: _Case) -> None:

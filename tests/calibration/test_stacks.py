@@ -42,6 +42,24 @@ def test_float32_rows_are_summed_in_float64() -> None:
     assert total.bytes == 3 * 5 * 5 * 8
 
 
+def test_large_moments_are_held_in_float32_and_summed_in_float64() -> None:
+    site = Site((), (3, 2, 5), stacked=True)
+    assert StackSums(site, limit=8 * 3 * (25 + 4)).multiply_input.dtype == torch.float64
+    single = StackSums(site, limit=8 * 3 * (25 + 4) - 1)
+    assert single.multiply_input.bytes == 4 * 3 * 25
+    assert single.multiply_output.bytes == 4 * 3 * 4
+    double = StackSums(site)
+    for seed in range(200):
+        for sums in (single, double):
+            sums.multiply_input.add(random(750, 5, seed=seed), ROUTING)
+    found, wanted = single.metric(500), double.metric(500)
+    assert found is not None
+    assert wanted is not None
+    assert found.input is not None
+    assert found.input.dtype == torch.float32
+    torch.testing.assert_close(found.input.double(), wanted.input, rtol=0, atol=2e-6 * float(wanted.input.max()))
+
+
 def test_moments_of_few_rows_are_shrunk_to_the_common_one_and_come_nearer_to_the_true_one() -> None:
     torch.manual_seed(0)
     size, true = 24, torch.diag(torch.linspace(3, 0.1, 24, dtype=torch.float64))

@@ -100,10 +100,14 @@ def test_a_budget_on_the_command_line_leaves_the_rest_of_a_policy_file(tmp_path:
 
 
 def test_compress_eval_info(tdkit: Tdkit, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
     out = tmp_path / "smaller"
     made = tdkit("compress", gpt2_folder, "--with", "tt_matrix", "--match", "*.mlp.*", "--budget", "0.8", "--out", out)
     assert made.code == 0, made.err
-    assert (out / "tdkit.json").is_file()
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "tdkit"
+    assert "budget: 0.8" in (out / "README.md").read_text()
+    assert type(AutoModelForCausalLM.from_pretrained(out).transformer.h[0].mlp.c_fc).__name__ == "FactorizedConv1D"
     assert "tt_matrix" in tdkit("info", out).out
     assert len(json.loads(tdkit("info", out, "--json").out)["layers"]) == 4
     measured = tdkit("eval", out, "--text", text_file, "--context", "32", "--tokens", "512", "--json")

@@ -13,8 +13,8 @@ from tdkit.fitting import lbfgs, train_in_metric, variable_projection
 from tests.benchmarks.fits import random_moment, random_weight
 
 SHAPE = (96, 64)
-CURVE = 150  # evaluations for the six fits of an error curve; 144 measured
-FIT = 100  # for a fit, from two starting points; 83 measured
+CURVE = 75  # evaluations for the six fits of an error curve
+FIT = 50  # for a fit, from the better of two starting points; 43 measured
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_curve_and_a_fit_take_few_evaluations(evaluations: list[int]) -> None:
     choice = Kronecker().complete(SHAPE, weight.numel() // 2)
     assert choice is not None
     choice.fit(weight, metric)
-    assert len(evaluations) == 2
+    assert len(evaluations) == 3
     assert sum(evaluations) <= FIT
 
 

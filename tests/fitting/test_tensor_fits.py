@@ -9,7 +9,7 @@ from torch import Tensor
 from tdkit import CanonicalPolyadic, Decomposition, Metric, SpatialLowRank, Tucker
 from tdkit.errors import CalibrationError
 from tdkit.fitting.canonical_polyadic import fit_cp
-from tdkit.fitting.tucker import fit_tucker, span_errors, tucker_errors
+from tdkit.fitting.tucker import TuckerErrors, fit_tucker
 from tests.fitting.moments import moment, random
 
 SHAPE = (10, 8, 3, 3)
@@ -125,7 +125,7 @@ def test_without_a_bound_on_the_outputs_the_plain_fit_is_the_truncated_svd() -> 
     weight = random(6, 8, 5)
     unfolded = weight.transpose(0, 1).flatten(1)
     values = torch.linalg.svdvals(unfolded).square()
-    errors = span_errors(weight, Metric())
+    errors = TuckerErrors.of(weight, Metric()).span_bounds()
     for rank in (1, 3, 7):
         found = fit_tucker(weight, Metric(), rank)
         dense = torch.einsum("obt,ib->oit", found.core, found.inner)
@@ -136,7 +136,7 @@ def test_without_a_bound_on_the_outputs_the_plain_fit_is_the_truncated_svd() -> 
 
 def test_the_errors_of_all_pairs_of_ranks_are_those_of_the_closed_form() -> None:
     weight, metric = random(6, 5, 4), metric_for((6, 5, 4))
-    table = tucker_errors(weight, metric, [1, 3, 5])
+    table = TuckerErrors.of(weight, metric).bounds([1, 3, 5])
     assert [len(errors) for errors in table] == [4, 6, 6]
     for rank_in, errors in zip([1, 3, 5], table, strict=True):
         assert bool((errors[:-1] >= errors[1:]).all())

@@ -23,7 +23,7 @@ from tdkit.decompositions.registered import decompositions
 from tdkit.errors import CheckpointError
 from tdkit.models.checkpoint import DESCRIPTION, WEIGHTS, read_description
 from tdkit.models.sites import num_params
-from tests.conftest import make_gpt2, make_llama
+from tests.conftest import TiedModel, make_gpt2, make_llama
 from tests.kinds import OF_MATRICES
 
 every = pytest.mark.parametrize("name", OF_MATRICES)
@@ -535,3 +535,12 @@ def test_a_folder_saved_before_tdkit_had_packages_loads() -> None:
     expected = torch.tensor(json.loads((folder / "logits.json").read_text(encoding="utf-8")))
     torch.testing.assert_close(logits[0, :, :8], expected, rtol=1e-4, atol=1e-5)
     assert model.lm_head.matrix is model.transformer.wte.matrix
+
+
+def test_a_module_saved_in_format_1_loads() -> None:
+    folder = Path(__file__).parent / "golden" / "format-1-module"
+    assert read_description(folder)["version"] == 1
+    model = tdkit.load(folder, model=TiedModel(12, 8))
+    expected = torch.tensor(json.loads((folder / "outputs.json").read_text(encoding="utf-8")))
+    torch.testing.assert_close(model(torch.arange(12).reshape(1, 12))[0], expected)
+    assert model.head.matrix is model.embed.matrix

@@ -85,6 +85,15 @@ def test_a_language_model_is_dense_again(make: Callable[[], Any], name: str, ids
     torch.testing.assert_close(model(ids).logits, dense(ids).logits)
 
 
+def test_a_model_that_is_dense_again_is_saved_as_any_other(ids: Tensor, tmp_path: Any) -> None:
+    model = compressed(make_gpt2())
+    expected = tdkit.to_dense(model)(ids).logits
+    model.save_pretrained(tmp_path)
+    read = type(model).from_pretrained(tmp_path).eval()
+    assert is_plain(read)
+    torch.testing.assert_close(read(ids).logits, expected)
+
+
 def test_every_kind_of_layer_is_dense_again() -> None:
     dense = Mixed().eval()
     model = compressed(copy.deepcopy(dense), LowRank(rank=2))

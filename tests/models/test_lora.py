@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # peft reads it on 5.23
     pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied after merging"),
 ]
 
@@ -83,6 +82,23 @@ def test_a_saved_adapter_loads_on_a_freshly_loaded_model(ids: Tensor, tmp_path: 
     config = for_factorized(peft.LoraConfig.from_pretrained(tmp_path / "adapter"), fresh)
     again = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter", config=config).eval()
     assert torch.equal(again(ids).logits, expected)
+
+
+def test_a_model_read_by_from_pretrained_is_adapted(ids: Tensor, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tdkit.save(compressed(make_llama()), tmp_path / "smaller")
+    tuned = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "smaller"), "q_proj", "down_proj")
+    expected = tuned(ids).logits
+    tuned.save_pretrained(tmp_path / "adapter")
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
+    config = for_factorized(peft.LoraConfig.from_pretrained(tmp_path / "adapter"), fresh)
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter", config=config).eval()
+    assert torch.equal(again(ids).logits, expected)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, expected)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits, merged(ids).logits)
 
 
 def test_transformers_own_call_takes_the_config(ids: Tensor) -> None:
@@ -269,3 +285,20 @@ def test_without_peft_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delitem(sys.modules, "tdkit.models.lora")
     with pytest.raises(MissingDependencyError, match=r"pip install 'tdkit\[peft\]'"):
         importlib.import_module("tdkit.models.lora")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_factors_take_adapters(bits: int, ids: Tensor) -> None:
+    pytest.importorskip("torchao")
+    model = make_llama(hidden_size=64, intermediate_size=64, initializer_range=0.3)
+    tdkit.quantize(compressed(model, Policy([Rule("model.layers.*", LowRank(rank=8))])), bits=bits)
+    before = model(ids).logits
+    tuned = peft.get_peft_model(model, for_factorized(peft.LoraConfig(r=2, target_modules="all-linear"), model))
+    assert torch.equal(tuned(ids).logits, before)
+    trained = [each for each in tuned.parameters() if each.requires_grad]
+    assert len(trained) == 28
+    assert {each.dtype for each in trained} == {torch.float32}
+    tuned(ids, labels=ids).loss.backward()
+    assert sum(float(each.grad.abs().sum()) > 0 for each in trained if each.grad is not None) == 14  # B; A follows
+    with pytest.raises(AdapterError, match="cannot be merged into"):
+        tuned.merge_and_unload()

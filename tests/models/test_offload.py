@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
 
 import tdkit
@@ -49,6 +50,30 @@ def test_a_model_offloaded_to_the_cpu_computes_the_same(name: str, ids: Tensor) 
     with torch.no_grad():
         expected = model(ids).logits
         cpu_offload(model, execution_device="cpu", state_dict=copy.deepcopy(model.state_dict()))
+        torch.testing.assert_close(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("prefer", ["memory", "speed"])
+def test_a_model_dispatched_to_the_cpu_and_the_disk_computes_the_same(prefer: Any, ids: Tensor, tmp_path: Path) -> None:
+    model = tdkit.prepare(compressed(make_llama, "permuted_kronecker"), prefer=prefer)
+    places = {f"model.{name}": "disk" if name == "layers" else "cpu" for name, _ in model.model.named_children()}
+    with torch.no_grad():
+        expected = model(ids).logits
+        dispatch_model(
+            model, {**places, "lm_head": "cpu"}, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True
+        )
+        assert all(parameter.is_meta for parameter in model.model.layers.parameters())
+        for _ in range(2):
+            torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_a_model_whose_hooks_are_taken_off_has_its_factors_again(ids: Tensor, tmp_path: Path) -> None:
+    model = compressed(make_gpt2, "tt_matrix")
+    with torch.no_grad():
+        expected = model(ids).logits
+        disk_offload(model, str(tmp_path), execution_device="cpu")
+        remove_hook_from_submodules(model)
+        assert not any(parameter.is_meta for parameter in model.parameters())
         torch.testing.assert_close(model(ids).logits, expected)
 
 

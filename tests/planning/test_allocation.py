@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tdkit import Auto, LowRank
+from tdkit import Auto, Kronecker, LowRank
 from tdkit.decompositions.base import Decomposition, Point
+from tdkit.decompositions.stacked import Stacked
 from tdkit.errors import BudgetError
 from tdkit.models.sites import Site, survey
 from tdkit.planning.allocation import Choice, OpenSite, _Option, by_loss, lower_hull, mixed, uniform
@@ -178,6 +179,26 @@ def test_decompositions_are_mixed_only_where_that_pays(gain: float, names: set[s
     assert {choice.decomposition.name for choice in choices.values()} == names
     assert choices[first].runner_up == Point(Other(rank=2), 80, 2.0)
     assert choices[second].runner_up is not None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [Kronecker(terms=1, a=(2, 2)), Stacked(each=LowRank(rank=2), shared=True, side="input")],
+    ids=["another decomposition", "shared factors"],
+)
+def test_more_alternatives_never_make_the_estimated_loss_larger(other: Decomposition) -> None:
+    """With the other decomposition the floor of 120 params can be held; it must not be at any price."""
+    found = [OpenSite(site, Auto(), floor=0.05) for site in sites((40, 60), (40, 60))]
+    plain = {100: (1.0, 100.0), 200: (0.9, 1.0)}  # by params: the errors of both sites
+    curves = {
+        s.site.name: [
+            *(Point(LowRank(rank=params // 100), params, errors[number]) for params, errors in plain.items()),
+            Point(other, 130, (0.95, 90.0)[number]),
+        ]
+        for number, s in enumerate(found)
+    }
+    assert sum(choice.error or 0 for choice in by_loss(found, curves, 300, "test").values()) == 90.95
+    assert sum(choice.error or 0 for choice in mixed(found, curves, 300, "test").values()) == 2.0
 
 
 def test_by_loss_holds_the_floor_only_where_the_budget_allows_it() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +21,13 @@ from tdkit.support.compatibility import (
     convolve_its_own_way,
     convolves_its_own_way,
     exchange_paths,
+    gathered_state,
+    given_state_dict,
     has_experts_interface,
+    holds_parameters,
     in_transform,
+    is_jit_traced,
+    is_sharded,
     move_own_tensors,
     offloads,
     onednn_enabled,
@@ -28,17 +35,22 @@ from tdkit.support.compatibility import (
     onednn_linear,
     own_parameters,
     parameters_of,
+    parameters_on_meta,
     pre_hooks_of,
     rebind_hooked_forward,
     recurrent_weights_again,
     replace_forward,
     reset_accelerate_state,
     shallow_copy,
+    static_shape,
     storage_id,
     submodules_of,
+    tensor_files_written_by,
     tree_leaves,
     tree_map_only,
     uncompiled,
+    unsharded_class,
+    unwrapped,
     version_of,
     without_recurrent_weights,
     wrapper_tensor,
@@ -188,6 +200,35 @@ def test_transforms_of_functions_are_seen() -> None:
         transform(run)(torch.ones(3))
     run(torch.ones(3))
     assert seen == [False, True, True, True, False]
+
+
+def test_derivatives_in_forward_mode_are_seen() -> None:
+    with torch.autograd.forward_ad.dual_level():
+        assert in_transform()
+    assert not in_transform()
+
+
+def test_a_trace_is_seen_and_the_shapes_of_parameters_are_integers_in_it() -> None:
+    class Seen(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((is_jit_traced(), static_shape(self.weight), isinstance(self.weight.shape[0], Tensor)))
+            return super().forward(x) * x.shape[0]
+
+    layer, seen = Seen(3, 2), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(layer, (torch.ones(4, 3),), check_trace=False)
+    expected = layer(torch.ones(5, 3))
+    assert seen == [(True, (2, 3), True), (False, (2, 3), False)]
+    torch.testing.assert_close(traced(torch.ones(5, 3)), expected)
+
+
+def test_what_keeps_lists_of_parameters_is_known() -> None:
+    assert not holds_parameters(nn.Linear(2, 2))
+    for name in ("DistributedDataParallel", "FSDPModule"):
+        assert not holds_parameters(type(name, (nn.Linear,), {})(2, 2)), "a class of another library"
+        kind = type("Wrapped", (type(name, (nn.Linear,), {"__module__": "torch.distributed"}),), {})
+        assert holds_parameters(kind(2, 2))
 
 
 def test_trees_are_taken_apart_and_mapped() -> None:
@@ -353,6 +394,96 @@ def test_the_wrapper_of_torch_compile_holds_the_module_under_a_prefix() -> None:
     assert uncompiled(wrapper) is layer
     assert uncompiled(layer) is layer
     assert set(wrapper.state_dict()) == {f"{COMPILED}weight", f"{COMPILED}bias"}
+
+
+def test_parameters_are_put_on_meta_as_modules_get_them_and_ties_stay() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 3)
+            self.second = nn.Linear(3, 3)
+            self.second.weight = self.first.weight
+            self.bias = nn.Parameter(torch.zeros(3), requires_grad=False)
+            self.register_parameter("none", None)
+            self.register_buffer("table", torch.arange(3.0))
+
+    with parameters_on_meta():
+        model = Tied()
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model.second.weight is model.first.weight
+    assert not model.bias.requires_grad
+    assert model.none is None
+    assert torch.equal(model.table, torch.arange(3.0))
+    assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_save_pretrained_hands_over_the_tensors_of_its_files(tmp_path: Path) -> None:
+    from tests.conftest import make_gpt2
+
+    model = make_gpt2().to("meta")
+    written: dict[str, set[str]] = {}
+
+    def write(tensors: dict[str, torch.Tensor], path: str, metadata: dict[str, str]) -> None:
+        assert metadata == {"format": "pt"}
+        assert all(tensor.is_meta for tensor in tensors.values())
+        written[Path(path).name] = set(tensors)
+
+    with tensor_files_written_by(write):
+        model.save_pretrained(tmp_path, state_dict=model.state_dict(keep_vars=True), max_shard_size="100KB")
+    names = set().union(*written.values())
+    assert len(written) > 1
+    assert names == set(dict(model.named_parameters()))  # ties once
+    assert not list(tmp_path.glob("*.safetensors"))
+    make_gpt2().save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
+def test_wrappers_are_taken_off() -> None:
+    layer = nn.Linear(2, 2)
+    assert unwrapped(layer) is layer
+    assert unwrapped(nn.DataParallel(layer)) is layer
+    assert unwrapped(nn.DataParallel(torch.compile(layer, backend="eager"))) is layer  # type: ignore[arg-type]
+
+    class DistributedDataParallel(nn.Module):  # of the same name, and no wrapper
+        pass
+
+    other = DistributedDataParallel()
+    assert unwrapped(other) is other
+
+
+def test_the_class_and_the_tensors_of_a_sharded_model(tmp_path: Path) -> None:
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        layer = nn.Linear(2, 3)
+        weight = layer.weight.detach().clone()
+        assert unsharded_class(type(layer)) is nn.Linear
+        assert not is_sharded(layer)
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        assert type(layer) is not nn.Linear
+        assert unsharded_class(type(layer)) is nn.Linear
+        assert is_sharded(layer)
+        assert torch.equal(gathered_state(layer)["weight"], weight)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_the_state_that_save_pretrained_is_given_is_seen() -> None:
+    def hook() -> Any:
+        return given_state_dict()
+
+    def save_pretrained(state_dict: Any) -> Any:
+        return hook()
+
+    def other(state_dict: Any) -> Any:
+        return hook()
+
+    assert save_pretrained({"a": 1}) == {"a": 1}
+    assert save_pretrained(None) is None
+    assert other({"a": 1}) is None
 
 
 def test_paths_are_exchanged_in_one_step(tmp_path: Path) -> None:

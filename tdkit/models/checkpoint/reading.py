@@ -90,6 +90,20 @@ def load(
     return given.to(device).eval() if device is not None else given.eval()
 
 
+def outline(folder: str | Path) -> Any:
+    """Returns the saved transformers model of a folder with its tensors on the meta device, without reading them.
+
+    Raises:
+        CheckpointError: as in `load`.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    model = huggingface.empty_model(description["model"], folder)
+    with swapping(model) as swap:
+        rewrite(swap, layers_of(description, str(place_of(folder))), str(folder))
+    return model
+
+
 def _digest_of_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

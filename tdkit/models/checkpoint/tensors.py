@@ -17,6 +17,17 @@ from tdkit.models.sites import factorized_layers
 from tdkit.support.compatibility import COMPILED
 
 
+def tied_as_in(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `state` with one tensor for all names of a tensor of `model`: gathered shards are copies of their own."""
+    tied = dict(state)
+    first: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        original = first.setdefault(id(tensor), name)
+        if isinstance(tensor, Tensor) and name in state and original in state:
+            tied[name] = state[original]
+    return tied
+
+
 def tensors_and_ties(
     state: Mapping[str, Any], known: Collection[str] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:

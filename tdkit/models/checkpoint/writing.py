@@ -14,7 +14,7 @@ from tdkit.errors import CheckpointError
 from tdkit.models import huggingface
 from tdkit.models.card import Card
 from tdkit.models.checkpoint.description import DESCRIPTION, FORMAT, describe, is_saved
-from tdkit.models.checkpoint.tensors import tensors_and_ties
+from tdkit.models.checkpoint.tensors import tensors_and_ties, tied_as_in
 from tdkit.models.checkpoint.values import late_state
 from tdkit.models.registration import attach
 from tdkit.models.shards import WEIGHTS
@@ -67,8 +67,8 @@ def save(
             gathered_state(model)
         return folder
     check_target(folder, overwrite)
-    state = gathered_state(model) if sharded else late_state(model)
     inner = unwrapped(model)
+    state = tied_as_in(inner, gathered_state(model)) if sharded else late_state(inner)
     _check_model(inner)
     with whole_folder(folder) as target:
         if huggingface.is_pretrained(inner):
@@ -86,25 +86,25 @@ def save(
 
 def _save_pretrained(model: Any, state: Mapping[str, Any] | None, target: Path, max_shard_size: int | str) -> None:
     """Let transformers write its files; the model and its config stay as they are."""
-    config, before = model.config, dict(vars(model.config))
-    own = vars(model).get("hf_quantizer")
+    config = model.config
+    before, own = dict(vars(config)), dict(vars(model))
+    options: dict[str, Any] = {"state_dict": state, "max_shard_size": max_shard_size}
     try:
         if is_compressed(model):
             attach(model)
         else:  # an ordinary folder of transformers, with what load needs beside it
-            tensors, ties = tensors_and_ties(model.state_dict() if state is None else state)
+            tied = getattr(model, "all_tied_weights_keys", None) or {}
+            tensors, ties = tensors_and_ties(model.state_dict() if state is None else state, {*tied, *tied.values()})
             _write_description(describe(model, tensors, ties), target)
-            vars(model).pop("hf_quantizer", None)
-            if hasattr(config, "quantization_config"):  # describes the original file; the weights are dense floats now
-                del config.quantization_config
-            state = tensors
-        model.save_pretrained(target, state_dict=state, max_shard_size=max_shard_size, save_original_format=False)
+            options |= {"state_dict": tensors, "save_original_format": False}
+            model._keys_to_ignore_on_save = None
+            vars(model).pop("hf_quantizer", None)  # describes the original file; the weights are dense floats now
+            vars(config).pop("quantization_config", None)
+        model.save_pretrained(target, **options)
     finally:
-        vars(config).clear()
-        vars(config).update(before)
-        vars(model).pop("hf_quantizer", None)
-        if own is not None:
-            model.hf_quantizer = own
+        for owner, saved in ((config, before), (model, own)):
+            vars(owner).clear()
+            vars(owner).update(saved)
 
 
 def _write_description(description: Mapping[str, Any], target: Path) -> None:

@@ -121,7 +121,8 @@ class EmbeddingHost(Host):
         embedding = nn.Embedding(rows, width, padding_idx=layer.padding_idx, device="meta")
         embedding.weight = cast(nn.Parameter, last.weight)
         if layer.zero_padding:
-            embedding.weight[layer.padding_idx] = 0.0
+            with torch.no_grad():
+                embedding.weight[layer.padding_idx] = 0.0
         chain = nn.Sequential(embedding)
         for stage in reversed(others):
             rank, width = stage.weight.shape

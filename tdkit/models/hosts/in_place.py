@@ -231,7 +231,7 @@ class InPlaceLayer(FactorizedModule):
         """
         state = vars(self)
         built: dict[object, Tensor] | None = state["_built"]
-        key = weight, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        key = None if built is None else (weight, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         if built is not None and key in built:
             return built[key]
         matrix = cast(FactorizedMatrix, submodules_of(self)[self.matrix_name(weight)])
@@ -340,9 +340,9 @@ def _lazy_or_observed(factorized: type[FactorizedModule]) -> property:
         if state.get(GRADIENT_OBSERVERS, {}).get("weight"):
             return self.dense_weight("weight")
         built: dict[object, Tensor] | None = state["_built"]
-        key = "lazy", torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         if built is None:
             return lazy(self)
+        key = "lazy", torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         if key not in built:
             built[key] = keep_in_cache(lazy(self))
         return built[key]

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.decompositions.stacks import FactorizedStack, dense_grouped
+from tdkit.errors import TdkitError
+from tdkit.products.recording import needs_plain_operations
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,13 @@ def experts_forward(
         matrices: the factorised weights, by name; the others are those of `module`.
         observers: of the products, by the name of the weight.
     """
+    if needs_plain_operations():
+        return _every_expert(module, matrices, observers, hidden_states, top_k_index, top_k_weights)
     given: Any = module
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     ids = top_k_index.reshape(-1)
-    up, down = weights_of(module)
-    experts = matrices[up].sizes[0] if up in matrices else len(getattr(module, up))
     order = ids.argsort(stable=True)
+    experts = _experts(module, matrices)
     counts: list[int] = torch.bincount(ids, minlength=experts)[:experts].tolist()
     order = order[: sum(counts)]
     routing = Routing(order // top_k_index.shape[-1], counts, len(flat))
@@ -67,15 +70,60 @@ def experts_forward(
             y = observe(routing, x, y)
         return y
 
-    inner = product(up, flat[routing.tokens])
-    inner = given._apply_gate(inner) if given.has_gate else given.act_fn(inner)
-    outer = product(down, inner)
-    if getattr(given, "has_post_expert_norm", False):
-        outer = given.post_expert_norm(outer)
+    outer = _expert(given, product, flat[routing.tokens])
     weighted = outer * top_k_weights.reshape(-1)[order, None]
     every = weighted.new_zeros(len(ids), weighted.shape[-1]).index_copy(0, order, weighted)
     summed = every.view(len(flat), top_k_index.shape[-1], every.shape[-1]).sum(1)  # index_add is not deterministic
     return summed.to(hidden_states.dtype).view(hidden_states.shape)
+
+
+def _every_expert(
+    module: nn.Module,
+    matrices: Mapping[str, FactorizedMatrix],
+    observers: Observers,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
+    """The same by all experts for all tokens, which reads no number of rows: an exported or traced program needs that.
+
+    Raises:
+        TdkitError: when the products are observed, as in a calibration.
+    """
+    if any(observers.values()):
+        raise TdkitError(f"a {type(module).__name__} that is observed cannot be exported, traced or transformed")
+    given: Any = module
+
+    def product(name: str, x: Tensor) -> Tensor:  # (tokens, in) or (experts, tokens, in)
+        matrix = matrices.get(name)
+        if isinstance(matrix, FactorizedStack):
+            y: Tensor = matrix(x, every=True)
+        else:
+            stored: Tensor = getattr(module, name)
+            y = x @ (stored if given.is_transposed else stored.mT)
+        bias: Tensor | None = getattr(module, f"{name}_bias") if given.has_bias else None
+        return y if bias is None else y + bias.unsqueeze(1)
+
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    outer = _expert(given, product, flat)  # (experts, tokens, in)
+    chosen = top_k_index.unsqueeze(-1) == torch.arange(_experts(module, matrices), device=flat.device)
+    weights = (top_k_weights.unsqueeze(-1) * chosen).sum(1)  # (tokens, experts)
+    summed = (outer * weights.T.unsqueeze(-1)).sum(0)
+    return summed.to(hidden_states.dtype).view(hidden_states.shape)
+
+
+def _expert(given: Any, product: Callable[[str, Tensor], Tensor], x: Tensor) -> Tensor:
+    """What an expert computes, by its products."""
+    up, down = weights_of(given)
+    inner = product(up, x)
+    outer = product(down, given._apply_gate(inner) if given.has_gate else given.act_fn(inner))
+    normed: Tensor = given.post_expert_norm(outer) if getattr(given, "has_post_expert_norm", False) else outer
+    return normed
+
+
+def _experts(module: nn.Module, matrices: Mapping[str, FactorizedMatrix]) -> int:
+    up, _ = weights_of(module)
+    return matrices[up].sizes[0] if up in matrices else len(getattr(module, up))
 
 
 def weights_of(module: nn.Module) -> tuple[str, str]:

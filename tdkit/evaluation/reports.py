@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from tdkit.calibration.runner import device_of
-from tdkit.models.sites import num_bytes, num_params
-from tdkit.planning.planner import applied_plan
+from tdkit.errors import EvaluationError
+from tdkit.models.sites import factorized_groups, num_bytes, num_params, survey
 from tdkit.sources.source import Source
 from tdkit.support.files import write_text
 
@@ -174,8 +175,20 @@ class Report(Form):
 
     @classmethod
     def read(cls, file: str | Path) -> Report:
-        """Returns a report that `save` wrote."""
-        return cls.model_validate_json(Path(file).read_text(encoding="utf-8"))
+        """Returns a report that `save` wrote.
+
+        Raises:
+            EvaluationError: when there is no such file, or it has another form; all faults are named.
+        """
+        try:
+            return cls.model_validate_json(Path(file).read_bytes())
+        except OSError as error:
+            raise EvaluationError(f"{file} cannot be read: {error}") from None
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, each['loc'])) or 'the file'}: {each['msg']}" for each in error.errors()]
+            raise EvaluationError(
+                f"{file} is no report of the form tdkit-evaluation/1:\n" + "\n".join(faults)
+            ) from None
 
 
 def report(source: Source, results: Iterable[Result], *, seed: int = 0) -> Report:
@@ -186,22 +199,14 @@ def report(source: Source, results: Iterable[Result], *, seed: int = 0) -> Repor
 def identity(source: Source) -> ModelIdentity:
     """Returns what identifies a loaded model."""
     model = source.model
-    plan = applied_plan(model)
-    decompositions: dict[str, int] = {}
-    for step in plan.rewritten:
-        name = step.decomposition.name if step.decomposition is not None else ""
-        decompositions[name] = decompositions.get(name, 0) + 1
+    found, decompositions = survey(model), Counter(each.decomposition.name for each, _ in factorized_groups(model))
     why = "the policy kept it" if decompositions else "the model is not compressed"
-    dense = [
-        DenseWeight(names=step.names, shape=step.shape, params=step.params_after, reason=why)
-        for step in plan.steps
-        if step.decomposition is None
-    ]
+    dense = [DenseWeight(names=site.names, shape=site.shape, params=site.params, reason=why) for site in found.sites]
     dense += [
         DenseWeight(
             names=kept.names, shape=kept.shape, params=kept.params, reason=f"cannot be rewritten: {kept.reason}"
         )
-        for kept in plan.untouchable
+        for kept in found.untouchable
     ]
     sha256, kind = _digest(source)
     return ModelIdentity(
@@ -213,7 +218,7 @@ def identity(source: Source) -> ModelIdentity:
         bytes=num_bytes(model),
         dtypes=tuple(sorted({str(each.dtype).removeprefix("torch.") for each in model.parameters()})),
         device=str(device_of(model)),
-        decompositions=decompositions,
+        decompositions=dict(decompositions),
         left_dense=tuple(dense),
     )
 
