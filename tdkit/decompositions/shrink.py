@@ -37,7 +37,7 @@ class Shrink(Decomposition):
         by: the units that cost least in the estimated loss are removed first ("loss"), or those with the least ridge
             leverage scores ("leverage", MoDeGPT's choice).
         multiple: the number of units that stay is a multiple of this one, where the budget chooses it.
-        temper: how far the numbers of units that the budget chooses for groups of one shape are moved towards their
+        temper: how far the numbers of units that the budget chooses for MLPs of one shape are moved towards their
             mean: 0 leaves them, 1 makes them equal. The estimated loss favours unequal ones too much.
         shared: names of weights, relative to a module that holds them all, that share their hidden units; the last one
             consumes them. For modules that no known pattern describes.

@@ -48,7 +48,8 @@ def problem_of(group: Group, metric: Metric | None) -> Problem:
     metric = metric or Metric()
     weight = working(finite(group.consumer))
     if group.consumer.axis == 0:
-        return Problem(weight.T, Metric(metric.output, metric.input), group.consumer.places)
+        turned = Metric(metric.ridged_output(), metric.ridged_input())  # ridged as the sides that they are
+        return Problem(weight.T, turned, group.consumer.places)
     plain = Problem(weight, metric, group.consumer.places)
     return _combined(plain, group.blocks) if group.blocks else plain
 

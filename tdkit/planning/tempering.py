@@ -12,16 +12,16 @@ from tdkit.planning.allocation import Choice, OpenSite
 
 
 def tempered(sites: Sequence[OpenSite], choices: Mapping[str, Choice]) -> dict[str, Choice]:
-    """Returns `choices` with the units of groups that are alike moved towards their mean by `Shrink.temper`.
+    """Returns `choices` with the units of MLPs that are alike moved towards their mean by `Shrink.temper`.
 
     The estimate takes the loss for a sum over layers, and is the further below the true one the more an allocation
     takes from few layers. The sum of the units, and so of the parameters, does not grow.
     """
     alike: dict[object, list[OpenSite]] = {}
     for each in sites:
-        if isinstance(each.site, Bundle) and isinstance(each.kind, Shrink) and each.kind.temper:
-            group = each.site.groups[0]
-            alike.setdefault((each.kind, each.site.shape, group.blocks, group.consumer.axis), []).append(each)
+        mlp = isinstance(each.site, Bundle) and not each.site.groups[0].keeps_sizes
+        if mlp and isinstance(each.kind, Shrink) and each.kind.temper:
+            alike.setdefault((each.kind, each.site.shape), []).append(each)
     moved = dict(choices)
     for members in alike.values():
         kind = members[0].kind
