@@ -447,9 +447,14 @@ transformers.LlamaForCausalLM
 transformers.utils.logging.disable_progress_bar()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
-print(peak() - before)
+model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+compressed = peak()
+del model.config.quantization_config
+dense = transformers.LlamaForCausalLM(model.config)
+print(compressed - before, peak() - compressed)
 """
     done = run(code)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < dense / 4
+    for_factors, for_dense = map(int, done.stdout.split())
+    assert for_dense > dense / 2, "the measurement would not see a dense model"
+    assert for_factors < dense / 4
