@@ -8,6 +8,7 @@ tdkit.save(model, "smaller")
 
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.measure import calibrate
+from tdkit.calibration.stream import calibrate_folder
 from tdkit.compression.apply import compress
 from tdkit.compression.stream import compress_folder
 from tdkit.decompositions import (
@@ -23,6 +24,7 @@ from tdkit.decompositions import (
 )
 from tdkit.decompositions.auto import Auto
 from tdkit.decompositions.quantized import Quantized
+from tdkit.decompositions.shrink import Shrink
 from tdkit.decompositions.stacked import Stacked
 from tdkit.errors import TdkitError
 from tdkit.fitting.metric import Metric
@@ -57,6 +59,7 @@ __all__ = [
     "Policy",
     "Quantized",
     "Rule",
+    "Shrink",
     "SpatialLowRank",
     "Stacked",
     "TTMatrix",
@@ -64,6 +67,7 @@ __all__ = [
     "Tucker",
     "applied_plan",
     "calibrate",
+    "calibrate_folder",
     "compress",
     "compress_folder",
     "load",

@@ -24,7 +24,8 @@ from tdkit.decompositions.shrink import Shrink
 from tdkit.errors import CalibrationError
 from tdkit.fitting.elimination import Elimination, eliminate, in_order, leverage_scores
 from tdkit.fitting.metric import Metric
-from tdkit.models.groups import Bundle, Group
+from tdkit.models.groups.group import Bundle, Group
+from tdkit.models.shrinking import problem_of
 from tdkit.models.sites import Site
 from tdkit.support.files import whole_folder
 
@@ -219,22 +220,26 @@ class Calibration:
         return calibration
 
 
+def is_saved_calibration(folder: str | Path) -> bool:
+    """Returns whether a folder is one that `Calibration.save` wrote."""
+    return (Path(folder) / DESCRIPTION).is_file()
+
+
 def elimination_of(group: Group, kind: Shrink, metric: Metric | None) -> Elimination:
     """Eliminate the units of a group from the weight that consumes them, by the scores that `kind` names.
 
     Raises:
         CalibrationError: when leverage scores are asked for and the moments of the inputs are not known.
     """
-    metric = metric or Metric()
-    weight, columns = group.consumer.site.weight.detach(), group.consumer.places
+    problem = problem_of(group, metric)
     if kind.by == "loss":
-        return eliminate(weight, metric, columns)
-    if metric.input is None:
+        return eliminate(problem.weight, problem.metric, problem.columns)
+    moment = problem.metric.input
+    if moment is None:
         raise CalibrationError(f"{group.name}: leverage scores need the moments of its inputs: calibrate the model")
-    moment = metric.input.to(weight.device)
     moment = moment.diag() if moment.ndim == 1 else moment
-    scores = leverage_scores(moment, LEVERAGE_RIDGE)[columns].sum(1)
-    return in_order(weight, metric, scores.argsort(stable=True), columns)
+    scores = leverage_scores(moment, LEVERAGE_RIDGE)[problem.columns].sum(1)
+    return in_order(problem.weight, problem.metric, scores.argsort(stable=True), problem.columns)
 
 
 def _write(metrics: Mapping[str, Metric], path: Path) -> None:

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from tdkit.cli.models import Budget, Dtype, Match, ModelName, PolicyFile, With, dtype_of, policy_of
+from tdkit.cli.models import Budget, Match, PolicyFile, With, policy_of
+from tdkit.cli.options import Dtype, ModelName, dtype_of
 from tdkit.cli.output import AsJson, Device, note, show
 from tdkit.errors import OptionError
 from tdkit.evaluation.speed import benchmark, unfitted

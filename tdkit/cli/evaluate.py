@@ -9,7 +9,7 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from tdkit.cli.models import Dtype, ModelName, dtype_of
+from tdkit.cli.options import Dtype, ModelName, dtype_of
 from tdkit.cli.output import AsJson, Device, DryRun, note, show
 from tdkit.errors import OptionError
 from tdkit.evaluation.language_models import Evaluation, check_takes_text

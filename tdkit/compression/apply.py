@@ -132,7 +132,7 @@ def compress_resolved(
 
 def _follow_widths(model: nn.Module, jobs: Sequence[Job]) -> None:
     """Write the width of shrunk groups that are all alike into the config of a transformers model."""
-    shrunk = [job for job in jobs if isinstance(job, ShrinkJob)]
+    shrunk = [job for job in jobs if isinstance(job, ShrinkJob) and not job.group.keeps_sizes]
     for width in dict.fromkeys(job.group.units for job in shrunk):
         alike = [job for job in shrunk if job.group.units == width]
         units = {job.kind.units for job in alike}

@@ -13,7 +13,7 @@ from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.decompositions.shrink import Shrink
 from tdkit.fitting.elimination import Elimination
 from tdkit.fitting.metric import Metric
-from tdkit.models.groups import Group
+from tdkit.models.groups.group import Group
 from tdkit.models.shrinking import masked, shrunk
 from tdkit.models.sites import Site
 from tdkit.models.swap import Resized

@@ -25,6 +25,7 @@ from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.registered import spec_of
 from tdkit.decompositions.shrink import Shrink
 from tdkit.errors import OptionError, PolicyError, TdkitError
+from tdkit.models.card import Card
 from tdkit.models.checkpoint.description import Layer
 from tdkit.models.checkpoint.rewriting import rewrite
 from tdkit.models.checkpoint.values import values_from
@@ -59,6 +60,7 @@ def compress_folder(
     device: torch.device | str | None = None,
     workers: int = 1,
     overwrite: bool = False,
+    card: bool | Card = False,
     progress: bool | None = None,
 ) -> Path:
     """Write the folder that `tdkit.save` writes after `tdkit.compress`, with one layer in memory at a time.
@@ -81,6 +83,7 @@ def compress_folder(
         device: the device to fit on; the CPU when None.
         workers: the number of processes on this machine that share the layers. They divide torch's threads.
         overwrite: replace an earlier save.
+        card: write a model card, as in `tdkit.save`.
         progress: show a progress bar; when None, only on a terminal.
 
     Returns:
@@ -98,7 +101,7 @@ def compress_folder(
     check_target(out, overwrite)
     opened = open_model(source, dtype=dtype)
     moments = None if calibration is None else _moments(calibration)
-    resolved = _one_by_one(resolve(opened.model, policy, opened.weights.weight))
+    resolved = resolve_on_disk(opened, policy)
     job = _Job(opened, resolved, moments, Work(out), device)
     job.work.begin(
         {
@@ -110,28 +113,31 @@ def compress_folder(
     )
     with _helpers(job, policy, calibration, workers):
         job.run(progress)
-    return job.finish(out, overwrite)
+    return job.finish(out, overwrite, card)
 
 
-def _one_by_one(resolved: Resolved) -> Resolved:
-    """Returns `resolved` without groups of weights, which shrink together in a model that can be run.
+def resolve_on_disk(opened: OpenedModel, policy: Policy | Plan) -> Resolved:
+    """Returns the resolved policy without groups of weights, which shrink together in a model that can be run.
 
     Raises:
-        PolicyError: when a rule asks for them, or the budget for a dtype of integers.
+        PolicyError: when a rule asks for them, or the budget for a dtype of integers; else as `resolve`.
     """
+    resolved = resolve(opened.model, policy, opened.weights.weight)
     groups = {group.name for bundle in resolved.bundles.values() for group in bundle.groups}
+    plan, chosen = resolved.plan, resolved.policy
     asked = [name for name in groups if isinstance(resolved.rules[name].decomposition, Shrink)]
+    asked += [step.name for step in plan.rewritten if isinstance(step.decomposition, Shrink)] if plan else []
     if asked:
         raise PolicyError(
             f"shrink needs the whole model, to test that {min(asked)} shares its hidden units: load it, then compress"
         )
-    target = None if resolved.policy is None else resolved.policy.target
+    target = plan.target if plan else chosen.target if chosen else None
     if target is not None and target.dtype is not None:
         raise PolicyError(
             f"the budget's dtype={target.dtype} is not for weights that are read one by one: give dtype=, and quantize "
             "the result"
         )
-    return without(resolved, dict.fromkeys(groups, "weights are read one by one"))
+    return without(resolved, dict.fromkeys(groups, "weights are read one by one")) if groups else resolved
 
 
 @dataclass(frozen=True)
@@ -171,14 +177,14 @@ class _Job:
             for _ in self.work.share(pairs, lambda item: self.work.layer(item[0]), fit):
                 bar.advance()
 
-    def finish(self, out: Path, overwrite: bool) -> Path:
+    def finish(self, out: Path, overwrite: bool, card: bool | Card) -> Path:
         """Write the output folder from the finished layers and remove them, unless another process has done so."""
-        self.work.once("saved", lambda _: self._save(out, overwrite))
+        self.work.once("saved", lambda _: self._save(out, overwrite, card))
         if self.work.is_over():
             self.work.remove()  # of the lock files that processes made that waited
         return out
 
-    def _save(self, out: Path, overwrite: bool) -> None:
+    def _save(self, out: Path, overwrite: bool, card: bool | Card) -> None:
         plan = Plan.from_json((self.work.folder / PLAN).read_text(encoding="utf-8"))
         files = [self.work.layer(number) for number in range(len(plan.rewritten))]
         entries = [read_entry(path) for path in files]
@@ -199,7 +205,7 @@ class _Job:
         state = model.state_dict(keep_vars=True).items()
         values = {name: partial(value, tensor) for name, tensor in state if tensor.is_meta}
         with values_from(values):
-            save(model, out, tokenizer=self.opened.tokenizer, overwrite=overwrite)
+            save(model, out, tokenizer=self.opened.tokenizer, overwrite=overwrite, card=card)
         self.work.remove()
 
     def _with_curves(self, progress: bool | None) -> Calibration | None:
@@ -293,7 +299,7 @@ def _work(folder: str) -> None:
     policy = Plan.from_dict(call["policy"]) if call["is_plan"] else Policy.from_dict(call["policy"])
     try:
         opened = open_model(call["source"], dtype=getattr(torch, call["dtype"]))
-        resolved = resolve(opened.model, policy, opened.weights.weight)
+        resolved = resolve_on_disk(opened, policy)
         moments = None if call["calibration"] is None else Calibration.load(call["calibration"])
         out = place.with_name(place.name.removesuffix(".work"))
         _Job(opened, resolved, moments, Work(out), call["device"]).run(progress=False)

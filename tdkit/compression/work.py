@@ -78,8 +78,8 @@ class Work:
     def once(self, name: str, make: Callable[[Path], None]) -> Path:
         """Returns the path called `name`, which one process makes while the others wait."""
         path = self.folder / name
-        with claimed(self.folder / f"{name}.lock", wait=True):
-            if not path.exists() and not self.is_over():
+        with claimed(self.folder / f"{name}.lock", wait=True) as mine:
+            if mine and not path.exists() and not self.is_over():
                 make(path)
         return path
 

@@ -17,7 +17,7 @@ from tdkit.errors import OptionError
 from tdkit.fitting.metric import Metric
 from tdkit.shapes import Shape
 
-AMONG = ("low_rank", "kronecker", "tt_matrix", "tucker", "spatial_low_rank", "cp")
+AMONG = ("shrink", "low_rank", "kronecker", "tt_matrix", "tucker", "spatial_low_rank", "cp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class Auto(Decomposition):
 
     Args:
         among: decompositions, names, or ``{name: {option: value}}``. Each must take the weight's number of
-            dimensions; of the default ones, those of tensors are for kernels of more than one position only.
+            dimensions; of the default ones, those of tensors are for kernels of more than one position only. `Shrink`
+            is for the MLPs of a model, where there are calibration batches to test that they share hidden units.
     """
 
     name: ClassVar[str] = "auto"
@@ -97,7 +98,9 @@ class Auto(Decomposition):
         Raises:
             OptionError: also when a member that was asked for does not take the order of `shape`.
         """
-        members = self.members
+        members = tuple(member for member in self.members if member.orders)  # the others are for groups of weights
+        if not members:
+            raise OptionError(f"{self.describe()} has no decomposition of a single weight")
         if not self.options():
             members = tuple(member for member in members if _is_default_for(member, shape))
         takes = [(member, member.shape_of(shape)) for member in members]

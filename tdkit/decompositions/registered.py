@@ -24,6 +24,7 @@ decompositions: Registry[type[Decomposition]] = Registry(
         "stacked": "tdkit.decompositions.stacked:Stacked",
         "blocks": "tdkit.decompositions.blocks:Blocks",
         "quantized": "tdkit.decompositions.quantized:Quantized",
+        "submatrix": "tdkit.decompositions.submatrix:Submatrix",
         "shrink": "tdkit.decompositions.shrink:Shrink",
         "auto": "tdkit.decompositions.auto:Auto",
     },

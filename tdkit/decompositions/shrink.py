@@ -37,6 +37,8 @@ class Shrink(Decomposition):
         by: the units that cost least in the estimated loss are removed first ("loss"), or those with the least ridge
             leverage scores ("leverage", MoDeGPT's choice).
         multiple: the number of units that stay is a multiple of this one, where the budget chooses it.
+        temper: how far the numbers of units that the budget chooses for groups of one shape are moved towards their
+            mean: 0 leaves them, 1 makes them equal. The estimated loss favours unequal ones too much.
         shared: names of weights, relative to a module that holds them all, that share their hidden units; the last one
             consumes them. For modules that no known pattern describes.
 
@@ -50,6 +52,7 @@ class Shrink(Decomposition):
     uniform: bool = False
     by: str = "loss"
     multiple: int = 8
+    temper: float = 0.5
     shared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -57,6 +60,9 @@ class Shrink(Decomposition):
         positive(self.name, "multiple", self.multiple)
         if not isinstance(self.uniform, bool):
             raise OptionError(f"shrink: uniform={self.uniform!r} must be true or false")
+        is_number = isinstance(self.temper, int | float) and not isinstance(self.temper, bool)
+        if not is_number or not 0 <= self.temper <= 1:
+            raise OptionError(f"shrink: temper={self.temper!r} must be a number from 0 to 1")
         if self.by not in BY:
             raise OptionError(f"shrink: by={self.by!r} must be one of {', '.join(BY)}")
         shared = self.shared

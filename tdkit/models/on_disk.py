@@ -150,8 +150,8 @@ class OnDisk:
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise CheckpointError(
-                f"the files in {self.folder} {'; '.join(problems[:5])}{more}. Weights that are merged when a "
-                "model is loaded cannot be read one by one: load the model and compress it in memory"
+                f"the files in {self.folder} {'; '.join(problems[:5])}{more}. Weights that are merged or "
+                "computed when a model is loaded cannot be read one by one: load the model and compress it in memory"
             )
         for tied in ties.values():
             self._check_tie(tied)

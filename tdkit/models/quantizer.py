@@ -31,10 +31,12 @@ from tdkit.models.checkpoint.description import (
     main_dtype,
 )
 from tdkit.models.checkpoint.rewriting import rewrite
+from tdkit.models.checkpoint.sizes import Sizes, resize, sizes_of
 from tdkit.models.checkpoint.tensors import markers, shapes_in, tensors_and_ties, tied_as_in
 from tdkit.models.hosts.base import FactorizedModule
-from tdkit.models.sites import factorized_layers
+from tdkit.models.sites import factorized_layers, is_compressed
 from tdkit.models.swap import swapping
+from tdkit.shapes import Shape
 from tdkit.support.compatibility import buffers_of, given_state_dict
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -94,6 +96,7 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
         with swapping(model) as swap:
             rewrite(swap, layers, place)
             self._dense = {name: swap.dense(name) for name, module in factorized_layers(model) if _computed(module)}
+            resize(swap, _sizes_in(model, sizes_of(description, place)), place)
         if not checkpoint_files or None in checkpoint_files:
             raise CheckpointError(f"{place}: factors are read from files: give from_pretrained a folder or a hub name")
         found = _Files(checkpoint_files, model)
@@ -148,7 +151,7 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
         given = given_state_dict()
         if getattr(model, "_hf_peft_config_loaded", False):
             return given, {}
-        if not any(True for _ in factorized_layers(model)):
+        if not is_compressed(model):
             if isinstance(getattr(model.config, "quantization_config", None), FactorsConfig):
                 del model.config.quantization_config
             return given, {}
@@ -226,6 +229,12 @@ class _Files:
                 raise CheckpointError(
                     f"{place}: the files hold {name} as {entry[0]}, the description says {tuple(tensor.shape)}"
                 )
+
+
+def _sizes_in(model: Any, sizes: Sizes) -> dict[str, Shape]:
+    """Returns the sizes of layers by their names in `model`, without those of layers that its class does not have."""
+    found = {_name_in(model, name): shape for name, shape in sizes.items()}
+    return {name: shape for name, shape in found.items() if name is not None}
 
 
 def _unread(saved: list[Layer], model: Any) -> set[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tdkit.models.hosts.base import FactorizedModule
+from tdkit.models.sites import is_compressed
 from tdkit.support.imports import when_imported
 
 
@@ -31,7 +31,5 @@ def attach(model: nn.Module) -> None:
     from tdkit.models.quantizer import quantizer_of
 
     for module in model.modules():
-        if isinstance(module, package.PreTrainedModel) and any(
-            isinstance(part, FactorizedModule) for part in module.modules()
-        ):
+        if isinstance(module, package.PreTrainedModel) and is_compressed(module):
             vars(module)["hf_quantizer"] = quantizer_of(module)

@@ -18,7 +18,7 @@ from tdkit.shapes import Shape
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-REOPEN = 2**26  # bytes
+REOPEN = 2**24  # bytes
 
 DTYPES = {  # by their names in a file, in the order in which safetensors sorts them
     "BOOL": torch.bool,

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tdkit.decompositions.base import FactorizedMatrix
-from tdkit.models.hosts.base import FactorizedModule, Host, become, unsupported
+from tdkit.models.hosts.base import DENSE_SHAPE, FactorizedModule, Host, become, unsupported
 from tdkit.models.hosts.in_place import parametrized
 from tdkit.models.hosts.registered import builder_of, host_of
 from tdkit.shapes import Shape
-from tdkit.support.compatibility import COMPILED, offloads
+from tdkit.support.compatibility import COMPILED, offloads, parameters_of, saved_buffers_of
 
 
 @dataclass(frozen=True)
@@ -264,6 +264,20 @@ def factorized_groups(model: nn.Module) -> list[tuple[FactorizedMatrix, list[Fac
     return list(groups.values())
 
 
+def resized_layers(model: nn.Module) -> Iterator[tuple[str, Shape, Shape]]:
+    """Iterate over (name, shape, dense shape) of the layers that `Shrink` made smaller; shapes are (out, in)."""
+    for name, module in _modules(model):
+        dense = vars(module).get(DENSE_SHAPE)
+        host = host_of(module) if dense is not None else None
+        if dense is not None and host is not None:
+            yield name, tuple(host.canonical(parameters_of(module)["weight"], "weight").shape), dense
+
+
+def is_compressed(model: nn.Module) -> bool:
+    """Returns whether a model has factorised layers or resized ones."""
+    return any(isinstance(module, FactorizedModule) or DENSE_SHAPE in vars(module) for module in model.modules())
+
+
 def num_params(model: nn.Module) -> int:
     """Returns the number of parameters of a model, those of quantized factors included; tied ones are counted once."""
     rounded = sum(module.held_as_buffers for module in model.modules() if isinstance(module, FactorizedMatrix))
@@ -277,9 +291,8 @@ def num_bytes(model: nn.Module) -> int:
 
 def distinct_tensors(model: nn.Module) -> list[Tensor]:
     """Returns the tensors in the ``state_dict`` of a model, tied ones once; also of a model on the meta device."""
-    saved = set(model.state_dict())
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return list({t.data_ptr() or id(t): t for name, t in named if name in saved}.values())
+    held = [*model.parameters(), *(buffer for module in model.modules() for buffer in saved_buffers_of(module))]
+    return list({tensor.data_ptr() or id(tensor): tensor for tensor in held}.values())
 
 
 def changes_in_place(host: Host, layer: str) -> bool:

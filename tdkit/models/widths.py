@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdkit.models.groups import Group
+from tdkit.models.groups.group import Group
 from tdkit.models.hosts.base import DENSE_SHAPE
 from tdkit.models.huggingface import is_transformers
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tdkit.calibration.calibration import Calibration
 from tdkit.decompositions.base import Decomposition, Point
 from tdkit.errors import BudgetError, PolicyError
-from tdkit.models.groups import Bundle
+from tdkit.models.groups.group import Bundle
 from tdkit.models.sites import Site
 from tdkit.planning.budget import UNITS, Costs
 from tdkit.shapes import Shape

@@ -10,6 +10,7 @@ from tdkit.decompositions.base import Point
 from tdkit.errors import BudgetError, PolicyError
 from tdkit.planning.allocation import Choice, OpenSite, mixed, uniform
 from tdkit.planning.budget import UNITS, Costs
+from tdkit.planning.tempering import tempered
 from tdkit.registry import Registry
 from tdkit.support.processes import shared
 from tdkit.support.progress import progress_bar
@@ -85,7 +86,7 @@ def allocate(name: str, request: Request) -> dict[str, Choice]:
         RegistryError: when there is no such allocator.
         BudgetError: when the allocator cannot meet the budget, exceeds it, or does not choose for exactly its sites.
     """
-    choices = dict(allocators.get(name)(request))
+    choices = tempered(request.sites, allocators.get(name)(request))
     wanted = {open_site.site.name for open_site in request.sites}
     if set(choices) != wanted:
         odd = ", ".join(sorted(set(choices) ^ wanted)[:5])

@@ -14,7 +14,7 @@ from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.quantized import GROUPS
 from tdkit.errors import BudgetError, PolicyError, did_you_mean
 from tdkit.fitting.quantization import Bits, Grid
-from tdkit.models.groups import Bundle
+from tdkit.models.groups.group import Bundle
 from tdkit.models.sites import Site, distinct_tensors, num_bytes, num_params
 from tdkit.products.cost import DENSE
 

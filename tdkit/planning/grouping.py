@@ -10,7 +10,8 @@ from tdkit.decompositions.auto import Auto
 from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.shrink import Shrink
 from tdkit.errors import CalibrationError, PolicyError
-from tdkit.models.groups import Bundle, Group, groups_of
+from tdkit.models.groups.group import Bundle, Group
+from tdkit.models.groups.registered import groups_of
 from tdkit.models.sites import Site
 from tdkit.planning.rule import Rule
 from tdkit.planning.step import Step
@@ -23,24 +24,30 @@ def shrink_of(kind: Decomposition | None) -> Shrink | None:
 
 
 def groups_by_rule(sites: Sequence[Site], rules: Mapping[str, Rule]) -> list[tuple[Group, Rule]]:
-    """Returns the groups of sites that one rule matches all of and may shrink, in the order of the sites."""
+    """Returns the groups of sites that one rule matches all of and may shrink, in the order of the sites.
+
+    An `Auto` shrinks layers to smaller ones only. Queries, keys and values it leaves to its other members: on
+    SmolLM2-135M they were better of low rank.
+    """
     found: list[tuple[Group, Rule]] = []
     for rule in {id(rule): rule for rule in rules.values()}.values():
         kind = shrink_of(rule.decomposition)
         if kind is not None:
             own = [site for site in sites if rules.get(site.name) is rule]
-            found += [(group, rule) for group in groups_of(own, kind.shared)]
+            groups = groups_of(own, kind.shared)
+            found += [(g, rule) for g in groups if not (g.keeps_sizes and isinstance(rule.decomposition, Auto))]
     places = {site.name: place for place, site in enumerate(sites)}
     return sorted(found, key=lambda pair: places[pair[0].name])
 
 
 def bundles_of(pairs: Sequence[tuple[Group, Rule]]) -> list[tuple[Bundle, Rule]]:
     """Returns the groups that keep the same number of units together, each with its rule: all alike, if uniform."""
-    bundles: dict[tuple[object, ...], tuple[list[Group], Rule]] = {}
+    bundles: dict[object, tuple[list[Group], Rule]] = {}
     for group, rule in pairs:
         kind = shrink_of(rule.decomposition)
         assert kind is not None
-        key = (id(rule), group.units, len(group.producers)) if kind.uniform else (group.name,)
+        alike = Bundle((group,)).shape, group.blocks, group.consumer.axis
+        key = (id(rule), *alike) if kind.uniform else (group.name,)
         bundles.setdefault(key, ([], rule))[0].append(group)
     return [(Bundle(tuple(groups)), rule) for groups, rule in bundles.values()]
 

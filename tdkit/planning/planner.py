@@ -19,10 +19,9 @@ from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.decompositions.shrink import Shrink
 from tdkit.decompositions.stacks import FactorizedStack
 from tdkit.errors import BudgetError, CalibrationError
-from tdkit.models.groups import Bundle, Part
 from tdkit.models.hosts.base import Host
 from tdkit.models.hosts.registered import builder_of
-from tdkit.models.sites import FactorizedUser, Site, factorized_groups, num_bytes, num_params, survey
+from tdkit.models.sites import FactorizedUser, Site, factorized_groups, num_bytes, num_params, resized_layers, survey
 from tdkit.planning.adapters import adapter_of
 from tdkit.planning.allocation import Choice
 from tdkit.planning.allocators import Request, allocate
@@ -31,6 +30,7 @@ from tdkit.planning.grouping import tested
 from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve, without
+from tdkit.planning.shrunk_steps import bundle_steps, resized_step
 from tdkit.planning.step import Step
 from tdkit.planning.warnings import warnings_of, warnings_of_applied
 from tdkit.products.cost import DENSE
@@ -109,7 +109,7 @@ def planned(resolved: Resolved, calibration: Calibration | None = None, *, progr
         choices = _choose(resolved, policy, calibration, progress)
     shrunk: dict[str, Step] = {}
     for name, bundle in resolved.bundles.items():
-        shrunk |= _bundle_steps(bundle, choices[name], calibration)
+        shrunk |= bundle_steps(bundle, choices[name], calibration)
     steps = []
     for site in resolved.survey.sites:
         rule = resolved.rules.get(site.name)
@@ -153,44 +153,6 @@ def _with_tested_groups(resolved: Resolved, calibration: Calibration | None) -> 
     return without(resolved, faults) if faults else resolved
 
 
-def _bundle_steps(bundle: Bundle, choice: Choice, calibration: Calibration | None) -> dict[str, Step]:
-    """Returns the steps of the weights of a bundle, by site name; the estimated loss is that of the consumer."""
-    found = {}
-    for group in bundle.groups:
-        kind, error = choice.decomposition, choice.error
-        if isinstance(kind, Shrink) and kind.units is not None and error is not None and calibration is not None:
-            error = calibration.elimination(group, kind).error(kind.units)
-        for part in group.parts:
-            own = replace(choice, error=error if part is group.consumer else None)
-            found[part.site.name] = _part_step(part, own)
-    return found
-
-
-def _part_step(part: Part, choice: Choice) -> Step:
-    """Returns the step of one weight of a group, with the parameters of the bias if units are its entries."""
-    site, kind = part.site, choice.decomposition
-    units = len(part.places)
-    left = kind.units if isinstance(kind, Shrink) and kind.units is not None else units
-    gone = (units - left) * part.params_per_unit
-    rest = site.params - units * part.size * site.shape[1 - part.axis]
-    before = rest + units * part.params_per_unit
-    adds = site.multiply_adds - (units - left) * part.size * site.shape[1 - part.axis]
-    times = site.multiplications()
-    return Step(
-        names=site.names,
-        kinds=site.kinds,
-        shape=site.shape,
-        decomposition=kind,
-        reason=choice.reason,
-        params_before=before,
-        params_after=before - gone,
-        indices=0,
-        multiply_adds_before=times * site.multiply_adds,
-        multiply_adds_after=times * adds,
-        loss=None if choice.error is None else choice.error / 2,
-    )
-
-
 def _unselected(site: Site, policy: Policy) -> str:
     """Returns why no rule selects a site."""
     part = adapter_of(site)
@@ -204,8 +166,11 @@ def applied_plan(model: nn.Module) -> Plan:
     model = uncompiled(model)
     steps = {(users[0].layer, users[0].weight): _applied(matrix, users) for matrix, users in factorized_groups(model)}
     found = survey(model)
+    resized = {name: dense for name, _, dense in resized_layers(model)}
     for site in found.sites:
-        steps[site.users[0].layer, site.users[0].weight] = _step(site, Choice(None, "dense"), allow_growth=False)
+        dense = resized.get(site.users[0].layer)
+        step = _step(site, Choice(None, "dense"), allow_growth=False) if dense is None else resized_step(site, dense)
+        steps[site.users[0].layer, site.users[0].weight] = step
     places = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     ordered = [steps[key] for key in sorted(steps, key=lambda key: places[key[0]])]
     after = num_params(model)

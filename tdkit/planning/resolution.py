@@ -12,7 +12,7 @@ from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.shrink import Shrink
 from tdkit.decompositions.stacked import stacked
 from tdkit.errors import OptionError, PolicyError
-from tdkit.models.groups import Bundle
+from tdkit.models.groups.group import Bundle
 from tdkit.models.sites import Site, Survey, User, survey, uninitialized
 from tdkit.planning.allocation import FLOOR, Choice, OpenSite
 from tdkit.planning.grouping import bundles_of, groups_by_rule, shrink_of
@@ -162,15 +162,13 @@ def _kind_at(site: Site | Bundle, kind: Decomposition) -> Decomposition:
 
 
 def _of_single_weights(kind: Decomposition) -> Decomposition:
-    """Returns `kind`, an `Auto` without those of its members that are for groups.
+    """Returns `kind`.
 
     Raises:
-        OptionError: when nothing is left.
+        OptionError: when it is only for groups.
     """
-    if isinstance(kind, Auto) and shrink_of(kind) is not None:
-        members = tuple(member for member in kind.members if not isinstance(member, Shrink))
-        kind = replace(kind, among=members) if members else Shrink()
-    if isinstance(kind, Shrink):
+    members = kind.members if isinstance(kind, Auto) else (kind,)
+    if all(isinstance(member, Shrink) for member in members):
         raise OptionError("it shares no hidden units with other weights that the same rule matches")
     return kind
 

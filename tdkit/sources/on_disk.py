@@ -59,6 +59,7 @@ def open_model(name: str | Path, *, dtype: torch.dtype | None = None) -> OpenedM
         raise SourceError(f"{folder} lacks a readable config.json: {error}") from None
     if getattr(config, "quantization_config", None) is not None or is_saved(folder):
         raise CheckpointError(f"{folder} holds quantised or factorised weights: compress the dense model")
+    config._name_or_path = str(name)
     kind = class_of(config, str(name))
     shards = Shards(weight_files(folder))
     model = huggingface.weightless_model(kind, config, dtype or _dtype_of(config, shards))

@@ -17,7 +17,8 @@ PAUSE = 0.2  # seconds between two looks at what other processes do
 def claimed(path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold the lock file `path` inside the block; yields whether this process got it.
 
-    The operating system releases the lock when a process ends, also when it is killed. The file stays.
+    The operating system releases the lock when a process ends, also when it is killed. The file stays. No process gets
+    it when its folder is removed.
 
     Args:
         wait: wait until other processes release it; otherwise yield False at once.
@@ -27,7 +28,7 @@ def claimed(path: Path, *, wait: bool) -> Iterator[bool]:
     lock = FileLock(path)
     try:
         lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
+    except (Timeout, FileNotFoundError):  # the latter when another process has removed the folder
         yield False
         return
     try:

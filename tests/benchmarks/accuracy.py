@@ -5,7 +5,8 @@
 Each row is stored in `docs/results/accuracy.json` when it is finished; a rerun computes only missing rows. The
 calibration is measured once and stored in the run folder. All rows are evaluated on the same tokens.
 
-`low_rank/whitened` is the method of SVD-LLM (Wang et al., 2024), the baseline of the same run.
+`low_rank/whitened` is the method of SVD-LLM (Wang et al., 2024), the baseline of the same run. `modegpt` is the step of
+MoDeGPT (Lin et al., 2024) for MLPs, with one width for all layers.
 """
 
 from __future__ import annotations
@@ -26,9 +27,22 @@ import torch
 from torch import Tensor, nn
 
 import tdkit
-from tdkit import Auto, Calibration, Decomposition, Kronecker, LowRank, PermutedKronecker, Policy, Rule, TTMatrix
+from tdkit import (
+    Auto,
+    Calibration,
+    Decomposition,
+    Kronecker,
+    LowRank,
+    PermutedKronecker,
+    Policy,
+    Rule,
+    Shrink,
+    TTMatrix,
+)
 from tdkit.calibration.losses import Labels
 from tdkit.evaluation.language_models import PROTOCOL, evaluate
+from tdkit.models.sites import survey
+from tdkit.planning.grouping import shrink_of
 from tdkit.planning.planner import applied_plan
 from tdkit.sources.models import Source, load_model
 from tdkit.sources.texts import spread_windows
@@ -58,7 +72,10 @@ class Scope:
         return {"blocks": "model.layers.*", "MLP": "model.layers.*.mlp.*"}[self.layers]
 
 
-SCOPES = (Scope("blocks", 0.8), Scope("MLP", 0.8), Scope("blocks", 0.6), Scope("blocks", 0.9))
+SCOPES = (
+    *(Scope("blocks", 0.8), Scope("MLP", 0.8), Scope("blocks", 0.6), Scope("blocks", 0.9)),
+    Scope("blocks", 0.5),
+)
 
 DECOMPOSITIONS: Mapping[str, Decomposition] = {
     "low_rank": LowRank(),
@@ -66,7 +83,13 @@ DECOMPOSITIONS: Mapping[str, Decomposition] = {
     "tt_matrix": TTMatrix(),
     "permuted_kronecker": PermutedKronecker(),
     "auto": Auto(),
+    "joint": Auto(among=(Shrink(), LowRank())),  # MLPs get fewer hidden units, attention low rank
+    "joint, untempered": Auto(among=(Shrink(temper=0.0), LowRank())),
+    "shrink": Shrink(),  # smaller dense layers only
+    "shrink uniform": Shrink(uniform=True),
+    "modegpt": Shrink(uniform=True, by="leverage"),
 }
+MLP_ONLY = ("shrink uniform", "modegpt")
 
 METHODS: Mapping[str, dict[str, Any]] = {
     "plain": {"calibrated": False},
@@ -83,10 +106,31 @@ METHODS: Mapping[str, dict[str, Any]] = {
 def rows() -> list[tuple[str, Scope]]:
     """All rows; those of the baseline and of the targets come first."""
     names = [f"{kind}/{method}" for kind in DECOMPOSITIONS for method in METHODS]
-    names = [name for name in names if not name.startswith("auto/") or METHODS[name[5:]].get("allocation") == "loss"]
+    names = [name for name in names if _is_row(*name.split("/"))]
     order = [f"low_rank/{m}" for m in ("whitened", "allocated", "two passes", "sequential", "plain", "two-sided")]
     names.sort(key=lambda name: order.index(name) if name in order else len(order))
     return [(name, scope) for scope in SCOPES for name in names]
+
+
+def _is_row(kind: str, method: str) -> bool:
+    """Whether a method is for a decomposition: hidden units, and `Auto`, are chosen by the loss."""
+    if kind in MLP_ONLY or kind == "joint, untempered":
+        return method == "allocated"
+    by_loss = METHODS[method].get("allocation") == "loss"
+    return by_loss or not (shrink_of(DECOMPOSITIONS[kind]) or kind == "auto")
+
+
+def policy_of(model: nn.Module, kind: str, scope: Scope, allocation: str) -> Policy:
+    """The policy that keeps the share of a scope; of a decomposition for MLPs, what it leaves of these meets it."""
+    match, keep = scope.match, scope.keep
+    if kind in MLP_ONLY:
+        match = Scope("MLP", keep).match
+        sizes = [
+            sum(site.params for site in survey(model).sites if Rule(each, keep=True).selects(site))
+            for each in (scope.match, match)
+        ]
+        keep = 1 - (1 - scope.keep) * sizes[0] / sizes[1]
+    return Policy([Rule(match, DECOMPOSITIONS[kind], budget=keep)], allocation=allocation)
 
 
 def compressed(
@@ -99,9 +143,7 @@ def compressed(
     known = calibration_with(options.get("labels", "data")) if options.get("calibrated", True) else None
     if known is not None and not options.get("gradients", True):
         known = known.inputs_only()
-    policy = Policy(
-        [Rule(scope.match, DECOMPOSITIONS[kind], budget=scope.keep)], allocation=options.get("allocation", "auto")
-    )
+    policy = policy_of(model, kind, scope, options.get("allocation", "auto"))
     started = time.perf_counter()
     plan = tdkit.plan(model, policy, calibration=known)
     planned = time.perf_counter()

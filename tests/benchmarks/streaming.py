@@ -3,12 +3,13 @@
     python tests/benchmarks/streaming.py make FOLDER          # a random model of 1.1B parameters, bf16, in shards
     python tests/benchmarks/streaming.py run FOLDER OUT       # plain: peak memory, seconds, seconds of the fits alone
     python tests/benchmarks/streaming.py run FOLDER OUT --calibrated --layers 1
-    python tests/benchmarks/streaming.py estimate             # from docs/results/streaming.json, which `run` writes
+    python tests/benchmarks/streaming.py calibrate FOLDER     # the blocks forward and backward, for one layer
+    python tests/benchmarks/streaming.py report               # a table and the estimate, for docs/streaming.md
 
-The model has the architecture of LLaMA and the sizes of TinyLlama-1.1B. `run` works in a fresh process, whose peak
-resident memory is taken as it is, Python, torch and transformers included. The seconds of the fits alone are those
-spent inside the fits during the same run. Random moments take the place of a calibration's: the time and memory of a
-fit do not depend on their values.
+The figures are kept in docs/results/streaming.json. The model has the architecture of LLaMA and the sizes of
+TinyLlama-1.1B. Each measurement runs in a fresh process, whose peak resident memory is taken as it is, with Python,
+torch and transformers. The seconds of the fits alone are those spent inside the fits during the same run. Random
+moments take the place of a calibration's: the time and memory of a fit do not depend on their values.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdkit import Calibration, LowRank, Metric, Policy, Rule, compress_folder
+from tdkit import Calibration, LowRank, Metric, Policy, Rule, calibrate_folder, compress_folder
 from tdkit.compression import stream
 from tdkit.compression.fit import fit_step
 from tdkit.models.huggingface import weightless_model
 from tdkit.models.shards import INDEX, Entry, write_tensors
 from tdkit.sources.on_disk import open_model
 from tdkit.support.files import write_text
+from tdkit.support.tables import markdown_table
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "streaming.json"
 KEEP = 0.8  # params after / params before of the whole model
@@ -57,7 +59,9 @@ SIZES_70B = {
 SHARD_TENSORS = 24
 CARD_FLOPS = 67e12  # float64 with tensor cores, of an 80 GB H100 SXM (vendor's data sheet)
 CARD_BYTES = 80e9
+TOKENS_70B = 16384  # of the calibration
 DISK_BYTES = 2e9  # bytes per second of one fast local disk; an assumption
+SHARES = (0.02, 0.1)  # of CARD_FLOPS that the fits may reach, which was not measured; an assumption
 
 
 def write_random_model(folder: Path, sizes: dict[str, int], *, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -129,7 +133,7 @@ def measure(folder: Path, out: Path, *, calibrated: Path | None, layers: int | N
         "seconds": seconds,
         "fit_seconds": spent[0],
         "ratio": seconds / spent[0],
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak(),
         "threads": torch.get_num_threads(),
     }
 
@@ -138,8 +142,11 @@ def run(folder: Path, out: Path, *, calibrated: bool, layers: int | None) -> Non
     """Measure in a fresh process and note the figures."""
     moments = out.with_name(f"{out.name}.moments")
     opened = open_model(folder)
+    config = opened.model.config
     params = sum(parameter.numel() for parameter in opened.model.parameters())
-    flops = sum(_flops(*shape) for shape in _matrices(opened.model.config) * (opened.model.config.num_hidden_layers))
+    keys = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    block = matrices(config.hidden_size, config.intermediate_size, keys)
+    flops = (layers or config.num_hidden_layers) * sum(operations(*shape) for shape in block)
     if calibrated:
         names = [name for name, _ in opened.model.named_modules()]
         chosen = {
@@ -154,16 +161,12 @@ def run(folder: Path, out: Path, *, calibrated: bool, layers: int | None) -> Non
     if done.returncode:
         sys.exit(done.stderr)
     figures = {**json.loads(done.stdout.splitlines()[-1]), "params": params, "flops": flops, "layers": layers}
-    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    write_text(RESULTS, json.dumps({**known, "calibrated" if calibrated else "plain": figures}, indent=2) + "\n")
     shutil.rmtree(moments, ignore_errors=True)
-    print(json.dumps(figures, indent=2))
+    note("calibrated" if calibrated else "plain", figures)
 
 
-def _matrices(config: Any) -> list[tuple[int, int]]:
-    """Returns the shapes of the matrices of one block."""
-    width, inner = config.hidden_size, config.intermediate_size
-    keys = width // config.num_attention_heads * config.num_key_value_heads
+def matrices(width: int, inner: int, keys: int) -> list[tuple[int, int]]:
+    """Returns the shapes of the matrices of one block of LLaMA; `keys` is the width of all key heads together."""
     return [
         (width, width),
         (keys, width),
@@ -175,62 +178,122 @@ def _matrices(config: Any) -> list[tuple[int, int]]:
     ]
 
 
-def _flops(rows: int, columns: int) -> float:
+def operations(rows: int, columns: int) -> float:
     """Returns the operations of a low-rank fit: a Gram matrix, its eigenvectors (9 n^3), and one product."""
     near, far = sorted((rows, columns))
     return 4.0 * near**2 * far + 9.0 * near**3
 
 
-def estimate() -> str:
-    """Returns what a 70B model would take, from the measured figures and the assumptions at the top of this file."""
-    from transformers import LlamaConfig
+def calibrate(folder: Path, tokens: int) -> None:
+    """Stream a calibration of one layer in a fresh process and note the figures."""
+    command = [sys.executable, __file__, "pass", str(folder), "--tokens", str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    note("calibration", json.loads(done.stdout.splitlines()[-1]))
 
-    measured = json.loads(RESULTS.read_text(encoding="utf-8"))["plain"]
-    config = LlamaConfig(**SIZES_70B)
-    matrices = _matrices(config) * config.num_hidden_layers
-    flops = sum(_flops(*shape) for shape in matrices)
-    params = sum(rows * columns for rows, columns in matrices) + 2 * config.vocab_size * config.hidden_size
-    rate = measured["flops"] / measured["fit_seconds"]
-    overhead = measured["ratio"]
-    moved = 2 * params * (1 + KEEP)  # bytes read and written in bf16; factors are written and read once more
-    moved += 2 * 2 * params * KEEP
-    largest = max(matrices, key=lambda shape: shape[0] * shape[1])
-    near, far = sorted(largest)
-    plain = 8 * (3 * near * far + 4 * near**2)
-    with_moments = plain + 8 * (3 * far**2 + 3 * near**2)
-    lines = [
-        f"parameters: {params / 1e9:.1f}B; operations of the plain fits: {flops:.2e}",
-        f"measured: {rate / 1e9:.1f} GFLOP/s in float64 in the fits of the 1.1B model, "
-        f"{overhead:.2f} x their time for everything",
-        f"on the machine measured: {overhead * flops / rate / 3600:.1f} hours",
-        f"memory for the largest fit ({largest[0]} x {largest[1]}, float64): {plain / 1e9:.1f} GB plain, "
-        f"{with_moments / 1e9:.1f} GB calibrated, of {CARD_BYTES / 1e9:.0f} GB",
-        f"files: {moved / 1e9:.0f} GB read and written, {moved / DISK_BYTES / 60:.0f} minutes at "
-        f"{DISK_BYTES / 1e9:.0f} GB/s",
+
+def measure_pass(folder: Path, tokens: int) -> dict[str, Any]:
+    """Calibrate one layer in this process: the blocks run forward and backward, and almost no moments are held."""
+    batches = [torch.arange(tokens)[None] % 1000]
+    start = time.perf_counter()
+    calibrate_folder(folder, batches, names=["model.layers.0.self_attn.k_proj"])
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_bytes": peak(), "tokens": tokens, "threads": torch.get_num_threads()}
+
+
+def note(name: str, figures: dict[str, Any]) -> None:
+    """Keep figures in the results."""
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    write_text(RESULTS, json.dumps({**known, name: figures}, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+
+
+def peak() -> int:
+    """Returns the peak resident memory of this process in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def report() -> str:
+    """Returns the measured figures and the estimate as Markdown."""
+    known = json.loads(RESULTS.read_text(encoding="utf-8"))
+    rows = [
+        ("low rank, plain, the 154 matrices of all blocks", known["plain"]),
+        ("low rank, calibrated, the 7 matrices of one block", known["calibrated"]),
+        (f"calibration on {known['calibration']['tokens']} tokens, moments of one small layer", known["calibration"]),
     ]
-    for share in (0.05, 0.2):
-        for cards in (1, 8):
-            fits = flops / (CARD_FLOPS * share) / cards
-            lines.append(
-                f"estimate, {cards} card{'s' if cards > 1 else ''} at {share:.0%} of {CARD_FLOPS / 1e12:.0f} TFLOP/s: "
-                f"fits {fits / 60:.0f} minutes, with the files {(fits + moved / DISK_BYTES) / 60:.0f} minutes"
-            )
-    return "\n".join(lines)
+    table = markdown_table(
+        ["1.1B parameters, bf16, one thread", "peak memory, GiB", "seconds", "by the fits alone"],
+        [
+            [
+                what,
+                f"{figures['peak_bytes'] / 2**30:.2f}",
+                f"{figures['seconds']:,.0f}",
+                f"{figures['ratio']:.2f}" if "ratio" in figures else "",
+            ]
+            for what, figures in rows
+        ],
+    )
+    return "\n".join([table.strip(), "", *(f"- {line}" for line in estimate(known["plain"]))])
+
+
+def estimate(measured: dict[str, Any]) -> list[str]:
+    """Returns what a 70B model would take, from measured figures and the assumptions at the top of this file."""
+    width, inner, blocks = (SIZES_70B[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    keys = width // SIZES_70B["num_attention_heads"] * SIZES_70B["num_key_value_heads"]
+    block = matrices(width, inner, keys)
+    flops = blocks * sum(operations(*shape) for shape in block)
+    block_params = sum(rows * columns for rows, columns in block)
+    around = 2 * SIZES_70B["vocab_size"] * width
+    params = blocks * block_params + around
+    rate = measured["flops"] / measured["fit_seconds"]
+    files = 2 * params * (1 + KEEP) + 3 * 2 * params * KEEP  # read; factors written, read twice, written
+    plain = 8 * (3 * width * inner + 4 * width**2)
+    calibrated = plain + 8 * (3 * inner**2 + 3 * width**2)
+    moments = 8 * sum(rows**2 + columns**2 for rows, columns in block)
+    hidden = 2 * (blocks + 1) * width * TOKENS_70B
+    minutes = files / DISK_BYTES / 60
+    lines = [
+        f"Parameters: {params / 1e9:.1f}B. Operations of the plain fits: {flops:.1e} in float64 (counted: Gram matrix, "
+        "eigenvectors at 9 n^3, one product).",
+        f"On one thread of the machine of the table, at the {rate / 1e9:.0f} GFLOP/s measured: "
+        f"{flops / rate / 3600:,.0f} hours.",
+        f"Memory of the largest fit, {width} x {inner}: {plain / 1e9:.0f} GB plain, "
+        f"{calibrated / 1e9:.0f} GB calibrated, of {CARD_BYTES / 1e9:.0f} GB.",
+        f"Memory of a calibration: {2 * block_params / 1e9:.1f} GB for a block, {2 * around / 1e9:.1f} GB for "
+        "embedding and head, the activations of one batch, and moments of at most `limit_bytes` (8 GB) or one weight.",
+        f"On disk: {hidden / 1e9:.0f} GB of hidden states for {TOKENS_70B:,} tokens, "
+        f"{blocks * moments / 1e12:.1f} TB of moments in float64.",
+        f"Files: {files / 1e9:,.0f} GB read and written, {minutes:.0f} minutes at "
+        f"{DISK_BYTES / 1e9:.0f} GB/s (assumed).",
+    ]
+    for share in SHARES:
+        one, eight = (flops / (CARD_FLOPS * share) / cards / 60 + minutes for cards in (1, 8))
+        lines.append(
+            f"If a card reaches {share:.0%} (assumed) of its {CARD_FLOPS / 1e12:.0f} TFLOP/s in float64: "
+            f"{one:.0f} minutes on one card, {eight:.0f} on eight."
+        )
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["make", "run", "measure", "estimate"])
+    parser.add_argument("what", choices=["make", "run", "measure", "calibrate", "pass", "report"])
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("out", nargs="?", type=Path)
     parser.add_argument("--calibrated", action="store_true")
     parser.add_argument("--moments", type=Path)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--tokens", type=int, default=512)
     given = parser.parse_args()
-    if given.what == "estimate":
-        print(estimate())
+    if given.what == "report":
+        print(report())
     elif given.what == "make":
         write_random_model(given.folder, SIZES_1B)
+    elif given.what == "calibrate":
+        calibrate(given.folder, given.tokens)
+    elif given.what == "pass":
+        print(json.dumps(measure_pass(given.folder, given.tokens)))
     elif given.what == "run":
         run(
             given.folder,

@@ -22,7 +22,7 @@ def row(name: str, scope: str, perplexity: float) -> dict[str, Any]:
 
 def test_every_row_is_there_once() -> None:
     every = rows()
-    assert len(set(every)) == len(every) == len(SCOPES) * (4 * len(METHODS) + 5)
+    assert len(set(every)) == len(every) == len(SCOPES) * (4 * len(METHODS) + 3 * 5 + 3)
     assert set(DECOMPOSITIONS) == {name.partition("/")[0] for name, _ in every}
 
 
@@ -47,7 +47,7 @@ def test_rows_are_kept_and_judged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [f"low_rank/{method}" for method in ("plain", "whitened", "sequential", "sampled")]
-    + ["auto/allocated", "auto/sequential"],
+    + ["auto/allocated", "auto/sequential", "joint/two passes", "shrink/allocated", "modegpt/allocated"],
 )
 def test_a_row_compresses_a_copy(name: str) -> None:
     model = make_llama()
@@ -57,6 +57,7 @@ def test_a_row_compresses_a_copy(name: str) -> None:
     results = [compressed(source, name, Scope("blocks", 0.7), calibrations.__getitem__) for _ in range(2)]
     small, took = results[0]
     assert took["params"] == sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
-    assert 0.65 < took["kept"] <= 0.7
+    least = 0.4 if name.startswith(("shrink", "modegpt")) else 0.65  # units go by eight
+    assert least < took["kept"] <= 0.7
     assert took["plan"] == results[1][1]["plan"]
     assert torch.equal(small(batches[0]).logits, results[1][0](batches[0]).logits)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdkit.calibration.grouping import faults_of
-from tdkit.models.groups import groups_of
+from tdkit.models.groups.registered import groups_of
 from tdkit.models.sites import survey
+from tests.models.test_groups import Attention
 
 
 class Block(nn.Module):
@@ -97,3 +98,48 @@ def test_other_precisions_pass(dtype: torch.dtype) -> None:
     model = nn.Sequential(Block(), Block(F.silu)).to(dtype)
     x: Any = torch.randn(4, 8, dtype=dtype)
     assert faults_of(model, groups_of(survey(model).sites), x) == {}
+
+
+class Attending(nn.Module):
+    """A model with an attention, in which `norm` is applied to its queries and values."""
+
+    def __init__(self, norm: str = "", **options: bool) -> None:
+        super().__init__()
+        self.attention = Attention(**options)
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.attention
+        handles = []
+        if self.norm:
+            layer = own.get_submodule(self.norm)
+            handles.append(
+                layer.register_forward_hook(lambda _m, _a, y: F.normalize(y.unflatten(-1, (-1, 6)), dim=-1).flatten(-2))
+            )
+        y: Tensor = own(x)
+        for handle in handles:
+            handle.remove()
+        return y
+
+
+def test_values_queries_and_keys_of_an_attention_pass() -> None:
+    torch.manual_seed(0)
+    model = Attending()
+    groups = groups_of(survey(model).sites)
+    assert [group.name.rpartition(".")[2] for group in groups] == ["q_proj", "o_proj"]
+    assert faults_of(model, groups, torch.randn(7, 10)) == {}
+
+
+@pytest.mark.parametrize(("norm", "name"), [("q_proj", "q_proj"), ("k_proj", "q_proj"), ("v_proj", "o_proj")])
+def test_a_norm_of_a_head_is_found(norm: str, name: str) -> None:
+    torch.manual_seed(0)
+    model = Attending(norm)
+    found = faults_of(model, groups_of(survey(model).sites), torch.randn(7, 10))
+    assert list(found) == [f"attention.{name}"]
+
+
+def test_rotary_embeddings_of_other_pairs_are_found() -> None:
+    torch.manual_seed(0)
+    model = Attending(neighbours=True)
+    found = faults_of(model, groups_of(survey(model).sites), torch.randn(7, 10))
+    assert list(found) == ["attention.q_proj"]

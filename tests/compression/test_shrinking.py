@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import tdkit
-from tdkit import Auto, Calibration, LowRank, Plan, Policy, Rule
-from tdkit.decompositions.shrink import Shrink
-from tdkit.errors import CalibrationError, OptionError, PolicyError
+from tdkit import Auto, Calibration, LowRank, Plan, Policy, Rule, Shrink
+from tdkit.errors import CalibrationError, CheckpointError, OptionError, PolicyError
 from tdkit.models.hosts.linear import FactorizedLinear
 from tdkit.models.sites import num_params
 from tests.conftest import make_gpt2, make_llama
@@ -169,6 +169,22 @@ def test_biases_shrink_along_and_stay_with_the_consumer() -> None:
     assert torch.equal(new.c_proj.bias, old.c_proj.bias)
 
 
+def test_tempering_moves_widths_towards_their_mean_within_the_budget(llama: Any) -> None:
+    llama.model.layers[0].mlp.down_proj.weight.data *= 5
+    known = tdkit.calibrate(llama, batches(), progress=False)
+
+    def widths(temper: float, **options: Any) -> list[int]:
+        policy = Policy([Rule("*.mlp.*", Shrink(temper=temper, multiple=1), budget=0.6, **options)])
+        plan = tdkit.plan(llama, policy, calibration=known)
+        return [step.params_after // 32 for step in plan if step.name.endswith("down_proj")]
+
+    free, half, equal = (widths(share) for share in (0, 0.5, 1))
+    assert free[0] > half[0] > equal[0] == equal[1] > half[1] > free[1]
+    assert sum(free) == sum(half) == sum(equal) == int(0.6 * 128)
+    assert half[0] == pytest.approx((free[0] + equal[0]) / 2, abs=1)
+    assert widths(1, min_keep=0.5, max_keep=0.62) == equal
+
+
 def test_auto_shrinks_groups_and_factorises_the_rest(llama: Any, calibration: Calibration) -> None:
     policy = Policy([Rule("model.layers.*", Auto(among=["shrink", "low_rank"]), budget=0.6)])
     plan = tdkit.plan(llama, policy, calibration=calibration)
@@ -266,8 +282,71 @@ def test_policies_are_written_and_read() -> None:
     for wrong, message in (
         ({"units": 0}, "units=0 must be an integer of at least 1"),
         ({"uniform": "yes"}, "uniform='yes' must be true or false"),
+        ({"temper": 1.5}, "temper=1.5 must be a number from 0 to 1"),
         ({"by": "size"}, "by='size' must be one of loss, leverage"),
         ({"shared": ("a",)}, "must be the names of two or more weights"),
     ):
         with pytest.raises(OptionError, match=message):
             Shrink(**wrong)
+
+
+@pytest.mark.parametrize("policy", [JOINT, ONLY, Policy([Rule("model.layers.*", Shrink(multiple=1))], budget=0.7)])
+def test_a_saved_model_is_read_as_it_was(llama: Any, calibration: Calibration, tmp_path: Path, policy: Policy) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tdkit.compress(llama, policy, calibration=calibration)
+    folder, ids = tmp_path / "smaller", batches()[0]
+    tdkit.save(llama, folder)
+    expected = llama(ids).logits
+    for again in (
+        tdkit.load(folder),
+        tdkit.load(folder, model=make_llama(intermediate_size=64, vocab_size=60, tie_word_embeddings=True)),
+        AutoModelForCausalLM.from_pretrained(folder),
+    ):
+        assert torch.equal(again(ids).logits, expected)
+        plans = [tdkit.applied_plan(model) for model in (again, llama)]
+        assert plans[0] == plans[1]
+        assert plans[0].params_after == num_params(again) == num_params(llama)
+        assert plans[0].params_before == num_params(make_llama(intermediate_size=64, vocab_size=60))
+        tdkit.save(again, folder, overwrite=True)
+
+
+def test_save_pretrained_writes_the_same_folder(llama: Any, calibration: Calibration, tmp_path: Path) -> None:
+    tdkit.compress(llama, ONLY, calibration=calibration)
+    llama.save_pretrained(tmp_path / "theirs")
+    ids = batches()[0]
+    assert torch.equal(tdkit.load(tmp_path / "theirs")(ids).logits, llama(ids).logits)
+    tdkit.save(llama, tmp_path / "ours")
+    names = [sorted(file.name for file in (tmp_path / whose).iterdir()) for whose in ("ours", "theirs")]
+    assert names[0] == names[1]
+
+
+def test_any_model_with_smaller_layers_is_saved_and_loaded(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    model = build()
+    data = [(torch.randn(9, 8), torch.randn(9, 8)) for _ in range(4)]
+    tdkit.compress(model, Policy([Rule("*", Shrink(units=8, shared=("0", "2")))]), calibration=data, progress=False)
+    tdkit.save(model, tmp_path / "smaller")
+    again, x = tdkit.load(tmp_path / "smaller", model=build()), torch.randn(3, 8)
+    assert torch.equal(again(x), model(x))
+    with pytest.raises(CheckpointError, match="layer 0 is a Conv1d in this model, whose size is not changed"):
+        tdkit.load(tmp_path / "smaller", model=nn.Sequential(nn.Conv1d(8, 16, 1)))
+    step = tdkit.applied_plan(model)["0"]
+    assert (step.shape, step.decomposition, step.params_before, step.params_after) == (
+        (16, 8),
+        Shrink(units=8),
+        144,
+        72,
+    )
+
+
+def test_damaged_sizes_are_told(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    tdkit.save(model, tmp_path / "whole")
+    file = tmp_path / "whole" / "tdkit.json"
+    for sizes, message in (([], "'sizes' is malformed"), ({"0": [8]}, r"layer 0 has no size \[8\]")):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "sizes": sizes}))
+        with pytest.raises(CheckpointError, match=message):
+            tdkit.load(tmp_path / "whole", model=model)

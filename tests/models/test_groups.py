@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tdkit import Metric
 from tdkit.errors import RegistryError
-from tdkit.models import groups as module
-from tdkit.models.groups import Bundle, Pattern, groups_of
-from tdkit.models.shrinking import masked, shrunk
+from tdkit.fitting.elimination import eliminate
+from tdkit.models.groups import registered
+from tdkit.models.groups.group import Bundle
+from tdkit.models.groups.mlp import Mlp as Names
+from tdkit.models.groups.registered import groups_of
+from tdkit.models.shrinking import masked, problem_of, shrunk
 from tdkit.models.sites import survey
+from tdkit.models.swap import Resized, swapping
 
 
 class Mlp(nn.Module):
@@ -63,7 +69,7 @@ def test_the_mlps_of_families_are_groups(family: str) -> None:
     config = getattr(transformers, f"{family}Config")(vocab_size=60, **{**sizes, **options})
     with torch.device("meta"):
         model = getattr(transformers, f"{family}Model")(config)
-    groups = found(model)
+    groups = [group for group in found(model) if "attn" not in group[0]]
     assert len(groups) == 2
     for group in groups:
         assert all(name.endswith(end) for name, end in zip(group, names, strict=True))
@@ -122,6 +128,7 @@ def test_smaller_weights_compute_as_the_whole_ones_with_units_switched_off(kind:
     expected = model(x)
     for site, new in zip(group.sites, smaller, strict=True):
         user = site.users[0]
+        assert isinstance(new, Resized)
         model.set_submodule(user.layer, user.host.resized(user.module, new.weight, new.bias))
     assert sum(p.numel() for p in model.parameters()) == 5 * Bundle((group,)).shape[1] + 8
     assert torch.allclose(model(x), expected, atol=1e-6)
@@ -135,9 +142,107 @@ def test_packages_add_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
         def get(self, name: str) -> object:
             return given
 
-    monkeypatch.setattr(module, "patterns", One())
-    given: object = (Pattern(("0",), "2"),)
+    monkeypatch.setattr(registered, "patterns", One())
+    given: object = (Names(("0",), "2"),)
     assert found(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))) == [["0", "2"]]
     given = ["0"]
-    with pytest.raises(RegistryError, match="group pattern 'theirs' must be a tuple of"):
+    with pytest.raises(RegistryError, match="group pattern 'theirs' must be a tuple of tdkit"):
         found(Mlp())
+
+
+class Attention(nn.Module):
+    """Four query heads that share two of keys and values, with rotary position embeddings of halves or neighbours."""
+
+    head_dim = 6
+
+    def __init__(self, *, neighbours: bool = False) -> None:
+        super().__init__()
+        self.neighbours = neighbours
+        for name, out in (("q_proj", 24), ("k_proj", 12), ("v_proj", 12)):
+            self.add_module(name, nn.Linear(10, out, bias=False))
+        self.o_proj = nn.Linear(24, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (tokens, 10)
+        def heads(name: str) -> torch.Tensor:
+            y: torch.Tensor = self.get_submodule(name)(x)
+            return y.reshape(len(x), -1, 6).transpose(0, 1)
+
+        angles = torch.arange(len(x))[:, None] * torch.tensor([1.0, 0.1, 0.01])
+        cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+
+        if self.neighbours:
+            cos, sin = cos[:, :3].repeat_interleave(2, 1), sin[:, :3].repeat_interleave(2, 1)
+
+        def turned(y: torch.Tensor) -> torch.Tensor:
+            if self.neighbours:
+                return y * cos + torch.stack([-y[..., 1::2], y[..., ::2]], -1).flatten(-2) * sin
+            return y * cos + torch.cat([-y[..., 3:], y[..., :3]], -1) * sin
+
+        keys, values = (each.repeat_interleave(2, 0) for each in (turned(heads("k_proj")), heads("v_proj")))
+        weights = (turned(heads("q_proj")) @ keys.mT).softmax(-1)
+        y: torch.Tensor = self.o_proj((weights @ values).transpose(0, 1).reshape(len(x), -1))
+        return y
+
+
+def attention() -> tuple[nn.Module, torch.Tensor, dict[str, Metric]]:
+    """An attention, inputs, and the metrics of the weights that are refitted."""
+    torch.manual_seed(0)
+    model, x, metrics = Attention().double(), torch.randn(50, 10).double(), {}
+    for name in ("q_proj", "o_proj"):
+        layer = model.get_submodule(name)
+        inputs, outputs = (
+            torch.randn(90, layer.weight.shape[1]).double(),
+            torch.randn(90, layer.weight.shape[0]).double(),
+        )
+        metrics[name] = Metric(inputs.T @ inputs, outputs.T @ outputs)
+    return model, x, metrics
+
+
+@pytest.mark.parametrize("consumer", ["q_proj", "o_proj"])
+def test_attention_with_fewer_dimensions_computes_as_its_refitted_consumer_does(consumer: str) -> None:
+    model, x, metrics = attention()
+    group = next(g for g in groups_of(survey(model).sites) if g.name == consumer)
+    metric = metrics[consumer]
+    problem = problem_of(group, metric)
+    elimination = eliminate(problem.weight, problem.metric, problem.columns)
+    units = elimination.kept(group.units // 2)
+    whole, smaller = masked(group, units, metric), shrunk(group, units, metric)
+    with torch.no_grad():
+        dense = group.consumer.site.weight.clone()
+        error = metric.squared_error(dense - whole.weight)
+        assert error == pytest.approx(elimination.error(len(units)), rel=1e-3)
+        group.consumer.site.weight.copy_(whole.weight)
+        expected = model(x)
+        group.consumer.site.weight.copy_(dense)
+        with swapping(model) as swap:
+            swap.put(list(zip(group.sites, smaller, strict=True)))
+        assert torch.allclose(model(x), expected)
+    assert sum(p.numel() for p in model.parameters()) < 0.8 * sum(p.numel() for p in Attention().parameters())
+
+
+def test_combined_values_lose_less_than_single_ones() -> None:
+    model, _, metrics = attention()
+    group = next(g for g in groups_of(survey(model).sites) if g.name == "o_proj")
+    combined = problem_of(group, metrics["o_proj"])
+    single = problem_of(replace(group, blocks=0), metrics["o_proj"])
+    for units in (2, 5, 8):
+        errors = [eliminate(p.weight, p.metric, p.columns, block=1).error(units) for p in (combined, single)]
+        assert errors[0] < errors[1]
+
+
+def test_all_units_kept_change_nothing() -> None:
+    model, x, metrics = attention()
+    expected = model(x)
+    groups = groups_of(survey(model).sites)
+    assert [group.units for group in groups] == [6, 12]
+    with swapping(model) as swap, torch.no_grad():
+        for group in groups:
+            made = shrunk(group, torch.arange(group.units), metrics[group.name])
+            swap.put(list(zip(group.sites, made, strict=True)))
+    assert torch.allclose(model(x), expected)
+
+
+def test_a_bias_keeps_attention_whole() -> None:
+    model = Attention()
+    model.k_proj = nn.Linear(10, 12)
+    assert found(model) == [["v_proj", "o_proj"]]

@@ -35,15 +35,18 @@ from tdkit.support.compatibility import (
     onednn_linear,
     own_parameters,
     parameters_of,
+    parameters_on_meta,
     pre_hooks_of,
     rebind_hooked_forward,
     recurrent_weights_again,
     replace_forward,
     reset_accelerate_state,
+    saved_buffers_of,
     shallow_copy,
     static_shape,
     storage_id,
     submodules_of,
+    tensor_files_written_by,
     tree_leaves,
     tree_map_only,
     uncompiled,
@@ -394,6 +397,48 @@ def test_the_wrapper_of_torch_compile_holds_the_module_under_a_prefix() -> None:
     assert set(wrapper.state_dict()) == {f"{COMPILED}weight", f"{COMPILED}bias"}
 
 
+def test_parameters_are_put_on_meta_as_modules_get_them_and_ties_stay() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 3)
+            self.second = nn.Linear(3, 3)
+            self.second.weight = self.first.weight
+            self.bias = nn.Parameter(torch.zeros(3), requires_grad=False)
+            self.register_parameter("none", None)
+            self.register_buffer("table", torch.arange(3.0))
+
+    with parameters_on_meta():
+        model = Tied()
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model.second.weight is model.first.weight
+    assert not model.bias.requires_grad
+    assert model.none is None
+    assert torch.equal(model.table, torch.arange(3.0))
+    assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_save_pretrained_hands_over_the_tensors_of_its_files(tmp_path: Path) -> None:
+    from tests.conftest import make_gpt2
+
+    model = make_gpt2().to("meta")
+    written: dict[str, set[str]] = {}
+
+    def write(tensors: dict[str, torch.Tensor], path: str, metadata: dict[str, str]) -> None:
+        assert metadata == {"format": "pt"}
+        assert all(tensor.is_meta for tensor in tensors.values())
+        written[Path(path).name] = set(tensors)
+
+    with tensor_files_written_by(write):
+        model.save_pretrained(tmp_path, state_dict=model.state_dict(keep_vars=True), max_shard_size="100KB")
+    names = set().union(*written.values())
+    assert len(written) > 1
+    assert names == set(dict(model.named_parameters()))  # ties once
+    assert not list(tmp_path.glob("*.safetensors"))
+    make_gpt2().save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
 def test_wrappers_are_taken_off() -> None:
     layer = nn.Linear(2, 2)
     assert unwrapped(layer) is layer
@@ -450,3 +495,12 @@ def test_paths_are_exchanged_in_one_step(tmp_path: Path) -> None:
     assert exchange_paths(first, second) == (sys.platform in ("linux", "darwin"))
     assert (second / "x").exists() == (sys.platform in ("linux", "darwin"))
     assert not exchange_paths(first, tmp_path / "missing")
+
+
+def test_buffers_that_a_state_dict_holds() -> None:
+    module = nn.Module()
+    module.register_buffer("kept", torch.ones(2))
+    module.register_buffer("left_out", torch.ones(3), persistent=False)
+    module.register_buffer("absent", None)
+    assert [id(buffer) for buffer in saved_buffers_of(module)] == [id(module.kept)]
+    assert list(module.state_dict()) == ["kept"]

@@ -22,7 +22,7 @@ from tdkit.errors import CheckpointError, TdkitError
 from tdkit.models import huggingface
 from tdkit.models.checkpoint.values import value_of
 from tdkit.models.shards import INDEX, WEIGHTS
-from tdkit.models.sites import FactorizedUser, factorized_groups
+from tdkit.models.sites import FactorizedUser, factorized_groups, resized_layers
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import COMPILED
 
@@ -96,6 +96,7 @@ def describe(model: nn.Module, tensors: Mapping[str, Tensor], ties: Mapping[str,
         "model": huggingface.describe_model(model),
         "dtype": _spelt(next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)),
         "layers": [_described(matrix, users) for matrix, users in factorized_groups(model)],
+        "sizes": {name.replace(COMPILED, ""): list(shape) for name, shape, _ in resized_layers(model)},
         "ties": dict(ties),
         "buffers": _rounded_buffers(model),
         "sha256": digest(tensors),

@@ -20,6 +20,7 @@ from tdkit.models.checkpoint.description import (
     read_description,
 )
 from tdkit.models.checkpoint.rewriting import places_of, rewrite
+from tdkit.models.checkpoint.sizes import resize, sizes_of
 from tdkit.models.checkpoint.tensors import without_markers
 from tdkit.models.registration import attach
 from tdkit.models.shards import WEIGHTS, Shards, weight_files
@@ -73,6 +74,7 @@ def load(
     given, model = model, unwrapped(model)
     with swapping(model) as swap:
         rewrite(swap, layers, str(folder))
+        resize(swap, sizes_of(description, place), str(folder))
         names, ties = _with_wrappers(model, without_markers(shards.tensors, layers), description["ties"])
         users = _users(model, shards, names, ties, folder, place)
         dtypes = buffer_dtypes(model, description, place)
@@ -86,6 +88,20 @@ def load(
         model.generation_config = generation
     attach(model)
     return given.to(device).eval() if device is not None else given.eval()
+
+
+def outline(folder: str | Path) -> Any:
+    """Returns the saved transformers model of a folder with its tensors on the meta device, without reading them.
+
+    Raises:
+        CheckpointError: as in `load`.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    model = huggingface.empty_model(description["model"], folder)
+    with swapping(model) as swap:
+        rewrite(swap, layers_of(description, str(place_of(folder))), str(folder))
+    return model
 
 
 def _digest_of_file(path: Path) -> str:

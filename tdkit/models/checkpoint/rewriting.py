@@ -33,7 +33,7 @@ def rewrite(swap: Swap, layers: Sequence[Layer], place: str) -> None:
         users = []
         options = {}
         for name, own in zip(layer.names, layer.options, strict=True):
-            user = _user(swap, name, places, place)
+            user = user_of(swap, name, places, place)
             _check_shape(user, swap.dense(user.layer), name, layer, place)
             users.append(user)
             options[user.layer] = own
@@ -53,7 +53,7 @@ def places_of(model: nn.Module) -> dict[str, str]:
     return {f"{name}.".replace(COMPILED, "").removesuffix("."): name for name in names}
 
 
-def _user(swap: Swap, name: str, places: Mapping[str, str], place: str) -> User:
+def user_of(swap: Swap, name: str, places: Mapping[str, str], place: str) -> User:
     """Split a name made by `weight_name`: returns the user of the weight."""
     layer, _, weight = name.rpartition(".")
     for named, attribute in ((name, "weight"), (layer, weight)):

@@ -18,7 +18,7 @@ from tdkit.models.checkpoint.tensors import tensors_and_ties, tied_as_in
 from tdkit.models.checkpoint.values import late_state
 from tdkit.models.registration import attach
 from tdkit.models.shards import WEIGHTS
-from tdkit.models.sites import factorized_layers
+from tdkit.models.sites import is_compressed
 from tdkit.support.compatibility import gathered_state, is_sharded, unwrapped
 from tdkit.support.files import whole_folder
 from tdkit.support.processes import is_main_process
@@ -68,7 +68,7 @@ def save(
         return folder
     check_target(folder, overwrite)
     inner = unwrapped(model)
-    state = tied_as_in(inner, gathered_state(model)) if sharded else late_state(model)
+    state = tied_as_in(inner, gathered_state(model)) if sharded else late_state(inner)
     _check_model(inner)
     with whole_folder(folder) as target:
         if huggingface.is_pretrained(inner):
@@ -90,7 +90,7 @@ def _save_pretrained(model: Any, state: Mapping[str, Any] | None, target: Path, 
     before, own = dict(vars(config)), dict(vars(model))
     options: dict[str, Any] = {"state_dict": state, "max_shard_size": max_shard_size}
     try:
-        if any(True for _ in factorized_layers(model)):
+        if is_compressed(model):
             attach(model)
         else:  # an ordinary folder of transformers, with what load needs beside it
             tied = getattr(model, "all_tied_weights_keys", None) or {}
