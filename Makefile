@@ -62,9 +62,11 @@ $(VENV)/dev.done: $(VENV)/demo.done
 	touch $@
 
 # torchvision's wheel is built for CUDA, and transformers fails on import where it is found beside torch's CPU build:
-# the tests of its models and of timm's take both from a folder of their own.
+# the tests of its models and of timm's take both from a folder of their own. So do the tests of quantization with
+# torchao, which transformers would import, with messages about its kernels, wherever it is found.
 $(VENV)/side.done: $(VENV)/bin/python constraints.txt
 	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/side torchvision timm pillow
+	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/quantization torchao
 	touch $@
 
 $(VENV)/docs.done: $(VENV)/bin/python pyproject.toml constraints.txt

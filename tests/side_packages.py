@@ -1,4 +1,8 @@
-"""torchvision and timm, which lie in a folder of their own: transformers fails on import where torchvision is found."""
+"""Packages that lie in folders of their own, where transformers does not find them when it is imported.
+
+It fails where torchvision is found beside torch's CPU build, and imports torchao, which then logs which of its kernels
+do not load.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,14 @@ from typing import Any
 import torch
 
 SIDE = Path(sys.prefix) / "side"
+QUANTIZATION = Path(sys.prefix) / "quantization"
 INSTALL = f"make {SIDE.parent.name}/side.done"
+
+
+def use_torchao() -> None:
+    """Make torchao importable in this process."""
+    if str(QUANTIZATION) not in sys.path:
+        sys.path.append(str(QUANTIZATION))
 
 
 def use_side_packages() -> None:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.benchmarks import layers
-from tests.side_packages import INSTALL, SIDE
+from tests.side_packages import INSTALL, SIDE, use_torchao
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -28,6 +28,7 @@ def run(page: Path) -> None:
     """The blocks of one page in order, in one namespace, as a reader would type them."""
     import __main__
 
+    use_torchao()
     namespace: dict[str, object] = {"__name__": __main__.__name__}
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), namespace)

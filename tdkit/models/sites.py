@@ -15,7 +15,7 @@ from tdkit.models.hosts.base import DENSE_SHAPE, FactorizedModule, Host, become,
 from tdkit.models.hosts.in_place import parametrized
 from tdkit.models.hosts.registered import builder_of, host_of
 from tdkit.shapes import Shape
-from tdkit.support.compatibility import COMPILED, offloads, parameters_of
+from tdkit.support.compatibility import COMPILED, offloads, parameters_of, saved_buffers_of
 
 
 @dataclass(frozen=True)
@@ -291,9 +291,8 @@ def num_bytes(model: nn.Module) -> int:
 
 def distinct_tensors(model: nn.Module) -> list[Tensor]:
     """Returns the tensors in the ``state_dict`` of a model, tied ones once; also of a model on the meta device."""
-    saved = set(model.state_dict())
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return list({t.data_ptr() or id(t): t for name, t in named if name in saved}.values())
+    held = [*model.parameters(), *(buffer for module in model.modules() for buffer in saved_buffers_of(module))]
+    return list({tensor.data_ptr() or id(tensor): tensor for tensor in held}.values())
 
 
 def changes_in_place(host: Host, layer: str) -> bool:

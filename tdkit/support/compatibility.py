@@ -49,6 +49,7 @@ __all__ = [
     "recurrent_weights_again",
     "replace_forward",
     "reset_accelerate_state",
+    "saved_buffers_of",
     "shallow_copy",
     "static_shape",
     "storage_id",
@@ -288,6 +289,12 @@ def pre_hooks_of(module: nn.Module) -> list[Any]:
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own buffers by name."""
     return module._buffers
+
+
+def saved_buffers_of(module: nn.Module) -> list[Tensor]:
+    """The module's own buffers that its ``state_dict`` holds."""
+    left_out = module._non_persistent_buffers_set
+    return [buffer for name, buffer in module._buffers.items() if buffer is not None and name not in left_out]
 
 
 def convolves_its_own_way(module: nn.Module) -> bool:

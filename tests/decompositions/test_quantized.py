@@ -19,6 +19,9 @@ from tdkit.decompositions.tucker import Tucker
 from tdkit.errors import OptionError
 from tdkit.models.hosts.convolution import geometry_of
 from tests.kinds import OF_MATRICES
+from tests.side_packages import use_torchao
+
+use_torchao()
 
 BITS = [8, 4]
 

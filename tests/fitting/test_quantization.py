@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from tdkit.errors import OptionError
 from tdkit.fitting.quantization import Grid
+from tests.side_packages import use_torchao
+
+use_torchao()
 
 counts = st.integers(1, 200)
 grids = st.sampled_from([Grid(8, 64), Grid(4, 32), Grid(8, 2), Grid(4, 6)])

@@ -17,6 +17,7 @@ from tdkit import Kronecker, LowRank, Policy, Rule
 from tdkit.errors import AdapterError, MissingDependencyError, TdkitError
 from tdkit.models.hosts.base import FactorizedModule
 from tests.conftest import TiedModel, make_gpt2, make_llama
+from tests.side_packages import use_torchao
 
 peft = pytest.importorskip("peft")
 
@@ -289,7 +290,7 @@ def test_without_peft_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_factors_take_adapters(bits: int, ids: Tensor) -> None:
-    pytest.importorskip("torchao")
+    use_torchao()
     model = make_llama(hidden_size=64, intermediate_size=64, initializer_range=0.3)
     tdkit.quantize(compressed(model, Policy([Rule("model.layers.*", LowRank(rank=8))])), bits=bits)
     before = model(ids).logits

@@ -14,6 +14,9 @@ from tdkit import LowRank, Policy, Rule
 from tdkit.decompositions.quantized import QuantizedMatrix
 from tdkit.errors import CheckpointError, OptionError, PolicyError
 from tdkit.models.sites import num_bytes, num_params
+from tests.side_packages import use_torchao
+
+use_torchao()
 
 
 def llama() -> nn.Module:

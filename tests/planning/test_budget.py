@@ -13,6 +13,9 @@ from tdkit import Auto, Kronecker, LowRank, Plan, Policy, Rule, Tucker
 from tdkit.errors import BudgetError, PolicyError
 from tdkit.models.sites import num_bytes, num_params
 from tdkit.planning.budget import Budget
+from tests.side_packages import use_torchao
+
+use_torchao()
 
 
 def llama() -> nn.Module:

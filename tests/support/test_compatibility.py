@@ -41,6 +41,7 @@ from tdkit.support.compatibility import (
     recurrent_weights_again,
     replace_forward,
     reset_accelerate_state,
+    saved_buffers_of,
     shallow_copy,
     static_shape,
     storage_id,
@@ -494,3 +495,12 @@ def test_paths_are_exchanged_in_one_step(tmp_path: Path) -> None:
     assert exchange_paths(first, second) == (sys.platform in ("linux", "darwin"))
     assert (second / "x").exists() == (sys.platform in ("linux", "darwin"))
     assert not exchange_paths(first, tmp_path / "missing")
+
+
+def test_buffers_that_a_state_dict_holds() -> None:
+    module = nn.Module()
+    module.register_buffer("kept", torch.ones(2))
+    module.register_buffer("left_out", torch.ones(3), persistent=False)
+    module.register_buffer("absent", None)
+    assert [id(buffer) for buffer in saved_buffers_of(module)] == [id(module.kept)]
+    assert list(module.state_dict()) == ["kept"]
