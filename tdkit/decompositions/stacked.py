@@ -234,6 +234,8 @@ def stacked(kind: Decomposition) -> Decomposition:
         return Stacked(each=kind)
     every: list[Decomposition] = []
     for member in kind.members:
+        if not member.orders:  # of groups of weights
+            continue
         every.append(stacked(member))
         if isinstance(member, LowRank):
             every += Stacked(each=member, shared=True).alternatives(())

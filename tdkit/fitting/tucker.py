@@ -23,7 +23,7 @@ from tdkit.fitting.tensorly_tucker import partial_tucker
 
 STEPS = 20  # of L-BFGS: the start is within about 2% of the error that hundreds reach
 CURVE_STEPS = 8  # as many for error curves
-CURVE_WORK = 2**37  # multiply-adds of the steps for one point of an error curve; some seconds of one core
+CURVE_WORK = 2**34  # multiply-adds of the steps for one point of an error curve; about a second of one core
 HOOI_ENTRIES = 1 << 18  # of the weight up to which orthogonal iteration by TensorLy starts; above it takes seconds
 
 

@@ -253,7 +253,9 @@ class Chain(torch.autograd.Function):
     def forward(
         stages: Sequence[Stage], geometry: Geometry, x: Tensor, bias: Tensor | None, *weights: Tensor
     ) -> Tensor:
-        return _run(x, bias, weights, stages, geometry)
+        y = _run(x, bias, weights, stages, geometry)
+        storage, place = y.untyped_storage(), y.storage_offset()
+        return y.new_empty(0).set_(storage, place, y.size(), y.stride())  # no view, so that it can be changed in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004

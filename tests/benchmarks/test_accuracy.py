@@ -57,7 +57,7 @@ def test_a_row_compresses_a_copy(name: str) -> None:
     results = [compressed(source, name, Scope("blocks", 0.7), calibrations.__getitem__) for _ in range(2)]
     small, took = results[0]
     assert took["params"] == sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
-    least = 0.4 if name.startswith(("shrink", "modegpt")) else 0.65  # units go by eight
-    assert least < took["kept"] <= 0.7
+    shrinks = name.startswith(("shrink", "modegpt"))  # by eight units, and eight queries of a head stay whole
+    assert (0.4 if shrinks else 0.65) < took["kept"] <= (0.8 if shrinks else 0.7)
     assert took["plan"] == results[1][1]["plan"]
     assert torch.equal(small(batches[0]).logits, results[1][0](batches[0]).logits)

@@ -331,3 +331,11 @@ def test_the_products_of_a_subclass_with_a_forward_of_its_own_are_seen() -> None
     handle.remove()
     torch.testing.assert_close(small(x), before)
     assert seen == [(2, 9, 72), (2, 9, 12)]
+
+
+def test_the_output_of_a_chain_can_be_changed_in_place() -> None:
+    """As ``ReLU(inplace=True)`` does; torch forbids it where a view is returned."""
+    model = nn.Sequential(nn.Conv2d(6, 8, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.ReLU(inplace=True))
+    tdkit.compress(model, Policy([Rule("*", LowRank(rank=2))]))
+    model(torch.randn(2, 6, 9, 9)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
