@@ -91,6 +91,8 @@ DECOMPOSITIONS: Mapping[str, Decomposition] = {
 }
 MLP_ONLY = ("shrink uniform", "modegpt")
 
+SINGLE = [name for name, kind in DECOMPOSITIONS.items() if not isinstance(kind, Auto)]
+
 METHODS: Mapping[str, dict[str, Any]] = {
     "plain": {"calibrated": False},
     "whitened": {"gradients": False, "allocation": "uniform"},
@@ -317,7 +319,7 @@ class Store:
         for scope_ in SCOPES:
             for method in METHODS:
                 auto = self.find(f"auto/{method}", scope_.name)
-                singles = [self.find(f"{kind}/{method}", scope_.name) for kind in DECOMPOSITIONS if kind != "auto"]
+                singles = [self.find(f"{kind}/{method}", scope_.name) for kind in SINGLE]
                 known = [row["perplexity"] for row in singles if row]
                 if auto and known:
                     ratio = auto["perplexity"] / min(known)
