@@ -19,6 +19,7 @@ from tdkit.support.compatibility import storage_id, tree_leaves
 SAMPLE_SECONDS = 5e-3  # shorter calls are repeated within a sample, to hide clock resolution and cold caches
 MAX_REPEATS = 200
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+KEPT_BELOW = 2**25  # bytes of an allocation that `keep_freed_memory` takes from memory that was freed
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return bool(mallopt(MMAP_THRESHOLD, 2**25) and mallopt(TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(MMAP_THRESHOLD, KEPT_BELOW) and mallopt(TRIM_THRESHOLD, 2**31 - 1))
 
 
 def saved_bytes(forward: Callable[[], object]) -> int:

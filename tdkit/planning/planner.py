@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,25 +14,22 @@ from tdkit.calibration.losses import Labels
 from tdkit.calibration.measure import measured, text_batches
 from tdkit.calibration.runner import Runner
 from tdkit.decompositions.auto import Auto
-from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.decompositions.shrink import Shrink
-from tdkit.decompositions.stacks import FactorizedStack
 from tdkit.errors import BudgetError, CalibrationError
-from tdkit.models.hosts.base import Host
-from tdkit.models.hosts.registered import builder_of
-from tdkit.models.sites import FactorizedUser, Site, factorized_groups, num_bytes, num_params, resized_layers, survey
+from tdkit.models.sites import Site, factorized_groups, num_bytes, num_params, resized_layers, survey
 from tdkit.planning.adapters import adapter_of
-from tdkit.planning.allocation import Choice
+from tdkit.planning.allocation import Choice, OpenSite
 from tdkit.planning.allocators import Request, allocate
 from tdkit.planning.budget import UNITS, Budget, Costs, dense_bytes, factor_bytes, left_bytes, other_bytes
 from tdkit.planning.grouping import tested
 from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import Resolved, resolve, without
+from tdkit.planning.rule import Rule
 from tdkit.planning.shrunk_steps import bundle_steps, resized_step
+from tdkit.planning.site_steps import applied_step, site_step
 from tdkit.planning.step import Step
 from tdkit.planning.warnings import warnings_of, warnings_of_applied
-from tdkit.products.cost import DENSE
 from tdkit.support.compatibility import uncompiled
 from tdkit.support.processes import failing_together
 
@@ -122,7 +118,7 @@ def planned(resolved: Resolved, calibration: Calibration | None = None, *, progr
             choice = Choice(None, f"kept by rule '{rule.match}'")
         else:
             choice = choices[site.name]
-        steps.append(_step(site, choice, policy.allow_growth))
+        steps.append(site_step(site, choice, policy.allow_growth))
     before = num_params(resolved.model)
     after = before - sum(s.params_before - s.params_after for s in steps)
     made = Plan(
@@ -164,12 +160,16 @@ def _unselected(site: Site, policy: Policy) -> str:
 def applied_plan(model: nn.Module) -> Plan:
     """Returns the plan of a compressed model, read from its layers: decompositions, parameters and errors."""
     model = uncompiled(model)
-    steps = {(users[0].layer, users[0].weight): _applied(matrix, users) for matrix, users in factorized_groups(model)}
+    steps = {
+        (users[0].layer, users[0].weight): applied_step(matrix, users) for matrix, users in factorized_groups(model)
+    }
     found = survey(model)
     resized = {name: dense for name, _, dense in resized_layers(model)}
     for site in found.sites:
         dense = resized.get(site.users[0].layer)
-        step = _step(site, Choice(None, "dense"), allow_growth=False) if dense is None else resized_step(site, dense)
+        step = (
+            site_step(site, Choice(None, "dense"), allow_growth=False) if dense is None else resized_step(site, dense)
+        )
         steps[site.users[0].layer, site.users[0].weight] = step
     places = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     ordered = [steps[key] for key in sorted(steps, key=lambda key: places[key[0]])]
@@ -187,8 +187,15 @@ def _choose(
     for number, rule in enumerate(policy.rules):
         if rule.budget is not None and number in resolved.open:
             sites = resolved.open[number]
-            available = int(rule.budget * sum(s.site.params for s in sites))
+            before, after = _settled(resolved, rule, choices, sites, policy.allow_growth)
+            whole = before + sum(s.site.params for s in sites)
+            available = int(rule.budget * whole) - after
             place = f"rule '{rule.match}' with budget={rule.budget}"
+            if available <= 0:
+                raise BudgetError(
+                    f"{place} cannot be met: the weights whose size it does not choose hold {after / whole:.3f} of the "
+                    "params that it selects: raise the budget or match more layers"
+                )
             choices |= allocate(policy.allocation, Request(sites, available, place, calibration, progress))
     if None in resolved.open:
         target = policy.target
@@ -204,7 +211,7 @@ def _choose(
                 elsewhere += costs.of(site)
             elif site.name not in opened:
                 choice = choices.get(site.name, Choice(None))
-                elsewhere += costs.of(site, _step(site, choice, policy.allow_growth).decomposition)
+                elsewhere += costs.of(site, site_step(site, choice, policy.allow_growth).decomposition)
         for name, bundle in bundles.items():  # with their biases, but without rows of other units
             chosen = 0 if name in opened else costs.of(bundle, choices[name].decomposition)
             elsewhere += chosen - costs.of(bundle)
@@ -222,6 +229,25 @@ def _choose(
     return choices
 
 
+def _settled(
+    resolved: Resolved, rule: Rule, choices: Mapping[str, Choice], sites: Sequence[OpenSite], allow_growth: bool
+) -> tuple[int, int]:
+    """Returns the parameters, before and after, of what a rule selects and whose size its budget does not choose."""
+    opened = {each.site.name for each in sites}
+    before = after = 0
+    bundled: set[str] = set()
+    for name, bundle in resolved.bundles.items():
+        bundled |= {site.name for site in bundle.sites}
+        if name not in opened and resolved.rules.get(bundle.sites[0].name) is rule:
+            before += bundle.params
+            after += Costs().of(bundle, choices[name].decomposition)
+    for site in resolved.survey.sites:
+        if resolved.rules.get(site.name) is rule and site.name not in opened | bundled:
+            before += site.params
+            after += site_step(site, choices[site.name], allow_growth).params_after
+    return before, after
+
+
 def _bytes_after(resolved: Resolved, steps: Sequence[Step], target: Budget | None) -> int:
     """Returns the bytes of all tensors after compression."""
     dtype = None if target is None else target.dtype
@@ -234,75 +260,3 @@ def _bytes_after(resolved: Resolved, steps: Sequence[Step], target: Budget | Non
         else:
             size += dense_bytes(site, dtype) if kind is None else factor_bytes(site, kind, dtype)
     return size
-
-
-def _applied(matrix: FactorizedMatrix, users: Sequence[FactorizedUser]) -> Step:
-    size = math.prod(matrix.shape)
-    times = sum(user.multiplications for user in users)
-    computed = _computed((builder_of(user.module), user.module, user.weight) for user in users)
-    host, place = builder_of(users[0].module), (users[0].module, users[0].weight)
-    multiply_adds = size // (matrix.sizes[0] if isinstance(matrix, FactorizedStack) else 1)
-    return Step(
-        names=tuple(user.name for user in users),
-        kinds=tuple(user.module.replaces for user in users),
-        shape=matrix.sizes,
-        decomposition=matrix.decomposition,
-        reason="",
-        params_before=size,
-        params_after=matrix.params,
-        indices=matrix.indices,
-        multiply_adds_before=times * multiply_adds,
-        multiply_adds_after=times * (multiply_adds if computed == DENSE else host.multiply_adds(*place, matrix)),
-        error=matrix.error,
-        paths=_paths_of(matrix, host, *place) if times and computed != DENSE else None,
-        computed=computed,
-    )
-
-
-def _step(site: Site, choice: Choice, allow_growth: bool) -> Step:
-    kind, reason = choice.decomposition, choice.reason
-    params, indices, multiply_adds, paths, computed = site.params, 0, site.multiply_adds, None, None
-    times = site.multiplications()
-    if kind is not None:
-        matrix = kind.empty(kind.shape_of(site.shape), device="meta")
-        if matrix.params >= site.params and not allow_growth:
-            reason = f"{kind.describe()} would hold {matrix.params:,} params, not fewer (allow_growth permits it)"
-            kind = None
-        else:
-            host, place = site.users[0].host, (site.users[0].module, site.users[0].weight)
-            params, indices, multiply_adds = matrix.params, matrix.indices, host.multiply_adds(*place, matrix)
-            paths = _paths_of(matrix, host, *place) if times else None
-            computed = _computed((user.host, user.module, user.weight) for user in site.users)
-            if computed == DENSE:
-                multiply_adds, paths = site.multiply_adds, None
-    return Step(
-        names=site.names,
-        kinds=site.kinds,
-        shape=site.shape,
-        decomposition=kind,
-        reason=reason,
-        params_before=site.params,
-        params_after=params,
-        indices=indices,
-        multiply_adds_before=times * site.multiply_adds,
-        multiply_adds_after=times * multiply_adds,
-        loss=None if choice.error is None else choice.error / 2,
-        runner_up=None
-        if kind is None or choice.runner_up is None
-        else f"{choice.runner_up.decomposition.describe()}: {choice.runner_up.error / 2:.3g}",
-        paths=paths,
-        computed=computed,
-    )
-
-
-def _computed(users: Iterable[tuple[Host, nn.Module, str]]) -> str:
-    """Returns 'dense' if every user builds the dense weight, and 'by factors' otherwise."""
-    return DENSE if all(host.computed(module, weight) == DENSE for host, module, weight in users) else "by factors"
-
-
-def _paths_of(matrix: FactorizedMatrix, host: Host, module: nn.Module, weight: str) -> tuple[str, str]:
-    """Returns the names of the paths with the least estimated time for 1 and for 512 tokens."""
-    if isinstance(matrix, FactorizedStack):
-        few, many = (min(matrix.member_paths(tokens), key=lambda path: path.seconds()) for tokens in (1, 512))
-        return few.name, many.name
-    return host.path(module, weight, matrix, 1), host.path(module, weight, matrix, 512)

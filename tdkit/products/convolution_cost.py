@@ -50,8 +50,10 @@ def multiply_adds(stages: Sequence[StageShape], geometry: Geometry) -> int:
     return total
 
 
-def chain_path(stages: Sequence[StageShape], geometry: Geometry, size: Shape) -> Path:
-    """The path by the stages, for an input of `size` (batch, in, *spatial)."""
+def chain_path(
+    stages: Sequence[StageShape], geometry: Geometry, size: Shape, *, pointwise: int = POINTWISE
+) -> Path:
+    """The path by the stages, for an input of `size` (batch, in, *spatial); `pointwise` as `POINTWISE`."""
     batch, _, *spatial = size
     products, moved = [], 0.0
     for stage in stages:
@@ -60,7 +62,7 @@ def chain_path(stages: Sequence[StageShape], geometry: Geometry, size: Shape) ->
         out, width, *kernel = stage.shape
         positions = before if geometry.transposed else after
         if math.prod(kernel) == 1:
-            positions += batch * stage.outer * POINTWISE
+            positions += batch * stage.outer * pointwise
         products.append(Product(positions, width * math.prod(kernel), out // stage.groups, stage.groups))
         moved += TRAFFIC * (before * width * stage.groups + after * out + math.prod(stage.shape))
     return Path(CHAIN, tuple(products), len(stages), round(moved))
@@ -68,7 +70,7 @@ def chain_path(stages: Sequence[StageShape], geometry: Geometry, size: Shape) ->
 
 def dense_path(shape: StageShape, geometry: Geometry, size: Shape, build: Path | None) -> Path:
     """The path by the dense weight, which costs `build` in every call; nothing where it is cached."""
-    path = chain_path([shape], geometry, size)
+    path = chain_path([shape], geometry, size, pointwise=0)
     if build is None:
         return Path(CACHED, path.products, path.calls, path.moved)
     return Path(DENSE, (*path.products, *build.products), path.calls + build.calls, path.moved + build.moved)

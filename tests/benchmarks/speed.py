@@ -298,7 +298,8 @@ def write(results: dict[str, Any]) -> None:
     for part, (title, names) in columns.items():
         if results.get(part):
             rows = [
-                [f"{row[n]:.3g}" if isinstance(row[n], float) else str(row[n]) for n in names] for row in results[part]
+                [f"{cell:.3g}" if isinstance(cell := row.get(n, ""), float) else str(cell) for n in names]
+                for row in results[part]
             ]
             parts += [f"## {title}\n", markdown_table([n.replace("_", " ") for n in names], rows)]
     if results.get("absent"):

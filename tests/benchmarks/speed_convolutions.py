@@ -18,7 +18,18 @@ from tests.benchmarks.calls import Row, compared, filled
 
 IMAGES = 8
 SHARE = 0.5  # of the multiply-adds
-COLUMNS = ["layer", "decomposition", "share", "dense_ms", "memory_path", "memory", "speed_path", "speed", "peak"]
+COLUMNS = [
+    "layer",
+    "decomposition",
+    "share",
+    "dense_ms",
+    "memory_path",
+    "memory",
+    "speed_path",
+    "speed",
+    "peak",
+    "resident",
+]
 ROUNDS = 15
 
 
