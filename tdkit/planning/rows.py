@@ -73,7 +73,8 @@ def kept_lines(steps: Sequence[Step], untouchable: Sequence[Untouchable], names:
         names: the maximum number of layers, or groups of equal ones, that a line names.
     """
     reasons: dict[str, list[Step | Untouchable]] = {}
-    for weight in [*(step for step in steps if step.decomposition is None), *untouchable]:
+    dense: list[Step | Untouchable] = [step for step in steps if step.decomposition is None]
+    for weight in [*dense, *untouchable]:
         reasons.setdefault(weight.reason, []).append(weight)
     lines = []
     for reason, kept in reasons.items():
