@@ -140,7 +140,7 @@ def on_a_terminal(*arguments: object, cwd: Path, **variables: str) -> str:
 
 def test_a_log_holds_no_control_codes_and_no_bars(gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """Those of transformers included, which draws one while it loads a model."""
-    text = ("--calibration", text_file, "--calibration-tokens", "256", "--context", "32")
+    text = ("--calibration", text_file, "--calibration-tokens", "64", "--context", "32")
     call = ("compress", gpt2_folder, "--budget", "0.8", *text, "--out", tmp_path / "smaller")
     done = in_a_process(*call, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -151,31 +151,34 @@ def test_a_log_holds_no_control_codes_and_no_bars(gpt2_folder: Path, text_file: 
     assert done.stdout.startswith("of ")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX terminals")
-def test_a_terminal_gets_bars_and_colours_unless_they_are_not_wanted(gpt2_folder: Path, tmp_path: Path) -> None:
-    def shown(*before: str, out: str, **variables: str) -> str:
-        call = ("compress", gpt2_folder, "--budget", "0.8", "--out", out)
-        return on_a_terminal(*before, *call, cwd=tmp_path, **variables)
+NET = "from torch import nn\n\ndef net():\n    return nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))\n"
+COMPRESS = ("compress", "--model", "own_net:net", "--budget", "0.8", "--out")
 
-    plain = shown(out="a")
+
+@pytest.fixture
+def with_net(tmp_path: Path) -> Path:
+    (tmp_path / "own_net.py").write_text(NET, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX terminals")
+def test_a_terminal_gets_bars_and_colours_unless_they_are_not_wanted(with_net: Path) -> None:
+    plain = on_a_terminal(*COMPRESS, "a", cwd=with_net)
     assert "fit" in plain
-    assert "left" in plain
-    assert re.search(r"\d -> [\d,]+ params", plain)
-    assert re.search(r"\x1b\[(\d+;)*3\d", plain), "colours"
-    assert not re.search(r"\x1b\[(\d+;)*(3|9)\d", shown(out="b", NO_COLOR="1"))
-    quiet = shown("--quiet", out="c")
-    assert "saved to" not in quiet
-    assert "fit" not in quiet
-    assert "left" not in quiet
+    assert re.search(r"4/4 .*0:00, 0:00 left .*[\d,]+ -> [\d,]+ params", plain)
+    assert re.search(r"\x1b\[(\d+;)*[39]\d", plain), "colours"
+    quiet = on_a_terminal("--quiet", *COMPRESS, "b", cwd=with_net, NO_COLOR="1")
+    assert not re.search(r"\x1b\[(\d+;)*[39]\d", quiet)
+    for part in ("saved to", "fit", "left"):
+        assert part not in quiet
     assert "can be rewritten" in quiet
 
 
-def test_verbose_reports_in_lines_and_quiet_prints_results_only(gpt2_folder: Path, tmp_path: Path) -> None:
-    call = ("compress", gpt2_folder, "--budget", "0.8", "--out")
-    verbose = in_a_process("--verbose", *call, "a", cwd=tmp_path)
-    assert re.search(r"^fit 10/10, 0:\d\d, 0:00 left, [\d,]+ -> [\d,]+ params$", verbose.stderr, re.MULTILINE)
+def test_verbose_reports_in_lines_and_quiet_prints_results_only(with_net: Path) -> None:
+    verbose = in_a_process("--verbose", *COMPRESS, "a", cwd=with_net)
+    assert re.search(r"^fit 4/4, 0:\d\d, 0:00 left, 4,096 -> [\d,]+ params$", verbose.stderr, re.MULTILINE)
     assert not CODES.search(verbose.stderr)
-    quiet = in_a_process("--quiet", *call, "b", "--json", cwd=tmp_path)
+    quiet = in_a_process("--quiet", *COMPRESS, "b", "--json", cwd=with_net)
     assert quiet.stderr == ""
     assert quiet.stdout.startswith("{")
 
