@@ -14,7 +14,6 @@ import typer
 
 from tdkit.cli.output import Command, note
 from tdkit.errors import OptionError
-from tdkit.support.files import whole_folder, write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
 NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
@@ -27,6 +26,8 @@ def new_plugin(
     folder: Annotated[Path | None, typer.Option("--out", help="Where to write it; ./NAME by default.")] = None,
 ) -> None:
     """Write a package with a decomposition, or a host, that passes the contract of tdkit, to edit and install."""
+    from tdkit.support.files import whole_folder, write_text
+
     kind = "host" if host else "decomposition"
     words = _words(name, kind)
     folder = folder or Path(name)

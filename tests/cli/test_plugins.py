@@ -49,9 +49,9 @@ def test_what_is_written_is_formatted(tdkit: Tdkit, tmp_path: Path) -> None:
     ruff = Path(sys.executable).with_name("ruff")
     for name, options in {"tdkit-two-factors": (), "stripes": ("--host",)}.items():
         tdkit("new-plugin", name, *options)
-        for check in (("format", "--check"), ("check",)):
-            call = [ruff, *check, "--no-cache", "--config", ROOT / "pyproject.toml", tmp_path / name]
-            done = subprocess.run(call, capture_output=True, text=True, check=False)
+        for check in (("format", "--check"), ("check", "--select", "E,F,W,I,N,UP,B")):
+            call = [ruff, *check, "--isolated", "--no-cache", "--line-length", "120", "."]
+            done = subprocess.run(call, cwd=tmp_path / name, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout
 
 

@@ -89,10 +89,14 @@ def test_nothing_is_printed_where_it_is_not_wanted_or_there_is_no_terminal(
     assert captured.err.strip() == ""
 
 
-def test_a_bar_shows_titles_and_labels_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_shows_titles_and_labels_as_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("COLUMNS", "120")
     with progress_bar("fit [b]", 1, True) as bar:
         bar.now("layers[0] :smile:")
         bar.so_far("9 -> 4 params")
         bar.advance()
-    shown = capsys.readouterr().err
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
     assert re.search(r"fit \[b\].*1/1 .*0:00, 0:00 left .*9 -> 4 params .*layers\[0\] :smi", shown)
