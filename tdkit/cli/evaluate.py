@@ -1,26 +1,25 @@
-"""``tdkit eval``: perplexity on texts and tasks of lm-eval, as a table or a report."""
+"""``tdkit eval``: perplexity on texts, tasks of lm-eval, and any model on batches, as a table or a report."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Group
-from rich.table import Table
 
-from tdkit.cli.options import Dtype, ModelName, dtype_of
-from tdkit.cli.output import AsJson, Device, DryRun, note, show
+from tdkit.cli.options import BatchSize, Build, Data, DtypeOption, ModelName, Weights
+from tdkit.cli.output import AsJson, Command, Device, DryRun, note, show
 from tdkit.errors import OptionError
-from tdkit.evaluation.language_models import Evaluation, check_takes_text
-from tdkit.evaluation.reports import Result, report
-from tdkit.evaluation.tasks import Tasks, measure_tasks
-from tdkit.evaluation.texts import limit_of, measure_text, protocol_of, read_texts
-from tdkit.sources.documents import Text
-from tdkit.sources.models import load_model
-from tdkit.sources.positions import check_positions
-from tdkit.support.devices import check_device
 from tdkit.support.tables import table_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from tdkit.evaluation.language_models import Evaluation
+    from tdkit.evaluation.reports import Result
+    from tdkit.evaluation.tasks import Tasks
+    from tdkit.sources.documents import Text
+    from tdkit.sources.source import Source
 
 Texts = Annotated[
     list[str] | None,
@@ -37,52 +36,99 @@ Tokens = Annotated[
 Context = Annotated[
     int | None, typer.Option(help="Tokens per window; 1024, or those of the text's own protocol.", min=2)
 ]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        help="The dense model, to compare with on the text or data: as MODEL; with --model, its weights, or the "
+        "MODULE:NAME that builds it."
+    ),
+]
 
 
 def eval_(
-    model: ModelName,
+    model: ModelName = None,
+    build: Build = None,
+    weights: Weights = None,
     text: Texts = None,
     tasks: TaskNames = None,
+    data: Data = None,
+    against: Against = None,
+    metric: Annotated[
+        Literal["accuracy", "mse"] | None,
+        typer.Option(help="With --data; by default accuracy of integer labels, else the mean squared error."),
+    ] = None,
     tokens: Tokens = None,
     context: Context = None,
     few_shot: Annotated[int | None, typer.Option(help="Examples in the prompts of tasks; theirs by default.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use the first documents of each task only.", min=1)] = None,
     batch: Annotated[int, typer.Option(help="Windows or requests per forward pass.", min=1)] = 1,
+    batch_size: BatchSize = 32,
     seed: Annotated[int, typer.Option(help="Of the choice of examples in tasks.")] = 0,
-    dtype: Dtype = "float32",
+    dtype: DtypeOption = "float32",
     device: Device = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the report, as JSON, to this file.")] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a language model: perplexity of texts, tasks of lm-eval, parameters, bytes, tokens per second."""
+    """Measure a model: perplexity of texts, tasks of lm-eval, accuracy on batches, agreement with the dense model."""
+    from rich.console import Group
+
+    from tdkit.cli.loading import check_model, dense_of, dtype_of, from_here, source_of
+    from tdkit.evaluation.batches import measure_batches
+    from tdkit.evaluation.language_models import check_takes_text
+    from tdkit.evaluation.reports import report
+    from tdkit.evaluation.tasks import Tasks, measure_tasks
+    from tdkit.evaluation.texts import compare_text, measure_text, protocol_of, read_texts
+    from tdkit.sources.own import load_batches
+    from tdkit.sources.positions import check_positions
+    from tdkit.support.devices import check_device
+
     kind = dtype_of(dtype)
     check_device(device)
-    if not text and tasks is None:
-        raise OptionError("there is nothing to measure: give --text, --tasks or both")
-    for option, given in {"--limit": limit is not None, "--few-shot": few_shot is not None}.items():
-        if given and tasks is None:
-            raise OptionError(f"{option} is for tasks: give --tasks, or leave it out")
+    name = check_model(model, build, weights)
+    if not text and tasks is None and data is None:
+        raise OptionError("there is nothing to measure: give --text, --tasks, --data or several of them")
+    for option, given, of, there in (
+        ("--limit", limit is not None, "tasks: give --tasks", tasks is not None),
+        ("--few-shot", few_shot is not None, "tasks: give --tasks", tasks is not None),
+        ("--metric", metric is not None, "batches: give --data", data is not None),
+        ("--against", against is not None, "texts and batches: give --text or --data", bool(text) or data is not None),
+    ):
+        if given and not there:
+            raise OptionError(f"{option} is for {of}, or leave it out")
     if out is not None and out.is_dir():
         raise OptionError(f"--out {out} is a folder: give the name of a file")
     read = read_texts(text) if text else None
     loaded = None if tasks is None else Tasks(_listed(tasks))
+    batches = None
+    if data is not None:
+        from_here()
+        batches = load_batches(data, batch=batch_size)
     if dry_run:
-        _say_what(model, read, loaded, tokens, context, as_json)
+        _say_what(name, read, loaded, data, against, tokens, context, as_json)
         return
-    source = load_model(model, dtype=kind, device=device)
+    source = source_of(model, build, weights, kind, device)
+    dense = None if against is None else dense_of(against, build, kind, device)
     results: list[Result] = []
     tables: list[Table] = []
     if read is not None:
         check_takes_text(source.model)
         check_positions(source.model, protocol_of(read, context).context)
         result, measured = measure_text(source, read, tokens=tokens, context=context, batch=batch)
+        rows = [(source.name, measured)]
+        if dense is not None:
+            result, of_dense = compare_text(result, source, dense, read, tokens=tokens, context=context, batch=batch)
+            rows.insert(0, (dense.name, of_dense))
         results.append(result)
-        tables.append(_of_text(model, measured, result))
+        tables.append(_of_text(rows, result))
+    if batches is not None:
+        found = measure_batches(source, batches, str(data), metric=metric, dense=dense.model if dense else None)
+        results.append(found)
+        tables.append(_of_batches(source, dense, found))
     if loaded is not None:
-        found = measure_tasks(source, loaded, few_shot=few_shot, limit=limit, batch=batch, seed=seed)
-        results += found
-        tables.append(_of_tasks(found, limit))
+        of_tasks = measure_tasks(source, loaded, few_shot=few_shot, limit=limit, batch=batch, seed=seed)
+        results += of_tasks
+        tables.append(_of_tasks(of_tasks, limit))
     made = report(source, results, seed=seed)
     if out is not None:
         made.save(out)
@@ -98,8 +144,17 @@ def _listed(tasks: str) -> list[str]:
 
 
 def _say_what(
-    model: str, text: Text | None, tasks: Tasks | None, tokens: int | None, context: int | None, as_json: bool
+    model: str,
+    text: Text | None,
+    tasks: Tasks | None,
+    batches: str | None,
+    against: str | None,
+    tokens: int | None,
+    context: int | None,
+    as_json: bool,
 ) -> None:
+    from tdkit.evaluation.texts import limit_of, protocol_of
+
     parts: list[str] = []
     data: dict[str, Any] = {"model": model}
     if text is not None:
@@ -107,25 +162,73 @@ def _say_what(
         used = "all tokens" if limit is None else f"up to {limit:,} tokens"
         parts.append(f"on {used} of {size:,} characters")
         data |= {"characters": size, "tokens": limit, "context": protocol.context, "protocol": protocol.describe()}
+    if batches is not None:
+        parts.append(f"on the batches of {batches}")
+        data["data"] = batches
     if tasks is not None:
         parts.append(f"on the tasks {', '.join(tasks.names)}")
         data["tasks"] = tasks.names
+    if against is not None:
+        parts.append(f"against {against}")
+        data["against"] = against
     show(f"would measure {model} {' and '.join(parts)}", data, as_json)
 
 
-def _of_text(model: str, measured: Evaluation, result: Result) -> Table:
-    columns = ["model", "params", "MB", "perplexity", "+-", "tokens", "context", "tokens/s"]
-    row = [
-        model,
-        f"{measured.params:,}",
-        f"{measured.bytes / 1e6:.1f}",
-        f"{measured.perplexity:.3f}",
-        "" if measured.stderr is None else f"{measured.stderr:.3f}",
-        f"{measured.tokens:,}",
-        str(measured.context),
-        f"{measured.tokens_per_second:,.0f}",
+def _of_text(rows: list[tuple[str, Evaluation]], result: Result) -> Table:
+    compared = len(rows) > 1
+    columns = ["model", "params", "ratio", "MB", "perplexity", "+-", "agreement", "tokens", "context", "tokens/s"]
+    cells = [
+        [
+            name,
+            f"{measured.params:,}",
+            f"{measured.params / rows[0][1].params:.3f}",
+            f"{measured.bytes / 1e6:.1f}",
+            f"{measured.perplexity:.3f}",
+            "" if measured.stderr is None else f"{measured.stderr:.3f}",
+            _percent(result, "agreement") if number else "",
+            f"{measured.tokens:,}",
+            str(measured.context),
+            f"{measured.tokens_per_second:,.0f}",
+        ]
+        for number, (name, measured) in enumerate(rows)
     ]
-    return table_of(result.protocol.description, columns, [row])
+    shown = [i for i, column in enumerate(columns) if compared or column not in ("ratio", "agreement")]
+    return table_of(
+        result.protocol.description, [columns[i] for i in shown], [[row[i] for i in shown] for row in cells]
+    )
+
+
+def _of_batches(source: Source, dense: Source | None, result: Result) -> Table:
+    from tdkit.models.sites import num_bytes, num_params
+
+    measured = next((name for name in ("accuracy", "mse") if name in result.figures), None)
+    columns = ["model", "params", "ratio", "MB", *([measured] if measured else []), "agreement", "relative error"]
+    rows = []
+    for one in [source] if dense is None else [dense, source]:
+        own = one is source
+        figure = result.figures[measured if own else f"dense {measured}"] if measured else None
+        rows.append(
+            [
+                one.name,
+                f"{num_params(one.model):,}",
+                f"{result.figures['ratio'].value:.3f}" if own and dense else "1.000",
+                f"{num_bytes(one.model) / 1e6:.1f}",
+                *(
+                    []
+                    if figure is None
+                    else [f"{figure.value:.1%}" if measured == "accuracy" else f"{figure.value:.4g}"]
+                ),
+                _percent(result, "agreement") if own else "",
+                f"{result.figures['relative error'].value:.4f}" if own and dense else "",
+            ]
+        )
+    shown = [i for i, column in enumerate(columns) if dense or column not in ("ratio", "agreement", "relative error")]
+    title = f"{result.task}: {result.tokens:,} examples in {result.protocol.windows:,} batches"
+    return table_of(title, [columns[i] for i in shown], [[row[i] for i in shown] for row in rows])
+
+
+def _percent(result: Result, name: str) -> str:
+    return f"{result.figures[name].value:.1%}" if name in result.figures else ""
 
 
 def _of_tasks(results: list[Result], limit: int | None) -> Table:
@@ -145,4 +248,4 @@ def _of_tasks(results: list[Result], limit: int | None) -> Table:
     return table_of(title, ["task", "metric", "value", "+-", "examples", "requests"], rows)
 
 
-COMMANDS = (eval_,)
+COMMANDS = (Command(eval_, "tdkit eval smaller --text sotu:evaluation --context 512 --tokens 4096"),)

@@ -89,7 +89,8 @@ def empty_model(description: Mapping[str, Any], folder: Path, class_: str | type
     if package is None:
         raise CheckpointError(
             f"{folder} holds a {description.get('class')}, which is not a transformers model: "
-            "build the dense model and pass it, tdkit.load(folder, model=fresh)"
+            "build the dense model and pass it, tdkit.load(folder, model=fresh), or on the command line "
+            f"--model MODULE:NAME --weights {folder}"
         )
     try:
         if class_ is not None:

@@ -94,7 +94,7 @@ def test_a_named_protocol_is_said_before_it_runs(tdkit: Tdkit, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ((), 2, "nothing to measure: give --text, --tasks or both"),
+        ((), 2, "nothing to measure: give --text, --tasks, --data or several"),
         (("--text", "TEXT", "--limit", "3"), 2, "--limit is for tasks: give --tasks"),
         (("--text", "TEXT", "--few-shot", "0"), 2, "--few-shot is for tasks"),
         (("--tasks", " , "), 2, "names no task"),
