@@ -132,6 +132,14 @@ def read_tensor(path: Path, name: str) -> Tensor:
         return tensor
 
 
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Returns whether two tensors on the CPU have one dtype, one shape and the same bits; NaN is the same as itself."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    whole = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)]
+    return torch.equal(*whole)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Returns the files with the tensors of a folder: one, or the shards of an index.
 

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 __all__ = [
     "COMPILED",
     "RecurrentWeights",
+    "TooManyParameters",
     "buffers_of",
     "constant_for_compile",
     "convolve_its_own_way",
@@ -83,16 +84,28 @@ def submodules_of(module: nn.Module) -> dict[str, nn.Module]:
     return cast("dict[str, nn.Module]", module._modules)
 
 
+class TooManyParameters(Exception):  # noqa: N818, says what there is
+    """A model has more parameters than it may have."""
+
+
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta(most: int | None = None) -> Iterator[None]:
     """A context manager inside which modules put the parameters that they are given on the meta device.
 
     A parameter is freed as soon as its module has it, so that a model is built with one in memory. Parameters that are
     there already stay the same objects: ties are kept. Buffers are real.
+
+    Args:
+        most: the number of parameters after which `TooManyParameters` is raised; None for any number.
     """
     register = nn.Module.register_parameter
+    count = 0
 
     def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        nonlocal count
+        count += 1
+        if most is not None and count > most:
+            raise TooManyParameters
         if type(param) is nn.Parameter and not param.is_meta:
             param = nn.Parameter(param.data.to("meta"), param.requires_grad)
         register(module, name, param)
