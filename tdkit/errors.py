@@ -54,6 +54,10 @@ class RegistryError(TdkitError, LookupError):
         return str(self.args[0]) if self.args else ""
 
 
+class WriteError(TdkitError, OSError):
+    """A file or folder cannot be written: the disk is full, or nothing may be written there."""
+
+
 class RecipeError(TdkitError, ValueError):
     """A recipe is malformed, or one of its steps cannot run."""
 

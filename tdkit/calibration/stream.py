@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from tdkit.models.sites import Site, survey
 from tdkit.sources.on_disk import OpenedModel, open_model
 from tdkit.support.compatibility import tree_leaves
 from tdkit.support.devices import check_device
+from tdkit.support.files import scratch_folder
 from tdkit.support.progress import Bar, progress_bar
 
 IN_MEMORY = "load the model and calibrate it in memory"
@@ -117,14 +117,14 @@ def calibrate_opened(
     _check_others(opened.model, blocks)
     steps = len(blocks[0].choices[-1]) * len(chosen) * (2 if runner.gradients else 1)
     with (
-        tempfile.TemporaryDirectory(prefix="tdkit-states-", dir=scratch) as folder,
+        scratch_folder("states", scratch) as folder,
         progress_bar("calibrate", steps, progress) as bar,
         torch.inference_mode(False),
         torch.random.fork_rng(devices=[]),
         without_fast_path(),
         without_cache(opened.model),
     ):
-        states = States(Path(folder), runner.device)
+        states = States(folder, runner.device)
         stream = _Stream(opened, runner, sites, blocks[0].choices[-1], chosen, states, limit_bytes, bar)
         return stream.calibration()
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, cast
 
 import typer
-import yaml
 
 from tdkit.cli.calibration import (
     CalibrationLabels,
@@ -38,6 +37,7 @@ from tdkit.planning.rule import Rule
 from tdkit.shapes import by
 from tdkit.sources.models import load_model
 from tdkit.support.devices import check_device
+from tdkit.support.documents import parse_yaml
 from tdkit.support.tables import table_of
 
 PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A YAML policy; instead of --with and --match.")]
@@ -183,18 +183,19 @@ def policy_of(file: Path | None, with_: str, match: list[str] | None, budget: st
     asked = None
     if budget is not None:
         try:
-            asked = yaml.safe_load(budget)
-        except yaml.YAMLError as error:
-            raise OptionError(f"--budget {budget!r} is not YAML: {error}") from None
+            asked = parse_yaml(budget)
+        except ValueError as error:
+            raise OptionError(f"--budget {budget!r}: {error}") from None
     if file is not None:
         if not file.is_file():
             raise PolicyError(f"policy file {file} does not exist")
         chosen = Policy.from_yaml(file)
         return chosen if asked is None else replace(chosen, budget=asked)
     try:
-        kind = decomposition(yaml.safe_load(with_))
-    except yaml.YAMLError as error:
-        raise OptionError(f"--with {with_!r} is not YAML: {error}") from None
+        spec = parse_yaml(with_)
+    except ValueError as error:
+        raise OptionError(f"--with {with_!r}: {error}") from None
+    kind = decomposition(spec)
     return Policy([Rule(glob, kind) for glob in match or ["*"]], asked)
 
 

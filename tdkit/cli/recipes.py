@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from tdkit.cli.output import AsJson, Device, DryRun, err, note, out, show
 from tdkit.errors import RecipeError
@@ -14,6 +13,7 @@ from tdkit.recipes.library import load_recipe, recipe_files, recipe_text
 from tdkit.recipes.recipe import Recipe
 from tdkit.recipes.run import run_recipe
 from tdkit.support.devices import check_device
+from tdkit.support.documents import parse_yaml
 from tdkit.support.files import write_text
 from tdkit.support.tables import table_of
 
@@ -28,7 +28,7 @@ def recipes(as_json: AsJson = False) -> None:
     rows, data = [], []
     for name, files in recipe_files().items():
         owners = [owner for owner, _ in files]
-        form = yaml.safe_load(files[0][1].read_text(encoding="utf-8"))
+        form = parse_yaml(files[0][1].read_text(encoding="utf-8"))
         entry = {
             "name": name,
             "model": form.get("model", ""),

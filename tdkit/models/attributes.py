@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ class Attributes:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(module, _kept(module)) for module in model.modules()]
+        self._modules = [(weakref.ref(module), _kept(module)) for module in model.modules()]  # layers may be freed
         configs = {
             id(config): config for module in model.modules() for config in configs_of(vars(module).get("config"))
         }
@@ -35,10 +36,12 @@ class Attributes:
 
     def restore(self) -> None:
         """Give all of them back what they had."""
-        for module, known in self._modules:
-            for name in KEPT:
-                vars(module).pop(name, None)
-            vars(module).update(known)
+        for reference, known in self._modules:
+            module = reference()
+            if module is not None:
+                for name in KEPT:
+                    vars(module).pop(name, None)
+                vars(module).update(known)
         for config, known in self._configs:
             vars(config).clear()
             vars(config).update(known)
@@ -51,7 +54,7 @@ def _kept(module: nn.Module) -> dict[str, Any]:
 
 def configs_of(config: Any) -> Iterator[Any]:
     """Iterate over a config of transformers and those of the parts of a model inside it; none for another object."""
-    if not any("to_diff_dict" in vars(kind) for kind in type(config).__mro__):
+    if not hasattr(type(config), "to_diff_dict"):
         return
     yield config
     for value in list(vars(config).values()):

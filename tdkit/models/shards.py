@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tdkit.errors import CheckpointError
 from tdkit.shapes import Shape
+from tdkit.support.documents import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -154,7 +155,7 @@ def weight_files(folder: Path) -> list[Path]:
             "and write it with model.save_pretrained(folder)"
         )
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = read_json(folder / INDEX)
         names = sorted(set(index["weight_map"].values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError(f"{names!r} are no names of files")

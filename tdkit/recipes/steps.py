@@ -245,6 +245,7 @@ class SaveStep(StepConfig):
         folder: a path relative to the run folder.
     """
 
+    saves_model: ClassVar[bool] = True
     folder: str = "model"
 
     def check(self, recipe: Recipe) -> None:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 from types import MethodType
@@ -45,6 +46,7 @@ __all__ = [
     "own_parameters",
     "parameters_of",
     "parameters_on_meta",
+    "parsed_expression",
     "pre_hooks_of",
     "rebind_hooked_forward",
     "recurrent_weights_again",
@@ -393,6 +395,17 @@ def reset_accelerate_state(*, processes: bool = False) -> None:
     from accelerate.state import AcceleratorState  # slow to import, and not needed for compression
 
     AcceleratorState._reset_state(processes)
+
+
+def parsed_expression(text: str) -> tuple[Any, int]:
+    """Returns the syntax tree that ``re`` makes of a regular expression, as pairs (kind, value), and its flags.
+
+    Raises:
+        re.error: when it is none; or OverflowError, or RecursionError.
+    """
+    parser: Any = import_module("re._parser")
+    tree = parser.parse(text)
+    return tree, int(tree.state.flags)
 
 
 def exchange_paths(first: Path, second: Path) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 MOST_JSON = 2**26  # characters; the descriptions of the largest models have a few million
-MOST_YAML = 2**18  # characters; the parser reads about a hundred thousand in a second
+MOST_YAML = 2**17  # characters; the parser reads about a hundred thousand in a second
+MOST_DIGITS = 40  # of an integer, which must become a float in messages and ratios
 MOST_VALUES = 10**5  # that a YAML text stands for, once its aliases are written out
 
 
@@ -24,7 +25,7 @@ def read_json(path: Path) -> Any:
         OSError: when the file cannot be read.
         ValueError: when it is not UTF-8 or not JSON, or too large or too deeply nested.
     """
-    return parse_json(_text_of(path, MOST_JSON))
+    return parse_json(read_text(path, MOST_JSON))
 
 
 def parse_json(text: str) -> Any:
@@ -35,7 +36,7 @@ def parse_json(text: str) -> Any:
     """
     _check_length(text, MOST_JSON)
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_integer)
     except RecursionError:
         raise ValueError("it is too deeply nested") from None
 
@@ -47,7 +48,20 @@ def read_yaml(path: Path) -> Any:
         OSError: when the file cannot be read.
         ValueError: when it is not UTF-8, or as `parse_yaml`.
     """
-    return parse_yaml(_text_of(path, MOST_YAML))
+    return parse_yaml(read_text(path))
+
+
+def read_text(path: Path, most: int = MOST_YAML) -> str:
+    """Returns the text of a UTF-8 file.
+
+    Raises:
+        OSError: when the file cannot be read.
+        ValueError: when it is not UTF-8, or has more than `most` characters.
+    """
+    with path.open(encoding="utf-8") as file:
+        text = file.read(most + 1)
+    _check_length(text, most)
+    return text
 
 
 def parse_yaml(text: str) -> Any:
@@ -81,6 +95,8 @@ def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
         if not known[id(node)]:
             raise ValueError("an alias stands for a value that contains it")
         return known[id(node)]
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int"):
+        _check_digits(node.value)
     known[id(node)] = 0
     parts: list[yaml.Node] = []
     if isinstance(node, yaml.SequenceNode):
@@ -91,11 +107,14 @@ def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def _text_of(path: Path, most: int) -> str:
-    with path.open(encoding="utf-8") as file:
-        text = file.read(most + 1)
-    _check_length(text, most)
-    return text
+def _integer(text: str) -> int:
+    _check_digits(text)
+    return int(text)
+
+
+def _check_digits(text: str) -> None:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"it has an integer of {len(text):,} digits")
 
 
 def _check_length(text: str, most: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from tdkit.models.checkpoint.tensors import without_markers
 from tdkit.models.registration import attach
 from tdkit.models.shards import WEIGHTS, Shards, same_bits, weight_files
 from tdkit.models.sites import factorized_groups
-from tdkit.models.swap import swapping
+from tdkit.models.swap import Swap, swapping
 from tdkit.support.compatibility import unwrapped
+from tdkit.support.files import digest_of_file
 
 
 def load(
@@ -70,7 +70,7 @@ def load(
     layers = layers_of(description, place)
     shards = Shards(weight_files(folder))
     if verify and description["version"] == 1:
-        _check_digest(_digest_of_file(folder / WEIGHTS), description, folder)
+        _check_digest(digest_of_file(folder / WEIGHTS), description, folder)
     if model is None:
         model = huggingface.empty_model(description["model"], folder, class_)
     given, model = model, unwrapped(model)
@@ -88,9 +88,25 @@ def load(
         _check_buffers(model, values, str(folder / WEIGHTS))
         fill(swap, values, dtypes, device)
         attach(model)
+        _finish(swap, given, model, generation)
+    return given
+
+
+def _finish(swap: Swap, given: nn.Module, model: Any, generation: Any) -> None:
+    """Put the model into eval mode, and give it its generation config."""
+    modes = [(module, module.training) for module in given.modules()]
+    before = vars(model).get("generation_config")
+
+    def restore() -> None:
+        for module, training in modes:
+            module.training = training
+        if generation is not None:
+            model.generation_config = before
+
+    swap.when_undone(restore)
     if generation is not None:
         model.generation_config = generation
-    return given.eval()
+    given.eval()
 
 
 def outline(folder: str | Path) -> Any:
@@ -105,11 +121,6 @@ def outline(folder: str | Path) -> Any:
     with swapping(model) as swap:
         rewrite(swap, layers_of(description, str(place_of(folder))), str(folder))
     return model
-
-
-def _digest_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_digest(found: str, description: Mapping[str, Any], folder: Path) -> None:
@@ -142,6 +153,12 @@ def _users(
         f"holds {name} as {shape}, the model as {tuple(own[name].shape)}"
         for name, shape in shapes.items()
         if shape != tuple(own[name].shape)
+    ]
+    kinds = {name: shards.tensors[origins[name]].dtype for name in shapes}
+    problems += [
+        f"holds {name} as {dtype}, the model as {own[name].dtype}"
+        for name, dtype in kinds.items()
+        if dtype.is_floating_point != own[name].is_floating_point()
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
