@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tdkit.cli.options import BatchSize, Build, Data, DtypeOption, ModelName, Weights
+from tdkit.cli.completion import complete_models
+from tdkit.cli.options import BatchSize, Build, Data, DtypeOption, Weights
 from tdkit.cli.output import AsJson, Command, Device, DryRun, note, show
 from tdkit.errors import OptionError
 from tdkit.support.tables import table_of
@@ -16,11 +17,20 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tdkit.evaluation.language_models import Evaluation
-    from tdkit.evaluation.reports import Result
+    from tdkit.evaluation.reports import Report, Result
     from tdkit.evaluation.tasks import Tasks
     from tdkit.sources.documents import Text
     from tdkit.sources.source import Source
 
+ModelNames = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="MODEL...",
+        help="Folders, registered names such as smollm2 (tdkit sources lists them), or hub names.",
+        autocompletion=complete_models,
+        show_default=False,
+    ),
+]
 Texts = Annotated[
     list[str] | None,
     typer.Option("--text", help="A file, a folder, a name (sotu:evaluation, wikitext-2, lambada) or a dataset."),
@@ -46,7 +56,7 @@ Against = Annotated[
 
 
 def eval_(
-    model: ModelName = None,
+    models: ModelNames = None,
     build: Build = None,
     weights: Weights = None,
     text: Texts = None,
@@ -66,11 +76,14 @@ def eval_(
     seed: Annotated[int, typer.Option(help="Of the choice of examples in tasks.")] = 0,
     dtype: DtypeOption = "float32",
     device: Device = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the report, as JSON, to this file.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Write the report, as JSON, to this file; those of several models to this folder."),
+    ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model: perplexity of texts, tasks of lm-eval, accuracy on batches, agreement with the dense model."""
+    """Measure models: perplexity of texts, tasks of lm-eval, accuracy on batches, agreement with the dense model."""
     from rich.console import Group
 
     from tdkit.cli.loading import check_model, dense_of, dtype_of, from_here, source_of
@@ -85,19 +98,19 @@ def eval_(
 
     kind = dtype_of(dtype)
     check_device(device)
-    name = check_model(model, build, weights)
+    given_names: list[str | None] = list(models or []) or [None]
+    names = [check_model(each, build, weights) for each in given_names]
     if not text and tasks is None and data is None:
         raise OptionError("there is nothing to measure: give --text, --tasks, --data or several of them")
-    for option, given, of, there in (
+    for option, is_given, of, there in (
         ("--limit", limit is not None, "tasks: give --tasks", tasks is not None),
         ("--few-shot", few_shot is not None, "tasks: give --tasks", tasks is not None),
         ("--metric", metric is not None, "batches: give --data", data is not None),
         ("--against", against is not None, "texts and batches: give --text or --data", bool(text) or data is not None),
     ):
-        if given and not there:
+        if is_given and not there:
             raise OptionError(f"{option} is for {of}, or leave it out")
-    if out is not None and out.is_dir():
-        raise OptionError(f"--out {out} is a folder: give the name of a file")
+    files = _files_of(out, names)
     read = read_texts(text) if text else None
     loaded = None if tasks is None else Tasks(_listed(tasks))
     batches = None
@@ -105,35 +118,65 @@ def eval_(
         from_here()
         batches = load_batches(data, batch=batch_size)
     if dry_run:
-        _say_what(name, read, loaded, data, against, tokens, context, as_json)
+        _say_what(" and ".join(names), read, loaded, data, against, tokens, context, as_json)
         return
-    source = source_of(model, build, weights, kind, device)
     dense = None if against is None else dense_of(against, build, kind, device)
-    results: list[Result] = []
+    rows: list[tuple[str, Evaluation, Result | None]] = []
     tables: list[Table] = []
-    if read is not None:
-        check_takes_text(source.model)
-        check_positions(source.model, protocol_of(read, context).context)
-        result, measured = measure_text(source, read, tokens=tokens, context=context, batch=batch)
-        rows = [(source.name, measured)]
-        if dense is not None:
-            result, of_dense = compare_text(result, source, dense, read, tokens=tokens, context=context, batch=batch)
-            rows.insert(0, (dense.name, of_dense))
-        results.append(result)
-        tables.append(_of_text(rows, result))
-    if batches is not None:
-        found = measure_batches(source, batches, str(data), metric=metric, dense=dense.model if dense else None)
-        results.append(found)
-        tables.append(_of_batches(source, dense, found))
-    if loaded is not None:
-        of_tasks = measure_tasks(source, loaded, few_shot=few_shot, limit=limit, batch=batch, seed=seed)
-        results += of_tasks
-        tables.append(_of_tasks(of_tasks, limit))
-    made = report(source, results, seed=seed)
-    if out is not None:
-        made.save(out)
-        note(f"report written to {out}")
-    show(Group(*tables), made.to_dict(), as_json)
+    reports: list[Report] = []
+    for number, each in enumerate(given_names):
+        source = source_of(each, build, weights, kind, device)
+        results: list[Result] = []
+        if read is not None:
+            check_takes_text(source.model)
+            check_positions(source.model, protocol_of(read, context).context)
+            result, measured = measure_text(source, read, tokens=tokens, context=context, batch=batch)
+            if dense is not None:
+                result, of_dense = compare_text(
+                    result, source, dense, read, tokens=tokens, context=context, batch=batch
+                )
+                rows += [] if number else [(dense.name, of_dense, None)]
+            rows.append((source.name, measured, result))
+            results.append(result)
+        if batches is not None:
+            found = measure_batches(source, batches, str(data), metric=metric, dense=dense.model if dense else None)
+            results.append(found)
+            tables.append(_of_batches(source, dense, found))
+        if loaded is not None:
+            of_tasks = measure_tasks(source, loaded, few_shot=few_shot, limit=limit, batch=batch, seed=seed)
+            results += of_tasks
+            tables.append(_of_tasks(of_tasks, limit, source.name if len(names) > 1 else ""))
+        reports.append(report(source, results, seed=seed))
+        if files:
+            if len(files) > 1:
+                files[number].parent.mkdir(parents=True, exist_ok=True)
+            reports[-1].save(files[number])
+            note(f"report written to {files[number]}")
+    if rows:
+        tables.insert(0, _of_text(rows))
+    forms = [made.to_dict() for made in reports]
+    show(Group(*tables), forms[0] if len(forms) == 1 else {"models": forms}, as_json)
+
+
+def _files_of(out: Path | None, names: list[str]) -> list[Path]:
+    """Returns the file of each model's report: `out`, or files in the folder `out` for several.
+
+    Raises:
+        OptionError: when `out` is not of that kind, or two models would have the same file.
+    """
+    if out is None:
+        return []
+    if len(names) == 1:
+        if out.is_dir():
+            raise OptionError(f"--out {out} is a folder: give the name of a file")
+        return [out]
+    if out.exists() and not out.is_dir():
+        raise OptionError(f"--out {out} is a file, and there are {len(names)} models: give a folder for their reports")
+    files = [out / f"{name.rstrip('/').replace('/', '-').lstrip('.-')}.json" for name in names]
+    twice = [file.name for file in files if files.count(file) > 1]
+    if twice:
+        raise OptionError(f"two models would have the report {twice[0]}: measure them one by one")
+    return files
 
 
 def _listed(tasks: str) -> list[str]:
@@ -174,8 +217,11 @@ def _say_what(
     show(f"would measure {model} {' and '.join(parts)}", data, as_json)
 
 
-def _of_text(rows: list[tuple[str, Evaluation]], result: Result) -> Table:
+def _of_text(rows: list[tuple[str, Evaluation, Result | None]]) -> Table:
+    """The table of perplexities; the result of the dense model that others are compared with is None."""
     compared = len(rows) > 1
+    last = rows[-1][2]
+    assert last is not None
     columns = ["model", "params", "ratio", "MB", "perplexity", "+-", "agreement", "tokens", "context", "tokens/s"]
     cells = [
         [
@@ -185,17 +231,16 @@ def _of_text(rows: list[tuple[str, Evaluation]], result: Result) -> Table:
             f"{measured.bytes / 1e6:.1f}",
             f"{measured.perplexity:.3f}",
             "" if measured.stderr is None else f"{measured.stderr:.3f}",
-            _percent(result, "agreement") if number else "",
+            _percent(result, "agreement") if result else "",
             f"{measured.tokens:,}",
             str(measured.context),
             f"{measured.tokens_per_second:,.0f}",
         ]
-        for number, (name, measured) in enumerate(rows)
+        for name, measured, result in rows
     ]
-    shown = [i for i, column in enumerate(columns) if compared or column not in ("ratio", "agreement")]
-    return table_of(
-        result.protocol.description, [columns[i] for i in shown], [[row[i] for i in shown] for row in cells]
-    )
+    left_out = () if rows[0][2] is None else ("agreement",) if compared else ("ratio", "agreement")
+    shown = [i for i, column in enumerate(columns) if column not in left_out]
+    return table_of(last.protocol.description, [columns[i] for i in shown], [[row[i] for i in shown] for row in cells])
 
 
 def _of_batches(source: Source, dense: Source | None, result: Result) -> Table:
@@ -231,7 +276,7 @@ def _percent(result: Result, name: str) -> str:
     return f"{result.figures[name].value:.1%}" if name in result.figures else ""
 
 
-def _of_tasks(results: list[Result], limit: int | None) -> Table:
+def _of_tasks(results: list[Result], limit: int | None, model: str) -> Table:
     rows = [
         [
             each.task if not number else "",
@@ -245,6 +290,7 @@ def _of_tasks(results: list[Result], limit: int | None) -> Table:
         for number, (metric, figure) in enumerate(each.figures.items())
     ]
     title = "tasks of lm-eval" if limit is None else f"tasks of lm-eval, the first {limit} documents of each only"
+    title = f"{model}: {title}" if model else title
     return table_of(title, ["task", "metric", "value", "+-", "examples", "requests"], rows)
 
 

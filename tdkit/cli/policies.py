@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from tdkit.decompositions.registered import decomposition
 from tdkit.errors import OptionError, PolicyError
 from tdkit.models.checkpoint import is_saved
 from tdkit.planning.policy import Policy
 from tdkit.planning.rule import Rule
+from tdkit.support.documents import parse_yaml
 
 
 def policy_of(file: Path | None, with_: str, match: list[str] | None, budget: str | None) -> Policy:
@@ -23,18 +22,19 @@ def policy_of(file: Path | None, with_: str, match: list[str] | None, budget: st
     asked = None
     if budget is not None:
         try:
-            asked = yaml.safe_load(budget)
-        except yaml.YAMLError as error:
-            raise OptionError(f"--budget {budget!r} is not YAML: {error}") from None
+            asked = parse_yaml(budget)
+        except ValueError as error:
+            raise OptionError(f"--budget {budget!r}: {error}") from None
     if file is not None:
         if not file.is_file():
             raise PolicyError(f"policy file {file} does not exist")
         chosen = Policy.from_yaml(file)
         return chosen if asked is None else replace(chosen, budget=asked)
     try:
-        kind = decomposition(yaml.safe_load(with_))
-    except yaml.YAMLError as error:
-        raise OptionError(f"--with {with_!r} is not YAML: {error}") from None
+        spec = parse_yaml(with_)
+    except ValueError as error:
+        raise OptionError(f"--with {with_!r}: {error}") from None
+    kind = decomposition(spec)
     return Policy([Rule(glob, kind) for glob in match or ["*"]], asked)
 
 

@@ -26,15 +26,14 @@ Overrides = Annotated[
 
 def recipes(as_json: AsJson = False) -> None:
     """List the recipes and the packages they come from."""
-    import yaml
-
     from tdkit.recipes.library import recipe_files
+    from tdkit.support.documents import parse_yaml
     from tdkit.support.tables import table_of
 
     rows, data = [], []
     for name, files in recipe_files().items():
         owners = [owner for owner, _ in files]
-        form = yaml.safe_load(files[0][1].read_text(encoding="utf-8"))
+        form = parse_yaml(files[0][1].read_text(encoding="utf-8"))
         entry = {
             "name": name,
             "model": form.get("model", ""),

@@ -18,7 +18,7 @@ from tdkit.calibration.runner import device_of
 from tdkit.errors import EvaluationError
 from tdkit.models.sites import factorized_groups, num_bytes, num_params, survey
 from tdkit.sources.source import Source
-from tdkit.support.files import write_text
+from tdkit.support.files import digest_of_file, write_text
 
 PACKAGES = ("tdkit", "torch", "transformers", "tokenizers", "datasets", "lm_eval")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")  # of the first form that a folder has
@@ -250,16 +250,11 @@ def _digest(source: Source) -> tuple[str, Literal["file", "files", "tensors"]]:
     folder = Path(source.name)
     files = next((found for form in WEIGHTS if (found := sorted(folder.glob(form)))), []) if folder.is_dir() else []
     if len(files) == 1:
-        return _of_file(files[0]), "file"
+        return digest_of_file(files[0]), "file"
     if files:
-        lines = "".join(f"{_of_file(file)}  {file.name}\n" for file in files)
+        lines = "".join(f"{digest_of_file(file)}  {file.name}\n" for file in files)
         return hashlib.sha256(lines.encode()).hexdigest(), "files"
     return _of_tensors(source.model), "tensors"
-
-
-def _of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _of_tensors(model: nn.Module) -> str:

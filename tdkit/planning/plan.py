@@ -13,6 +13,7 @@ from tdkit.models.sites import Untouchable
 from tdkit.planning.budget import Budget
 from tdkit.planning.step import Step
 from tdkit.planning.table import PlanTable, plan_table
+from tdkit.support.documents import parse_json
 from tdkit.support.tables import render
 
 if TYPE_CHECKING:
@@ -152,20 +153,29 @@ class Plan:
             faults.append(str(error))
         if faults:
             raise PolicyError("not a tdkit plan:\n" + "\n".join(faults))
-        warnings = tuple(str(text) for text in form.get("warnings", ()))
+        warnings = form.get("warnings", [])
+        if not isinstance(warnings, list) or not all(isinstance(text, str) for text in warnings):
+            raise PolicyError(f"not a tdkit plan: warnings={warnings!r} must be texts")
+        Budget.read(form.get("budget"), "not a tdkit plan: budget")
         sizes = form["params_before"], form["params_after"]
         counts = [form.get(key) for key in ("bytes_before", "bytes_after")]
         for count in counts:
             if count is not None and (type(count) is not int or count < 0):
                 raise PolicyError(f"not a tdkit plan: bytes {count!r} must be a count or null")
-        return cls(tuple(steps), *sizes, untouchable, form.get("budget"), warnings, *counts)
+        return cls(tuple(steps), *sizes, untouchable, form.get("budget"), tuple(warnings), *counts)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
+        """Returns a plan from the text that `to_json` returns.
+
+        Raises:
+            PolicyError: when the text is not JSON, or as `from_dict`.
+        """
         try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+            form = parse_json(text)
+        except ValueError as error:
             raise PolicyError(f"not a tdkit plan: {error}") from None
+        return cls.from_dict(form)
 
     def summary(self) -> str:
         """Returns two lines: the share of the weights that is rewritten, and the size of the whole model."""

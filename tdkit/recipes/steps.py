@@ -21,6 +21,7 @@ from tdkit.evaluation.language_models import PROTOCOL, Evaluation, evaluate
 from tdkit.models.card import Card
 from tdkit.models.checkpoint import load, save
 from tdkit.models.huggingface import is_transformers
+from tdkit.models.shards import same_bits
 from tdkit.models.sites import num_params
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import plan, planned
@@ -257,6 +258,7 @@ class SaveStep(StepConfig):
         folder: a path relative to the run folder.
     """
 
+    saves_model: ClassVar[bool] = True
     folder: str = "model"
 
     def check(self, recipe: Recipe) -> None:
@@ -277,7 +279,7 @@ class SaveStep(StepConfig):
             return {"folder": str(place), "bytes_on_disk": size}
         again = load(place, device=run.device)
         ids = _probe(run)
-        if not torch.equal(_logits(run.model, ids), _logits(again, ids)):
+        if not same_bits(_logits(run.model, ids).cpu(), _logits(again, ids).cpu()):
             raise CheckpointError(f"{place}: the reloaded model's outputs differ from the saved one's")
         say(run.console, f"  saved to {place}, {size / 1e6:.1f} MB on disk; reloaded, outputs identical")
         return {"folder": str(place), "bytes_on_disk": size, "reloaded_identical": True}
