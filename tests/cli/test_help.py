@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-import pty
 import re
 import shlex
 import subprocess
@@ -21,7 +21,7 @@ from tdkit.calibration import losses
 from tdkit.cli.app import GROUPS
 from tdkit.cli.loading import DTYPES
 from tdkit.cli.options import Dtype, Labels
-from tdkit.cli.output import Command
+from tdkit.cli.output import BARS, Command
 from tests.cli.command import Result, run
 
 Tdkit = Callable[..., Result]
@@ -119,6 +119,8 @@ CODES = re.compile(r"\x1b\[")
 
 def on_a_terminal(*arguments: object, cwd: Path, **variables: str) -> str:
     """What the command prints on a terminal of 80 columns."""
+    import pty  # not on every system
+
     main, other = pty.openpty()
     call = [sys.executable, "-c", MAIN, *map(str, arguments)]
     more = {"TERM": "xterm-256color", "COLUMNS": "80", **variables}
@@ -181,6 +183,25 @@ def test_verbose_reports_in_lines_and_quiet_prints_results_only(with_net: Path) 
     quiet = in_a_process("--quiet", *COMPRESS, "b", "--json", cwd=with_net)
     assert quiet.stderr == ""
     assert quiet.stdout.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("module", "variable"),
+    [
+        ("datasets.config", "HF_DATASETS_DISABLE_PROGRESS_BARS"),
+        ("huggingface_hub.constants", "HF_HUB_DISABLE_PROGRESS_BARS"),
+    ],
+)
+def test_other_libraries_read_what_is_set_for_them(module: str, variable: str) -> None:
+    pytest.importorskip(module.partition(".")[0])
+    assert variable in BARS
+    assert hasattr(importlib.import_module(module), variable)
+
+
+def test_tqdm_draws_nothing_where_it_is_told(tmp_path: Path) -> None:
+    code = "from tdkit.cli.output import without_foreign_bars as f; f(); import tqdm; list(tqdm.tqdm(range(3)))"
+    pytest.importorskip("tqdm")
+    assert in_a_process(cwd=tmp_path, code=code).stderr == ""
 
 
 def test_quiet_and_verbose_contradict_each_other(tdkit: Tdkit) -> None:
