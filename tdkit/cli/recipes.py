@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tdkit.cli.output import AsJson, Device, DryRun, err, note, out, show
-from tdkit.errors import RecipeError
-from tdkit.recipes.library import load_recipe, recipe_files, recipe_text
-from tdkit.recipes.recipe import Recipe
-from tdkit.recipes.run import run_recipe
-from tdkit.support.devices import check_device
-from tdkit.support.documents import parse_yaml
-from tdkit.support.files import write_text
-from tdkit.support.tables import table_of
+from tdkit.cli.completion import complete_recipes
+from tdkit.cli.output import AsJson, Command, Device, DryRun, err, note, out, show
 
-Name = Annotated[str, typer.Argument(metavar="RECIPE", help="A registered recipe, or a .yaml file.")]
+if TYPE_CHECKING:
+    from tdkit.recipes.recipe import Recipe
+
+Name = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A registered recipe, or a .yaml file.", autocompletion=complete_recipes),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as model=PATH or data.context=512.")
 ]
@@ -25,6 +24,10 @@ Overrides = Annotated[
 
 def recipes(as_json: AsJson = False) -> None:
     """List the recipes and the packages they come from."""
+    from tdkit.recipes.library import recipe_files
+    from tdkit.support.documents import parse_yaml
+    from tdkit.support.tables import table_of
+
     rows, data = [], []
     for name, files in recipe_files().items():
         owners = [owner for owner, _ in files]
@@ -46,6 +49,8 @@ def recipes(as_json: AsJson = False) -> None:
 
 def show_(name: Name, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Print a recipe as YAML, with overrides applied."""
+    from tdkit.recipes.library import load_recipe, recipe_text
+
     if not overrides and not as_json:
         typer.echo(recipe_text(name), nl=False)
         return
@@ -59,6 +64,10 @@ def copy(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Copy a recipe to a file of your own, to edit and run."""
+    from tdkit.errors import RecipeError
+    from tdkit.recipes.library import recipe_text
+    from tdkit.support.files import write_text
+
     text = recipe_text(name)
     target = target or Path(f"{Path(name).stem}.yaml")
     if target.exists() and not force:
@@ -69,6 +78,8 @@ def copy(
 
 def validate(name: Name, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a recipe and report every fault of it."""
+    from tdkit.recipes.library import load_recipe
+
     recipe = load_recipe(name, overrides or ())
     show(f"{name} is valid: {len(recipe.steps)} steps", {"name": recipe.name, "valid": True}, as_json)
 
@@ -83,7 +94,11 @@ def run(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe: [bold]tdkit run smollm2-demo[/bold]."""
+    """Run a recipe."""
+    from tdkit.recipes.library import load_recipe
+    from tdkit.recipes.run import run_recipe
+    from tdkit.support.devices import check_device
+
     recipe = load_recipe(name, overrides or ())
     check_device(device)
     if dry_run:
@@ -101,4 +116,10 @@ def _outline(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-COMMANDS = (recipes, show_, copy, validate, run)
+COMMANDS = (
+    Command(recipes, "tdkit recipes"),
+    Command(show_, "tdkit show smollm2-demo data.context=256"),
+    Command(copy, "tdkit copy smollm2-demo mine.yaml"),
+    Command(validate, "tdkit validate mine.yaml data.context=256"),
+    Command(run, "tdkit run smollm2-demo --out runs/demo"),
+)

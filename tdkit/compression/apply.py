@@ -205,7 +205,15 @@ def _fit_all(
         return [each.cpu() for each in fitted] if together else fitted
 
     together = processes()[1] > 1
-    with progress_bar("fit", len(jobs), progress) as bar:
+    before = after = 0
+    with progress_bar("fit", len(jobs), progress, work=sum(_size(job) for job in jobs)) as bar:
         for job, fitted in zip(jobs, shared(jobs, fit), strict=True):
+            size = _size(job)
+            before, after = before + size, after + sum(each.params for each in fitted)
             swap.put([(site, each.to(site.weight.device)) for site, each in zip(job.sites, fitted, strict=True)])
-            bar.advance()
+            bar.so_far(f"{before:,} -> {after:,} params")
+            bar.advance(work=size)
+
+
+def _size(job: Job) -> int:
+    return sum(site.params for site in job.sites)

@@ -90,7 +90,8 @@ def empty_model(description: Mapping[str, Any], folder: Path, class_: str | type
     if class_ is None and description.get("kind") not in ("transformers", "subclass"):
         raise CheckpointError(
             f"{folder} holds a {description.get('class')}, which is not a transformers model: "
-            "build the dense model and pass it, tdkit.load(folder, model=fresh)"
+            "build the dense model and pass it, tdkit.load(folder, model=fresh), or on the command line "
+            f"--model MODULE:NAME --weights {folder}"
         )
     transformers()
     kind = _shipped(description, folder) if class_ is None else _imported(class_)

@@ -37,6 +37,11 @@ class Resized:
     weight: Tensor
     bias: Tensor | None
 
+    @property
+    def params(self) -> int:
+        """The number of entries of the weight."""
+        return self.weight.numel()
+
     def to(self, device: torch.device) -> Resized:
         return Resized(self.weight.to(device), None if self.bias is None else self.bias.to(device))
 

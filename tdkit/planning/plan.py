@@ -12,13 +12,12 @@ from tdkit.errors import PolicyError, TdkitError
 from tdkit.models.sites import Untouchable
 from tdkit.planning.budget import Budget
 from tdkit.planning.step import Step
-from tdkit.planning.table import plan_table
+from tdkit.planning.table import PlanTable, plan_table
 from tdkit.support.documents import parse_json
 from tdkit.support.tables import render
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table
 
 FORMAT_VERSION = 2
 
@@ -200,14 +199,16 @@ class Plan:
         before = "" if self.bytes_before is None else f"{megabytes(self.bytes_before)} -> "
         return f"; {before}{megabytes(self.bytes_after)}{dtype}"
 
-    def table(self, *, every: bool = False) -> Table:
+    def table(self, *, every: bool = False) -> PlanTable:
         """Returns a table with layer, shape, replacement, parameters, multiply-adds and paths.
 
-        Relative error, estimated loss and runner-up are added where they are known.
+        Relative error, estimated loss and runner-up are added where they are known. Columns that its width has no room
+        for are left out, and a line says which.
 
         Args:
-            every: one row per layer even in a long plan; otherwise layers that differ only in their depth
-                and have the same shape and decomposition share a row, with the range of their ranks.
+            every: one row per layer, also for those that stay dense; otherwise layers of a long plan that differ only
+                in their depth and have the same shape and decomposition share a row, with the range of their ranks,
+                and those that stay dense are summed up below the table, by reason.
         """
         return plan_table(self.steps, self.untouchable, every=every)
 

@@ -1,0 +1,7 @@
+"""``tdkit new-plugin``."""
+
+from __future__ import annotations
+
+from tdkit.cli.output import Command
+
+COMMANDS: tuple[Command, ...] = ()
