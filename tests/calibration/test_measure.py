@@ -488,3 +488,16 @@ def test_moments_of_another_model_are_told(tied: Any, ids: Tensor) -> None:
     wrong = Calibration({"up": Metric(torch.eye(5).double())}, gradients=False)
     with pytest.raises(CalibrationError, match="up: the moments of its inputs are 5x5, and its weight is 48x24"):
         tdkit.compress(tied, Policy([Rule("up", LowRank(rank=2))]), calibration=wrong)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_calibration_of_every_format_loads(version: int) -> None:
+    folder = Path(__file__).parents[1] / "models" / "golden" / f"calibration-{version}"
+    loaded = Calibration.load(folder)
+    assert json.loads((folder / "calibration.json").read_text())["version"] == version
+    assert set(loaded.names) == {"embed", "up", "down"}
+    assert loaded.batches is not None
+    for name in loaded.names:
+        metric = loaded.metric(name)
+        assert metric is not None
+        assert metric.input is not None
