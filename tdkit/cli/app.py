@@ -27,10 +27,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            text = "nothing half-written is left"
-            if ctx.invoked_subcommand == "run":
-                text += ", and the steps that had finished are kept: the same call with --resume goes on after them"
-            complain("interrupted", text)
+            complain("interrupted", f"nothing half-written is left; {settings.kept or 'the same call starts anew'}")
             sys.exit(INTERRUPTED)
 
 
@@ -65,13 +62,15 @@ def _global(
 ) -> None:
     if quiet and verbose:
         raise OptionError("--quiet and --verbose contradict each other: give one of them")
-    settings.debug, settings.quiet, settings.verbose = debug, quiet, verbose
+    settings.debug, settings.quiet, settings.verbose, settings.kept = debug, quiet, verbose, ""
     show_progress("none" if quiet else "lines" if verbose and not err.is_terminal else "bar")
     if quiet or not err.is_terminal:
         without_foreign_bars()
 
 
-for group in (decompositions, sources, recipes, models, calibration, evaluate, export, bench, doctor, plugins):
+GROUPS = (decompositions, sources, recipes, models, calibration, evaluate, export, bench, doctor, plugins)
+
+for group in GROUPS:
     for command in group.COMMANDS:
         app.command(command.name, epilog=f"Example: {escape(command.example)}")(command.function)
 

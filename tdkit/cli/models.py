@@ -25,7 +25,7 @@ from tdkit.cli.options import (
     Weights,
     With,
 )
-from tdkit.cli.output import AsJson, Command, Device, DryRun, note, show
+from tdkit.cli.output import AsJson, Command, Device, DryRun, note, settings, show
 
 if TYPE_CHECKING:
     from tdkit.fitting.quantization import Bits
@@ -142,6 +142,7 @@ def compress(
         return
     if workers > 1:
         raise OptionError(f"--workers {workers} needs --stream")
+    settings.kept = "nothing was saved; tdkit calibrate keeps moments for --calibration, --stream keeps finished layers"
     material = wanted.read()
     source = source_of(model, build, weights, dtype_of(dtype))
     resolved = resolve(source.model, chosen)

@@ -60,7 +60,7 @@ class Wanted:
             raise OptionError("--calibration and --data are both what to calibrate on: give one of them")
         for option, is_given in given.items():
             if is_given and self.texts is None and self.data is None:
-                raise OptionError(f"{option} needs --calibration TEXT")
+                raise OptionError(f"{option} needs --calibration TEXT or --data")
         saved = [each for each in self.texts or () if is_saved_calibration(each)]
         if saved and len(self.texts or ()) > 1:
             raise OptionError(f"--calibration {saved[0]} holds saved moments: give it alone, without texts")

@@ -45,11 +45,13 @@ class Settings:
         debug: show tracebacks.
         quiet: print results and errors only.
         verbose: report the progress of long work also where no bar can be drawn.
+        kept: what Ctrl-C leaves of the running command's work, and how to go on.
     """
 
     debug: bool = False
     quiet: bool = False
     verbose: bool = False
+    kept: str = ""
 
 
 settings = Settings()

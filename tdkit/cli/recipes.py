@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tdkit.cli.completion import complete_recipes
-from tdkit.cli.output import AsJson, Command, Device, DryRun, err, note, out, show
+from tdkit.cli.output import AsJson, Command, Device, DryRun, err, note, out, settings, show
 
 if TYPE_CHECKING:
     from tdkit.recipes.recipe import Recipe
@@ -96,7 +98,7 @@ def run(
 ) -> None:
     """Run a recipe."""
     from tdkit.recipes.library import load_recipe
-    from tdkit.recipes.run import run_recipe
+    from tdkit.recipes.run import default_folder, run_recipe
     from tdkit.support.devices import check_device
 
     recipe = load_recipe(name, overrides or ())
@@ -104,10 +106,29 @@ def run(
     if dry_run:
         show(_outline(recipe), recipe.to_dict(), as_json)
         return
-    console = err if as_json else out
-    results = run_recipe(recipe, folder, resume=resume, overwrite=overwrite, device=device, console=console)
+    console = err if as_json or settings.quiet else out
+    console.quiet = settings.quiet
+    try:
+        results = run_recipe(recipe, folder, resume=resume, overwrite=overwrite, device=device, console=console)
+    except KeyboardInterrupt:
+        settings.kept = _kept(folder or default_folder(recipe), len(recipe.steps))
+        raise
+    finally:
+        console.quiet = False
     if as_json:
         show("", results, as_json)
+
+
+def _kept(folder: Path, count: int) -> str:
+    """Says how many steps of an interrupted run are finished, and the call that goes on after them."""
+    from tdkit.recipes.run import finished_steps
+
+    finished = finished_steps(folder)
+    if finished is None:
+        return "the run had not begun"
+    call = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
+    again = shlex.join(["tdkit", *call, "--resume"])
+    return f"{finished} of {count} steps had finished and are kept in {folder}: {again} goes on after them"
 
 
 def _outline(recipe: Recipe) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from tdkit.calibration.calibration import Calibration
 from tdkit.cli.moments import Wanted
-from tdkit.cli.output import note
+from tdkit.cli.output import note, settings
 from tdkit.compression.stream import compress_folder, resolve_on_disk
 from tdkit.compression.work import Work
 from tdkit.errors import OptionError
@@ -65,7 +65,7 @@ def compress_streamed(
             card=card,
         )
     except KeyboardInterrupt:
-        note(f"the finished layers are kept in {Work(out).folder}: the same call goes on after them")
+        settings.kept = f"the finished layers are kept in {Work(out).folder}: the same call goes on after them"
         raise
     note(f"saved to {out}")
     return applied_plan(outline(out))

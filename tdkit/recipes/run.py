@@ -61,7 +61,7 @@ def run_recipe(
     """
     check_device(device)
     _check_processes()
-    folder = Path("runs") / recipe.name if folder is None else Path(folder)
+    folder = default_folder(recipe) if folder is None else Path(folder)
     console = (console or Console(stderr=True)) if is_main_process() else Console(quiet=True)
     with failing_together():
         earlier = on_main_process(lambda: _earlier(folder, recipe, resume, overwrite))
@@ -95,6 +95,23 @@ def run_recipe(
             if not _needs_dense(recipe, number + 1):
                 run.kept_dense = None
         return run.results
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """Returns the folder of a run that is given none."""
+    return Path("runs") / recipe.name
+
+
+def finished_steps(folder: str | Path) -> int | None:
+    """Returns how many steps of the run in a folder have finished; None if there is no run.
+
+    Raises:
+        RecipeError: when its state is damaged.
+    """
+    if not (Path(folder) / STATE).is_file():
+        return None
+    finished: int = _read_state(Path(folder))["finished"]
+    return finished
 
 
 def _check_processes() -> None:

@@ -190,7 +190,9 @@ def check_calibration(calibrated: bool, recipe: Recipe, step: str) -> None:
 
 
 class EvaluateStep(StepConfig):
-    """Measure perplexity, size and speed on the evaluation text."""
+    """Measure perplexity, size and speed on the evaluation text, beside those of the model before any step."""
+
+    needs_dense: ClassVar[bool] = True
 
     def check(self, recipe: Recipe) -> None:
         if recipe.data.evaluation is None:
@@ -200,9 +202,20 @@ class EvaluateStep(StepConfig):
         run.check_windows("evaluation")
 
     def run(self, run: Run) -> dict[str, Any]:
-        measured = evaluate(run.model, run.tokens("evaluation"), context=run.recipe.data.context)
-        run.console.print(table_of("evaluation", FIGURE_COLUMNS, [_row(run.recipe.name, measured, None, None)]))
-        return measured.to_dict()
+        ids, context = run.tokens("evaluation"), run.recipe.data.context
+        measured = evaluate(run.model, ids, context=context)
+        if run.dense is run.model:
+            run.console.print(table_of("evaluation", FIGURE_COLUMNS, [_row("dense", measured, measured, None)]))
+            return measured.to_dict()
+        dense = evaluate(run.dense, ids, context=context)
+        rows = [_row("dense", dense, dense, None), _row(run.recipe.name, measured, dense, None)]
+        run.console.print(table_of("evaluation", FIGURE_COLUMNS, rows))
+        return {
+            **measured.to_dict(),
+            "ratio": measured.params / dense.params,
+            "dense_params": dense.params,
+            "dense_perplexity": dense.perplexity,
+        }
 
 
 class GenerateStep(StepConfig):

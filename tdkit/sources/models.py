@@ -53,8 +53,9 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: torch.d
     if path.is_file():
         raise SourceError(
             f"{name} is a file, and a model is given as a folder: one that tdkit saved, or one of transformers with "
-            "config.json and the weights. For a file of weights alone, build the model in Python, load the weights "
-            "and call tdkit.compress(model, ...)"
+            "config.json and the weights. A file of weights alone goes with the code that builds its model: "
+            f"--model MODULE:NAME --weights {name} on the command line; in Python, load the weights and call "
+            "tdkit.compress(model, ...)"
         )
     if is_saved(path):
         source = Source(name, load(path), tokenizer_of(path))

@@ -307,6 +307,7 @@ def test_ctrl_c_says_what_is_left(gpt2_folder: Path, site: Path, tmp_path: Path)
         started.wait()
     assert started.returncode == 130, errors
     assert "interrupted: nothing half-written is left" in errors
+    assert f"0 of 1 steps had finished and are kept in {tmp_path / 'run'}: tdkit run" in errors
     assert "--resume goes on after them" in errors
     assert "Traceback" not in errors
 
