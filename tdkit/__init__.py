@@ -39,6 +39,7 @@ from tdkit.planning.planner import applied_plan, plan
 from tdkit.planning.policy import Policy
 from tdkit.planning.rule import Rule
 from tdkit.support.version import VERSION
+from tdkit.sweeps.sweep import sweep
 
 __version__ = VERSION
 
@@ -75,6 +76,7 @@ __all__ = [
     "prepare",
     "quantize",
     "save",
+    "sweep",
     "to_dense",
     "to_sequential",
 ]

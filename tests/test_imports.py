@@ -26,8 +26,11 @@ ROOMS = """
     calibration
     planning
     compression evaluation testing
+    records
+    sweeps
     __init__
     recipes
+    reporting
     cli
 """
 FLOOR = {room: number for number, line in enumerate(ROOMS.strip().splitlines()) for room in line.split()}

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 import tdkit
-from tdkit.cli import bench, calibration, evaluate, export, models, recipes, sources
+from tdkit.cli import bench, calibration, evaluate, export, models, recipes, report, sources, sweep
 from tdkit.cli import decompositions as registered
 from tdkit.errors import BudgetError, OptionError, PolicyError, RecipeError, RegistryError, TdkitError
 
@@ -61,7 +61,7 @@ def _global(
 
 settings = {"debug": False}
 
-for group in (registered, sources, recipes, models, calibration, evaluate, export, bench):
+for group in (registered, sources, recipes, models, calibration, evaluate, sweep, report, export, bench):
     for command in group.COMMANDS:
         app.command(command.__name__.rstrip("_"))(command)
 

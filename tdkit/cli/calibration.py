@@ -89,7 +89,7 @@ def calibrate(
         )
     else:
         source = load_model(model, dtype=kind)
-        batches = _batches(source, texts, tokens, context, labels, inputs_only)
+        batches = batches_of(source, texts, tokens, context, labels, inputs_only)
         known = calibrate_in_memory(source.model, batches, gradients=not inputs_only, labels=labels, device=device)
         known.save(folder, overwrite=overwrite)
     note(f"saved to {folder}")
@@ -128,7 +128,7 @@ def calibration_of(
     """Returns the calibration of the sites to rewrite on some texts, or the one that is given."""
     if texts is None or isinstance(texts, Calibration):
         return texts
-    batches = _batches(source, texts, tokens, context, labels, inputs_only)
+    batches = batches_of(source, texts, tokens, context, labels, inputs_only)
     return calibrated(resolved, batches, gradients=not inputs_only, labels=labels)
 
 
@@ -140,9 +140,10 @@ def texts_or_moments(calibration: list[str] | None) -> list[str] | Calibration |
     return None if calibration is None else load_texts(calibration)
 
 
-def _batches(
+def batches_of(
     source: Source, texts: list[str], tokens: int, context: int, labels: Labels, inputs_only: bool
 ) -> tuple[torch.Tensor, ...]:
+    """Returns the windows of some texts to calibrate a causal language model on, each as a batch of one."""
     batches = _windows(source.model, source.tokenizer, texts, tokens, context)
     if not inputs_only and labels == "data":
         check_causal(

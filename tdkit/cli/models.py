@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, cast
@@ -18,8 +19,10 @@ from tdkit.cli.calibration import (
     check_calibration,
     texts_or_moments,
 )
+from tdkit.cli.measuring import EvaluationText, EvaluationTokens, Measuring, Prompt, calibration_data
 from tdkit.cli.options import Context, Dtype, ModelName, dtype_of
 from tdkit.cli.output import AsJson, Device, DryRun, note, show
+from tdkit.cli.report import NoReport, command_line, leave_report
 from tdkit.cli.streaming import compress_streamed
 from tdkit.compression.apply import compress_resolved
 from tdkit.decompositions.quantized import Quantized
@@ -31,10 +34,13 @@ from tdkit.models.checkpoint import is_saved, place_of, read_description, save
 from tdkit.models.quantization import quantize as round_weights
 from tdkit.models.sites import num_bytes
 from tdkit.planning.plan import megabytes
-from tdkit.planning.planner import applied_plan, planned
+from tdkit.planning.planner import planned
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import resolve
 from tdkit.planning.rule import Rule
+from tdkit.records.before import Before
+from tdkit.records.record import RECORD
+from tdkit.reporting.report import FOLDER
 from tdkit.shapes import by
 from tdkit.sources.models import load_model
 from tdkit.support.devices import check_device
@@ -107,6 +113,10 @@ def compress(
         ),
     ] = False,
     workers: Annotated[int, typer.Option(help="With --stream: processes that share the layers.", min=1)] = 1,
+    evaluation: EvaluationText = None,
+    evaluation_tokens: EvaluationTokens = None,
+    prompt: Prompt = None,
+    no_report: NoReport = False,
     dtype: Dtype = "float32",
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier save.")] = False,
@@ -114,7 +124,10 @@ def compress(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compress a model by a policy and save it."""
+    """Compress a model by a policy and save it, with a report.
+
+    [bold]tdkit compress smollm2 --with low_rank --match '*.mlp.*' --budget 0.9 --out smaller[/bold]
+    """
     chosen = policy_of(policy, with_, match, budget)
     check_calibration(
         calibration,
@@ -130,25 +143,60 @@ def compress(
     check_device(device)
     card = Card(policy=chosen.to_yaml(), budget=chosen.budget, base_model=None if Path(model).exists() else model)
     if stream:
-        others = {"--sequential": sequential, f"--passes {passes}": passes > 1}
+        others = {"--sequential": sequential, f"--passes {passes}": passes > 1, "--evaluation": bool(evaluation)}
+        others |= {"--prompt": prompt is not None}
         made = compress_streamed(
             model, chosen, folder, calibration, others, dtype_of(dtype), device, workers, overwrite, card, dry_run
         )
+        if not dry_run and not no_report:
+            leave_report(folder)
         show(made.report(every=every), made.to_dict(), as_json)
         return
     if workers > 1:
         raise OptionError(f"--workers {workers} needs --stream")
     texts = texts_or_moments(calibration)
+    measuring = Measuring.of(evaluation, evaluation_tokens, context, prompt)
     source = load_model(model, dtype=dtype_of(dtype))
+    measuring.check(source)
     resolved = resolve(source.model, chosen)
+    started = time.perf_counter()
     known = calibration_of(source, texts, calibration_tokens, context, labels, inputs_only, resolved)
     made = planned(resolved, known)
+    seconds = {"calibration and plan": time.perf_counter() - started}
     if not dry_run:
+        before, dense = Before.of(resolved, made, known), measuring.figures(source)
+        text = measuring.continuation(source.model, source)
         what = resolved.following(made) if passes == 1 else resolved
+        started = time.perf_counter()
         compress_resolved(what, known, sequential=sequential, passes=passes, device=device)
+        seconds["fit"] = time.perf_counter() - started
         save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite, card=card)
-        made = replace(applied_plan(source.model), warnings=made.warnings, bytes_before=made.bytes_before)
         note(f"saved to {folder}")
+        record = before.record(
+            source.model,
+            name=folder.name,
+            source=model,
+            policy=chosen,
+            options={
+                "context": context,
+                "labels": labels,
+                "inputs_only": inputs_only,
+                "sequential": sequential,
+                "passes": passes,
+                "dtype": dtype,
+                "device": device or "cpu",
+            },
+            command=command_line(),
+            data=(*calibration_data(calibration, texts, calibration_tokens), *measuring.data),
+            dense=dense,
+            compressed=measuring.figures(source),
+            samples=measuring.samples(text, measuring.continuation(source.model, source)),
+            seconds=seconds,
+        )
+        record.save(folder / RECORD)
+        made = record.plan or made
+        if not no_report:
+            leave_report(folder)
     show(made.report(every=every), made.to_dict(), as_json)
 
 
@@ -158,7 +206,8 @@ def info(
 ) -> None:
     """Say what a saved folder holds: the model, its factorised layers, its size."""
     description = read_description(folder)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    files = (file for file in folder.rglob("*") if file.is_file() and (folder / FOLDER) not in file.parents)
+    size = sum(file.stat().st_size for file in files)
     rows = []
     for number, layer in enumerate(description["layers"]):
         try:

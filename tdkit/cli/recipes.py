@@ -9,12 +9,14 @@ import typer
 import yaml
 
 from tdkit.cli.output import AsJson, Device, DryRun, err, note, out, show
+from tdkit.cli.report import NoReport, leave_report
 from tdkit.errors import RecipeError
 from tdkit.recipes.library import load_recipe, recipe_files, recipe_text
 from tdkit.recipes.recipe import Recipe
 from tdkit.recipes.run import run_recipe
 from tdkit.support.devices import check_device
 from tdkit.support.files import write_text
+from tdkit.support.processes import is_main_process
 from tdkit.support.tables import table_of
 
 Name = Annotated[str, typer.Argument(metavar="RECIPE", help="A registered recipe, or a .yaml file.")]
@@ -80,10 +82,11 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished step.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard an earlier run in the folder.")] = False,
     device: Device = None,
+    no_report: NoReport = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe: [bold]tdkit run smollm2-demo[/bold]."""
+    """Run a recipe and leave a report: [bold]tdkit run smollm2-demo[/bold]."""
     recipe = load_recipe(name, overrides or ())
     check_device(device)
     if dry_run:
@@ -91,6 +94,8 @@ def run(
         return
     console = err if as_json else out
     results = run_recipe(recipe, folder, resume=resume, overwrite=overwrite, device=device, console=console)
+    if not no_report and is_main_process():
+        leave_report(Path("runs") / recipe.name if folder is None else folder)
     if as_json:
         show("", results, as_json)
 
