@@ -143,8 +143,12 @@ def compress(
     check_device(device)
     card = Card(policy=chosen.to_yaml(), budget=chosen.budget, base_model=None if Path(model).exists() else model)
     if stream:
-        others = {"--sequential": sequential, f"--passes {passes}": passes > 1, "--evaluation": bool(evaluation)}
-        others |= {"--prompt": prompt is not None}
+        others = {
+            "--sequential": sequential,
+            f"--passes {passes}": passes > 1,
+            "--evaluation": evaluation is not None,
+            "--prompt": prompt is not None,
+        }
         made = compress_streamed(
             model, chosen, folder, calibration, others, dtype_of(dtype), device, workers, overwrite, card, dry_run
         )

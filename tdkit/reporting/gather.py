@@ -99,7 +99,13 @@ def _entries_in(place: Path) -> list[Entry]:
     if (place / STATE).is_file() and (place / RECIPE_FILE).is_file():
         records = [Record.read(file) for file in sorted((place / RECORDS).glob("*.json"))]
         again = f"tdkit run {shlex.quote(str(place / RECIPE_FILE))} --out {shlex.quote(str(place))}-again"
-        return entries_of_run(place, _json(place / STATE), records, again)
+        found = entries_of_run(place, _json(place / STATE), records, again)
+        if not found and not trainings(place):
+            raise CheckpointError(
+                f"{place} is a run without records of a compression: its recipe compresses nothing, has not got there, "
+                "or was run by an earlier version of tdkit"
+            )
+        return found
     if (place / RECORD).is_file():
         record = Record.read(place / RECORD)
         return [Entry(record, place, record.command)]
@@ -200,7 +206,7 @@ def _told(entry: Entry) -> Entry:
         unknown.append("the quality of the dense model was not measured: in a recipe, put an evaluate step first")
     if record.plan is not None and all(step.loss is None for step in record.plan.rewritten):
         unknown.append("no loss was estimated: that takes a calibration with gradients and a budget")
-    if not record.spectra:
+    if not record.spectra and not any("singular values" in text for text in unknown):
         unknown.append("no singular values are recorded, which takes the dense weights at the time of the compression")
     if not record.samples:
         unknown.append("no text was continued: give tdkit compress --prompt TEXT, or put a generate step in the recipe")

@@ -191,6 +191,7 @@ class Report:
         )
 
 
+NO_REASON = "the reason was not recorded"
 LEFT_DENSE = ("weight", "shape", "parameters", "why")
 
 
@@ -204,7 +205,7 @@ def left_dense(entry: Entry) -> list[tuple[str, str, str, str]]:
             " = ".join(step.names),
             by(step.shape),
             f"{step.params_before:,}",
-            step.reason or "the reason was not recorded",
+            NO_REASON if step.reason in ("", "dense") else step.reason,
         )
         for step in plan.steps
         if step.decomposition is None

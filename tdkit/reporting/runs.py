@@ -10,7 +10,7 @@ from typing import Any
 from tdkit.planning.plan import Plan
 from tdkit.planning.step import Step
 from tdkit.recipes.recipe import steps as step_registry
-from tdkit.records.record import Record, Sample
+from tdkit.records.record import Data, Record, Sample
 from tdkit.reporting.entry import SIZES, Entry
 
 MEASURED = (*SIZES, "perplexity")  # of an evaluate step
@@ -43,6 +43,8 @@ def entries_of_run(place: Path, state: Mapping[str, Any], records: Sequence[Reco
             name=str(state["recipe"]["name"]),
             dense={**record.dense, **dense},
             compressed={**record.compressed, **after},
+            policy=state["recipe"],
+            data=(*record.data, *_training_text(state, record)),
         )
         found.insert(0, Entry(record, place, again))
     if found and samples:
@@ -66,6 +68,13 @@ def _figures(kinds: Sequence[str], results: Sequence[Mapping[str, Any]]) -> tupl
             elif number > last:
                 after = figures
     return dense, after
+
+
+def _training_text(state: Mapping[str, Any], record: Record) -> list[Data]:
+    """Returns the training text of a recipe, which is read in parts and has no digest."""
+    name = state["recipe"].get("data", {}).get("train")
+    known = name is None or any(data.role == "train" for data in record.data)
+    return [] if known else [Data("train", name if isinstance(name, str) else " + ".join(name))]
 
 
 def _together(records: Sequence[Record]) -> Record:
@@ -92,7 +101,6 @@ def _together(records: Sequence[Record]) -> Record:
         plan=plan,
         dense=first.dense,
         before=first.before,
-        policy={"steps": [record.policy for record in records]},
         spectra=tuple(spectrum for record in records for spectrum in record.spectra),
         data=tuple(dict.fromkeys(each for record in records for each in record.data)),
     )

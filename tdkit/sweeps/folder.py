@@ -95,3 +95,5 @@ class Folder:
     def finish(self) -> None:
         """Remove what only unfinished points need."""
         shutil.rmtree(self.work, ignore_errors=True)
+        for lock in (self.path / POINTS).glob("*.lock"):
+            lock.unlink(missing_ok=True)

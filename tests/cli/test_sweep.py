@@ -67,7 +67,7 @@ def test_several_processes_do_the_points_once(tdkit: Tdkit, gpt2_folder: Path, t
     two, one = (json.loads(done.out)["points"] for done in (together, alone))
     for row, other in zip(two, one, strict=True):
         assert {k: v for k, v in row.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
-    assert not list((tmp_path / "two").rglob("work"))
+    assert sorted(file.suffix for file in (tmp_path / "two").rglob("*") if file.is_file()) == [".json"] * 4
     assert not (tmp_path / "two" / "report").exists()
 
 

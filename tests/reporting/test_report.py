@@ -265,3 +265,36 @@ def test_without_the_extra_the_command_says_how_to_get_it(
     assert "no report was written: a report needs matplotlib: pip install 'tdkit[report]'" in made.err
     assert (tmp_path / "smaller" / "record.json").is_file()
     assert not (tmp_path / "smaller" / "report").exists()
+
+
+def test_a_streamed_compression_says_what_was_not_kept(tdkit: Tdkit, gpt2_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "smaller"
+    done = tdkit("compress", gpt2_folder, "--stream", "--match", "*.c_fc", "--budget", "0.9", "--out", out)
+    assert done.code == 0, done.err
+    (entry,) = gather([out]).entries
+    assert entry.decompositions == {"low_rank": 2}
+    assert entry.again is not None
+    assert entry.again.startswith("tdkit compress ")
+    assert entry.record.dense["params"] > entry.record.compressed["params"]
+    assert "fitted one by one" in entry.unknown[0]
+    numbers = json.loads((out / "report" / "report.json").read_text())
+    assert {row["why"] for row in numbers["models"][0]["left_dense"]} == {"no rule matches it"}
+
+
+def test_run_leaves_a_report_unless_told_not_to(
+    tdkit: Tdkit, gpt2_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    data = {"evaluation": str(text_file), "evaluation_tokens": 256, "context": 32}
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(json.dumps({**RUN, "model": str(gpt2_folder), "data": data}))
+    done = tdkit("run", recipe, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    numbers = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert numbers["models"][0]["policy"]["steps"][1]["compress"]["budget"] == 0.9
+    again = tdkit("run", recipe, "--out", tmp_path / "run", "--overwrite", "--no-report")
+    assert again.code == 0, again.err
+    assert not (tmp_path / "run" / "report").exists()
+    only = tdkit("run", recipe, "steps=[evaluate]", "--out", tmp_path / "other")
+    assert only.code == 0, only.err
+    assert "no report was written" in only.err
+    assert "a run without records of a compression" in only.err.replace("\n", " ")
