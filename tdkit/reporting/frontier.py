@@ -60,7 +60,7 @@ def _frontier(entries: Sequence[Entry], metric: str, over: str) -> Drawing | Non
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
-        axis.plot(*zip(*best, strict=True), color=INK, linewidth=0.8, linestyle=":", drawstyle="steps-post", zorder=1)
+        axis.plot(*zip(*best, strict=True), color=INK, linewidth=1.2, linestyle=":", drawstyle="steps-post", zorder=1)
         for number, name in enumerate(series):
             own = [(size, value) for entry, size, value in points if entry.series == name]
             axis.plot(*zip(*own, strict=True), marker(number), color=colour(number), ms=6, label=name)
@@ -83,6 +83,11 @@ def _frontier(entries: Sequence[Entry], metric: str, over: str) -> Drawing | Non
         if left_out
         else ""
     )
+    if len(dense) > 1:
+        text += (
+            " The dense models differ, or were measured on different texts, so there are several stars: compare the "
+            "last column of the table instead."
+        )
     if what == "time":
         text += " Times are those of the evaluations, one after the other: other load on the machine shows."
     safe = "".join(c if c.isalnum() else "-" for c in metric)
@@ -130,7 +135,7 @@ def _losses(run: Training, stage: str, terms: object, name: str) -> Drawing:
     rows = [(label, str(len(points)), *_ends([value for _, value in points])) for label, points in lines.items()]
     if held_out:
         rows.append(("held-out loss", str(len(held_out)), *_ends([value for _, value in held_out])))
-    text = f"Stage '{stage}' of {run.name}, steps {first} to {last}, each term before its weight."
+    text = f"Stage '{stage}' of {run.name}, steps {first} to {last}; 'loss' is the weighted sum of the terms."
     columns = ["term", "points", "first", "least", "last"]
     return Drawing(name, f"Losses of {run.name}, stage '{stage}'", text, columns, rows, 2.8, draw)
 

@@ -57,8 +57,9 @@ def _depth(entry: Entry, prefix: str) -> Drawing | None:
         if sections:
             ends = [start for _, start in sections[1:]] + [len(steps)]
             middles = [(start + end - 1) / 2 for (_, start), end in zip(sections, ends, strict=True)]
-            axes[-1].set_xticks(middles, [_short(kind) for kind, _ in sections], rotation=40, ha="right")
-            axes[-1].tick_params(axis="x", length=0)
+            axes[-1].set_xticks(middles, [_short(kind) for kind, _ in sections], rotation=90, fontsize=8)
+            for axis in axes:
+                axis.tick_params(axis="x", length=0)
         else:
             axes[-1].set_xlabel("weights, from the first to the last of the model")
         handles, labels = axes[0].get_legend_handles_labels()
@@ -81,13 +82,15 @@ def _depth(entry: Entry, prefix: str) -> Drawing | None:
     text = f"A bar for each of {len(steps)} weights, {order}; grey ones stay dense. " + (
         f"Not known: {', '.join(missing)}." if missing else ""
     )
+    if entry.training:
+        text += " Errors are those of the fits, before the training."
     return Drawing(
         f"{prefix}layers",
         "What was kept of each weight, and its price",
         text.strip(),
         ["weight", "becomes", "kept share", "relative error", "estimated loss"],
         rows,
-        1.25 * len(panels) + (1.3 if sections else 0.8),
+        1.25 * len(panels) + (1.6 if sections else 0.8),
         draw,
     )
 

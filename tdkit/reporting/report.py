@@ -31,7 +31,6 @@ PAGE, NUMBERS, FIGURES = "report.html", "report.json", "figures"
 DARK = ("#5aaee8", "#ff8a4a", "#35c79b", "#e3a1c9", "#8fd0f5", "#f3b94d", "#9ea1ab")  # the series on a dark page
 INSTALL = "pip install 'tdkit[report]'"
 WITHIN = 0.05  # of the dense model's metric, for the model that the report recommends
-NAMED = 4  # models with a sentence at the top of the page; more have theirs at their section
 
 
 def check_installed() -> None:
@@ -133,6 +132,14 @@ class Report:
         return [*self.frontiers, *(drawing for own in self.of_models for drawing in own), *self.training]
 
     @property
+    def title(self) -> str:
+        """The heading of the page."""
+        if len(self.entries) == 1:
+            return f"tdkit report: {self.entries[0].name}"
+        models = ", ".join(dict.fromkeys(entry.record.model for entry in self.entries))
+        return f"tdkit report: {len(self.entries)} models made of {models}" if models else "tdkit report: distillation"
+
+    @property
     def choice(self) -> str:
         """Which model to take for a given loss; empty where there is nothing to choose from."""
         within = next(w for w in (self.within, self.found.within, WITHIN) if w is not None)
@@ -170,17 +177,14 @@ class Report:
         environment = Environment(
             loader=PackageLoader("tdkit.reporting", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
         )
-        named = [entry.sentence() for entry in self.entries] if len(self.entries) <= NAMED else []
-        names = ", ".join(entry.name for entry in self.entries[:NAMED])
-        more = len(self.entries) - NAMED
         return environment.get_template("page.html.j2").render(
-            title=f"tdkit report: {names or 'distillation'}{f' and {more} more' if more > 0 else ''}",
+            title=self.title,
             version=VERSION,
             ink=INK,
             faint=FAINT,
             light=SERIES,
             dark=DARK,
-            sentences=named or ([f"{len(self.entries)} compressed models."] if self.entries else []),
+            sentence=self.entries[0].sentence() if len(self.entries) == 1 else "",
             choice=self.choice,
             columns=columns(self.metrics),
             rows=[entry.row(self.metrics) for entry in self.entries],

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tdkit.errors import OptionError
+from tdkit.planning.plan import percent
 from tdkit.records.record import Record
 
 NOT_METRICS = ("params", "bytes", "tokens_per_second")
@@ -60,7 +61,7 @@ def choose(records: Sequence[Record], within: float, metric: str | None = None) 
             None, f"{goal}: none; the nearest is {nearest.name}, {_said(nearest, metric)}: try larger budgets"
         )
     size, _, best = min(good, key=lambda each: (each[0], each[1]))
-    return Choice(best, f"{goal}: {best.name}, {size:.1%} of the parameters, {_said(best, metric)}")
+    return Choice(best, f"{goal}: {best.name}, {percent(size)} of the parameters, {_said(best, metric)}")
 
 
 def _loss(record: Record, metric: str) -> float | None:

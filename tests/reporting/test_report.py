@@ -19,11 +19,14 @@ from tdkit.evaluation.texts import measure_text, read_texts
 from tdkit.models.checkpoint import load, save
 from tdkit.recipes.recipe import Recipe
 from tdkit.recipes.run import run_recipe
+from tdkit.records.record import Record
 from tdkit.reporting import report as reporting
 from tdkit.reporting.gather import gather
+from tdkit.reporting.layers import layer_drawings
 from tdkit.reporting.report import Report, write_report
 from tdkit.sources import load_model
 from tests.cli.command import Result, run
+from tests.conftest import make_gpt2
 from tests.reporting.browser import look
 from tests.reporting.pages import Page
 
@@ -107,6 +110,22 @@ def test_every_figure_has_marks_a_name_and_a_table(compressed: Path) -> None:
         assert figure.rows > 1
     for figure in numbers["figures"].values():
         assert all(len(row) == len(figure["columns"]) for row in figure["rows"])
+
+
+def test_a_browser_shows_a_deep_model_by_kinds_of_layers(tdkit: Tdkit, tmp_path: Path) -> None:
+    save(make_gpt2(n_layer=7), tmp_path / "deep")
+    done = tdkit("compress", tmp_path / "deep", "--match", "*.mlp.*", "--budget", "0.8", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    (entry,) = gather([tmp_path / "out"]).entries
+    drawing = layer_drawings(entry, "")[0]
+    assert "each kind from the first to the last block" in drawing.text
+    names = [row[0] for row in drawing.rows]
+    assert names[2:5] == [f"transformer.h.{number}.attn.c_attn" for number in range(3)]
+    page = tmp_path / "out" / "report" / "report.html"
+    for width in (390, 1280):
+        seen = look(page, tmp_path, width)
+        assert seen.form["page"] <= width
+        assert seen.form["wide"] == seen.form["cut"] == seen.complaints == []
 
 
 @pytest.mark.parametrize(("width", "dark"), [(390, False), (1280, True)])
@@ -298,3 +317,18 @@ def test_run_leaves_a_report_unless_told_not_to(
     assert only.code == 0, only.err
     assert "no report was written" in only.err
     assert "a run without records of a compression" in only.err.replace("\n", " ")
+
+
+def test_models_that_were_measured_differently_are_told_apart(tmp_path: Path) -> None:
+    for name, dense in (("a", 20.0), ("b", 21.0)):
+        Record(
+            name=name,
+            model="m",
+            class_name="M",
+            dense={"params": 10, "perplexity": dense},
+            compressed={"params": 8, "perplexity": 25.0},
+        ).save(tmp_path / name / "record.json")
+    assert "several stars" not in Report(gather([tmp_path / "a"])).frontiers[0].text
+    both = Report(gather([tmp_path / "a", tmp_path / "b"])).frontiers[0]
+    assert "several stars" in both.text
+    assert [row[4] for row in both.rows] == ["1.250", "1.190", "1.000", "1.000"]
