@@ -71,8 +71,11 @@ def leave_report(folder: Path) -> None:
     """Write the page and its numbers into a folder that a command has written; says why where that is not possible."""
     try:
         page = write_report([folder], figures=False)
-    except (TdkitError, OSError) as error:
+    except TdkitError as error:
         note(f"no report was written: {error}")
+        return
+    except Exception as error:  # whatever it is, the work that is reported is done and saved
+        note(f"no report was written: {type(error).__name__}: {error} (tdkit --debug report {folder} tells more)")
         return
     note(f"report: {page} (figures as PNG and SVG: tdkit report {shlex.quote(str(folder))})")
 

@@ -103,12 +103,12 @@ class Record:
     failure: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the JSON form; numbers that are not finite are written as text."""
+        """Returns the JSON form; figures that are not finite are written as text, those of the plan left out."""
         return {
             "form": FORM,
             **vars(self),
             "data": [vars(each) for each in self.data],
-            "plan": None if self.plan is None else self.plan.to_dict(),
+            "plan": None if self.plan is None else _finite(self.plan.to_dict()),
             "spectra": [each.to_dict() for each in self.spectra],
             "before": [each.to_dict() for each in self.before],
             "after": [each.to_dict() for each in self.after],
@@ -178,6 +178,15 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _finite(value: Any) -> Any:
+    """Returns a JSON-able value with None for each number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _written(figures: Figures) -> dict[str, float | str]:

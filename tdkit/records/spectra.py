@@ -90,9 +90,12 @@ def _spectrum(kind: str, step: Step, site: Site, calibration: Calibration | None
         return None
     if len(shape) != 2 or min(shape) > LARGEST:
         return None
+    weight = LowRank().view(site.weight.detach())
+    if weight.is_meta or not bool(torch.isfinite(weight).all()) or not bool(weight.any()):
+        return None
     metric = calibration.metric(site.name) if calibration is not None else None
-    values = squared_singular_values(LowRank().view(site.weight.detach()), metric or Metric()).sqrt()
-    if not bool(torch.isfinite(values).all()) or not float(values[0]) > 0:
+    values = squared_singular_values(weight.cpu(), metric or Metric()).sqrt()
+    if not float(values[0]) > 0:
         return None
     count = len(values)
     indices = sorted({round(1 + each * (count - 1) / (POINTS - 1)) for each in range(POINTS)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,26 @@ def test_uncalibrated_spectra_are_those_of_torch(gpt2: Any) -> None:
 def test_a_record_is_read_back_as_it_was(record: Record, tmp_path: Path) -> None:
     file = record.save(tmp_path / "record.json")
     assert Record.read(file) == record
+
+
+def test_numbers_that_are_not_finite_are_written_as_json(record: Record, tmp_path: Path) -> None:
+    assert record.plan is not None
+    steps = tuple(replace(step, loss=float("nan")) for step in record.plan.steps)
+    odd = replace(record, plan=replace(record.plan, steps=steps))
+    again = Record.read(odd.save(tmp_path / "record.json"))
+    assert again.compressed["perplexity"] == float("inf")
+    assert again.plan is not None
+    assert [step.loss for step in again.plan.steps] == [None] * len(steps)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_weights_without_a_spectrum_have_none(gpt2: Any, value: float) -> None:
+    with torch.no_grad():
+        gpt2.transformer.h[0].mlp.c_fc.weight.fill_(value)
+    resolved = resolve(gpt2, POLICY)
+    names = {spectrum.name for spectrum in Before.of(resolved, planned(resolved)).spectra}
+    assert names
+    assert "transformer.h.0.mlp.c_fc" not in names
 
 
 @pytest.mark.parametrize(
