@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
-import typer
 from torch import nn
 
-from tdkit.calibration.calibration import Calibration
+from tdkit.cli.moments import Material
 from tdkit.evaluation.language_models import check_takes_text
 from tdkit.evaluation.samples import check_continues, continued
 from tdkit.evaluation.texts import limit_of, measure_text, protocol_of, read_texts
@@ -17,17 +14,6 @@ from tdkit.records.record import Data, Sample
 from tdkit.sources.documents import Text, sha256
 from tdkit.sources.positions import check_positions
 from tdkit.sources.source import Source
-
-EvaluationText = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--evaluation", help="Measure perplexity on this text before and after, for the report; as --text of eval."
-    ),
-]
-EvaluationTokens = Annotated[
-    int | None, typer.Option(help="How many tokens of the evaluation text to use; 16384 by default.", min=2)
-]
-Prompt = Annotated[str | None, typer.Option(help="Continue this text with the model before and after, for the report.")]
 
 SAMPLE_TOKENS = 32
 
@@ -84,10 +70,11 @@ class Measuring:
         return (Data("evaluation", self.text.name, limit_of(self.text, self.tokens), sha256(self.text.documents)),)
 
 
-def calibration_data(names: list[str] | None, texts: list[str] | Calibration | None, tokens: int) -> tuple[Data, ...]:
-    """Returns the calibration as a record names it: its texts, or the folder of saved moments."""
-    if names is None or texts is None:
-        return ()
-    if isinstance(texts, Calibration):
-        return (Data("calibration", f"moments in {Path(names[0])}"),)
-    return (Data("calibration", " + ".join(names), tokens, sha256(texts)),)
+def calibration_data(material: Material) -> tuple[Data, ...]:
+    """Returns the calibration as a record names it: its texts, its batches, or the folder of saved moments."""
+    wanted = material.wanted
+    if material.known is not None:
+        return (Data("calibration", f"moments in {wanted.saved()}"),)
+    if material.documents is not None:
+        return (Data("calibration", " + ".join(wanted.texts or ()), wanted.tokens, sha256(material.documents)),)
+    return () if wanted.data is None else (Data("calibration", f"batches of {wanted.data}"),)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from tdkit.calibration.calibration import Calibration
-from tdkit.cli.calibration import saved_moments
-from tdkit.cli.output import note
-from tdkit.cli.report import command_line
+from tdkit.cli.moments import Wanted
+from tdkit.cli.output import note, settings
+from tdkit.cli.reports import command_line
 from tdkit.compression.stream import compress_folder, resolve_on_disk
 from tdkit.compression.work import Work
 from tdkit.errors import OptionError
@@ -29,7 +29,7 @@ def compress_streamed(
     model: str,
     policy: Policy,
     out: Path,
-    calibration: list[str] | None,
+    wanted: Wanted,
     others: Mapping[str, bool],
     dtype: torch.dtype,
     device: str | None,
@@ -46,8 +46,8 @@ def compress_streamed(
     for option, is_given in others.items():
         if is_given:
             raise OptionError(f"{option} runs the whole model and goes without --stream only")
-    moments = saved_moments(calibration)
-    if calibration is not None and moments is None:
+    moments = wanted.saved()
+    if moments is None and (wanted.texts is not None or wanted.data is not None):
         raise OptionError(
             "--stream takes saved moments: write them with tdkit calibrate MODEL --stream --text TEXT --out MOMENTS, "
             "and give --calibration MOMENTS"
@@ -71,7 +71,7 @@ def compress_streamed(
             on_plan=plans.append,
         )
     except KeyboardInterrupt:
-        note(f"the finished layers are kept in {Work(out).folder}: the same call goes on after them")
+        settings.kept = f"the finished layers are kept in {Work(out).folder}: the same call goes on after them"
         raise
     note(f"saved to {out}")
     return _recorded(plans[0], model, policy, out, moments, dtype, device)

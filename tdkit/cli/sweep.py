@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tdkit.calibration.losses import Labels
-from tdkit.cli.measuring import EvaluationText, EvaluationTokens, Prompt
-from tdkit.cli.models import PolicyFile, policy_of
-from tdkit.cli.options import Dtype, dtype_of
-from tdkit.cli.output import AsJson, Device, DryRun, note, show
-from tdkit.cli.report import NoReport, Within, command_line, leave_report
-from tdkit.cli.sweeping import Call, carry_out, say_points, say_records
-from tdkit.errors import OptionError
-from tdkit.planning.policy import Policy
-from tdkit.recipes.library import load_recipe, recipe_files
-from tdkit.recipes.recipe import Recipe
-from tdkit.recipes.steps import CompareStep, CompressStep
-from tdkit.support.devices import check_device
-from tdkit.support.files import write_text
-from tdkit.support.trackers import check_trackers
-from tdkit.sweeps.choice import choose
-from tdkit.sweeps.grid import points_of, read_axes
-from tdkit.sweeps.run import flat
+from tdkit.cli.options import (
+    DtypeOption,
+    EvaluationText,
+    EvaluationTokens,
+    Labels,
+    NoReport,
+    PolicyFile,
+    Prompt,
+    Within,
+)
+from tdkit.cli.output import AsJson, Command, Device, DryRun, note, show
 
 WITHIN = 0.05
 CHOSEN = "chosen.yaml"  # in the folder of a sweep: the policy of the recommended point
@@ -69,22 +61,30 @@ def sweep(
         list[str] | None,
         typer.Option("--log-with", help="Trackers as accelerate names them, such as tensorboard or wandb."),
     ] = None,
-    dtype: Dtype = "float32",
+    dtype: DtypeOption = "float32",
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard an earlier sweep in the folder.")] = False,
     no_report: NoReport = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compress a model by all combinations of some values, measure each, and say which to take.
+    """Compress a model by all combinations of some values, measure each, and say which to take."""
+    from tdkit.cli.policies import policy_of
+    from tdkit.cli.reports import command_line, leave_report
+    from tdkit.cli.sweeping import Call, carry_out, of_recipe, say_points, say_records
+    from tdkit.errors import OptionError
+    from tdkit.planning.policy import Policy
+    from tdkit.recipes.library import load_recipe, recipe_files
+    from tdkit.support.devices import check_device
+    from tdkit.support.files import write_text
+    from tdkit.support.trackers import check_trackers
+    from tdkit.sweeps.choice import choose
+    from tdkit.sweeps.grid import points_of, read_axes
+    from tdkit.sweeps.run import flat
 
-    [bold]tdkit sweep smollm2 budget=0.9,0.8 with=low_rank,kronecker --match '*.mlp.*' --calibration sotu:calibration
-    --evaluation sotu:evaluation --out sweeps/smollm2[/bold]
-    """
     grid = read_axes(axes)
     check_device(device)
     check_trackers(log_with or (), folder)
-    dtype_of(dtype)
     recipe = load_recipe(model) if model.endswith((".yaml", ".yml")) or model in recipe_files() else None
     call = Call(
         model=model,
@@ -109,7 +109,7 @@ def sweep(
     if recipe is not None:
         if policy is not None or match:
             raise OptionError(f"the recipe '{recipe.name}' has a policy of its own: leave out --policy and --match")
-        base, call = _of_recipe(recipe, call, labels, calibration_tokens, context)
+        base, call = of_recipe(recipe, call, labels, calibration_tokens, context)
     points = points_of(grid, base, match or ["*"])
     call = call.with_points(points)
     if call.evaluation is None:
@@ -131,39 +131,10 @@ def sweep(
     show(choice.text + taken, {"points": rows, "choice": choice.text}, as_json)
 
 
-def _of_recipe(
-    recipe: Recipe, call: Call, labels: Labels | None, calibration_tokens: int | None, context: int | None
-) -> tuple[Policy, Call]:
-    """Returns the policy that a recipe compresses by, and the call with what the command line left open."""
-    found = next(((k, each) for k, each in recipe.steps if isinstance(each, CompressStep | CompareStep)), None)
-    if found is None:
-        raise OptionError(f"the recipe '{recipe.name}' has no compress or compare step to vary")
-    kind, step = found
-    others = [other for other, each in recipe.steps if each is not step]
-    if others:
-        note(f"of the recipe's steps only {kind} is swept, and the points are evaluated; left out: {', '.join(others)}")
-    data = recipe.data
-    calibrated = step.calibrated or call.calibration is not None
-    own = replace(
-        call,
-        model=recipe.model,
-        dtype=recipe.dtype,
-        seed=recipe.seed,
-        calibration=call.calibration or (_listed(data.calibration) if calibrated else None),
-        calibration_tokens=calibration_tokens or data.calibration_tokens,
-        labels=labels or (data.calibration_labels if calibrated else "data"),
-        context=context or data.context,
-        evaluation=call.evaluation or _listed(data.evaluation),
-        evaluation_tokens=call.evaluation_tokens or data.evaluation_tokens,
-    )
-    if isinstance(step, CompressStep):
-        passes = max(call.passes, step.passes)
-        return step.policy, replace(own, sequential=call.sequential or step.sequential, passes=passes)
-    return step.policy, own
-
-
-def _listed(texts: str | list[str] | None) -> list[str] | None:
-    return [texts] if isinstance(texts, str) else texts
-
-
-COMMANDS = (sweep,)
+COMMANDS = (
+    Command(
+        sweep,
+        "tdkit sweep smollm2 budget=0.9,0.8 with=low_rank,kronecker --match '*.mlp.*' --evaluation sotu:evaluation "
+        "--evaluation-tokens 2048 --out sweep",
+    ),
+)

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,14 +19,17 @@ from rich.live import Live
 from rich.table import Table
 from torch import nn
 
+from tdkit.calibration.batches import Batch
 from tdkit.calibration.calibration import Calibration
-from tdkit.calibration.losses import Labels
-from tdkit.cli.calibration import batches_of, check_calibration, texts_or_moments
+from tdkit.cli.loading import dtype_of
 from tdkit.cli.measuring import Measuring, calibration_data
-from tdkit.cli.options import dtype_of
-from tdkit.cli.output import err, note
-from tdkit.errors import TdkitError
+from tdkit.cli.moments import Wanted
+from tdkit.cli.options import Dtype, Labels
+from tdkit.cli.output import err, note, settings
+from tdkit.errors import OptionError, TdkitError
 from tdkit.planning.policy import Policy
+from tdkit.recipes.recipe import Recipe
+from tdkit.recipes.steps import CompareStep, CompressStep
 from tdkit.records.record import Record, Sample
 from tdkit.reporting.entry import Entry, columns
 from tdkit.sources.models import load_model
@@ -64,7 +67,7 @@ class Call:
     evaluation_tokens: int | None
     prompt: str | None
     log_with: list[str]
-    dtype: str
+    dtype: Dtype
     device: str | None
     command: str
     within: float
@@ -84,10 +87,10 @@ def carry_out(call: Call, *, jobs: int, overwrite: bool, quiet: bool) -> list[Re
     Args:
         jobs: number of processes.
         overwrite: discard an earlier sweep.
-        quiet: print no table.
+        quiet: print nothing while it runs.
     """
     run = opened(call)
-    view = _View(run.points, quiet)
+    view = _View(run.points, quiet or settings.quiet)
     found: dict[str, Record] = {}
     try:
         with view:
@@ -98,7 +101,7 @@ def carry_out(call: Call, *, jobs: int, overwrite: bool, quiet: bool) -> list[Re
                     found[name] = record
                     view.done(found)
     except KeyboardInterrupt:
-        note(f"the points that are done are kept in {call.folder}: the same call goes on after them")
+        settings.kept = f"the points that are done are kept in {call.folder}: the same call goes on after them"
         raise
     run.finish()
     return [found[point.name] for point in run.points]
@@ -135,18 +138,17 @@ def work(text: str) -> None:
 
 def opened(call: Call) -> Sweep:
     """Load the model, read the texts, and return the sweep of them."""
-    check_calibration(call.calibration, {"--labels": call.labels != "data", "--inputs-only": call.inputs_only})
-    texts = texts_or_moments(call.calibration)
+    wanted = Wanted(
+        call.calibration, None, call.calibration_tokens, call.context, call.labels, call.inputs_only, batch_size=1
+    )
+    wanted.check()
+    material = wanted.read()
     measuring = Measuring.of(call.evaluation, call.evaluation_tokens, call.context, call.prompt)
     torch.manual_seed(call.seed)
     source = load_model(call.model, dtype=dtype_of(call.dtype), device=call.device)
     measuring.check(source)
-    calibration: Calibration | Sequence[torch.Tensor] | None
-    if texts is None or isinstance(texts, Calibration):
-        calibration = texts
-    else:
-        calibration = batches_of(source, texts, call.calibration_tokens, call.context, call.labels, call.inputs_only)
-    data = (*calibration_data(call.calibration, texts, call.calibration_tokens), *measuring.data)
+    calibration: Calibration | Iterable[Batch] | None = material.known or material.batches_for(source)
+    data = (*calibration_data(material), *measuring.data)
 
     def measure(model: nn.Module) -> dict[str, float]:
         return measuring.figures(Source(source.name, model, source.tokenizer))
@@ -242,3 +244,38 @@ class _View:
         table = table_of(f"{len(found)} of {len(self.points)} points, {seconds:.0f} s{time_left}", ["point", ""], rows)
         table.columns[1].justify = "left"
         return table
+
+
+def of_recipe(
+    recipe: Recipe, call: Call, labels: Labels | None, calibration_tokens: int | None, context: int | None
+) -> tuple[Policy, Call]:
+    """Returns the policy that a recipe compresses by, and the call with what the command line left open."""
+    found = next(((k, each) for k, each in recipe.steps if isinstance(each, CompressStep | CompareStep)), None)
+    if found is None:
+        raise OptionError(f"the recipe '{recipe.name}' has no compress or compare step to vary")
+    kind, step = found
+    others = [other for other, each in recipe.steps if each is not step]
+    if others:
+        note(f"of the recipe's steps only {kind} is swept, and the points are evaluated; left out: {', '.join(others)}")
+    data = recipe.data
+    calibrated = step.calibrated or call.calibration is not None
+    own = replace(
+        call,
+        model=recipe.model,
+        dtype=recipe.dtype,
+        seed=recipe.seed,
+        calibration=call.calibration or (_listed(data.calibration) if calibrated else None),
+        calibration_tokens=calibration_tokens or data.calibration_tokens,
+        labels=labels or (data.calibration_labels if calibrated else "data"),
+        context=context or data.context,
+        evaluation=call.evaluation or _listed(data.evaluation),
+        evaluation_tokens=call.evaluation_tokens or data.evaluation_tokens,
+    )
+    if isinstance(step, CompressStep):
+        passes = max(call.passes, step.passes)
+        return step.policy, replace(own, sequential=call.sequential or step.sequential, passes=passes)
+    return step.policy, own
+
+
+def _listed(texts: str | list[str] | None) -> list[str] | None:
+    return [texts] if isinstance(texts, str) else texts

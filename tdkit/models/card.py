@@ -13,6 +13,7 @@ from torch import nn
 
 from tdkit.models import huggingface
 from tdkit.models.sites import factorized_groups, num_bytes, num_params
+from tdkit.support.documents import parse_yaml
 
 CARD = "README.md"
 UNKNOWN = "unknown"
@@ -128,8 +129,8 @@ def licence_of(base: str) -> str | None:
         path = huggingface.cached_file(base, CARD)
     try:
         _, front, _ = Path(path).read_text(encoding="utf-8").split("---", 2)
-        found = yaml.safe_load(front)
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        found = parse_yaml(front)
+    except (OSError, ValueError, TypeError):
         return None
     licence = found.get("license") if isinstance(found, dict) else None
     return licence if isinstance(licence, str) else None

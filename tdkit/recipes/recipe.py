@@ -47,6 +47,7 @@ class StepConfig(Checked, ABC):
 
     changes_model: ClassVar[bool] = False  # whether to save the model after the step
     needs_dense: ClassVar[bool] = False  # whether the step uses `Run.dense`, the original model
+    saves_model: ClassVar[bool] = False  # whether the step leaves a copy of the model; one that no step saves is kept
 
     @abstractmethod
     def run(self, run: Run) -> dict[str, Any]:

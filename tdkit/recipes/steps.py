@@ -22,6 +22,7 @@ from tdkit.evaluation.samples import check_continues, continued
 from tdkit.models.card import Card
 from tdkit.models.checkpoint import load, save
 from tdkit.models.huggingface import is_transformers
+from tdkit.models.shards import same_bits
 from tdkit.models.sites import num_params
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import plan, planned
@@ -225,7 +226,9 @@ def check_calibration(calibrated: bool, recipe: Recipe, step: str) -> None:
 
 
 class EvaluateStep(StepConfig):
-    """Measure perplexity, size and speed on the evaluation text."""
+    """Measure perplexity, size and speed on the evaluation text, beside those of the model before any step."""
+
+    needs_dense: ClassVar[bool] = True
 
     def check(self, recipe: Recipe) -> None:
         if recipe.data.evaluation is None:
@@ -235,9 +238,21 @@ class EvaluateStep(StepConfig):
         run.check_windows("evaluation")
 
     def run(self, run: Run) -> dict[str, Any]:
-        measured = evaluate(run.model, run.tokens("evaluation"), context=run.recipe.data.context)
-        run.console.print(table_of("evaluation", FIGURE_COLUMNS, [_row(run.recipe.name, measured, None, None)]))
-        return measured.to_dict()
+        ids, context = run.tokens("evaluation"), run.recipe.data.context
+        measured = evaluate(run.model, ids, context=context)
+        if run.dense is run.model:
+            run.console.print(table_of("evaluation", FIGURE_COLUMNS, [_row("dense", measured, measured, None)]))
+            return measured.to_dict()
+        dense = evaluate(run.dense, ids, context=context)
+        rows = [_row("dense", dense, dense, None), _row(run.recipe.name, measured, dense, None)]
+        run.console.print(table_of("evaluation", FIGURE_COLUMNS, rows))
+        return {
+            **measured.to_dict(),
+            "ratio": measured.params / dense.params,
+            "dense_params": dense.params,
+            "dense_perplexity": dense.perplexity,
+            "dense_tokens_per_second": dense.tokens_per_second,
+        }
 
 
 class GenerateStep(StepConfig):
@@ -272,6 +287,7 @@ class SaveStep(StepConfig):
         folder: a path relative to the run folder.
     """
 
+    saves_model: ClassVar[bool] = True
     folder: str = "model"
 
     def check(self, recipe: Recipe) -> None:
@@ -292,7 +308,7 @@ class SaveStep(StepConfig):
             return {"folder": str(place), "bytes_on_disk": size}
         again = load(place, device=run.device)
         ids = _probe(run)
-        if not torch.equal(_logits(run.model, ids), _logits(again, ids)):
+        if not same_bits(_logits(run.model, ids).cpu(), _logits(again, ids).cpu()):
             raise CheckpointError(f"{place}: the reloaded model's outputs differ from the saved one's")
         say(run.console, f"  saved to {place}, {size / 1e6:.1f} MB on disk; reloaded, outputs identical")
         return {"folder": str(place), "bytes_on_disk": size, "reloaded_identical": True}

@@ -203,7 +203,7 @@ def _told(entry: Entry) -> Entry:
     if not entry.metrics:
         unknown.append(NOT_MEASURED)
     elif not any(name in record.dense for name in entry.metrics):
-        unknown.append("the quality of the dense model was not measured: in a recipe, put an evaluate step first")
+        unknown.append("the quality of the dense model was not measured")
     if record.plan is not None and all(step.loss is None for step in record.plan.rewritten):
         unknown.append("no loss was estimated: that takes a calibration with gradients and a budget")
     if not record.spectra and not any("singular values" in text for text in unknown):

@@ -55,7 +55,7 @@ def entries_of_run(place: Path, state: Mapping[str, Any], records: Sequence[Reco
 
 
 def _figures(kinds: Sequence[str], results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Returns what evaluate steps measured before the first step that changes the model, and after the last one."""
+    """Returns what evaluate steps measured of the dense model, and after the last step that changes the model."""
     changes = [n for n, kind in enumerate(kinds[: len(results)]) if step_registry.get(kind).changes_model]
     first, last = (changes[0], changes[-1]) if changes else (len(results), -1)
     dense: dict[str, float] = {}
@@ -67,6 +67,8 @@ def _figures(kinds: Sequence[str], results: Sequence[Mapping[str, Any]]) -> tupl
                 dense = figures
             elif number > last:
                 after = figures
+            beside = {name: float(result[f"dense_{name}"]) for name in MEASURED if result.get(f"dense_{name}")}
+            dense = {**beside, **dense}
     return dense, after
 
 

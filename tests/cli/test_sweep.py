@@ -104,7 +104,7 @@ def test_faults_are_said_before_any_work(tdkit: Tdkit, gpt2_folder: Path, tmp_pa
         (("budget=0.9,2",), "2: policy budget"),
         (("budgt=0.9",), "did you mean 'budget'"),
         (("budget=0.9", "--log-with", "wandb"), "pip install wandb"),
-        (("budget=0.9", "--labels", "sampled"), "--labels needs --calibration TEXT"),
+        (("budget=0.9", "--labels", "sampled"), "--labels sampled needs --calibration TEXT"),
         (("budget=0.9", "--match", "nowhere"), "matched no layer"),
     ):
         done = tdkit("sweep", gpt2_folder, *call, "--out", out)

@@ -328,7 +328,7 @@ def test_undoing_restores_the_layout_of_spilled_weights_and_their_ties(
     parameters = dict(tied.named_parameters()) if held else {}
     before = {name: (p.clone(), p.stride(), p.requires_grad) for name, p in tied.named_parameters()}
     fits.clear()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(OptionError, match=r"the decomposition failing .* failed: RuntimeError"):
         tdkit.compress(tied, Policy([Rule("*", Failing(rank=2, what=RuntimeError))]))
     for name, parameter in tied.named_parameters():
         value, stride, gradient = before[name]
@@ -345,7 +345,7 @@ def test_a_full_disk_keeps_the_weights_in_memory(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tdkit.models.swap.SPILL_FROM", 0)
-    monkeypatch.setattr("tdkit.models.swap.save_file", full)
+    monkeypatch.setattr("tdkit.models.swap.Aside.put", full)
     tdkit.compress(tied, half)
     assert tdkit.applied_plan(tied).rewritten
     assert "stay in memory" in caplog.text

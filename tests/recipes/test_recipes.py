@@ -148,6 +148,24 @@ def test_run_leaves_results_and_a_model(recipe: Recipe, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["model", "recipe.yaml", "records", "state.json"]
 
 
+def test_an_evaluation_shows_the_dense_model_and_the_ratio(recipe: Recipe, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=120)
+    first = recipe.model_copy(update={"steps": (recipe.steps[1], *recipe.steps)})
+    results = run_recipe(first, tmp_path / "run", console=console)
+    before, after = results[0], results[2]
+    assert "dense_perplexity" not in before
+    assert after["dense_perplexity"] == before["perplexity"]
+    assert after["dense_params"] == before["params"]
+    assert after["ratio"] == after["params"] / before["params"] < 1
+    rows = [line.split("│") for line in console.file.getvalue().splitlines() if "│ dense" in line or "│ mine" in line]
+    assert [[cell.strip() for cell in row[1:4:2]] for row in rows] == [
+        ["dense", "1.000"],
+        ["dense", "1.000"],
+        ["mine", f"{after['ratio']:.3f}"],
+    ]
+    assert "dense_perplexity" in (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", ["../../x", "..", ".", "", "a/b", "a\\b", "/etc", "C:x", " ", "a\nb"])
 def test_a_name_that_would_leave_the_runs_folder_is_refused(name: str) -> None:
     with pytest.raises(RecipeError, match=r"name: .*must be a plain file name, since a run's folder is called by it"):
