@@ -523,8 +523,10 @@ def test_what_could_not_be_loaded_is_not_saved(kind: LowRank, said: str, tied: A
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_saved_before_tdkit_had_packages_loads() -> None:
-    folder = Path(__file__).parent / "golden" / "format-1"
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_transformers_folder_of_every_format_loads(version: int) -> None:
+    folder = Path(__file__).parent / "golden" / f"format-{version}"
+    assert read_description(folder)["version"] == version
     model = tdkit.load(folder)
     assert {step.decomposition.name for step in tdkit.applied_plan(model).rewritten if step.decomposition} == {
         "kronecker",
@@ -539,9 +541,10 @@ def test_a_folder_saved_before_tdkit_had_packages_loads() -> None:
     assert model.lm_head.matrix is model.transformer.wte.matrix
 
 
-def test_a_module_saved_in_format_1_loads() -> None:
-    folder = Path(__file__).parent / "golden" / "format-1-module"
-    assert read_description(folder)["version"] == 1
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_module_of_every_format_loads(version: int) -> None:
+    folder = Path(__file__).parent / "golden" / f"format-{version}-module"
+    assert read_description(folder)["version"] == version
     model = tdkit.load(folder, model=TiedModel(12, 8))
     expected = torch.tensor(json.loads((folder / "outputs.json").read_text(encoding="utf-8")))
     torch.testing.assert_close(model(torch.arange(12).reshape(1, 12))[0], expected)

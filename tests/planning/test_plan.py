@@ -219,3 +219,18 @@ def test_what_is_stored_as_factors_and_computed_dense_is_told() -> None:
     assert "low_rank(rank=2), computed dense" in str(plan)
     tdkit.compress(model, plan)
     assert tdkit.applied_plan(model)["table"].computed == "dense"
+
+
+def test_sizes_beyond_every_machine_are_refused_at_once(tied: Any) -> None:
+    form = tdkit.plan(tied, Policy([Rule("up", LowRank(rank=2))])).to_dict()
+    step = next(step for step in form["steps"] if step["names"] == ["up"])
+    for shape in ([10**12, 10**12], [2**41, 1], [2] * 17):
+        step["shape"] = shape
+        with pytest.raises(PolicyError, match=r"shape=\[.* must be two sizes or more"):
+            Plan.from_dict(form)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, '{"version": NaN}', "\x00"])
+def test_any_text_that_is_no_plan_is_told(text: str) -> None:
+    with pytest.raises(PolicyError, match="not a tdkit plan"):
+        Plan.from_json(text)

@@ -365,3 +365,29 @@ def test_a_folder_with_other_files_is_left_alone(recipe: Recipe, tmp_path: Path)
     with pytest.raises(RecipeError, match="holds other files"):
         run_recipe(recipe, tmp_path, overwrite=True, console=QUIET)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_recipe_without_save_leaves_its_model(recipe: Recipe, tmp_path: Path) -> None:
+    for steps_kept, last in ((1, 1), (2, 1), (3, 3)):  # compress, evaluate, compress
+        short = recipe.model_copy(update={"steps": recipe.steps[:steps_kept]})
+        folder = tmp_path / f"run-{steps_kept}"
+        run_recipe(short, folder, console=QUIET)
+        assert sorted(p.name for p in folder.iterdir()) == [f"after-step-{last}", "recipe.yaml", "state.json"]
+        load(folder / f"after-step-{last}")
+
+
+def test_a_run_killed_before_its_first_state_starts_again(recipe: Recipe, tmp_path: Path) -> None:
+    short = recipe.model_copy(update={"steps": recipe.steps[1:2]})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(short.to_yaml())
+    assert len(run_recipe(short, tmp_path / "run", resume=True, console=QUIET)) == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "recipe.yaml").write_text("something else")
+    with pytest.raises(RecipeError, match="holds other files"):
+        run_recipe(short, tmp_path / "other", overwrite=True, console=QUIET)
+
+
+def test_an_error_of_a_step_s_own_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdkit.recipes.steps.evaluate", lambda *_, **__: 1 / 0)
+    with pytest.raises(RecipeError, match=r"step 2/4 evaluate failed: ZeroDivisionError: division by zero"):
+        run_recipe(recipe, tmp_path / "run", console=QUIET)
