@@ -32,6 +32,7 @@ from tdkit.planning.plan import Plan
 from tdkit.planning.planner import applied_plan, plan
 from tdkit.planning.policy import Policy
 from tdkit.planning.rule import Rule
+from tdkit.sweeps.sweep import sweep
 
 __all__ = [
     "Auto",
@@ -65,6 +66,7 @@ __all__ = [
     "push_to_hub",
     "quantize",
     "save",
+    "sweep",
     "to_dense",
     "to_sequential",
 ]

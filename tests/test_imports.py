@@ -26,9 +26,12 @@ ROOMS = """
     calibration
     planning
     compression evaluation testing
+    records
+    sweeps
     public
     __init__
     recipes
+    reporting
     cli
 """
 FLOOR = {room: number for number, line in enumerate(ROOMS.strip().splitlines()) for room in line.split()}

@@ -9,7 +9,20 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from tdkit.cli import bench, calibration, decompositions, doctor, evaluate, export, models, plugins, recipes, sources
+from tdkit.cli import (
+    bench,
+    calibration,
+    decompositions,
+    doctor,
+    evaluate,
+    export,
+    models,
+    plugins,
+    recipes,
+    report,
+    sources,
+    sweep,
+)
 from tdkit.cli.output import complain, err, settings, without_foreign_bars
 from tdkit.errors import BudgetError, OptionError, PolicyError, RecipeError, RegistryError, TdkitError
 from tdkit.support.progress import show_progress
@@ -68,7 +81,20 @@ def _global(
         without_foreign_bars()
 
 
-GROUPS = (decompositions, sources, recipes, models, calibration, evaluate, export, bench, doctor, plugins)
+GROUPS = (
+    decompositions,
+    sources,
+    recipes,
+    models,
+    calibration,
+    evaluate,
+    sweep,
+    report,
+    export,
+    bench,
+    doctor,
+    plugins,
+)
 
 for group in GROUPS:
     for command in group.COMMANDS:

@@ -17,11 +17,15 @@ from tdkit.cli.options import (
     Context,
     Data,
     DtypeOption,
+    EvaluationText,
+    EvaluationTokens,
     Every,
     InputsOnly,
     Match,
     ModelName,
+    NoReport,
     PolicyFile,
+    Prompt,
     Weights,
     With,
 )
@@ -100,6 +104,10 @@ def compress(
         ),
     ] = False,
     workers: Annotated[int, typer.Option(help="With --stream: processes that share the layers.", min=1)] = 1,
+    evaluation: EvaluationText = None,
+    evaluation_tokens: EvaluationTokens = None,
+    prompt: Prompt = None,
+    no_report: NoReport = False,
     dtype: DtypeOption = "float32",
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier save.")] = False,
@@ -107,19 +115,23 @@ def compress(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compress a model by a policy and save it."""
-    from dataclasses import replace
+    """Compress a model by a policy and save it, with a report."""
+    import time
 
     from tdkit.cli.loading import check_model, dtype_of, source_of
+    from tdkit.cli.measuring import Measuring, calibration_data
     from tdkit.cli.moments import Wanted
     from tdkit.cli.policies import check_folder, policy_of
+    from tdkit.cli.reports import command_line, leave_report
     from tdkit.cli.streaming import compress_streamed
     from tdkit.compression.apply import compress_resolved
     from tdkit.errors import OptionError
     from tdkit.models.card import Card
     from tdkit.models.checkpoint import save
-    from tdkit.planning.planner import applied_plan, planned
+    from tdkit.planning.planner import planned
     from tdkit.planning.resolution import resolve
+    from tdkit.records.before import Before
+    from tdkit.records.record import RECORD
     from tdkit.support.devices import check_device
 
     name = check_model(model, build, weights)
@@ -135,25 +147,60 @@ def compress(
     if stream:
         if model is None:
             raise OptionError("--stream reads folders of transformers: give MODEL, not --model")
+        of_whole |= {"--evaluation": evaluation is not None, "--prompt": prompt is not None}
         made = compress_streamed(
             model, chosen, folder, wanted, of_whole, dtype_of(dtype), device, workers, overwrite, card, dry_run
         )
+        if not dry_run and not no_report:
+            leave_report(folder)
         show(made.report(every=every), made.to_dict(), as_json)
         return
     if workers > 1:
         raise OptionError(f"--workers {workers} needs --stream")
     settings.kept = "nothing was saved; tdkit calibrate keeps moments for --calibration, --stream keeps finished layers"
     material = wanted.read()
+    measuring = Measuring.of(evaluation, evaluation_tokens, context, prompt)
     source = source_of(model, build, weights, dtype_of(dtype))
+    measuring.check(source)
     resolved = resolve(source.model, chosen)
+    started = time.perf_counter()
     known = material.calibration(source, resolved)
     made = planned(resolved, known)
+    seconds = {"calibration and plan": time.perf_counter() - started}
     if not dry_run:
+        before, dense = Before.of(resolved, made, known), measuring.figures(source)
+        text = measuring.continuation(source.model, source)
+        started = time.perf_counter()
         what = resolved.following(made) if passes == 1 else resolved
         compress_resolved(what, known, sequential=sequential, passes=passes, device=device)
+        seconds["fit"] = time.perf_counter() - started
         save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite, card=card)
-        made = replace(applied_plan(source.model), warnings=made.warnings, bytes_before=made.bytes_before)
         note(f"saved to {folder}" + (f"; load it with --model {name} --weights {folder}" if build else ""))
+        record = before.record(
+            source.model,
+            name=folder.name,
+            source=name,
+            policy=chosen,
+            options={
+                "context": context,
+                "labels": labels,
+                "inputs_only": inputs_only,
+                "sequential": sequential,
+                "passes": passes,
+                "dtype": dtype,
+                "device": device or "cpu",
+            },
+            command=command_line(),
+            data=(*calibration_data(material), *measuring.data),
+            dense=dense,
+            compressed=measuring.figures(source),
+            samples=measuring.samples(text, measuring.continuation(source.model, source)),
+            seconds=seconds,
+        )
+        record.save(folder / RECORD)
+        made = record.plan or made
+        if not no_report:
+            leave_report(folder)
     show(made.report(every=every), made.to_dict(), as_json)
 
 
@@ -165,11 +212,13 @@ def info(
     from tdkit.decompositions.registered import decomposition
     from tdkit.errors import CheckpointError
     from tdkit.models.checkpoint import place_of, read_description
+    from tdkit.reporting.report import FOLDER
     from tdkit.shapes import by
     from tdkit.support.tables import table_of
 
     description = read_description(folder)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    files = (file for file in folder.rglob("*") if file.is_file() and (folder / FOLDER) not in file.parents)
+    size = sum(file.stat().st_size for file in files)
     rows = []
     for number, layer in enumerate(description["layers"]):
         try:

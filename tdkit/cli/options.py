@@ -93,3 +93,22 @@ InputsOnly = Annotated[
     bool,
     typer.Option("--inputs-only", help="Calibrate on the inputs of layers alone; for encoders, which have no loss."),
 ]
+
+EvaluationText = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--evaluation", help="Measure perplexity on this text before and after, for the report; as --text of eval."
+    ),
+]
+EvaluationTokens = Annotated[
+    int | None, typer.Option(help="How many tokens of the evaluation text to use; 16384 by default.", min=2)
+]
+Prompt = Annotated[str | None, typer.Option(help="Continue this text with the model before and after, for the report.")]
+NoReport = Annotated[bool, typer.Option("--no-report", help="Leave no report in the folder.")]
+Within = Annotated[
+    float | None,
+    typer.Option(
+        help="Recommend the smallest model whose metric is within this share of the dense model's; 0.05 by default.",
+        min=0,
+    ),
+]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tdkit.cli.completion import complete_recipes
+from tdkit.cli.options import NoReport
 from tdkit.cli.output import AsJson, Command, Device, DryRun, err, note, out, settings, show
 
 if TYPE_CHECKING:
@@ -93,13 +94,16 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished step.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard an earlier run in the folder.")] = False,
     device: Device = None,
+    no_report: NoReport = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe."""
+    """Run a recipe, and leave a report."""
+    from tdkit.cli.reports import leave_report
     from tdkit.recipes.library import load_recipe
     from tdkit.recipes.run import default_folder, run_recipe
     from tdkit.support.devices import check_device
+    from tdkit.support.processes import is_main_process
 
     recipe = load_recipe(name, overrides or ())
     check_device(device)
@@ -115,6 +119,8 @@ def run(
         raise
     finally:
         console.quiet = False
+    if not no_report and is_main_process():
+        leave_report(folder or default_folder(recipe))
     if as_json:
         show("", results, as_json)
 

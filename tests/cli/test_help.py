@@ -92,7 +92,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, gpt2_folder: Path) -> Path:
 
 
 NEEDS = {"quantize": "torchao"}  # packages that are not there in every environment
-LATER = ("quantize", "info", "eval", "export", "bench", "validate")  # use what the examples of others write
+LATER = ("quantize", "info", "eval", "export", "bench", "validate", "report")  # use what the examples of others write
 
 
 def of_the_demo_on_this_model(words: list[str]) -> list[str]:

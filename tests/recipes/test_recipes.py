@@ -145,7 +145,7 @@ def test_run_leaves_results_and_a_model(recipe: Recipe, tmp_path: Path) -> None:
     assert [r["step"] for r in results] == ["compress", "evaluate", "compress", "save"]
     assert results[3]["reloaded_identical"] is True
     assert json.loads((tmp_path / "run" / "state.json").read_text())["results"] == results
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["model", "recipe.yaml", "state.json"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["model", "recipe.yaml", "records", "state.json"]
 
 
 def test_an_evaluation_shows_the_dense_model_and_the_ratio(recipe: Recipe, tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_overwrite_does_not_remove_what_the_recipe_reads_or_where_it_is(
 def test_a_run_in_the_current_empty_folder(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_recipe(recipe, ".", console=QUIET)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "recipe.yaml", "state.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "recipe.yaml", "records", "state.json"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo over a file")
@@ -342,7 +342,12 @@ def test_processes_carry_out_a_run_together_and_the_main_one_writes(recipe: Reci
     assert all("holds an earlier run" in line[2] and line[3] == "PolicyError" for line in lines)
     alone = run_recipe(recipe, tmp_path / "alone", console=QUIET)
     assert alone[1]["perplexity"] == pytest.approx(json.loads(lines[0][0])[1]["perplexity"], rel=1e-5)
-    assert sorted(p.name for p in (tmp_path / "stopped").iterdir()) == ["after-step-1", "recipe.yaml", "state.json"]
+    assert sorted(p.name for p in (tmp_path / "stopped").iterdir()) == [
+        "after-step-1",
+        "recipe.yaml",
+        "records",
+        "state.json",
+    ]
 
 
 def test_resume_refuses_another_recipe_and_a_damaged_state(recipe: Recipe, tmp_path: Path) -> None:
