@@ -50,9 +50,7 @@ def multiply_adds(stages: Sequence[StageShape], geometry: Geometry) -> int:
     return total
 
 
-def chain_path(
-    stages: Sequence[StageShape], geometry: Geometry, size: Shape, *, pointwise: int = POINTWISE
-) -> Path:
+def chain_path(stages: Sequence[StageShape], geometry: Geometry, size: Shape, *, pointwise: int = POINTWISE) -> Path:
     """The path by the stages, for an input of `size` (batch, in, *spatial); `pointwise` as `POINTWISE`."""
     batch, _, *spatial = size
     products, moved = [], 0.0
