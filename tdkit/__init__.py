@@ -31,6 +31,7 @@ from tdkit.fitting.metric import Metric
 from tdkit.models.card import Card
 from tdkit.models.checkpoint import load, save
 from tdkit.models.conversion import to_dense, to_sequential
+from tdkit.models.hub import push_to_hub
 from tdkit.models.preparation import prepare
 from tdkit.models.quantization import quantize
 from tdkit.models.registration import register
@@ -73,6 +74,7 @@ __all__ = [
     "load",
     "plan",
     "prepare",
+    "push_to_hub",
     "quantize",
     "save",
     "to_dense",

@@ -24,7 +24,7 @@ from tdkit.compression.work import Work, read_entry, write_layer
 from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.registered import spec_of
 from tdkit.decompositions.shrink import Shrink
-from tdkit.errors import OptionError, PolicyError, TdkitError
+from tdkit.errors import BudgetError, OptionError, PolicyError, TdkitError
 from tdkit.models.card import Card
 from tdkit.models.checkpoint.description import Layer
 from tdkit.models.checkpoint.rewriting import rewrite
@@ -111,8 +111,12 @@ def compress_folder(
             "dtype": str(opened.model.config.dtype),
         }
     )
-    with _helpers(job, policy, calibration, workers):
-        job.run(progress)
+    try:
+        with _helpers(job, policy, calibration, workers):
+            job.run(progress)
+    except (BudgetError, OptionError):  # the same call would end here again, and another one does not go on from here
+        job.work.remove()
+        raise
     return job.finish(out, overwrite, card)
 
 

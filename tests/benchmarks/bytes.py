@@ -1,6 +1,6 @@
 """Perplexity of SmolLM2-135M against bytes: rounded weights, factors, and rounded factors; writes bytes.md.
 
-    python tests/benchmarks/bytes.py --run FOLDER [--keep 0.9 0.8 0.6] [--tokens 12288]
+    python -m tests.benchmarks.bytes --run FOLDER [--kinds joint low_rank] [--keep 0.9 0.8 0.6] [--tokens 12288]
 
 The calibration, the protocol and the tokens are those of ``tests/benchmarks/accuracy.py``, with which it shares the
 run folder. Each row is stored in `docs/results/bytes.json` when it is finished; a rerun computes only missing rows.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 import tdkit
-from tdkit import LowRank, Policy, Rule
 from tdkit.evaluation.language_models import PROTOCOL, evaluate
 from tdkit.models.sites import num_bytes, num_params
 from tdkit.sources.models import load_model
@@ -33,16 +33,20 @@ from tests.benchmarks.accuracy import (
     EVALUATION_TEXT,
     RESULTS,
     SEED,
+    Scope,
     calibrated,
+    policy_of,
 )
 
 FORMS = ("float16", "int8", "int4")
+KINDS = ("joint", "low_rank")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder for the calibration")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of bytes.json and bytes.md")
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS, help="as in accuracy.py")
     parser.add_argument("--keep", nargs="*", type=float, default=[0.9, 0.8, 0.6], help="shares of the blocks' params")
     parser.add_argument("--tokens", type=int, default=12288, help="to evaluate on, at most")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -54,24 +58,20 @@ def main() -> None:
     source = load_model("smollm2")
     ids = spread_windows(EVALUATION_TEXT, source.tokenizer, context=CONTEXT, tokens=options.tokens).flatten()
     store = Store(options.out, ids)
-    for keep in (None, *options.keep):
-        missing = [form for form in FORMS if store.find(name_of(keep), form) is None]
+    for kind, keep in (("dense", None), *itertools.product(options.kinds, options.keep)):
+        name = kind if keep is None else f"{kind}/allocated, {keep:.0%} of blocks"
+        missing = [form for form in FORMS if store.find(name, form) is None]
         if not missing:
             continue
         model = copy.deepcopy(source.model)
         if keep is not None:
             known, _ = calibrated(source, options.run, "data")
-            policy = Policy([Rule("model.layers.*", LowRank(), budget=keep)], allocation="loss")
-            tdkit.compress(model, policy, calibration=known)
+            tdkit.compress(model, policy_of(model, kind, Scope("blocks", keep), "loss"), calibration=known)
         for form in missing:
             made, size = in_form(copy.deepcopy(model), form)
             perplexity = float(f"{evaluate(made, ids, context=CONTEXT).perplexity:.4g}")
-            row = {"row": name_of(keep), "form": form, "params": num_params(made), "bytes": size}
+            row = {"row": name, "form": form, "params": num_params(made), "bytes": size}
             store.add(row | {"perplexity": perplexity, "seed": SEED})
-
-
-def name_of(keep: float | None) -> str:
-    return "dense" if keep is None else f"low_rank/allocated, {keep:.0%} of blocks"
 
 
 def in_form(model: nn.Module, form: str) -> tuple[nn.Module, int]:

@@ -29,6 +29,7 @@ def text(rows: int = 3) -> list[torch.Tensor]:
 
 def check_equal(found: Calibration, expected: Calibration) -> None:
     assert set(found.names) == set(expected.names)
+    assert found.rows == pytest.approx(expected.rows)
     for name in expected.names:
         ours, theirs = found.metric(name), expected.metric(name)
         assert ours is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,44 @@ def test_transformers_reads_a_revision_of_the_hub(cached: Path, ids: Tensor) -> 
     loaded = AutoModelForCausalLM.from_pretrained("user/small", revision="v2", cache_dir=cached.parent)
     ours: Any = tdkit.load("user/small", revision="v2")
     assert torch.equal(loaded(ids).logits, ours(ids).logits)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of the hub, to which uploads are copied: USER/NAME/REVISION."""
+    from huggingface_hub import HfApi, RepoUrl
+
+    place = tmp_path / "published"
+
+    def create_repo(_: HfApi, repo_id: str, **__: Any) -> RepoUrl:
+        (place / repo_id).mkdir(parents=True, exist_ok=True)
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(_: HfApi, *, repo_id: str, folder_path: Path, revision: str | None, **__: Any) -> str:
+        return str(shutil.copytree(folder_path, place / repo_id / (revision or "main")))
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "create_branch", lambda *_, **__: None)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return place
+
+
+def test_what_is_pushed_to_the_hub_has_a_card_and_is_read_by_transformers(gpt2: Any, ids: Tensor, hub: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tdkit.compress(gpt2, POLICY)
+    address = tdkit.push_to_hub(gpt2, "user/small", card=Card(policy=POLICY.to_yaml(), licence="mit"), revision="v2")
+    assert address == str(hub / "user" / "small" / "v2")
+    text = (Path(address) / "README.md").read_text(encoding="utf-8")
+    assert front(text)["license"] == "mit"
+    assert "| low_rank | 8 |" in text
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(address)(ids).logits, gpt2(ids).logits)
+
+
+def test_what_the_hub_does_not_take_is_an_error(gpt2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="'user/small/x' is no name of a repository"):
+        tdkit.push_to_hub(gpt2, "user/small/x")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(CheckpointError, match=r"the hub did not take user/small: .*hf auth login"):
+        tdkit.push_to_hub(gpt2, "user/small", token="none")

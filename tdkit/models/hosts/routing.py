@@ -116,7 +116,7 @@ def _expert(given: Any, product: Callable[[str, Tensor], Tensor], x: Tensor) -> 
     """What an expert computes, by its products."""
     up, down = weights_of(given)
     inner = product(up, x)
-    outer = product(down, given._apply_gate(inner) if given.has_gate else given.act_fn(inner))
+    outer = product(down, given._apply_gate(inner) if _has_gate(given) else given.act_fn(inner))
     normed: Tensor = given.post_expert_norm(outer) if getattr(given, "has_post_expert_norm", False) else outer
     return normed
 
@@ -126,9 +126,13 @@ def _experts(module: nn.Module, matrices: Mapping[str, FactorizedMatrix]) -> int
     return matrices[up].sizes[0] if up in matrices else len(getattr(module, up))
 
 
+def _has_gate(module: nn.Module) -> bool:
+    return getattr(module, "has_gate", True) is True  # transformers before 5.1 has gated experts only
+
+
 def weights_of(module: nn.Module) -> tuple[str, str]:
     """Returns the names of the two stacks of weights of a layer of experts, the first one first."""
-    return ("gate_up_proj" if cast(Any, module).has_gate else "up_proj"), "down_proj"
+    return ("gate_up_proj" if _has_gate(module) else "up_proj"), "down_proj"
 
 
 def _grouped(
