@@ -6,6 +6,8 @@ model = tdkit.compress(model, policy)
 tdkit.save(model, "smaller")
 """
 
+from typing import TYPE_CHECKING, Any
+
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.measure import calibrate
 from tdkit.calibration.stream import calibrate_folder
@@ -39,11 +41,23 @@ from tdkit.planning.plan import Plan
 from tdkit.planning.planner import applied_plan, plan
 from tdkit.planning.policy import Policy
 from tdkit.planning.rule import Rule
+from tdkit.support.plugins import PROVIDED, provided
 from tdkit.support.version import VERSION
 
 __version__ = VERSION
 
 register()
+
+if TYPE_CHECKING:
+    from tdkit_distill import heal as heal
+
+
+def __getattr__(name: str) -> Any:
+    """What packages of this project provide, such as `heal` of tdkit-distill; imported when it is first asked for."""
+    if name in PROVIDED:
+        return provided(name)
+    raise AttributeError(f"module 'tdkit' has no attribute '{name}'")
+
 
 __all__ = [
     "Auto",

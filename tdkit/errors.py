@@ -57,6 +57,10 @@ class MissingDependencyError(TdkitError, ImportError):
     """An optional package is needed; the message says how to install it."""
 
 
+class MissingPluginError(TdkitError, AttributeError):
+    """A package of this project is needed that is not installed; the message says how to install it."""
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest of `names`, or an empty string."""
     near = difflib.get_close_matches(name, sorted(set(names)), n=1, cutoff=0.6)

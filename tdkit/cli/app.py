@@ -11,7 +11,9 @@ from typer.core import TyperGroup
 import tdkit
 from tdkit.cli import bench, calibration, evaluate, export, models, recipes, sources
 from tdkit.cli import decompositions as registered
+from tdkit.cli.plugins import command_of, commands
 from tdkit.errors import BudgetError, OptionError, PolicyError, RecipeError, RegistryError, TdkitError
+from tdkit.support.plugins import check_installed
 
 USAGE_ERRORS = (OptionError, PolicyError, BudgetError, RegistryError, RecipeError)
 
@@ -19,7 +21,19 @@ INTERRUPTED = 130  # the exit code of a program that Ctrl-C ends
 
 
 class Commands(TyperGroup):
-    """The commands; Ctrl-C in one of them says what is left of its work."""
+    """The commands, those of other packages too; Ctrl-C in one of them says what is left of its work."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *commands.names()]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        if cmd_name in commands.names():
+            return command_of(cmd_name)
+        check_installed(cmd_name)
+        return None
 
     def invoke(self, ctx: Any) -> Any:
         try:

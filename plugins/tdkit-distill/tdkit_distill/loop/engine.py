@@ -366,7 +366,8 @@ class _Run:
             f"a checkpoint is in {self.folder}; run again to go on" if self.folder else "nothing was kept: no folder"
         )
         raise InterruptedRun(
-            f"stopped by {stop.signal or 'a signal to another process'} after {position.total} steps; {where}"
+            f"stopped by {stop.signal or 'a signal to another process'} after {position.total} steps; {where}",
+            self.log.entries,
         )
 
 
