@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from tdkit.models.card import Card, base_of
 from tdkit.models.checkpoint import is_saved, save
 from tdkit.sources.models import load_model
 
+from tdkit_distill.errors import HealingWarning
 from tdkit_distill.healing.heal import InterruptedHealing
 from tdkit_distill.healing.heal import heal as heal_model
 from tdkit_distill.healing.report import Healing
@@ -85,41 +87,48 @@ def heal(
         made.save(target / REPORT)
 
     try:
-        made = heal_model(
-            source.model,
-            by,
-            text,
-            tokens=tokens,
-            method=method,
-            tokenizer=source.tokenizer,
-            context=context,
-            held_out=held_out,
-            others=other,
-            learning_rate=learning_rate,
-            batch_size=batch,
-            rank=rank,
-            measurements=measurements,
-            patience=patience or None,
-            precision=precision,
-            device=device,
-            folder=run,
-            seed=seed,
-            dry_run=dry_run,
-            say=note,
-        )
+        with warnings.catch_warnings(action="ignore", category=HealingWarning):  # they are told below
+            made = heal_model(
+                source.model,
+                by,
+                text,
+                tokens=tokens,
+                method=method,
+                tokenizer=source.tokenizer,
+                context=context,
+                held_out=held_out,
+                others=other,
+                learning_rate=learning_rate,
+                batch_size=batch,
+                rank=rank,
+                measurements=measurements,
+                patience=patience or None,
+                precision=precision,
+                device=device,
+                folder=run,
+                seed=seed,
+                dry_run=dry_run,
+                say=note,
+            )
     except InterruptedHealing as stopped:
         write(stopped.healing)
+        _tell(stopped.healing)
         note(f"{stopped}\n{target} holds them; the same call goes on from there, with what is in {run}")
         show(stopped.healing.table(), stopped.healing.to_dict(), as_json)
         raise typer.Exit(INTERRUPTED) from None
+    _tell(made)
     if dry_run:
-        assert made.estimate is not None
         show("nothing was trained", made.to_dict(), as_json)
         return
     write(made)
     shutil.rmtree(run, ignore_errors=True)
     note(f"saved to {target}, with {REPORT}")
     show(made.table(), made.to_dict(), as_json)
+
+
+def _tell(made: Healing) -> None:
+    for line in (*made.notes, *made.warnings):
+        note(f"warning: {line}")
 
 
 def _check_target(target: Path, run: Path, overwrite: bool) -> None:

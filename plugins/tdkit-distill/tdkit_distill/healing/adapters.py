@@ -60,6 +60,7 @@ def adapters(model: nn.Module, rank: int, seed: int) -> Iterator[list[str]]:
     finally:
         for layer in layers.values():
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+            _weight_first(layer)
 
 
 def _dense_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -72,3 +73,11 @@ def _dense_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
         is_linear = kind is nn.Linear or (kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils")
         if is_linear and users[id(module.weight)] == 1:
             yield name, module
+
+
+def _weight_first(layer: nn.Module) -> None:
+    """Put the weight of a layer before its other parameters again, where linear layers have it."""
+    for name, parameter in list(layer.named_parameters(recurse=False)):
+        if name != "weight":
+            delattr(layer, name)
+            layer.register_parameter(name, parameter)

@@ -79,6 +79,11 @@ def forecast(
     )
 
 
+def keep_precision(folder: Path, precision: Precision) -> None:
+    """Write down the precision of a run, so that it goes on in the same one."""
+    write_text(folder / CHOICE, json.dumps({"precision": precision}) + "\n")
+
+
 def _precision(
     asked: Literal["auto", "no", "bf16"], device: torch.device, folder: Path | None, speed: Callable[[Precision], Speed]
 ) -> tuple[Precision, Speed]:
@@ -91,8 +96,6 @@ def _precision(
         chosen, found = _faster(device, speed)
     else:
         chosen, found = asked, speed(asked)
-    if folder is not None:
-        write_text(folder / CHOICE, json.dumps({"precision": chosen}) + "\n")
     return chosen, found
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from tdkit_distill.errors import HealingWarning, InterruptedRun
 from tdkit_distill.healing.adapters import adapters
 from tdkit_distill.healing.estimate import Estimate
-from tdkit_distill.healing.forecast import forecast
+from tdkit_distill.healing.forecast import forecast, keep_precision
 from tdkit_distill.healing.report import Healing, measurements_of, perplexity
 from tdkit_distill.healing.rows import Data, Rows, rows_of
 from tdkit_distill.healing.settings import (
@@ -158,6 +158,8 @@ def heal(
         say(f"healing: {estimate.text()}")
         if dry_run:
             return Healing((), 0, None, False, asdict(settings), estimate, rows.not_measured)
+        if run is not None:
+            keep_precision(run, estimate.precision)
         seen = None if dense is None else _losses(dense, rows, settings, place)
         by: nn.Module | CachedTeacher | None = dense
         if dense is not None and settings.top_k is not None:
@@ -201,9 +203,8 @@ def _train(
     measured, kept = measurements_of(history, next(iter(rows.held_out)))
     made = Healing(measured, kept, seen, not message, asdict(settings), estimate, rows.not_measured)
     if message:
-        raise InterruptedHealing(
-            f"{message}. The model has the best weights, those after {made.after.steps} steps", made
-        )
+        what = f"the model has the best weights so far, those after {made.after.steps} steps"
+        raise InterruptedHealing(f"{message}; {what}", made)
     return made
 
 

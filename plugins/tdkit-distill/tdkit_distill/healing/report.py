@@ -42,7 +42,7 @@ class Healing:
     """What healing did to a model.
 
     Attributes:
-        measurements: the first one is from before it.
+        measurements: the first one is from before it; none after a dry run.
         kept: number of the measurement whose weights the model has, the lowest on the first text.
         teacher: the teacher's perplexity by text; None without a teacher.
         finished: False when the run was interrupted.
@@ -72,6 +72,8 @@ class Healing:
     @property
     def warnings(self) -> list[str]:
         """One for each text of another kind that has got worse by more than 1%."""
+        if not self.measurements:
+            return []
         first, *others = self.before.perplexity
         found = []
         for name in others:

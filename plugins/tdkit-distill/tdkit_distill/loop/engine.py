@@ -288,10 +288,10 @@ class _Run:
                 if step + 1 < steps and (due or stopping):
                     self._save(position, trainee, optimizer)
                 if stopping and step + 1 < steps:
-                    held.take_best(trainee, view)
+                    held.take_best(position, trainee, view)
                     self._interrupted(position, stop)
             held.measure(position, trainee, view)
-            held.take_best(trainee, view)
+            held.take_best(position, trainee, view)
             position = Position(number + 1, 0, position.total, position.tokens)
             self._save(position, trainee, None)
             if stopping and number + 1 < len(self.stages):

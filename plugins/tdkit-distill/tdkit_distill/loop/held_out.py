@@ -92,9 +92,9 @@ class HeldOut:
             return False
         return len([total for total in self._losses if total > self._best()]) >= self.stage.patience
 
-    def take_best(self, trainee: Trainee, view: LiveView) -> None:
-        """Put the stage's best weights into the student, if it keeps these and others have followed."""
-        if self.stage.keep != "best" or self._best() == max(self._losses):
+    def take_best(self, position: Position, trainee: Trainee, view: LiveView) -> None:
+        """Put the stage's best weights into the student, if it keeps these and has others now."""
+        if self.stage.keep != "best" or self._best() == position.total:
             return
         best = self._best()
         put_back(trainee, read_best(self.folder, self.number, best) if self.folder else self._kept)
