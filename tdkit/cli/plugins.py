@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from tdkit.errors import RegistryError
 from tdkit.registry import Registry
 from tdkit.sources.source import not_callable
 
@@ -14,11 +15,18 @@ commands: Registry[Callable[..., None]] = Registry("tdkit.commands", "command", 
 
 
 def command_of(name: str) -> Any:
-    """The command registered under a name, imported when it is asked for.
-
-    Raises:
-        RegistryError: when two packages provide it, or its package fails to import.
-    """
+    """The command registered under a name, whose package is imported; one that cannot be had raises when it is run."""
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command(name)(commands.get(name))
+    try:
+        app.command(name)(commands.get(name))
+    except RegistryError as error:
+        app.command(name, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(_raising(error))
     return typer.main.get_command(app)
+
+
+def _raising(error: RegistryError) -> Callable[[], None]:
+    def unavailable() -> None:
+        raise error
+
+    unavailable.__doc__ = f"Unavailable: {error}"
+    return unavailable

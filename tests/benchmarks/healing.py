@@ -70,6 +70,7 @@ class Row:
 ROWS: Mapping[str, Row] = {
     "all": Row(),
     "all, teacher only": Row(options={"losses": {"logits": 1.0}}),
+    "all, fewer labels": Row(options={"losses": {"logits": 1.0, "cross_entropy": 0.2}}),
     "all, labels only": Row(options={"losses": {"cross_entropy": 1.0}}),
     "all, twice the rate": Row(options={"learning_rate": 2e-4}),
     "all, half the rate": Row(options={"learning_rate": 5e-5}),

@@ -58,7 +58,7 @@ def forecast(
     memory = num_bytes(model) + 3 * FULL * count + found.activations
     disk = 0
     if teacher is not None:
-        once = speed_of(teacher, rows.train, size, set(), "no", device)
+        once = speed_of(teacher, rows.train, size, set(), chosen, device)
         computed = aside + (len(rows.train) * rows.train.length if settings.top_k else steps * per_step)
         seconds += computed * once.forward
         memory = num_bytes(teacher) + (memory if settings.top_k is None else max(memory, num_bytes(model)))

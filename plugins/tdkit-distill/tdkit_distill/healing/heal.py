@@ -18,7 +18,7 @@ from torch import nn
 
 from tdkit_distill.errors import HealingWarning, InterruptedRun
 from tdkit_distill.healing.adapters import adapters
-from tdkit_distill.healing.estimate import Estimate
+from tdkit_distill.healing.estimate import Estimate, Precision
 from tdkit_distill.healing.forecast import forecast, keep_precision
 from tdkit_distill.healing.report import Healing, measurements_of, perplexity
 from tdkit_distill.healing.rows import Data, Rows, rows_of
@@ -37,6 +37,8 @@ from tdkit_distill.healing.settings import (
 from tdkit_distill.loop.engine import distill
 from tdkit_distill.loop.measure import model_loss
 from tdkit_distill.teachers.cache import CachedTeacher, build_cache
+
+SHARD = 1 << 15  # tokens of the teacher's logits that are written together, and are lost at most on Ctrl-C
 
 
 class InterruptedHealing(InterruptedRun):
@@ -97,12 +99,13 @@ def heal(
         method: what is trained: ``all`` but the embeddings; ``factors`` of factorised layers; or ``adapters``, low-rank
             updates of the dense layers (merged into them at the end), with the factors and norms.
         context: tokens per window of a text; 512 when None, or as many as the model takes.
-        held_out: rows to measure on; a tenth of the data, at most 8,192 tokens, when None.
+        held_out: rows to measure on; a tenth of the data, at most 4,096 tokens, when None.
         others: texts of other kinds, or rows by name; Python's language reference and the source of its standard
             library when None.
         learning_rate: of AdamW after its warm-up, from where it falls along a cosine; that of the method when None.
-        batch_size: rows per optimizer step; when None as many as leave 200 steps, at most 16.
-        losses: as those of a `Stage`; the divergence from the teacher's logits when None, or of the labels without one.
+        batch_size: rows per optimizer step; when None as many as leave 400 steps, at most 16.
+        losses: as those of a `Stage`; when None the divergence from the teacher's logits and half of the labels' loss,
+            or the latter alone without a teacher.
         rank: of the adapters.
         top_k: logits of the teacher that are kept; None runs the teacher beside the model.
         measurements: how many times the held-out rows are measured.
@@ -160,11 +163,14 @@ def heal(
             return Healing((), 0, None, False, asdict(settings), estimate, rows.not_measured)
         if run is not None:
             keep_precision(run, estimate.precision)
-        seen = None if dense is None else _losses(dense, rows, settings, place)
+        seen: dict[str, float] | None = None
         by: nn.Module | CachedTeacher | None = dense
-        if dense is not None and settings.top_k is not None:
-            kept = (run or Path(stack.enter_context(tempfile.TemporaryDirectory()))) / "teacher"
-            by = _cache(dense, rows, settings, kept, place, progress)
+        if dense is not None:
+            with _asked(dense, place, estimate.precision):
+                seen = _perplexities(dense, rows, settings, place)
+                if settings.top_k is not None:
+                    kept = (run or Path(stack.enter_context(tempfile.TemporaryDirectory()))) / "teacher"
+                    by = _cache(dense, rows, settings, kept, progress)
         del dense
         made = _train(model, by, rows, settings, estimate, seen, run, place, progress)
     for warning in made.warnings:
@@ -208,34 +214,33 @@ def _train(
     return made
 
 
-def _losses(teacher: nn.Module, rows: Rows, settings: Settings, device: torch.device) -> dict[str, float]:
-    """The perplexity of the teacher by text."""
+def _perplexities(teacher: nn.Module, rows: Rows, settings: Settings, device: torch.device) -> dict[str, float]:
     size = settings.batch_size // settings.accumulation
-    with _on(teacher, device):
-        return {
-            name: perplexity(model_loss(teacher, part, device, batch=size, seed=settings.seed))
-            for name, part in rows.held_out.items()
-        }
+    return {
+        name: perplexity(model_loss(teacher, part, device, batch=size, seed=settings.seed))
+        for name, part in rows.held_out.items()
+    }
 
 
-def _cache(
-    teacher: nn.Module, rows: Rows, settings: Settings, folder: Path, device: torch.device, progress: bool | None
-) -> CachedTeacher:
+def _cache(teacher: nn.Module, rows: Rows, settings: Settings, folder: Path, progress: bool | None) -> CachedTeacher:
     assert settings.top_k is not None
     size = settings.batch_size // settings.accumulation
-    with _on(teacher, device):
-        return build_cache(teacher, rows.train, folder, k=settings.top_k, batch=size, progress=progress)
+    per_shard = max(1, SHARD // rows.train.length)
+    return build_cache(
+        teacher, rows.train, folder, k=settings.top_k, batch=size, rows_per_shard=per_shard, progress=progress
+    )
 
 
 @contextmanager
-def _on(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The model on a device, and back afterwards."""
-    back = next(model.parameters()).device
-    model.to(device)
+def _asked(teacher: nn.Module, device: torch.device, precision: Precision) -> Iterator[None]:
+    """The teacher on the device, in the precision of the student's forward; back where it was afterwards."""
+    back = next(teacher.parameters()).device
+    teacher.to(device)
     try:
-        yield
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
     finally:
-        model.to(back)
+        teacher.to(back)
 
 
 def _device(device: str | None) -> torch.device:

@@ -24,8 +24,8 @@ Text = str | Path | Sequence[str]
 Data = Text | Examples | Tensor | TensorDataset | Mapping[str, Tensor]
 
 OTHERS = ("python:reference", "python:source")  # there on every machine, and of other kinds than most texts
-HELD_OUT_TOKENS = 8192
-OTHER_TOKENS = 4096
+HELD_OUT_TOKENS = 4096
+OTHER_TOKENS = 2048
 HELD_OUT_SHARE = 0.1  # of the rows, at most
 
 

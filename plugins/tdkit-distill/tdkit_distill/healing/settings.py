@@ -21,10 +21,11 @@ Method = Literal["all", "factors", "adapters"]
 CONTEXT = 512
 TOP_K = 64
 RANK = 16
+LOSSES: Mapping[str, Any] = {"logits": 1.0, "cross_entropy": 0.5}
 RATES: Mapping[str, float] = {"all": 1e-4, "factors": 2e-4, "adapters": 1e-3}
 MEASUREMENTS = 10
 PATIENCE = 3
-STEPS = 200  # rows are put together in steps once there are more than that
+STEPS = 400  # rows are put together in steps once there are more than that
 MOST_ROWS = 16  # per step
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 8192}
 
@@ -101,7 +102,7 @@ def settings_of(
         learning_rate=learning_rate or RATES[method],
         batch_size=size,
         accumulation=parts,
-        losses=losses or ({"logits": 1.0} if has_teacher else {"cross_entropy": 1.0}),
+        losses=losses or (LOSSES if has_teacher else {"cross_entropy": 1.0}),
         trainable=_trainable(model, method),
         rank=rank if method == "adapters" else None,
         top_k=top_k if has_teacher and rows.fixed else None,
