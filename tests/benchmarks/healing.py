@@ -249,10 +249,9 @@ def main() -> None:
     for keep in options.keep:
         for name, row in ROWS.items():
             wanted = any(fnmatch.fnmatch(name, glob) for glob in options.rows) and (row.first or 1) > keep
-            if wanted and not store.find(name, keep, tokens):
+            if wanted and not Store(options.out).find(name, keep, tokens):
                 made = bench.result(name, keep, tokens)
-                latest = Store(options.out)  # with the rows of another run at the same time
-                store.form["rows"] = [*latest.form["rows"], made]
+                store.form["rows"] = [*Store(options.out).form["rows"], made]  # with those of a run at the same time
                 store.write()
                 print(f"{keep:.0%} {tokens:,} {name:28} {made['before']} {made['after']}", flush=True)
 

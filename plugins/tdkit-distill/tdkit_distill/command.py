@@ -116,6 +116,10 @@ def heal(
         note(f"{stopped}\n{target} holds them; the same call goes on from there, with what is in {run}")
         show(stopped.healing.table(), stopped.healing.to_dict(), as_json)
         raise typer.Exit(INTERRUPTED) from None
+    except KeyboardInterrupt:
+        if run.is_dir():
+            note(f"what was computed is kept in {run}: the same call goes on from there")
+        raise
     _tell(made)
     if dry_run:
         show("nothing was trained", made.to_dict(), as_json)

@@ -114,7 +114,7 @@ def heal(
         device: ``cpu`` or ``cuda``; when None, what there is.
         folder: of checkpoints; a later call with the same arguments goes on from there. None keeps nothing.
         dry_run: measure the time of a step, say what the run would take, and stop.
-        say: how to tell what the run takes before it starts, and warnings.
+        say: how to tell what the run takes, before it starts.
 
     Returns:
         The report.
@@ -122,7 +122,7 @@ def heal(
     Raises:
         OptionError: for an option that cannot be met.
         DataError, SourceError: for data that is not there or too short.
-        InterruptedHealing: on Ctrl-C or SIGTERM, with the best weights so far in the model.
+        InterruptedHealing: on Ctrl-C or SIGTERM while it trains, with the best weights so far in the model.
         StageError, VocabularyError, NotFiniteError, ResumeError, StorageError: as `distill`.
     """
     counts = {"batch_size": batch_size, "rank": rank, "top_k": top_k, "measurements": measurements}
@@ -191,6 +191,8 @@ def _train(
 ) -> Healing:
     options = {"precision": estimate.precision, "device": device.type, "evaluate_every": settings.evaluate_every}
     options |= {"keep": 1, "checkpoint_every": settings.evaluate_every if folder else None}
+    if isinstance(teacher, nn.Module) and estimate.precision == "bf16":
+        options["teacher_dtype"] = "bfloat16"
     message = ""
     try:
         history = distill(
