@@ -100,14 +100,15 @@ def prepared(
     if is_sharding(engine):
         learned = [term for term in trainee.terms if any(True for _ in term.parameters())]
         shard(trainee, trainee.student, engine, training=True, apart=learned)
-        optimizer = _optimizer(trainee, trainable, stage)
+        optimizer = _optimizer(trainee, trainable, stage, fused=None)
         return trainee, optimizer, engine.prepare_optimizer(optimizer)
-    optimizer = _optimizer(trainee.to(engine.device), trainable, stage)
+    fused = True if engine.device.type == "cpu" else None  # a quarter of the time there
+    optimizer = _optimizer(trainee.to(engine.device), trainable, stage, fused)
     model, wrapped = engine.prepare(trainee, optimizer)
     return model, optimizer, wrapped
 
 
-def _optimizer(trainee: Trainee, trainable: set[str], stage: Stage) -> torch.optim.Optimizer:
+def _optimizer(trainee: Trainee, trainable: set[str], stage: Stage, fused: bool | None) -> torch.optim.Optimizer:
     options = stage.optimizer
     factors = learning_rates(trainee.student, options, f"stage '{stage.name}', optimizer.scale")
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
@@ -125,6 +126,7 @@ def _optimizer(trainee: Trainee, trainable: set[str], stage: Stage) -> torch.opt
         lr=options.lr,
         betas=options.betas,
         eps=options.eps,
+        fused=fused,
     )
 
 
