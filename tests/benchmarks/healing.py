@@ -14,7 +14,6 @@ goes on with a row that was interrupted.
 from __future__ import annotations
 
 import argparse
-import copy
 import fnmatch
 import json
 import time
@@ -114,7 +113,7 @@ class Bench:
     def healed(self, model: nn.Module, tokens: int, folder: Path, options: Mapping[str, Any]) -> Any:
         return tdkit.heal(
             model,
-            copy.deepcopy(self.source.model),
+            "smollm2",
             HEAL_TEXT,
             tokens=tokens,
             tokenizer=self.source.tokenizer,

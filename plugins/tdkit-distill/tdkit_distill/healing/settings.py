@@ -22,7 +22,8 @@ CONTEXT = 512
 TOP_K = 64
 RANK = 16
 LOSSES: Mapping[str, Any] = {"logits": 1.0, "cross_entropy": 0.5}
-RATES: Mapping[str, float] = {"all": 1e-4, "factors": 2e-4, "adapters": 1e-3}
+RATES: Mapping[str, float] = {"all": 1e-4, "factors": 2e-4, "adapters": 5e-4}
+BESIDE_ADAPTERS = {"factors": 0.4, "norms": 0.2}  # of their rate
 MEASUREMENTS = 10
 PATIENCE = 3
 STEPS = 400  # rows are put together in steps once there are more than that
@@ -37,7 +38,7 @@ class Settings:
     Attributes:
         method, tokens, learning_rate, batch_size, losses, patience, seed: as those of `heal`.
         accumulation: in how many parts the rows of a step are run.
-        trainable: as in `Stage`.
+        trainable, scale: as in `Stage` and its `Optimizer`.
         rank: of the adapters; None without them.
         top_k: logits of the teacher that are kept; None when it is run beside the model.
         evaluate_every: steps between measurements.
@@ -50,6 +51,7 @@ class Settings:
     accumulation: int
     losses: Mapping[str, Any]
     trainable: tuple[str, ...]
+    scale: Mapping[str, float]
     rank: int | None
     top_k: int | None
     evaluate_every: int
@@ -65,7 +67,7 @@ class Settings:
                 "tokens": self.tokens,
                 "batch_size": self.batch_size,
                 "accumulation": self.accumulation,
-                "optimizer": {"lr": self.learning_rate, "weight_decay": 0.0},
+                "optimizer": {"lr": self.learning_rate, "weight_decay": 0.0, "scale": dict(self.scale)},
                 "schedule": {"kind": "cosine", "warmup": 0.1},
                 "trainable": self.trainable,
                 "keep": "best",
@@ -92,6 +94,7 @@ def settings_of(
     device: torch.device,
 ) -> Settings:
     """The settings for a model, which has its adapters already, and for rows of which one is long as another."""
+    trainable = _trainable(model, method)
     count = -(-tokens // rows.length)
     size = batch_size or min(max(count // STEPS, 1), MOST_ROWS)
     at_once = max(1, TOKENS_AT_ONCE.get(device.type, 512) // rows.length)
@@ -103,7 +106,8 @@ def settings_of(
         batch_size=size,
         accumulation=parts,
         losses=losses or (LOSSES if has_teacher else {"cross_entropy": 1.0}),
-        trainable=_trainable(model, method),
+        trainable=trainable,
+        scale={kind: BESIDE_ADAPTERS[kind] for kind in trainable if method == "adapters" and kind in BESIDE_ADAPTERS},
         rank=rank if method == "adapters" else None,
         top_k=top_k if has_teacher and rows.fixed else None,
         evaluate_every=-(-count // (size * measurements)),
