@@ -109,7 +109,8 @@ def test_examples_run(tdkit: Tdkit, place: Path, monkeypatch: pytest.MonkeyPatch
             continue
         words = of_the_demo_on_this_model(shlex.split(command.example))
         done = tdkit(*words[1:])
-        assert done.code == 0, f"{command.example}: {done.err}"
+        may_fail = command.name == "doctor"  # which it does if a plugin of this environment is broken
+        assert done.code in ((0, 1) if may_fail else (0,)), f"{command.example}: {done.err}"
     for left in ("smaller/config.json", "smaller.pt2", "moments/calibration.json", "runs/demo/state.json", "mine.yaml"):
         assert (place / left).is_file()
 
