@@ -70,6 +70,10 @@ class MissingDependencyError(TdkitError, ImportError):
     """An optional package is needed; the message says how to install it."""
 
 
+class MissingPluginError(TdkitError, AttributeError):
+    """A package of this project is needed that is not installed; the message says how to install it."""
+
+
 def reason_of(error: BaseException) -> str:
     """Returns the first line of the message of an exception, after its class where this alone says nothing."""
     lines = str(error).strip().splitlines()

@@ -24,7 +24,9 @@ from tdkit.cli import (
     sweep,
 )
 from tdkit.cli.output import complain, err, settings, without_foreign_bars
+from tdkit.cli.provided import command_of, commands
 from tdkit.errors import BudgetError, OptionError, PolicyError, RecipeError, RegistryError, TdkitError
+from tdkit.support.plugins import check_installed
 from tdkit.support.progress import show_progress
 from tdkit.support.version import VERSION
 
@@ -34,7 +36,19 @@ INTERRUPTED = 130  # the exit code of a program that Ctrl-C ends
 
 
 class Commands(TyperGroup):
-    """The commands; Ctrl-C in one of them says what is left of its work."""
+    """The commands, those of other packages too; Ctrl-C in one of them says what is left of its work."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *commands.names()]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        if cmd_name in commands.names():
+            return command_of(cmd_name)
+        check_installed(cmd_name)
+        return None
 
     def invoke(self, ctx: Any) -> Any:
         try:

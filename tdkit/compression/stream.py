@@ -181,9 +181,13 @@ class _Job:
             }
             write_layer(self.work.layer(number), matrix, entry)
 
-        with progress_bar("fit", len(pairs), progress) as bar:
-            for _ in self.work.share(pairs, lambda item: self.work.layer(item[0]), fit):
-                bar.advance()
+        earlier = {number for number, _ in pairs if self.work.layer(number).exists()}
+        before = after = 0
+        with progress_bar("fit", len(pairs), progress, work=sum(step.params_before for _, (step, _) in pairs)) as bar:
+            for number, (step, _) in self.work.share(pairs, lambda item: self.work.layer(item[0]), fit):
+                before, after = before + step.params_before, after + step.params_after
+                bar.so_far(f"{before:,} -> {after:,} params")
+                (bar.before if number in earlier else bar.advance)(1, step.params_before)
         return plan
 
     def finish(self, out: Path, overwrite: bool, card: bool | Card) -> Path:

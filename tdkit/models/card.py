@@ -48,7 +48,7 @@ class Card:
         is_name = base.count("/") == 1 and not Path(base).exists()
         front: dict[str, Any] = {"library_name": "transformers" if huggingface.is_pretrained(model) else "tdkit"}
         front |= {"tags": ["tdkit", "tensor-decomposition", "model-compression"]}
-        front |= {"base_model": base} if is_name else {}
+        front |= {"base_model": base} if is_name else {"compressed_from": base} if base else {}
         front |= {"license": licence} if licence else {}
         parts = [
             f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
@@ -127,10 +127,22 @@ def licence_of(base: str) -> str | None:
     path: Any = Path(base) / CARD
     if not path.is_file():
         path = huggingface.cached_file(base, CARD)
+    licence = _front(path).get("license")
+    return licence if isinstance(licence, str) else None
+
+
+def base_of(folder: str | Path) -> str | None:
+    """Returns the name or folder of the dense model, as the card of a saved folder has it, or None."""
+    front = _front(Path(folder) / CARD)
+    base = front.get("compressed_from") or front.get("base_model")
+    return base if isinstance(base, str) else None
+
+
+def _front(path: Any) -> dict[str, Any]:
+    """The front matter of a card; empty when there is none that can be read."""
     try:
         _, front, _ = Path(path).read_text(encoding="utf-8").split("---", 2)
         found = parse_yaml(front)
     except (OSError, ValueError, TypeError):
-        return None
-    licence = found.get("license") if isinstance(found, dict) else None
-    return licence if isinstance(licence, str) else None
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -20,6 +20,7 @@ text_sources: Registry[TextSource] = Registry(
     "text source",
     {
         "sotu": "tdkit.sources.sotu:load_sotu",
+        "python": "tdkit.sources.standard_library:load_python",
         "wikitext-2": "tdkit.sources.corpora:wikitext_2",
         "wikitext-103": "tdkit.sources.corpora:wikitext_103",
         "wikitext-2-raw": "tdkit.sources.corpora:wikitext_2_raw",
@@ -39,8 +40,9 @@ def load_texts(name: str | Path | Sequence[str | Path]) -> list[str]:
     Args:
         name: a UTF-8 text file; a folder, whose ``.txt`` files are read; ``NAME`` or ``NAME:PART`` of a registered
             text, such as ``sotu:calibration`` (State of the Union speeches before 2015) and ``sotu:evaluation`` (the
-            last six), or ``wikitext-2``, ``wikitext-103``, ``wikitext-2-raw`` and ``lambada``, of which ``NAME:PATH``
-            reads a copy; or ``DATASET[@CONFIG][:SPLIT]``, whose ``text`` column is read.
+            last six), ``python:reference`` and ``python:source`` (what Python itself carries), or ``wikitext-2``,
+            ``wikitext-103``, ``wikitext-2-raw`` and ``lambada``, of which ``NAME:PATH`` reads a copy; or
+            ``DATASET[@CONFIG][:SPLIT]``, whose ``text`` column is read.
 
     Raises:
         SourceError: when there is no such text, it cannot be read, or its source fails.

@@ -36,7 +36,10 @@ def parse_json(text: str) -> Any:
     """
     _check_length(text, MOST_JSON)
     try:
-        return json.loads(text, parse_int=_integer)
+        value = json.loads(text, parse_int=_integer)
+        if "\\u" in text:
+            _check_texts(value)
+        return value
     except RecursionError:
         raise ValueError("it is too deeply nested") from None
 
@@ -80,7 +83,10 @@ def parse_yaml(text: str) -> Any:
             count = _values_in(node, {})
             if count > MOST_VALUES:
                 raise ValueError(f"its aliases stand for {count:.0e} values, more than {MOST_VALUES:,}")
-            return loader.construct_document(node)
+            value = loader.construct_document(node)
+            if "\\" in text:
+                _check_texts(value)
+            return value
         finally:
             loader.dispose()
     except RecursionError:
@@ -105,6 +111,19 @@ def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
         parts = [part for pair in node.value for part in pair]
     known[id(node)] = 1 + sum(_values_in(part, known) for part in parts)
     return known[id(node)]
+
+
+def _check_texts(value: Any) -> None:
+    """Raise ``UnicodeEncodeError``, a ``ValueError``, for halves of characters, which escapes can stand for."""
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _check_texts(key)
+            _check_texts(part)
+    elif isinstance(value, list):
+        for part in value:
+            _check_texts(part)
 
 
 def _integer(text: str) -> int:

@@ -42,6 +42,7 @@ class Bar:
         self.label = ""
         self.found = ""
         self._work, self._whole = 0.0, total if work is None else work
+        self._before = 0.0  # of the work, done before the start
         self._by_items = work is None
         self._started = time.monotonic()
 
@@ -64,6 +65,11 @@ class Bar:
         self._work += amount if work is None or self._by_items else work
         self._show()
 
+    def before(self, amount: float, work: float | None = None) -> None:
+        """Count items that were done before; they tell nothing of the time that others take."""
+        self._before += amount if work is None or self._by_items else work
+        self.advance(amount, work)
+
     def done(self) -> str:
         """Returns the number of finished items, of the total where it is known."""
         return f"{self.items:g}" if self.total is None else f"{self.items:g}/{self.total:g}"
@@ -78,8 +84,8 @@ class Bar:
 
     def left(self) -> float | None:
         """Returns the seconds that the rest takes if it goes on as before; None when that is not known."""
-        share = self.share()
-        return self.elapsed() * (1 - share) / share if share else None
+        done = self._work - self._before
+        return self.elapsed() * max(self._whole - self._work, 0.0) / done if self._whole and done > 0 else None
 
     def times(self) -> str:
         """Returns elapsed time and time left."""

@@ -501,3 +501,14 @@ def test_a_calibration_of_every_format_loads(version: int) -> None:
         metric = loaded.metric(name)
         assert metric is not None
         assert metric.input is not None
+
+
+@pytest.mark.parametrize(("scale", "gradients"), [(1e25, True), (1e25, False), (math.inf, True)])
+def test_activations_that_overflow_are_named_with_their_layer(scale: float, gradients: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight.fill_(scale)
+    with pytest.raises(
+        CalibrationError, match=r"\b1( is the first layer whose inputs|: the second moment of its inputs)"
+    ):
+        calibrate(model, [torch.ones(3, 4)], gradients=gradients, loss=lambda y, _: y.sum())

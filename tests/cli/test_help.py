@@ -151,6 +151,7 @@ def test_a_log_holds_no_control_codes_and_no_bars(gpt2_folder: Path, text_file: 
         assert "\r" not in stream
     smaller = tmp_path / "smaller"
     assert done.stderr.splitlines() == [f"saved to {smaller}", f"report: {smaller / 'report' / 'report.html'}"]
+    assert "%|" not in done.stderr
     assert done.stdout.startswith("of ")
 
 

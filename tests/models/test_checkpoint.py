@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -627,3 +629,30 @@ def test_a_load_that_fails_at_its_end_leaves_the_caller_s_model(
 
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"shape": [10**12, 10**12]},
+        {"shape": [10**6, 10**6]},
+        {"shape": [2] * 40},
+        {"decomposition": {"low_rank": {"rank": 10**6}}},
+        {"decomposition": {"kronecker": {"terms": 10**6}}},
+        {"decomposition": {"tt_matrix": {"ranks": 10**6, "cores": 10**6}}},
+        {"decomposition": {"tucker": {"ranks": [10**6, 10**6]}}},
+        {"decomposition": {"cp": {"rank": 10**12}}},
+        {"decomposition": {"blocks": {"of": "low_rank", "rows": 10**6}}},
+    ],
+    ids=str,
+)
+def test_sizes_are_refused_before_anything_is_built(entry: dict[str, Any], saved: Path, tied: Any) -> None:
+    path = saved / DESCRIPTION
+    description = json.loads(path.read_text())
+    description["layers"][0] |= entry
+    path.write_text(json.dumps(description))
+    started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="layer"):
+        tdkit.load(saved, model=fresh(tied))
+    assert time.process_time() - started < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000

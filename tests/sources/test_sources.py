@@ -311,3 +311,14 @@ def test_a_text_shorter_than_its_windows_gives_each_window_once(tmp_path: Path) 
         spread_windows(tmp_path / "text.txt", Characters(), context=11)
     with pytest.raises(SourceError, match="a context of 0 tokens is no window"):
         spread_windows(tmp_path / "text.txt", Characters(), context=0)
+
+
+def test_the_texts_that_python_carries() -> None:
+    reference, source = load_texts("python:reference"), load_texts("python:source")
+    assert reference == load_texts("python:reference")
+    assert any('The "assert" statement' in text for text in reference)
+    assert any("def dataclass(" in text for text in source)
+    with pytest.raises(SourceError, match=r"no text 'python:sourc'; did you mean 'python:source'"):
+        load_texts("python:sourc")
+    with pytest.raises(SourceError, match=r"no text 'python'.* Known: python:reference, python:source"):
+        load_texts("python")

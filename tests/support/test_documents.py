@@ -34,6 +34,8 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         (parse_json, "[" * 100_000, "too deeply nested"),
         (parse_json, '{"a":' * 100_000, "too deeply nested"),
         (parse_json, "9" * 5000, "an integer of 5,000 digits"),
+        (parse_json, r'{"a": "\ud800"}', "surrogates not allowed"),
+        (parse_yaml, r'a: ["\ud800"]', "surrogates not allowed"),
         (parse_json, "{", "Expecting property name"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",

@@ -48,6 +48,15 @@ def test_the_time_left_is_by_work_where_it_is_known(time: Clock) -> None:
     assert by_items.left() == pytest.approx(90)
 
 
+def test_what_was_done_before_does_not_count_for_the_time_left(time: Clock) -> None:
+    bar = Bar("fit", 4, work=100)
+    bar.before(2, 50)
+    assert (bar.done(), bar.left()) == ("2/4", None)
+    time.now += 10
+    bar.advance(work=25)
+    assert bar.left() == pytest.approx(10)
+
+
 def test_without_a_total_the_items_are_counted(time: Clock) -> None:
     bar = Bar("score", None)
     time.now += 61

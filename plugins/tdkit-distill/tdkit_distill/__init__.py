@@ -8,7 +8,9 @@ distill(student, teacher, [Stage(losses={"logits": {"temperature": 2.0}, "hidden
 from tdkit_distill.data.examples import Examples, Table, Windows
 from tdkit_distill.data.masked import MaskedPairs, MaskedWindows
 from tdkit_distill.data.text import text_windows
-from tdkit_distill.errors import DistillError
+from tdkit_distill.errors import DistillError, HealingWarning
+from tdkit_distill.healing.heal import InterruptedHealing, heal
+from tdkit_distill.healing.report import Healing
 from tdkit_distill.loop.engine import Result, distill
 from tdkit_distill.loop.schedule import Schedule
 from tdkit_distill.loop.stages import Optimizer, Running, Stage
@@ -23,6 +25,9 @@ __all__ = [
     "CachedTeacher",
     "DistillError",
     "Examples",
+    "Healing",
+    "HealingWarning",
+    "InterruptedHealing",
     "Loss",
     "MaskedPairs",
     "MaskedWindows",
@@ -38,6 +43,7 @@ __all__ = [
     "Windows",
     "build_cache",
     "distill",
+    "heal",
     "tapped",
     "text_windows",
 ]

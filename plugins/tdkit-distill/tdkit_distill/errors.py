@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from tdkit.errors import TdkitError
 
 
@@ -38,4 +41,16 @@ class StorageError(DistillError, OSError):
 
 
 class InterruptedRun(DistillError):  # noqa: N818 - not a fault: the run was asked to stop and has saved itself
-    """A signal asked the run to stop; it saved a checkpoint first and can go on from there."""
+    """A signal asked the run to stop; it saved a checkpoint first and can go on from there.
+
+    Attributes:
+        history: of the run so far, as in `Result`.
+    """
+
+    def __init__(self, message: str, history: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.history = list(history)
+
+
+class HealingWarning(UserWarning):
+    """Healing made a text of another kind worse, or could not measure one."""

@@ -1,4 +1,4 @@
-"""The kinds of recipe steps that this package adds: distill, untie, reinitialize."""
+"""The kinds of recipe steps that this package adds: distill, heal, untie, reinitialize."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from tdkit_distill.data.examples import Examples
 from tdkit_distill.data.labelled import divide, labelled_rows, read_labelled
 from tdkit_distill.data.order import mixed_seed
 from tdkit_distill.data.text import Objective, text_windows
+from tdkit_distill.healing.heal import heal
+from tdkit_distill.healing.settings import MEASUREMENTS, PATIENCE, RANK, TOP_K, Method
 from tdkit_distill.loop.engine import distill
 from tdkit_distill.loop.measure import accuracy
 from tdkit_distill.loop.stages import Options, Running, Stage, count_of
@@ -152,6 +154,63 @@ class DistillStep(Stage, StepConfig):
             return model
         folder = Path(self.offline.folder) if self.offline.folder else run.folder / f"teacher-{number}"
         return build_cache(model, rows, folder, k=self.offline.k, temperature=self.offline.temperature)
+
+
+class HealStep(StepConfig):
+    """Healing by the model as it was before any step changed it, on ``data.train``; the options are those of `heal`."""
+
+    changes_model: ClassVar[bool] = True
+    needs_dense: ClassVar[bool] = True
+    tokens: int | str = "200k"
+    method: Method = "all"
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    losses: dict[str, Any] | None = None
+    held_out: str | None = None
+    others: list[str] | None = None
+    rank: int = RANK
+    top_k: int | None = TOP_K
+    measurements: int = MEASUREMENTS
+    patience: int | None = PATIENCE
+    precision: Literal["auto", "no", "bf16"] = "auto"
+
+    def check(self, recipe: Recipe) -> None:
+        if recipe.data.train is None:
+            raise RecipeError("heal needs a text to train on: add data.train=PATH or a datasets name")
+        if recipe.data.share < 1:
+            raise RecipeError(
+                f"heal takes its windows from all of data.train, and data.share is {recipe.data.share:g}: leave it "
+                "out, and say by tokens how much is trained on"
+            )
+
+    def run(self, run: Run) -> dict[str, Any]:
+        def say(text: str) -> None:
+            run.console.print(f"  {text}", markup=False, highlight=False)
+
+        number = len(run.results) + 1
+        options: dict[str, Any] = {name: getattr(self, name) for name in HealStep.model_fields}
+        assert run.recipe.data.train is not None
+        done = heal(
+            run.model,
+            run.dense,
+            run.recipe.data.train,
+            tokenizer=run.tokenizer,
+            context=run.recipe.data.context,
+            device=None if run.device is None else torch.device(run.device).type,
+            folder=run.folder / f"heal-{number}",
+            seed=mixed_seed(run.recipe.seed, "step", number),
+            say=say,
+            **options,
+        )
+        for name, after in done.after.perplexity.items():
+            say(f"perplexity of {name}: {after:.4g} after {done.before.perplexity[name]:.4g}")
+        return {
+            "tokens": done.measurements[-1].tokens,
+            "kept_at": done.after.tokens,
+            "perplexity_before": done.before.perplexity,
+            "perplexity": done.after.perplexity,
+            "warnings": done.warnings,
+        }
 
 
 class UntieStep(StepConfig):

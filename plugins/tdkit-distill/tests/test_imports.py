@@ -19,8 +19,9 @@ ROOMS = """
     losses
     teachers
     loop
+    healing
     __init__
-    steps recipes
+    steps recipes command
 """
 FLOOR = {room: number for number, line in enumerate(ROOMS.strip().splitlines()) for room in line.split()}
 PACKAGE = Path(tdkit_distill.__file__).parent

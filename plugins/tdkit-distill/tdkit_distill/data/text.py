@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from tdkit.errors import SourceError
-from tdkit.sources.texts import load_texts
+from tdkit.sources.texts import load_texts, text_sources
 from tdkit.support.documents import read_json
 from tdkit.support.files import whole_folder
 from torch import Tensor
@@ -77,7 +77,7 @@ def text_windows(
     processes that ask for the same windows one packs them and the others wait.
 
     Args:
-        source: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of them, ``sotu:...``, or a ``datasets``
+        source: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of them, a registered text, or a ``datasets``
             name ``DATASET[@CONFIG][:SPLIT]``; several of these as a list.
         share: of the documents, chosen by the seed one by one, so that a stream is cut as well. Pieces of
             about 16,000 characters of text files count as documents for this.
@@ -181,7 +181,7 @@ def _pieces(source: str, column: str, streaming: bool) -> Iterator[tuple[str, bo
     elif path.is_file() and path.suffix in (".jsonl", ".json", ".parquet"):
         builder = "parquet" if path.suffix == ".parquet" else "json"
         yield from _rows(builder, None, {"train": str(path)}, "train", column, streaming, source)
-    elif path.is_file() or source.startswith("sotu"):
+    elif path.is_file() or source.partition(":")[0] in text_sources.names():
         for text in load_texts(source):
             yield from _cut(text)
     else:

@@ -12,7 +12,7 @@ from tdkit.support.trackers import check_trackers
 from torch import nn
 
 from tdkit_distill.errors import StageError
-from tdkit_distill.loop.stages import Running, Stage
+from tdkit_distill.loop.stages import Running, Stage, learning_rates
 from tdkit_distill.loop.trainee import STUDENT, Trainee
 from tdkit_distill.models.sharding import is_sharding, shard
 
@@ -101,28 +101,33 @@ def prepared(
     if is_sharding(engine):
         learned = [term for term in trainee.terms if any(True for _ in term.parameters())]
         shard(trainee, trainee.student, engine, training=True, apart=learned)
-        optimizer = _optimizer(trainee, trainable, stage)
+        optimizer = _optimizer(trainee, trainable, stage, fused=None)
         return trainee, optimizer, engine.prepare_optimizer(optimizer)
-    optimizer = _optimizer(trainee.to(engine.device), trainable, stage)
+    fused = True if engine.device.type == "cpu" else None  # a quarter of the time there
+    optimizer = _optimizer(trainee.to(engine.device), trainable, stage, fused)
     model, wrapped = engine.prepare(trainee, optimizer)
     return model, optimizer, wrapped
 
 
-def _optimizer(trainee: Trainee, trainable: set[str], stage: Stage) -> torch.optim.Optimizer:
+def _optimizer(trainee: Trainee, trainable: set[str], stage: Stage, fused: bool | None) -> torch.optim.Optimizer:
     options = stage.optimizer
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    factors = learning_rates(trainee.student, options, f"stage '{stage.name}', optimizer.scale")
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in trainee.named_parameters():
-        if name.startswith(STUDENT) and name.removeprefix(STUDENT) not in trainable:
+        own = name.removeprefix(STUDENT)
+        if name.startswith(STUDENT) and own not in trainable:
             continue
-        (decayed if parameter.ndim >= 2 else plain).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        factor = factors[own] if name.startswith(STUDENT) else 1.0
+        groups.setdefault((parameter.ndim >= 2, factor), []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": parameters, "weight_decay": options.weight_decay if decayed else 0.0, "factor": factor}
+            for (decayed, factor), parameters in groups.items()
+        ],
         lr=options.lr,
         betas=options.betas,
         eps=options.eps,
-        weight_decay=options.weight_decay,
+        fused=fused,
     )
 
 

@@ -40,11 +40,13 @@ class Position:
         stage: its number, from 0.
         step: optimizer steps that this stage has done.
         total: steps that all stages have done.
+        tokens: positions that all stages have trained on.
     """
 
     stage: int = 0
     step: int = 0
     total: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,33 +79,87 @@ def write_checkpoint(
     Raises:
         StorageError: when it could not be written; earlier checkpoints are untouched.
     """
-    place = folder / f"step-{position.total:08d}"
-    tensors = {"model": dict(model), "optimizer": dict(optimizer)}
+    groups = {"model": dict(model), "optimizer": dict(optimizer)}
+    _write(folder / f"step-{position.total:08d}", position, run, groups, dict(scaler))
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    _drop_unneeded_bests(folder)
+
+
+def write_best(folder: Path, position: Position, *, run: str, model: Mapping[str, Tensor]) -> None:
+    """Write the best weights of a stage so far; earlier ones stay while a checkpoint from before this one is there.
+
+    Raises:
+        StorageError: as `write_checkpoint`.
+    """
+    _write(_best_place(folder, position.stage, position.total), position, run, {"model": dict(model), "optimizer": {}})
+
+
+def read_best(folder: Path, stage: int, total: int) -> dict[str, Tensor]:
+    """The weights that `write_best` wrote after `total` steps in a stage.
+
+    Raises:
+        ResumeError: when they are missing or damaged.
+    """
+    place = _best_place(folder, stage, total)
+    try:
+        return _read(place).model
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ResumeError(
+            f"the best weights in {place} cannot be read ({error}): delete {folder} to start again"
+        ) from (error)
+
+
+def _best_place(folder: Path, stage: int, total: int) -> Path:
+    return folder / f"best-{stage:02d}-{total:08d}"
+
+
+def _drop_unneeded_bests(folder: Path) -> None:
+    """Keep, for each checkpoint, the last best weights of its stage that were known when it was written."""
+    bests = sorted(place for place in folder.glob("best-*") if place.is_dir())
+    needed: set[Path] = set()
+    for checkpoint in checkpoints(folder):
+        try:
+            position = Position(**json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["position"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged one, which no run goes on from
+        first, last = (_best_place(folder, position.stage, total) for total in (0, position.total))
+        needed |= set([place for place in bests if first <= place <= last][-1:])
+    for place in bests:
+        if place not in needed:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _write(
+    place: Path,
+    position: Position,
+    run: str,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    scaler: Mapping[str, Any] | None = None,
+) -> None:
     size = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
     try:
         with whole_folder(place) as target:
             digests = {}
             for name, group in tensors.items():
-                save_file(group, target / f"{name}.safetensors")
+                save_file(dict(group), target / f"{name}.safetensors")
                 digests[name] = digest_of_file(target / f"{name}.safetensors")
             state: dict[str, Any] = {
                 "format": FORMAT,
                 "run": run,
                 "position": vars(position),
-                "scaler": dict(scaler),
+                "scaler": dict(scaler or {}),
                 "digests": digests,
             }
             state["digest"] = _digest_of(state)
             (target / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        last = next(iter(reversed(checkpoints(folder))), None)
+        last = next(iter(reversed(checkpoints(place.parent))), None)
         kept = f"the last good one is {last}" if last else "there is no earlier one"
         raise StorageError(
             f"checkpoint {place} ({size / 1e6:,.0f} MB) could not be written: {error}. Free some space and run "
             f"again to go on; {kept}"
         ) from error
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -168,6 +224,19 @@ def model_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
         keep: False takes part in gathering the shards of others and returns nothing.
     """
     return _kept(named_tensors(model), keep)
+
+
+def trained_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """As `model_tensors`, without the parameters that are not trained."""
+    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return _kept({name: tensor for name, tensor in named_tensors(model).items() if name not in fixed}, keep)
+
+
+def put_back(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy some of a model's parameters and buffers into it, by name."""
+    named = named_tensors(model)
+    for name, tensor in tensors.items():
+        put(tensor, named[name])
 
 
 def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from tdkit.support.processes import on_main_process
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from tdkit_distill.data.examples import Examples, as_examples, labels_of
+from tdkit_distill.data.examples import Examples, as_examples
 from tdkit_distill.data.order import mixed_seed
 from tdkit_distill.errors import CacheError, InterruptedRun, ResumeError, StageError, StorageError
 from tdkit_distill.loop.acceleration import check_accelerator, make_accelerator, prepared
@@ -31,15 +30,15 @@ from tdkit_distill.loop.checkpoints import (
     restore_optimizer,
     write_checkpoint,
 )
+from tdkit_distill.loop.held_out import HeldOut, check_held_out, final_loss
 from tdkit_distill.loop.loop import Loop
-from tdkit_distill.loop.measure import held_out_loss
 from tdkit_distill.loop.progress import LiveView, Log, live_view
 from tdkit_distill.loop.stages import Running, Stage, read_running, read_stages
 from tdkit_distill.loop.stop import Stop, stop_requests
 from tdkit_distill.loop.together import from_all, in_all
 from tdkit_distill.loop.trainee import STUDENT, BoundTerms, Trainee, bind, probe, training_mode
 from tdkit_distill.models.calls import Call, call_model
-from tdkit_distill.models.sharding import is_sharding, reshard, shard, share_weights, working_copy
+from tdkit_distill.models.sharding import is_sharding, shard, share_weights, working_copy
 from tdkit_distill.models.taps import tapped
 from tdkit_distill.teachers.cache import CachedTeacher, model_digest
 from tdkit_distill.teachers.live import Teacher, live_teacher
@@ -74,7 +73,7 @@ def distill(
     data: Data | dict[str, Examples],
     *,
     folder: str | Path | None = None,
-    held_out: Data | None = None,
+    held_out: Data | dict[str, Examples] | None = None,
     seed: int = 0,
     running: Running | Mapping[str, Any] | None = None,
     call: Call = call_model,
@@ -96,7 +95,8 @@ def distill(
         data: (count, length) token ids, a floating-point tensor, named columns, a ``TensorDataset``, `Examples`, or
             several `Examples` by name; see `as_examples`.
         folder: of checkpoints and ``log.jsonl``; None keeps nothing.
-        held_out: rows with integer labels to measure on and never train on.
+        held_out: rows with integer labels to measure on and never train on, or several `Examples` by name. The first
+            ones choose the best weights for stages with ``keep="best"``.
         seed: of the order of rows, dropout, masking and projections.
         running: precision, device, compilation, checkpoints; see `Running`.
         call: how to run a model on a batch, ``(model, batch) -> output``.
@@ -120,15 +120,8 @@ def distill(
         _check_cache(teacher, read, sets)
     engine = accelerator or make_accelerator(chosen, place, read)
     check_accelerator(engine, chosen)
-    aside = None if held_out is None else as_examples(held_out, student)
-    if aside is not None:
-        labels = labels_of(aside.batch(torch.tensor([0]), torch.Generator()))
-        if labels is None or labels.is_floating_point():
-            raise StageError(
-                f"held_out: these rows have {'no' if labels is None else 'floating-point'} labels, and their loss is "
-                "measured by integer ones: add a column of that name, or leave held_out out and compare the models "
-                "afterwards, by tdkit.evaluation.agreement"
-            )
+    aside = {} if held_out is None else _data_sets(held_out, student)
+    check_held_out(aside, read)
     run = _Run(student, teacher, read, sets, place, aside, seed, chosen, call, engine)
     with ExitStack() as stack:
         devices = [engine.device] if engine.device.type == "cuda" else []
@@ -167,7 +160,7 @@ class _Run:
     stages: list[Stage]
     sets: dict[str, Examples]
     folder: Path | None
-    held_out: Examples | None
+    held_out: dict[str, Examples]
     seed: int
     running: Running
     call: Call
@@ -184,6 +177,8 @@ class _Run:
         result = Result(resumed_at=position.total)
         self.log = Log(None, position.total)
         on_main_process(lambda: self._open_log(position.total))
+        tracked = bool(self.running.trackers)
+        self.held = HeldOut(self.held_out, self.engine, self.log, self.folder, self.identity, self.seed, tracked)
         if self.running.trackers:
             config = {"stages": json.dumps([stage.model_dump() for stage in self.stages])}
             in_all(self.engine, lambda: self.engine.init_trackers("tdkit-distill", config))
@@ -200,9 +195,8 @@ class _Run:
                 self.engine.end_training()
         result.history = self.log.entries
         result.steps = position.total
-        result.tokens = self._tokens()
-        measured = [entry["held_out"] for entry in self.log.entries if "held_out" in entry]
-        result.held_out = measured[-1] if measured else None
+        result.tokens = position.tokens
+        result.held_out = final_loss(self.log, self.stages)
         return result
 
     def _latest(self) -> Saved | None:
@@ -228,10 +222,6 @@ class _Run:
                 f"the run's folder {self.folder} cannot be written ({error}): give another one"
             ) from error
 
-    def _tokens(self) -> int:
-        lengths = [(stage, _examples_of(stage, self.sets).length) for stage in self.stages]
-        return sum(stage.step_count(length) * stage.batch_size * length for stage, length in lengths)
-
     def _identity(self) -> str:
         teacher = self.teacher
         form = {
@@ -249,6 +239,9 @@ class _Run:
             "precision": self.running.precision,
             "processes": self.engine.num_processes,
         }
+        if any(stage.keep == "best" for stage in self.stages):  # then the measurements choose the weights
+            form["held_out"] = {name: examples.fingerprint for name, examples in self.held_out.items()}
+            form["evaluate_every"] = self.running.evaluate_every
         return hashlib.sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()
 
     def _stage(self, number: int, position: Position, saved: Saved | None, view: LiveView, stop: Stop) -> Position:
@@ -277,21 +270,29 @@ class _Run:
             )
             loop.attach(model, wrapped)
             view.stage(f"{stage.name} {number + 1}/{len(self.stages)}", steps, position.step)
+            held = self.held
+            held.begin(stage, position, trainee, view)
             stopping = False
             for step in range(position.step, steps):
                 terms, speed, stopping = loop.step(step, steps, position.total + 1, stop)
-                position = Position(number, step + 1, position.total + 1)
+                tokens = position.tokens + stage.batch_size * examples.length
+                position = Position(number, step + 1, position.total + 1, tokens)
                 view.step(terms, speed)
                 every = self.running.evaluate_every
                 if every and (step + 1) % every == 0 and step + 1 < steps:
-                    self._measure(stage, position, trainee, view)
+                    held.measure(position, trainee, view)
+                    if held.gets_no_better:
+                        view.say(f"{stage.name}: ended after {position.total} steps, which were no better than before")
+                        break
                 due = self.running.checkpoint_every is not None and (step + 1) % self.running.checkpoint_every == 0
                 if step + 1 < steps and (due or stopping):
                     self._save(position, trainee, optimizer)
                 if stopping and step + 1 < steps:
+                    held.take_best(position, trainee, view)
                     self._interrupted(position, stop)
-            position = Position(number + 1, 0, position.total)
-            self._measure(stage, position, trainee, view)
+            held.measure(position, trainee, view)
+            held.take_best(position, trainee, view)
+            position = Position(number + 1, 0, position.total, position.tokens)
             self._save(position, trainee, None)
             if stopping and number + 1 < len(self.stages):
                 self._interrupted(position, stop)
@@ -342,19 +343,6 @@ class _Run:
         outputs, attention = bound.gather("teacher_outputs"), bound.gather("teacher_attention")
         return stack.enter_context(self._asked(self.teacher, outputs, attention, dtype, self.running.teacher_device))
 
-    def _measure(self, stage: Stage, position: Position, trainee: Trainee, view: LiveView) -> None:
-        if self.held_out is None:
-            return
-        with self.engine.autocast():
-            loss = held_out_loss(trainee, self.held_out, self.engine.device, batch=stage.batch_size, seed=self.seed)
-        if is_sharding(self.engine):
-            reshard(trainee)
-        self.log.add({"stage": stage.name, "total": position.total, "held_out": loss})
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        view.say(f"{stage.name}: held-out loss {loss:.4f} (perplexity {perplexity:.2f}) after {position.total} steps")
-        if self.running.trackers:
-            self.engine.log({"held_out/loss": loss}, step=position.total)
-
     def _save(self, position: Position, trainee: Trainee, optimizer: torch.optim.Optimizer | None) -> None:
         if self.folder is None:
             return
@@ -378,7 +366,8 @@ class _Run:
             f"a checkpoint is in {self.folder}; run again to go on" if self.folder else "nothing was kept: no folder"
         )
         raise InterruptedRun(
-            f"stopped by {stop.signal or 'a signal to another process'} after {position.total} steps; {where}"
+            f"stopped by {stop.signal or 'a signal to another process'} after {position.total} steps; {where}",
+            self.log.entries,
         )
 
 

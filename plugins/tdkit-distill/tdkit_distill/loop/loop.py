@@ -68,7 +68,7 @@ class Loop:
         stage, engine = self.stage, self.engine
         factor = stage.schedule.factor(step, steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = stage.optimizer.lr * factor
+            group["lr"] = stage.optimizer.lr * factor * group["factor"]
         rows = self.order.take(step * stage.batch_size, stage.batch_size)
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, "batch", self.number, step))
         whole = self.examples.batch(rows, generator)
@@ -100,7 +100,14 @@ class Loop:
         seconds = clock.total()
         speed = stage.batch_size * self.examples.length / seconds
         loss = sum(weight * value for weight, value in zip(self.bound.weights, named.values(), strict=True))
-        entry = {"stage": stage.name, "step": step + 1, "total": total, "loss": loss, "terms": named}
+        entry = {
+            "stage": stage.name,
+            "number": self.number,
+            "step": step + 1,
+            "total": total,
+            "loss": loss,
+            "terms": named,
+        }
         entry |= {"lr": stage.optimizer.lr * factor, "gradient_norm": norm, "tokens_per_second": round(speed, 1)}
         self.log.add({**entry, "seconds": clock.parts})
         if self.running.trackers:

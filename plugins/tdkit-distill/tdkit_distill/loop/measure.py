@@ -12,6 +12,7 @@ from tdkit_distill.data.examples import IGNORED, Examples, labels_of
 from tdkit_distill.errors import DataError
 from tdkit_distill.loop.trainee import Trainee
 from tdkit_distill.models.calls import call_model, logits_of, to_device
+from tdkit_distill.models.taps import Record
 
 
 @torch.no_grad()
@@ -31,6 +32,12 @@ def held_out_loss(trainee: Trainee, examples: Examples, device: torch.device, *,
         for module, training in modes.items():
             module.training = training
     return total / count if count else math.nan
+
+
+def model_loss(model: nn.Module, examples: Examples, device: torch.device, *, batch: int, seed: int) -> float:
+    """As `held_out_loss`, of a model that is on the device."""
+    trainee = Trainee(model, [], Record(open=False), call_model)
+    return held_out_loss(trainee, examples, device, batch=batch, seed=seed)
 
 
 @torch.no_grad()

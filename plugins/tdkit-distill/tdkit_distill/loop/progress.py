@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,6 +59,9 @@ def live_view(show: bool | None = None) -> Iterator[LiveView]:
 class Log:
     """One JSON object per optimizer step, appended to ``log.jsonl`` in the run's folder and kept in memory.
 
+    Each has the seconds that the run has taken until then, under ``clock``; those of an interrupted run count up to
+    the checkpoint that it went on from.
+
     Args:
         folder: None keeps it in memory only.
         total: steps that a resumed run had done; what was written after them is dropped.
@@ -66,17 +70,20 @@ class Log:
     def __init__(self, folder: Path | None, total: int) -> None:
         self.entries: list[dict[str, Any]] = []
         self._file = None
+        self._started, self._before = time.perf_counter(), 0.0
         if folder is None:
             return
         path = folder / "log.jsonl"
         if path.is_file():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             self.entries = [entry for entry in map(_parsed, lines) if entry is not None and entry["total"] <= total]
+        self._before = max((entry.get("clock", 0.0) for entry in self.entries), default=0.0)
         write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, entry: dict[str, Any]) -> None:
         """Append an entry."""
+        entry = {**entry, "clock": round(self._before + time.perf_counter() - self._started, 2)}
         self.entries.append(entry)
         self._write(entry)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from tdkit.decompositions import FactorizedMatrix
@@ -27,10 +27,16 @@ class Options(BaseModel):
 class Optimizer(Options):
     """AdamW. Weight decay applies to parameters of two or more dimensions.
 
+    Attributes:
+        lr: the learning rate that the schedule starts from.
+        scale: factors on it by kind of parameter, ``{pattern: factor}`` with the patterns of `Stage.trainable`; the
+            first one that selects a parameter counts.
+
     Source: Loshchilov and Hutter, Decoupled weight decay (2019).
     """
 
     lr: float = Field(default=2.5e-4, gt=0)
+    scale: dict[str, Annotated[float, Field(gt=0)]] = {}
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -45,9 +51,13 @@ class Stage(Options):
         batch_size: rows per optimizer step, over all processes and all accumulated parts.
         accumulation: in how many parts a step's rows are run.
         clip: bound on the gradient's norm; None leaves it alone.
-        trainable: globs over parameter names, or ``all``, ``factors``, ``norms``, ``biases``, ``embeddings``.
+        trainable: globs over parameter names, or ``all``, ``factors``, ``norms``, ``biases``, ``embeddings``; what
+            follows a ``!`` is left out.
         data: which of several data sets; the only one when None.
         share: of the data's rows, chosen by the seed.
+        keep: the weights that the stage ends with: the ``last`` ones, or the ``best`` by the first held-out rows, which
+            are then measured before the first step too.
+        patience: the stage ends after so many measurements that were no better than the best one; needs ``best``.
     """
 
     name: str = "distill"
@@ -62,6 +72,8 @@ class Stage(Options):
     trainable: tuple[str, ...] = ("all",)
     data: str | None = None
     share: float = Field(default=1.0, gt=0, le=1)
+    keep: Literal["last", "best"] = "last"
+    patience: int | None = Field(default=None, ge=1)
 
     @field_validator("losses")
     @classmethod
@@ -83,6 +95,8 @@ class Stage(Options):
     def _one_length(self) -> Stage:
         if (self.tokens is None) == (self.steps is None):
             raise ValueError(f"stage '{self.name}': give tokens or steps, and not both")
+        if self.patience is not None and self.keep != "best":
+            raise ValueError(f"stage '{self.name}': patience={self.patience} is for keep='best'")
         return self
 
     def loss_terms(self) -> dict[str, Loss]:
@@ -180,20 +194,41 @@ def read_running(running: Running | Mapping[str, Any] | None) -> Running:
 
 
 def trainable_names(model: nn.Module, patterns: tuple[str, ...], place: str) -> set[str]:
-    """Names of the parameters that `patterns` select.
+    """Names of the parameters that `patterns` select; those of a pattern after ``!`` are left out.
+
+    Raises:
+        StageError: when a pattern selects nothing, with the nearest name, or all are left out.
+    """
+    chosen: set[str] = set()
+    left_out: set[str] = set()
+    for pattern in patterns:
+        found = _selected(model, pattern.removeprefix("!"), f"{place}: trainable")
+        (left_out if pattern.startswith("!") else chosen).update(found)
+    if not chosen - left_out:
+        raise StageError(f"{place}: trainable {list(patterns)} leaves no parameter to train: name some before the '!'")
+    return chosen - left_out
+
+
+def learning_rates(model: nn.Module, options: Optimizer, place: str) -> dict[str, float]:
+    """The factor on the learning rate of each parameter of the student, by name.
 
     Raises:
         StageError: when a pattern selects nothing, with the nearest name.
     """
+    factors: dict[str, float] = {}
+    for pattern, factor in options.scale.items():
+        for name in _selected(model, pattern, place):
+            factors.setdefault(name, factor)
+    return {name: factors.get(name, 1.0) for name, _ in model.named_parameters()}
+
+
+def _selected(model: nn.Module, pattern: str, place: str) -> set[str]:
     names = [name for name, _ in model.named_parameters()]
-    chosen: set[str] = set()
-    for pattern in patterns:
-        found = _group(model, pattern) if pattern in GROUPS else {n for n in names if fnmatch.fnmatchcase(n, pattern)}
-        if not found:
-            hint = did_you_mean(pattern, [*names, *GROUPS]) or f". Groups are {', '.join(GROUPS)}"
-            raise StageError(f"{place}: trainable '{pattern}' selects no parameter{hint}")
-        chosen |= found
-    return chosen
+    found = _group(model, pattern) if pattern in GROUPS else {n for n in names if fnmatch.fnmatchcase(n, pattern)}
+    if not found:
+        hint = did_you_mean(pattern, [*names, *GROUPS]) or f". Groups are {', '.join(GROUPS)}"
+        raise StageError(f"{place} '{pattern}' selects no parameter{hint}")
+    return found
 
 
 def _group(model: nn.Module, group: str) -> set[str]:

@@ -1,0 +1,1 @@
+"""Healing: a compressed model trained for a short time by its dense one, with defaults for any model."""
