@@ -150,7 +150,8 @@ def test_a_log_holds_no_control_codes_and_no_bars(gpt2_folder: Path, text_file: 
     for stream in (done.stdout, done.stderr):
         assert not CODES.search(stream)
         assert "\r" not in stream
-    assert done.stderr.splitlines()[0] == f"saved to {tmp_path / 'smaller'}"
+    smaller = tmp_path / "smaller"
+    assert done.stderr.splitlines() == [f"saved to {smaller}", f"report: {smaller / 'report' / 'report.html'}"]
     assert "%|" not in done.stderr
     assert done.stdout.startswith("of ")
 
