@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-slow check format bench-accuracy real-models bench-any-model docs clean
+.PHONY: demo test test-slow test-hostile check format bench-accuracy real-models bench-any-model docs clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/tdkit run smollm2-demo --overwrite
@@ -15,6 +15,10 @@ test: $(VENV)/dev.done $(VENV)/side.done
 
 test-slow: $(VENV)/dev.done
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# Damaged files, kills, full disks, exceptions anywhere (under an hour); writes docs/results/reliability.md.
+test-hostile: $(VENV)/dev.done $(VENV)/side.done
+	PYTHONPATH=. $(BIN)/python -m tests.hostile.report
 
 test-gpu: $(VENV)/dev.done
 	$(BIN)/python -m pytest -m gpu

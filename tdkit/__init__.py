@@ -6,91 +6,38 @@ model = tdkit.compress(model, policy)
 tdkit.save(model, "smaller")
 """
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from tdkit.calibration.calibration import Calibration
-from tdkit.calibration.measure import calibrate
-from tdkit.calibration.stream import calibrate_folder
-from tdkit.compression.apply import compress
-from tdkit.compression.stream import compress_folder
-from tdkit.decompositions import (
-    CanonicalPolyadic,
-    Decomposition,
-    FactorizedMatrix,
-    Kronecker,
-    LowRank,
-    PermutedKronecker,
-    SpatialLowRank,
-    TTMatrix,
-    Tucker,
-)
-from tdkit.decompositions.auto import Auto
-from tdkit.decompositions.quantized import Quantized
-from tdkit.decompositions.shrink import Shrink
-from tdkit.decompositions.stacked import Stacked
-from tdkit.errors import TdkitError
-from tdkit.fitting.metric import Metric
-from tdkit.models.card import Card
-from tdkit.models.checkpoint import load, save
-from tdkit.models.conversion import to_dense, to_sequential
-from tdkit.models.hub import push_to_hub
-from tdkit.models.preparation import prepare
-from tdkit.models.quantization import quantize
 from tdkit.models.registration import register
-from tdkit.planning.plan import Plan
-from tdkit.planning.planner import applied_plan, plan
-from tdkit.planning.policy import Policy
-from tdkit.planning.rule import Rule
 from tdkit.support.plugins import PROVIDED, provided
 from tdkit.support.version import VERSION
+
+if TYPE_CHECKING:
+    from tdkit_distill import heal as heal
+
+    from tdkit.public import *  # noqa: F403
 
 __version__ = VERSION
 
 register()
 
-if TYPE_CHECKING:
-    from tdkit_distill import heal as heal
 
+def __getattr__(name: str) -> object:
+    """Load `tdkit.public`, and torch with it, when the first of its names is used: the help of commands needs none.
 
-def __getattr__(name: str) -> Any:
-    """What packages of this project provide, such as `heal` of tdkit-distill; imported when it is first asked for."""
+    What another package of this project provides, such as `heal` of tdkit-distill, is imported from there.
+    """
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module 'tdkit' has no attribute {name!r}")
     if name in PROVIDED:
         return provided(name)
-    raise AttributeError(f"module 'tdkit' has no attribute '{name}'")
+    public = import_module("tdkit.public")
+    globals().update({each: getattr(public, each) for each in ("__all__", *public.__all__)})
+    if name not in globals():  # a package, such as tdkit.models, is there once a module of it is loaded
+        raise AttributeError(f"module 'tdkit' has no attribute {name!r}")
+    return globals()[name]
 
 
-__all__ = [
-    "Auto",
-    "Calibration",
-    "CanonicalPolyadic",
-    "Card",
-    "Decomposition",
-    "FactorizedMatrix",
-    "Kronecker",
-    "LowRank",
-    "Metric",
-    "PermutedKronecker",
-    "Plan",
-    "Policy",
-    "Quantized",
-    "Rule",
-    "Shrink",
-    "SpatialLowRank",
-    "Stacked",
-    "TTMatrix",
-    "TdkitError",
-    "Tucker",
-    "applied_plan",
-    "calibrate",
-    "calibrate_folder",
-    "compress",
-    "compress_folder",
-    "load",
-    "plan",
-    "prepare",
-    "push_to_hub",
-    "quantize",
-    "save",
-    "to_dense",
-    "to_sequential",
-]
+def __dir__() -> list[str]:
+    return sorted({*globals(), *import_module("tdkit.public").__all__})

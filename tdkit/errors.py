@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+LONGEST = 20_000  # characters of a message: what is quoted in it may come from any file
 
 
 class TdkitError(Exception):
     """Base of every error that tdkit raises on purpose."""
+
+    def __init__(self, *arguments: object) -> None:
+        first = arguments[0] if arguments else None
+        if isinstance(first, str) and len(first) > LONGEST:
+            arguments = (f"{first[:LONGEST]} ... and {len(first) - LONGEST:,} characters more", *arguments[1:])
+        super().__init__(*arguments)
 
 
 class OptionError(TdkitError, ValueError):
@@ -45,6 +54,10 @@ class RegistryError(TdkitError, LookupError):
         return str(self.args[0]) if self.args else ""
 
 
+class WriteError(TdkitError, OSError):
+    """A file or folder cannot be written: the disk is full, or nothing may be written there."""
+
+
 class RecipeError(TdkitError, ValueError):
     """A recipe is malformed, or one of its steps cannot run."""
 
@@ -59,6 +72,35 @@ class MissingDependencyError(TdkitError, ImportError):
 
 class MissingPluginError(TdkitError, AttributeError):
     """A package of this project is needed that is not installed; the message says how to install it."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns the first line of the message of an exception, after its class where this alone says nothing."""
+    lines = str(error).strip().splitlines()
+    said = lines[0] if lines else ""
+    return said if isinstance(error, TdkitError | OSError) and said else f"{type(error).__name__}: {said}".rstrip(": ")
+
+
+@contextmanager
+def told_as(kind: type[TdkitError], place: str, *, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """A context manager that raises `kind` in place of every exception of the block that is not a `TdkitError`.
+
+    For code of other packages that works on what a file says, which may be anything: a config of sizes that do not go
+    together ends in a ``ZeroDivisionError`` somewhere inside.
+
+    Args:
+        kind: the class of the error.
+        place: begins the message; the exception's own text follows.
+        but: exceptions that are left as they are, since the caller knows them.
+    """
+    try:
+        yield
+    except TdkitError:
+        raise
+    except but:
+        raise
+    except Exception as error:
+        raise kind(f"{place}: {reason_of(error)}") from error
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

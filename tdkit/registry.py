@@ -88,7 +88,7 @@ class Registry(Generic[T]):
         place = f"{self.noun} '{name}' of package {_package(entry)} ({entry.value})"
         try:
             loaded = entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RegistryError(f"{place} failed to import: {type(error).__name__}: {error}") from error
         fault = self._fault(name, loaded) if self._fault is not None else None
         if fault is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
+from typing import cast
 
 Shape = tuple[int, ...]  # (out, in) of a matrix; (out, in, *kernel) of a tensor
 
@@ -39,3 +41,13 @@ def balanced_modes(n: int, parts: int) -> tuple[int, ...]:
 def by(shape: Shape) -> str:
     """Format a shape: ``64x32x3x3``."""
     return "x".join(map(str, shape))
+
+
+LARGEST = 2**40  # numbers in one weight, more than any machine holds: sizes beyond it are refused before arithmetic
+
+
+def is_weight_shape(sizes: Sequence[object]) -> bool:
+    """Returns whether these are two sizes or more, each a positive integer, of at most `LARGEST` numbers together."""
+    if not 2 <= len(sizes) <= 16 or not all(type(size) is int and size > 0 for size in sizes):
+        return False
+    return math.prod(cast("Sequence[int]", sizes)) <= LARGEST

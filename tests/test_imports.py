@@ -26,8 +26,12 @@ ROOMS = """
     calibration
     planning
     compression evaluation testing
+    records
+    sweeps
+    public
     __init__
     recipes
+    reporting
     cli
 """
 FLOOR = {room: number for number, line in enumerate(ROOMS.strip().splitlines()) for room in line.split()}
@@ -150,6 +154,20 @@ print(json.dumps({
     assert {name for name in seen["packages"] if not name.startswith("_")} <= LEAN
     assert seen["torch"] == [], "parts of torch that `import torch` leaves out, such as torch._dynamo, are slow to load"
     assert seen["changed"] == []
+
+
+def test_import_waits_with_torch_until_a_name_is_used() -> None:
+    seen = in_a_new_process(
+        """
+import json, sys
+import tdkit
+before = "torch" in sys.modules
+from tdkit import Policy
+print(json.dumps({"before": before, "after": "torch" in sys.modules, "same": tdkit.Policy is Policy,
+    "missing": hasattr(tdkit, "no_such_name"), "all": sorted(set(tdkit.__all__) - set(dir(tdkit)))}))
+"""
+    )
+    assert seen == {"before": False, "after": True, "same": True, "missing": False, "all": []}
 
 
 def test_names_are_listed_without_importing_plugins() -> None:

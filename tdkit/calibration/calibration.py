@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,15 +21,17 @@ from tdkit.calibration.batches import Batch
 from tdkit.calibration.losses import Labels, check_labels
 from tdkit.decompositions.base import Decomposition, Point
 from tdkit.decompositions.shrink import Shrink
-from tdkit.errors import CalibrationError
+from tdkit.errors import CalibrationError, OptionError, reason_of, told_as
 from tdkit.fitting.elimination import Elimination, eliminate, in_order, leverage_scores
 from tdkit.fitting.metric import Metric
 from tdkit.models.groups.group import Bundle, Group
 from tdkit.models.shrinking import problem_of
 from tdkit.models.sites import Site
-from tdkit.support.files import whole_folder
+from tdkit.support.documents import read_json
+from tdkit.support.files import digest_of_file, temporary_folder, whole_folder
 
-FORMAT_VERSION = 1
+FORMAT = "tdkit-calibration"
+FORMAT_VERSION = 2  # 1 had no digests
 
 DESCRIPTION = "calibration.json"
 
@@ -92,7 +94,7 @@ class Calibration:
             self._metrics |= metrics
             return
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="tdkit-calibration-"))
+            self._folder = temporary_folder("calibration")
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         path = self._folder / f"{len(set(self._files.values())):05}.safetensors"
         _write(metrics, path)
@@ -123,11 +125,14 @@ class Calibration:
             assert isinstance(kind, Shrink)
             errors = sum(self.elimination(group, kind).errors for group in site.groups)
             return kind.curve_of(site.shape, torch.as_tensor(errors))
-        weight = kind.view(site.weight.detach())
+        weight = kind.view(site.finite_weight())
         total = float(weight.sum(dtype=torch.float64))
         key = (site.name, repr(kind), total, float(torch.linalg.vector_norm(weight, dtype=torch.float64)))
         if key not in self._curves:
-            self._curves[key] = kind.curve(weight, self.metric(site.name))
+            metric = self.metric(site.name)
+            if metric is not None:
+                metric.check(site.name, site.shape)
+            self._curves[key] = _curve_of(kind, weight.clone(), metric, site.name)  # the model's own stays here
         return self._curves[key]
 
     def with_curves(self, curves: Curves) -> Calibration:
@@ -177,12 +182,13 @@ class Calibration:
                     {f"{i:06}": b.contiguous() for i, b in enumerate(self.batches)}, target / "batches.safetensors"
                 )
             form = {
-                "format": "tdkit-calibration",
+                "format": FORMAT,
                 "version": FORMAT_VERSION,
                 "gradients": self.gradients,
                 "labels": self.labels,
                 "files": files,
                 "rows": self.rows,
+                "digests": {path.name: digest_of_file(path) for path in sorted(target.glob("*.safetensors"))},
             }
             (target / DESCRIPTION).write_text(json.dumps(form, indent=2) + "\n", encoding="utf-8")
         return folder
@@ -195,19 +201,22 @@ class Calibration:
             CalibrationError: when the folder is missing or damaged, holds no calibration, or has a newer format.
         """
         folder = Path(folder)
+        form = _description_of(folder)
         try:
-            form = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            version = int(form["version"])
-            names = {name: folder / file for file, sites in form["files"].items() for name in sites}
+            names = {str(name): folder / file for file, sites in form["files"].items() for name in sites}
             gradients = bool(form["gradients"])
             labels = check_labels(form.get("labels", "data"))
             rows = {str(name): float(count) for name, count in form.get("rows", {}).items()}
-        except FileNotFoundError:
-            raise CalibrationError(f"{folder} holds no {DESCRIPTION}: it is no saved calibration") from None
-        except (ValueError, KeyError, TypeError, AttributeError, CalibrationError) as error:
-            raise CalibrationError(f"{folder / DESCRIPTION} is damaged: {error}") from None
-        if version > FORMAT_VERSION:
-            raise CalibrationError(f"{folder} has format version {version}, newer than {FORMAT_VERSION}: update tdkit")
+            if any(Path(file).name != file for file in form["files"]):
+                raise ValueError("files are named by paths")
+            if not all(math.isfinite(count) and count >= 0 for count in rows.values()):
+                raise ValueError("rows are no counts")
+            if form["version"] > 1:
+                _check_digests(folder, dict(form["digests"]), {*form["files"]})
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            if isinstance(error, CalibrationError) and str(folder) in str(error):
+                raise
+            raise CalibrationError(f"{folder / DESCRIPTION} is damaged: {reason_of(error)}") from None
         for path in names.values():
             if not path.is_file():
                 raise CalibrationError(f"{folder} lacks {path.name}: the copy is incomplete")
@@ -223,6 +232,20 @@ class Calibration:
 def is_saved_calibration(folder: str | Path) -> bool:
     """Returns whether a folder is one that `Calibration.save` wrote."""
     return (Path(folder) / DESCRIPTION).is_file()
+
+
+def _curve_of(kind: Decomposition, weight: Tensor, metric: Metric | None, name: str) -> list[Point]:
+    """Returns an error curve, whoever wrote the decomposition.
+
+    Raises:
+        OptionError: when the decomposition raises something else than our errors, or its errors are not finite.
+    """
+    place = f"{name}: the error curve of {kind.name} ({type(kind).__module__}) failed"
+    with told_as(OptionError, place, but=(MemoryError,)):
+        points = kind.curve(weight, metric)
+        if not all(isinstance(point, Point) and math.isfinite(point.error) for point in points):
+            raise OptionError(f"{place}: its errors are not finite numbers")
+    return points
 
 
 def elimination_of(group: Group, kind: Shrink, metric: Metric | None) -> Elimination:
@@ -242,6 +265,45 @@ def elimination_of(group: Group, kind: Shrink, metric: Metric | None) -> Elimina
     return in_order(problem.weight, problem.metric, scores.argsort(stable=True), problem.columns)
 
 
+def _description_of(folder: Path) -> dict[str, Any]:
+    """Returns the description of a saved calibration, of a format that this version reads.
+
+    Raises:
+        CalibrationError: when there is none.
+    """
+    try:
+        form = read_json(folder / DESCRIPTION)
+    except FileNotFoundError:
+        raise CalibrationError(f"{folder} holds no {DESCRIPTION}: it is no saved calibration") from None
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{folder / DESCRIPTION} is damaged: {error}") from None
+    if not isinstance(form, dict) or form.get("format") != FORMAT:
+        raise CalibrationError(f"{folder / DESCRIPTION} is no description of a calibration")
+    version = form.get("version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise CalibrationError(
+            f"{folder} has format version {version!r}, and this tdkit reads up to {FORMAT_VERSION}: update tdkit"
+        )
+    return form
+
+
+def _check_digests(folder: Path, known: Mapping[str, str], names: set[str]) -> None:
+    """Check that the files of a calibration are those that were saved.
+
+    Raises:
+        CalibrationError: when one is missing, has changed or came later.
+    """
+    found = {path.name: path for path in folder.glob("*.safetensors") if path.is_file()}
+    lacking = sorted((names | known.keys()) - found.keys())
+    if lacking:
+        raise CalibrationError(f"{folder} lacks {lacking[0]}: the copy is incomplete")
+    for name, path in found.items():
+        if digest_of_file(path) != known.get(name):
+            raise CalibrationError(
+                f"{path} is not the file that was saved (its SHA-256 differs): copy it again, or calibrate again"
+            )
+
+
 def _write(metrics: Mapping[str, Metric], path: Path) -> None:
     tensors = {}
     for name, metric in metrics.items():
@@ -257,6 +319,9 @@ def _read(path: Path, name: str) -> Metric:
         sides = [
             file.get_tensor(f"{name}/{side}") if f"{name}/{side}" in keys else None for side in ("input", "output")
         ]
+    for side in sides:
+        if side is not None and not (side.is_floating_point() and bool(torch.isfinite(side).all())):
+            raise CalibrationError(f"{path}: the moments of {name} hold NaN or infinite values: calibrate again")
     return Metric(*sides)
 
 

@@ -273,7 +273,15 @@ def _pass(runner: Runner, recorder: Recorder, batches: list[Batch], bar: Bar, la
             recorder.mask = runner.mask(batch)
             output = runner.forward(batch)
             if runner.gradients:
-                runner.backward(output, batch, number)
+                try:
+                    runner.backward(output, batch, number)
+                except CalibrationError as error:
+                    layer = recorder.overflowing()
+                    if layer is None:
+                        raise
+                    raise CalibrationError(
+                        f"{error}. {layer} is the first layer whose inputs are not finite, or overflow when squared"
+                    ) from None
             recorder.end_batch(call_of(runner.model, batch).units)
             bar.advance()
     drop_caches(runner.model)

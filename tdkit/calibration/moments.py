@@ -226,6 +226,14 @@ class Recorder:
                     )
         return known
 
+    def overflowing(self) -> str | None:
+        """Returns the name of the first site whose inputs have been NaN, infinite or too large to square, or None."""
+        for name, sums in self.sums.items():
+            total = sums.multiply_input.sum
+            if total is not None and not bool(torch.isfinite(total).all()):
+                return name
+        return None
+
     def rows(self) -> dict[str, float]:
         """Returns the rows that each site multiplied per token or example, by site name; 0 for a look-up."""
         found: dict[str, float] = {name: sums.products for name, sums in self.sums.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tdkit.errors import CalibrationError
 from tdkit.models.sites import survey
 from tdkit.sources.on_disk import OpenedModel, open_model
 from tdkit.support.devices import check_device
+from tdkit.support.files import scratch_folder
 from tdkit.support.progress import progress_bar
 
 
@@ -111,14 +111,14 @@ def calibrate_opened(
     _check_others(opened.model, blocks)
     steps = len(blocks[0].choices[-1]) * len(chosen) * (2 if runner.gradients else 1)
     with (
-        tempfile.TemporaryDirectory(prefix="tdkit-states-", dir=scratch) as folder,
+        scratch_folder("states", scratch) as folder,
         progress_bar("calibrate", steps, progress) as bar,
         torch.inference_mode(False),
         torch.random.fork_rng(devices=[]),
         without_fast_path(),
         without_cache(opened.model),
     ):
-        states = States(Path(folder), runner.device)
+        states = States(folder, runner.device)
         names = blocks[0].choices[-1]
         return ChainCalibration(opened, runner, sites, names, chosen, states, limit_bytes, bar).run()
 

@@ -6,14 +6,29 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from typer.core import TyperGroup
 
-import tdkit
-from tdkit.cli import bench, calibration, evaluate, export, models, recipes, sources
-from tdkit.cli import decompositions as registered
-from tdkit.cli.plugins import command_of, commands
+from tdkit.cli import (
+    bench,
+    calibration,
+    decompositions,
+    doctor,
+    evaluate,
+    export,
+    models,
+    plugins,
+    recipes,
+    report,
+    sources,
+    sweep,
+)
+from tdkit.cli.commands import command_of, commands, listed
+from tdkit.cli.output import complain, err, settings, without_foreign_bars
 from tdkit.errors import BudgetError, OptionError, PolicyError, RecipeError, RegistryError, TdkitError
 from tdkit.support.plugins import check_installed
+from tdkit.support.progress import show_progress
+from tdkit.support.version import VERSION
 
 USAGE_ERRORS = (OptionError, PolicyError, BudgetError, RegistryError, RecipeError)
 
@@ -28,21 +43,19 @@ class Commands(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         own = super().get_command(ctx, cmd_name)
-        if own is not None:
-            return own
-        if cmd_name in commands.names():
-            return command_of(cmd_name)
-        check_installed(cmd_name)
-        return None
+        return listed(cmd_name) if own is None and cmd_name in commands.names() else own
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in {*self.commands, *commands.names()}:
+            check_installed(args[0])
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command if name in self.commands else command_of(str(name)), rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            text = "nothing half-written is left"
-            if ctx.invoked_subcommand == "run":
-                text += ", and the steps that had finished are kept: the same call with --resume goes on after them"
-            _say("interrupted", text)
+            complain("interrupted", f"nothing half-written is left; {settings.kept or 'the same call starts anew'}")
             sys.exit(INTERRUPTED)
 
 
@@ -54,30 +67,53 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: tdkit plan smollm2 --with low_rank --budget 0.9",
 )
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"tdkit {tdkit.__version__}")
+        typer.echo(f"tdkit {VERSION}")
         raise typer.Exit
 
 
 @app.callback()
 def _global(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Report progress in lines where no bar can be drawn.")
+    ] = False,
     _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    settings["debug"] = debug
+    if quiet and verbose:
+        raise OptionError("--quiet and --verbose contradict each other: give one of them")
+    settings.debug, settings.quiet, settings.verbose, settings.kept = debug, quiet, verbose, ""
+    show_progress("none" if quiet else "lines" if verbose and not err.is_terminal else "bar")
+    if quiet or not err.is_terminal:
+        without_foreign_bars()
 
 
-settings = {"debug": False}
+GROUPS = (
+    decompositions,
+    sources,
+    recipes,
+    models,
+    calibration,
+    evaluate,
+    sweep,
+    report,
+    export,
+    bench,
+    doctor,
+    plugins,
+)
 
-for group in (registered, sources, recipes, models, calibration, evaluate, export, bench):
+for group in GROUPS:
     for command in group.COMMANDS:
-        app.command(command.__name__.rstrip("_"))(command)
+        app.command(command.name, epilog=f"Example: {escape(command.example)}")(command.function)
 
 
 def main() -> None:
@@ -85,17 +121,12 @@ def main() -> None:
     try:
         app()
     except TdkitError as error:
-        if settings["debug"]:
+        if settings.debug:
             raise
-        _say("error", str(error))
+        complain("error", str(error))
         sys.exit(2 if isinstance(error, USAGE_ERRORS) else 1)
     except Exception as error:
-        if settings["debug"]:
+        if settings.debug:
             raise
-        _say("error", f"{type(error).__name__}: {error}\nRun with --debug before the command for the traceback.")
+        complain("error", f"{type(error).__name__}: {error}\nRun with --debug before the command for the traceback.")
         sys.exit(1)
-
-
-def _say(what: str, text: str) -> None:
-    typer.secho(f"{what}: ", fg="red", bold=True, nl=False, err=True)
-    typer.echo(text, err=True)

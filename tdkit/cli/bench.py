@@ -6,19 +6,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from tdkit.cli.models import Budget, Match, PolicyFile, With, policy_of
-from tdkit.cli.options import Dtype, ModelName, dtype_of
-from tdkit.cli.output import AsJson, Device, note, show
+from tdkit.cli.options import Budget, Build, DtypeOption, Match, ModelName, PolicyFile, Weights, With
+from tdkit.cli.output import AsJson, Command, Device, note, show
 from tdkit.errors import OptionError
-from tdkit.evaluation.speed import benchmark, unfitted
-from tdkit.evaluation.timing import keep_freed_memory
-from tdkit.models.sites import factorized_groups
-from tdkit.planning.planner import plan
-from tdkit.sources.models import load_model
 
 
 def bench(
-    model: ModelName,
+    model: ModelName = None,
+    build: Build = None,
+    weights: Weights = None,
     tokens: Annotated[str, typer.Option(help="Rows per call, as a list.")] = "1,16,512",
     train: Annotated[bool, typer.Option("--train", help="Forward and backward pass instead of inference.")] = False,
     prefer: Annotated[
@@ -30,7 +26,7 @@ def bench(
     match: Match = None,
     budget: Budget = None,
     seconds: Annotated[float, typer.Option(help="How long to time each call.", min=0.01)] = 0.5,
-    dtype: Dtype = "float32",
+    dtype: DtypeOption = "float32",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,9 +34,19 @@ def bench(
 
     A dense model is rewritten by the policy with random factors first: its speed is known before any fit.
     """
+    from tdkit.cli.loading import check_model, dtype_of, source_of
+    from tdkit.cli.policies import policy_of
+    from tdkit.evaluation.speed import benchmark, unfitted
+    from tdkit.evaluation.timing import keep_freed_memory
+    from tdkit.models.sites import factorized_groups
+    from tdkit.planning.planner import plan
+    from tdkit.support.devices import check_device
+
+    check_model(model, build, weights)
     counts = _tokens(tokens)
+    check_device(device)
     keep_freed_memory()
-    source = load_model(model, dtype=dtype_of(dtype), device=device)
+    source = source_of(model, build, weights, dtype_of(dtype), device)
     if not factorized_groups(source.model):
         chosen = policy_of(policy, with_, match, budget)
         note("the model is dense: the policy is tried on it with random factors")
@@ -59,4 +65,4 @@ def _tokens(text: str) -> tuple[int, ...]:
     return counts
 
 
-COMMANDS = (bench,)
+COMMANDS = (Command(bench, "tdkit bench smaller --tokens 1,16"),)

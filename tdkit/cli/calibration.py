@@ -1,61 +1,38 @@
-"""``tdkit calibrate``, and the calibration that other commands take: a text, or moments that were saved."""
+"""``tdkit calibrate``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from torch import nn
 
-from tdkit.calibration.calibration import Calibration, is_saved_calibration
-from tdkit.calibration.losses import Labels
-from tdkit.calibration.measure import calibrate as calibrate_in_memory
-from tdkit.calibration.stream import calibrate_folder
-from tdkit.cli.options import Context, Dtype, ModelName, dtype_of
-from tdkit.cli.output import AsJson, Device, note, show
-from tdkit.errors import OptionError
-from tdkit.evaluation.language_models import check_causal, check_takes_text
-from tdkit.planning.planner import calibrated
-from tdkit.planning.resolution import Resolved
-from tdkit.sources.models import load_model
-from tdkit.sources.on_disk import open_model
-from tdkit.sources.positions import check_positions
-from tdkit.sources.source import Source
-from tdkit.sources.texts import encode, load_texts, windows
-from tdkit.support.devices import check_device
-
-DOING = "--calibration"
-IN_PYTHON = "calibrate it in Python on batches with labels, tdkit.calibrate(model, batches)"
-
-CalibrationText = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--calibration",
-        help="Fit in the metric of this text: a file, a folder, a name (sotu:calibration); or of saved moments: a "
-        "folder that tdkit calibrate wrote.",
-    ),
-]
-CalibrationTokens = Annotated[int, typer.Option(help="How many tokens of the calibration text to use.", min=2)]
-CalibrationLabels = Annotated[
-    Labels,
-    typer.Option(
-        "--labels", help="Calibrate on the text's own next tokens, or on ones the model draws (light compression)."
-    ),
-]
-InputsOnly = Annotated[
-    bool,
-    typer.Option("--inputs-only", help="Calibrate on the inputs of layers alone; for encoders, which have no loss."),
-]
+from tdkit.cli.options import (
+    BatchSize,
+    Build,
+    CalibrationLabels,
+    Context,
+    Data,
+    DtypeOption,
+    InputsOnly,
+    ModelName,
+    Weights,
+)
+from tdkit.cli.output import AsJson, Command, Device, note, show
 
 
 def calibrate(
-    model: ModelName,
+    model: ModelName = None,
+    build: Build = None,
+    weights: Weights = None,
+    *,
     folder: Annotated[Path, typer.Option("--out", help="Where to save the moments.")],
-    text: Annotated[list[str], typer.Option(help="A file, a folder, a name (sotu:calibration) or a dataset.")],
+    text: Annotated[
+        list[str] | None, typer.Option(help="A file, a folder, a name (sotu:calibration) or a dataset.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens of the text to use.", min=2)] = 16384,
+    data: Data = None,
+    batch_size: BatchSize = 32,
     labels: CalibrationLabels = "data",
     inputs_only: InputsOnly = False,
     context: Context = 512,
@@ -63,98 +40,51 @@ def calibrate(
         bool,
         typer.Option("--stream", help="Bring one block at a time into memory; for models larger than memory."),
     ] = False,
-    dtype: Dtype = "float32",
+    dtype: DtypeOption = "float32",
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier moments.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the moments of a model on a text and save them, for --calibration of plan and compress."""
+    """Measure the moments of a model on a text or data and save them, for --calibration of plan and compress."""
+    from tdkit.calibration.calibration import is_saved_calibration
+    from tdkit.calibration.measure import calibrate as calibrate_in_memory
+    from tdkit.calibration.stream import calibrate_folder
+    from tdkit.cli.loading import check_model, dtype_of, source_of
+    from tdkit.cli.moments import Wanted
+    from tdkit.errors import OptionError
+    from tdkit.sources.on_disk import open_model
+    from tdkit.support.devices import check_device
+
     kind = dtype_of(dtype)
     check_device(device)
-    texts = load_texts(text)
+    name = check_model(model, build, weights)
+    if (text is None) == (data is None):
+        raise OptionError("give what to calibrate on: --text or --data")
     if folder.exists() and not (overwrite and is_saved_calibration(folder)):
         raise OptionError(f"{folder} exists: give a new folder, or --overwrite for earlier moments")
+    if stream and (model is None or data is not None):
+        raise OptionError("--stream reads folders of transformers and texts: give MODEL and --text")
+    material = Wanted(text, data, tokens, context, labels, inputs_only, batch_size).read()
+    gradients = not inputs_only
     if stream:
-        opened = open_model(model, dtype=kind)
-        batches = _windows(opened.model, opened.tokenizer, texts, tokens, context)
+        opened = open_model(name, dtype=kind)
+        batches = material.windows_for(opened.model, opened.tokenizer)
         known = calibrate_folder(
-            model,
-            batches,
-            folder,
-            gradients=not inputs_only,
-            labels=labels,
-            dtype=kind,
-            device=device,
-            overwrite=overwrite,
+            name, batches, folder, gradients=gradients, labels=labels, dtype=kind, device=device, overwrite=overwrite
         )
+        count = len(batches)
     else:
-        source = load_model(model, dtype=kind)
-        batches = _batches(source, texts, tokens, context, labels, inputs_only)
-        known = calibrate_in_memory(source.model, batches, gradients=not inputs_only, labels=labels, device=device)
+        source = source_of(model, build, weights, kind)
+        given = material.batches_for(source)
+        if given is None:
+            raise OptionError(f"--text {' '.join(text or ())} holds saved moments, not a text")
+        known = calibrate_in_memory(source.model, given, gradients=gradients, labels=labels, device=device)
         known.save(folder, overwrite=overwrite)
+        count = len(known.batches or ())
     note(f"saved to {folder}")
-    figures = {"folder": str(folder), "layers": len(known.names), "batches": len(batches), "gradients": known.gradients}
-    show(f"moments of {len(known.names)} layers on {len(batches)} windows of {context} tokens", figures, as_json)
+    figures = {"folder": str(folder), "layers": len(known.names), "batches": count, "gradients": known.gradients}
+    on = f"{count} batches of {data}" if text is None else f"{count} windows of {context} tokens"
+    show(f"moments of {len(known.names)} layers on {on}", figures, as_json)
 
 
-def check_calibration(calibration: list[str] | None, given: Mapping[str, bool]) -> None:
-    """Check that options that are about a calibration have one, and that saved moments are given alone.
-
-    Raises:
-        OptionError: otherwise.
-    """
-    for option, is_given in given.items():
-        if is_given and calibration is None:
-            raise OptionError(f"{option} needs --calibration TEXT")
-    saved = [each for each in calibration or () if is_saved_calibration(each)]
-    if saved and len(calibration or ()) > 1:
-        raise OptionError(f"--calibration {saved[0]} holds saved moments: give it alone, without texts")
-
-
-def saved_moments(calibration: list[str] | None) -> Path | None:
-    """Returns the folder of saved moments that ``--calibration`` names, or None if it names texts or nothing."""
-    return Path(calibration[0]) if calibration and is_saved_calibration(calibration[0]) else None
-
-
-def calibration_of(
-    source: Source,
-    texts: list[str] | Calibration | None,
-    tokens: int,
-    context: int,
-    labels: Labels,
-    inputs_only: bool,
-    resolved: Resolved,
-) -> Calibration | None:
-    """Returns the calibration of the sites to rewrite on some texts, or the one that is given."""
-    if texts is None or isinstance(texts, Calibration):
-        return texts
-    batches = _batches(source, texts, tokens, context, labels, inputs_only)
-    return calibrated(resolved, batches, gradients=not inputs_only, labels=labels)
-
-
-def texts_or_moments(calibration: list[str] | None) -> list[str] | Calibration | None:
-    """Returns what ``--calibration`` names."""
-    folder = saved_moments(calibration)
-    if folder is not None:
-        return Calibration.load(folder)
-    return None if calibration is None else load_texts(calibration)
-
-
-def _batches(
-    source: Source, texts: list[str], tokens: int, context: int, labels: Labels, inputs_only: bool
-) -> tuple[torch.Tensor, ...]:
-    batches = _windows(source.model, source.tokenizer, texts, tokens, context)
-    if not inputs_only and labels == "data":
-        check_causal(
-            source.model, torch.cat([b.flatten() for b in batches]), DOING, f"give --inputs-only, or {IN_PYTHON}"
-        )
-    return batches
-
-
-def _windows(model: nn.Module, tokenizer: Any, texts: list[str], tokens: int, context: int) -> tuple[torch.Tensor, ...]:
-    check_takes_text(model, DOING, IN_PYTHON)
-    check_positions(model, context)
-    return torch.split(windows(encode(texts, tokenizer, tokens), context), 1)
-
-
-COMMANDS = (calibrate,)
+COMMANDS = (Command(calibrate, "tdkit calibrate smollm2 --text sotu:calibration --tokens 4096 --out moments"),)

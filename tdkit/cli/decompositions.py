@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from tdkit.cli.output import AsJson, show
-from tdkit.decompositions.registered import decompositions as registry
-from tdkit.errors import RegistryError
-from tdkit.support.tables import table_of
+from tdkit.cli.output import AsJson, Command, show
 
 
 def decompositions(as_json: AsJson = False) -> None:
     """List the decompositions, their options and the packages they come from."""
+    from tdkit.decompositions.registered import decompositions as registry
+    from tdkit.errors import RegistryError
+    from tdkit.support.tables import table_of
+
     rows, data = [], []
     for name, owners in registry.origins().items():
         summary = registry.summary(name)
@@ -28,4 +29,4 @@ def decompositions(as_json: AsJson = False) -> None:
     show(table, data, as_json)
 
 
-COMMANDS = (decompositions,)
+COMMANDS = (Command(decompositions, "tdkit decompositions"),)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from tdkit.cli.output import AsJson, show
-from tdkit.registry import Registry
-from tdkit.sources.models import model_sources
-from tdkit.sources.texts import text_sources
-from tdkit.support.tables import table_of
+from tdkit.cli.output import AsJson, Command, show
 
 
 def sources(as_json: AsJson = False) -> None:
     """List the models and texts that can be given by name and the packages they come from."""
+    from tdkit.registry import Registry
+    from tdkit.sources.models import model_sources
+    from tdkit.sources.texts import text_sources
+    from tdkit.support.tables import table_of
+
     registries: dict[str, Registry[Any]] = {"model": model_sources, "text": text_sources}
     rows, data = [], []
     for kind, registry in registries.items():
@@ -26,4 +27,4 @@ def sources(as_json: AsJson = False) -> None:
     show(table, data, as_json)
 
 
-COMMANDS = (sources,)
+COMMANDS = (Command(sources, "tdkit sources"),)

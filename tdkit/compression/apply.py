@@ -16,7 +16,7 @@ from tdkit.compression.blockwise import fit_in_order
 from tdkit.compression.jobs import Job, ShrinkJob, jobs_of
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.errors import CalibrationError, OptionError, PolicyError
-from tdkit.models.quantization import quantize
+from tdkit.models.quantization import quantize_within
 from tdkit.models.registration import attach
 from tdkit.models.sites import Site
 from tdkit.models.swap import Resized, Swap, swapping
@@ -119,14 +119,14 @@ def compress_resolved(
             else:
                 _fit_all(jobs, known, swap, device, progress)
             if last:
-                _cast(model, made.target)
+                _follow_widths(model, jobs)
+                _cast(swap, made.target)
+                attach(model)
             else:
                 assert calibration is not None
                 sites = [site for site in resolved.survey.sites if site.name in calibration.names]
                 known = recalibrate(model, sites, calibration, device=device, progress=progress)
                 swap.undo()
-    _follow_widths(model, jobs)
-    attach(model)
     return model
 
 
@@ -155,12 +155,13 @@ def _check_options(calibration: object, sequential: bool, passes: int) -> None:
             raise CalibrationError(f"{what} runs the calibration batches again: give calibration= with its batches")
 
 
-def _cast(model: nn.Module, target: Budget | None) -> None:
+def _cast(swap: Swap, target: Budget | None) -> None:
     """Give the model the dtype that the budget asks for."""
     if target is not None and target.dtype in INTEGERS:
-        quantize(model, INTEGERS[target.dtype])
+        quantize_within(swap, INTEGERS[target.dtype])
     elif target is not None and target.dtype is not None:
-        model.to(FLOATS[target.dtype])
+        swap.keep_numbers()
+        swap.model.to(FLOATS[target.dtype])
 
 
 def _check_weights(resolved: Resolved) -> None:
@@ -204,7 +205,15 @@ def _fit_all(
         return [each.cpu() for each in fitted] if together else fitted
 
     together = processes()[1] > 1
-    with progress_bar("fit", len(jobs), progress) as bar:
+    before = after = 0
+    with progress_bar("fit", len(jobs), progress, work=sum(_size(job) for job in jobs)) as bar:
         for job, fitted in zip(jobs, shared(jobs, fit), strict=True):
+            size = _size(job)
+            before, after = before + size, after + sum(each.params for each in fitted)
             swap.put([(site, each.to(site.weight.device)) for site, each in zip(job.sites, fitted, strict=True)])
-            bar.advance()
+            bar.so_far(f"{before:,} -> {after:,} params")
+            bar.advance(work=size)
+
+
+def _size(job: Job) -> int:
+    return sum(site.params for site in job.sites)

@@ -8,7 +8,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +61,7 @@ def compress_folder(
     workers: int = 1,
     overwrite: bool = False,
     card: bool | Card = False,
+    on_plan: Callable[[Plan], object] | None = None,
     progress: bool | None = None,
 ) -> Path:
     """Write the folder that `tdkit.save` writes after `tdkit.compress`, with one layer in memory at a time.
@@ -84,6 +85,7 @@ def compress_folder(
         workers: the number of processes on this machine that share the layers. They divide torch's threads.
         overwrite: replace an earlier save.
         card: write a model card, as in `tdkit.save`.
+        on_plan: called with the plan that is carried out, which the output folder does not hold.
         progress: show a progress bar; when None, only on a terminal.
 
     Returns:
@@ -113,10 +115,12 @@ def compress_folder(
     )
     try:
         with _helpers(job, policy, calibration, workers):
-            job.run(progress)
+            plan = job.run(progress)
     except (BudgetError, OptionError):  # the same call would end here again, and another one does not go on from here
         job.work.remove()
         raise
+    if on_plan is not None:
+        on_plan(plan)
     return job.finish(out, overwrite, card)
 
 
@@ -154,8 +158,8 @@ class _Job:
     work: Work
     device: torch.device | str | None
 
-    def run(self, progress: bool | None) -> None:
-        """Do all of the work but the last step, together with other processes."""
+    def run(self, progress: bool | None) -> Plan:
+        """Do all of the work but the last step, together with other processes; returns the plan."""
         calibration = self._with_curves(progress)
         plan = self._plan(calibration, progress)
         pairs = list(enumerate(self.resolved.pairs(plan)))
@@ -177,9 +181,14 @@ class _Job:
             }
             write_layer(self.work.layer(number), matrix, entry)
 
-        with progress_bar("fit", len(pairs), progress) as bar:
-            for _ in self.work.share(pairs, lambda item: self.work.layer(item[0]), fit):
-                bar.advance()
+        earlier = {number for number, _ in pairs if self.work.layer(number).exists()}
+        before = after = 0
+        with progress_bar("fit", len(pairs), progress, work=sum(step.params_before for _, (step, _) in pairs)) as bar:
+            for number, (step, _) in self.work.share(pairs, lambda item: self.work.layer(item[0]), fit):
+                before, after = before + step.params_before, after + step.params_after
+                bar.so_far(f"{before:,} -> {after:,} params")
+                (bar.before if number in earlier else bar.advance)(1, step.params_before)
+        return plan
 
     def finish(self, out: Path, overwrite: bool, card: bool | Card) -> Path:
         """Write the output folder from the finished layers and remove them, unless another process has done so."""

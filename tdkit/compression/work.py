@@ -17,7 +17,8 @@ from tdkit.decompositions.registered import decomposition, spec_of
 from tdkit.errors import CheckpointError
 from tdkit.models.shards import Entry, write_tensors
 from tdkit.support.claims import claimed, shared_by_claims
-from tdkit.support.files import whole_file, write_text
+from tdkit.support.documents import parse_json, read_json
+from tdkit.support.files import whole_file, write_text, writing
 from tdkit.support.version import VERSION
 
 T = TypeVar("T")
@@ -49,16 +50,25 @@ class Work:
             CheckpointError: when the work in it is of another job or of another version; the message says what differs.
         """
         job = {"version": VERSION, **json.loads(json.dumps(job))}
-        for folder in (self.folder, self.folder / "layers", self.folder / "curves"):
-            folder.mkdir(parents=True, exist_ok=True)
-        with claimed(self.folder / "job.lock", wait=True):
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder), claimed(self.folder / "job.lock", wait=True):
             path = self.folder / JOB
-            if not path.exists():
+            if not path.exists():  # what else is there is of a job whose process was killed while it was removed
+                for place in self.folder.iterdir():
+                    if place.is_dir():
+                        shutil.rmtree(place)
+                    elif place.suffix != ".lock":
+                        place.unlink()
+                for name in ("layers", "curves"):
+                    (self.folder / name).mkdir()
                 write_text(path, json.dumps(job, indent=2))
                 return
             try:
-                known = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
+                known = read_json(path)
+                if not isinstance(known, dict):
+                    raise ValueError(f"it holds a {type(known).__name__}")
+            except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path} is damaged ({error}): delete {self.folder}") from None
         differ = [key for key in {**known, **job} if known.get(key) != job.get(key)]
         if differ:
@@ -109,7 +119,7 @@ def read_entry(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            entry: dict[str, Any] = json.loads(file.metadata()[ENTRY])
+            entry: dict[str, Any] = parse_json(file.metadata()[ENTRY])
             return entry
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): delete it, and it is fitted again") from None
@@ -134,8 +144,11 @@ class KeptCurves:
         return self.path(*key[:2]).exists()
 
     def __getitem__(self, key: CurveKey, /) -> list[Point]:
-        points = json.loads(self.path(*key[:2]).read_text(encoding="utf-8"))
-        return [Point(decomposition(spec), params, error) for spec, params, error in points]
+        path = self.path(*key[:2])
+        try:
+            return [Point(decomposition(spec), int(params), float(error)) for spec, params, error in read_json(path)]
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}): delete it, and it is computed again") from None
 
     def __setitem__(self, key: CurveKey, points: list[Point], /) -> None:
         form = [[spec_of(point.decomposition), point.params, point.error] for point in points]

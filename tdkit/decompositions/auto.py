@@ -17,7 +17,7 @@ from tdkit.errors import OptionError
 from tdkit.fitting.metric import Metric
 from tdkit.shapes import Shape
 
-AMONG = ("shrink", "low_rank", "kronecker", "tt_matrix", "tucker", "spatial_low_rank", "cp")
+AMONG = ("shrink", "low_rank", "kronecker", "tucker", "spatial_low_rank", "cp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,8 @@ class Auto(Decomposition):
     Args:
         among: decompositions, names, or ``{name: {option: value}}``. Each must take the weight's number of
             dimensions; of the default ones, those of tensors are for kernels of more than one position only. `Shrink`
-            is for the MLPs of a model, where there are calibration batches to test that they share hidden units.
+            is for the MLPs of a model, where there are calibration batches to test that they share hidden units. A
+            `TTMatrix` is not among the default ones: with its modes open it is a Kronecker sum.
     """
 
     name: ClassVar[str] = "auto"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
@@ -201,6 +201,21 @@ class FactorizedMatrix(FactorHolder, ABC):
     def indices(self) -> int:
         """Number of elements of the integer buffers, such as permutations."""
         return sum(b.numel() for b in self.buffers() if not b.is_floating_point())
+
+    def fault(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Returns what is wrong with tensors from a file as those of this matrix, or None.
+
+        Integer buffers must have their dtype. A subclass that reads tensors by them checks their values too: an index
+        beyond the end reads memory that is not the tensor's on a GPU.
+
+        Args:
+            tensors: by their names in the ``state_dict``, with the right shapes.
+        """
+        for name, buffer in self.named_buffers():
+            given = tensors.get(name, buffer)
+            if not buffer.is_floating_point() and given.dtype != buffer.dtype:
+                return f"{name} holds {given.dtype}, not {buffer.dtype}"
+        return None
 
     def extra_repr(self) -> str:
         return f"{by(self.sizes)}, {self.decomposition.describe()}, params={self.params}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -49,6 +50,18 @@ class PermutedKroneckerMatrix(KroneckerMatrix):
         self.register_buffer("row_order", _in_order(shape[0], device) if rows else None)
         self.register_buffer("column_source", _in_order(shape[1], device) if columns else None)
         self._row_target = CachedTensor()  # the inverse of the row order
+
+    def fault(self, tensors: Mapping[str, Tensor]) -> str | None:
+        found = super().fault(tensors)
+        for name in ("row_order", "column_source"):
+            order = tensors.get(name)
+            if (
+                found is None
+                and order is not None
+                and not bool((order.sort().values == _in_order(len(order), None)).all())
+            ):
+                found = f"{name} is no permutation of 0 to {len(order) - 1}"
+        return found
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.factors(), *(order for order in buffers_of(self).values() if order is not None))

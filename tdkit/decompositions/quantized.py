@@ -91,6 +91,10 @@ class QuantizedMatrix(FactorizedMatrix):
         for name, buffer in matrix.named_buffers():
             cast(Tensor, getattr(self, _flat(name))).copy_(buffer)
 
+    def fault(self, tensors: Mapping[str, Tensor]) -> str | None:
+        inside = {name: tensors[_flat(name)] for name, _ in self.inner.named_buffers() if _flat(name) in tensors}
+        return super().fault(tensors) or self.inner.fault(inside)
+
     def factors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Returns the factors, decoded, and the buffers, by their names in `inner`."""
         decoded = {name: self._decoded(name, dtype) for name in self.layouts}

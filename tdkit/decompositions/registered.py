@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tdkit.decompositions.base import Decomposition
-from tdkit.errors import OptionError, did_you_mean
+from tdkit.errors import OptionError, did_you_mean, told_as
 from tdkit.registry import Registry, subclass_fault
 
 decompositions: Registry[type[Decomposition]] = Registry(
@@ -55,7 +55,8 @@ def decomposition(spec: Decomposition | str | Mapping[str, Any]) -> Decompositio
         if option not in known:
             hint = did_you_mean(str(option), known)
             raise OptionError(f"{name}: unknown option '{option}'{hint}; known: {', '.join(known) or 'none'}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    with told_as(OptionError, f"{name} ({kind.__module__}) does not take these options"):
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
 
 
 def spec_of(item: Decomposition) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -36,6 +37,15 @@ class SubmatrixMatrix(FactorizedMatrix):
         self.weight = factor(rows or shape[0], columns or shape[1], device=device, dtype=dtype)
         for name, count in (("row_places", rows), ("column_places", columns)):
             self.register_buffer(name, None if count is None else torch.arange(count, device=device))
+
+    def fault(self, tensors: Mapping[str, Tensor]) -> str | None:
+        found = super().fault(tensors)
+        for name, size in (("row_places", self.shape[0]), ("column_places", self.shape[1])):
+            places = tensors.get(name)
+            if found is None and places is not None and places.numel():
+                ascending = bool((places.diff() > 0).all()) and int(places[0]) >= 0 and int(places[-1]) < size
+                found = None if ascending else f"{name} does not rise from 0 to at most {size - 1}"
+        return found
 
     def dense(self) -> Tensor:
         dense = self._scattered(self.weight.T, self.shape[0]).T

@@ -94,6 +94,9 @@ class TTMatrixMatrix(StructuredMatrix):
         return row[:, : self.shape[1], 0].reshape(*ids.shape, self.shape[1])
 
 
+MOST_CORES = 40  # with modes of 2, the cores of the largest weight (`tdkit.shapes.LARGEST`)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TTMatrix(Decomposition):
     """A tensor train of `cores` cores, each carrying one mode of the rows and one of the columns.
@@ -129,6 +132,8 @@ class TTMatrix(Decomposition):
             raise OptionError(f"tt_matrix: in_modes={self.in_modes} and out_modes={self.out_modes} differ in length")
         if lengths:
             object.__setattr__(self, "cores", lengths.pop())
+        if self.cores is not None and self.cores > MOST_CORES:
+            raise OptionError(f"{self.name}: cores={self.cores} must be at most {MOST_CORES}")
         if isinstance(self.ranks, tuple) and len(self.ranks) != self.cores - 1:
             raise OptionError(f"tt_matrix: {len(self.ranks)} ranks for {self.cores} cores; give {self.cores - 1}")
 

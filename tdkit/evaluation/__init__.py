@@ -1,5 +1,6 @@
 """Evaluation of compressed models: metrics on labelled batches, agreement, perplexity, tasks of lm-eval, speed."""
 
+from tdkit.evaluation.batches import measure_batches
 from tdkit.evaluation.comparison import Agreement, agreement
 from tdkit.evaluation.language_models import PROTOCOL, Evaluation, evaluate, perplexity
 from tdkit.evaluation.protocols import Protocol
@@ -18,6 +19,7 @@ __all__ = [
     "Tasks",
     "agreement",
     "evaluate",
+    "measure_batches",
     "measure_tasks",
     "measure_text",
     "perplexity",

@@ -89,7 +89,7 @@ def evaluate(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     sums: list[Tensor] = []
-    seconds, seen = 0.0, 0
+    seconds, seen, loss, count = 0.0, 0, 0.0, 0
     try:
         check_causal(model, ids[windows[0].start : windows[0].end])
         with progress_bar("perplexity", len(windows), progress) as bar:
@@ -107,6 +107,9 @@ def evaluate(
                 scores = logits[:, first - 1 : -1].reshape(targets.numel(), -1).float()
                 losses = F.cross_entropy(scores, targets.reshape(-1), reduction="none").reshape(targets.shape)
                 sums.append(losses.double().sum(1).cpu())
+                loss += float(sums[-1].sum())
+                count += targets.numel()
+                bar.so_far(f"perplexity {math.exp(min(loss / count, 700)):.2f}")
                 bar.advance(len(chunk))
     finally:
         for module, training in modes:
@@ -155,8 +158,9 @@ def _perplexity(
 
 
 MEASURE_OTHERWISE = (
-    "measure it in Python on batches of its inputs, with labels by tdkit.evaluation.score(model, batches, metric) or "
-    "against the dense model by tdkit.evaluation.agreement(model, dense, batches)"
+    "measure it on batches of its inputs, by tdkit eval --data or in Python: with labels by "
+    "tdkit.evaluation.score(model, batches, metric) or against the dense model by "
+    "tdkit.evaluation.agreement(model, dense, batches)"
 )
 
 TESTED_TOKENS = 64

@@ -18,7 +18,7 @@ from tdkit.calibration.runner import device_of
 from tdkit.errors import EvaluationError
 from tdkit.models.sites import factorized_groups, num_bytes, num_params, survey
 from tdkit.sources.source import Source
-from tdkit.support.files import write_text
+from tdkit.support.files import digest_of_file, write_text
 
 PACKAGES = ("tdkit", "torch", "transformers", "tokenizers", "datasets", "lm_eval")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")  # of the first form that a folder has
@@ -98,11 +98,11 @@ class ProtocolReport(Form):
     """How it was measured.
 
     Attributes:
-        name: of the protocol: that of its text, 'windows' for any other text, or 'lm-eval' for a task.
+        name: of the protocol: that of its text, 'windows' for any other text, 'batches', or 'lm-eval' for a task.
         description: in words.
         context: the maximum number of tokens of one input.
         stride: tokens from the start of a window to that of the next; None for a task.
-        windows: number of windows, or of requests of a task.
+        windows: number of windows, of batches, or of requests of a task.
         few_shot: number of examples in a prompt; None for a text.
         limit: maximum number of documents, or None for all.
         version: of the task; None for a text.
@@ -126,14 +126,16 @@ class Figure(Form):
 
 
 class Result(Form):
-    """The figures on one text or task.
+    """The figures on one text, task or data set.
 
     Attributes:
         task: the name of the text or task.
         dataset: the data; None where the task does not say.
         protocol: how it was measured.
-        tokens: number of predicted tokens of a text; of a task, number of tokens that the model saw.
-        tokens_sha256: of the token ids that the model saw, see `tokens_sha256`.
+        tokens: number of predicted tokens of a text; of a task, number of tokens that the model saw; of batches, number
+            of examples.
+        tokens_sha256: of the token ids that the model saw, see `tokens_sha256`; of batches, of the dtypes, shapes and
+            bytes of their tensors.
         figures: by metric.
     """
 
@@ -248,16 +250,11 @@ def _digest(source: Source) -> tuple[str, Literal["file", "files", "tensors"]]:
     folder = Path(source.name)
     files = next((found for form in WEIGHTS if (found := sorted(folder.glob(form)))), []) if folder.is_dir() else []
     if len(files) == 1:
-        return _of_file(files[0]), "file"
+        return digest_of_file(files[0]), "file"
     if files:
-        lines = "".join(f"{_of_file(file)}  {file.name}\n" for file in files)
+        lines = "".join(f"{digest_of_file(file)}  {file.name}\n" for file in files)
         return hashlib.sha256(lines.encode()).hexdigest(), "files"
     return _of_tensors(source.model), "tensors"
-
-
-def _of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _of_tensors(model: nn.Module) -> str:

@@ -18,12 +18,22 @@ def run(model: nn.Module, batch: Batch, number: int) -> tuple[Call, Any]:
     Raises:
         EvaluationError: when the model does not take the batch; the message has its number.
     """
+    call = call_in(model, batch, number)
+    return call, call.run(model)
+
+
+def call_in(model: nn.Module, batch: Batch, number: int) -> Call:
+    """Returns a batch, divided and on the device of the model.
+
+    Raises:
+        EvaluationError: when the model does not take the batch; the message has its number.
+    """
     try:
         call = call_of(model, moved(batch, device_of(model)))
         check_decoder_inputs(model, call)
     except CalibrationError as error:
         raise EvaluationError(f"batch {number}: {error}") from None
-    return call, call.run(model)
+    return call
 
 
 def count_of(batches: Iterable[Batch]) -> int | None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from tdkit.errors import OptionError
+from tdkit.evaluation.batches import agreement_figures
 from tdkit.evaluation.language_models import Evaluation, check_takes_text, evaluate
 from tdkit.evaluation.protocols import Protocol, named
 from tdkit.evaluation.reports import DatasetIdentity, Figure, ProtocolReport, Result, tokens_sha256
 from tdkit.sources.documents import Text, sha256
 from tdkit.sources.source import Source
-from tdkit.sources.texts import encode, read_text
+from tdkit.sources.texts import encode, read_text, windows
 
 TOKENS = 16384  # of a text without a protocol of its own
 
@@ -100,3 +104,37 @@ def measure_text(
         tokens_sha256=tokens_sha256([ids]),
         figures={"perplexity": Figure(value=measured.perplexity, stderr=measured.stderr)},
     ), measured
+
+
+def compare_text(
+    result: Result,
+    source: Source,
+    dense: Source,
+    text: Text,
+    *,
+    tokens: int | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    progress: bool | None = None,
+) -> tuple[Result, Evaluation]:
+    """Add to a result of `measure_text` how the model compares with the dense one on the same text.
+
+    Args:
+        result: of `source` on `text`, measured with the same `tokens`, `context` and `batch`.
+        dense: the model before; it is given the token ids of the tokenizer of `source`.
+
+    Returns:
+        The result with "dense perplexity" and the figures of `agreement_figures`, on non-overlapping windows; and the
+        evaluation of the dense model.
+    """
+    same = replace(dense, tokenizer=source.tokenizer)
+    of_dense, measured = measure_text(same, text, tokens=tokens, context=context, batch=batch, progress=progress)
+    protocol = protocol_of(text, context)
+    ids = encode(text.documents, source.tokenizer, limit_of(text, tokens), special_tokens=protocol.special_tokens)
+    rows = torch.split(windows(ids, min(protocol.context, len(ids))), batch)
+    figures = {
+        **result.figures,
+        "dense perplexity": of_dense.figures["perplexity"],
+        **agreement_figures(source.model, dense.model, rows, progress=progress),
+    }
+    return result.model_copy(update={"figures": figures}), measured

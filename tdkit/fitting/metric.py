@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from tdkit.errors import CalibrationError
 from tdkit.fitting.linalg import working
+from tdkit.shapes import Shape, by
 
 # Shares of the mean diagonal. Tuned by hand; `python tests/benchmarks/accuracy.py --run FOLDER` measures a change.
 INPUT_RIDGE = 1e-5  # added to C
@@ -37,6 +39,24 @@ class Metric:
 
     input: Tensor | None = None
     output: Tensor | None = None
+
+    def check(self, name: str, shape: Shape) -> None:
+        """Check that the moments are those of a weight of `shape` (out, in, *kernel), or of a stack of matrices.
+
+        Raises:
+            CalibrationError: when they are of another weight; the message names the layer `name`.
+        """
+        sides = (
+            ("inputs", self.input, math.prod(shape[1:]), shape[-1]),
+            ("output gradients", self.output, shape[0], shape[1]),
+        )
+        for what, moment, size, inner in sides:
+            right = {(size,), (size, size)} | ({(shape[0], inner, inner)} if len(shape) == 3 else set())
+            if moment is not None and tuple(moment.shape) not in right:
+                raise CalibrationError(
+                    f"{name}: the moments of its {what} are {by(tuple(moment.shape))}, and its weight is {by(shape)}: "
+                    "calibrate this model"
+                )
 
     def of(self, members: int | slice) -> Metric:
         """The metric of one member of a stack, or of some of them; one without moments (members, n, n) is unchanged."""

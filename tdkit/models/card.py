@@ -13,6 +13,7 @@ from torch import nn
 
 from tdkit.models import huggingface
 from tdkit.models.sites import factorized_groups, num_bytes, num_params
+from tdkit.support.documents import parse_yaml
 
 CARD = "README.md"
 UNKNOWN = "unknown"
@@ -141,7 +142,7 @@ def _front(path: Any) -> dict[str, Any]:
     """The front matter of a card; empty when there is none that can be read."""
     try:
         _, front, _ = Path(path).read_text(encoding="utf-8").split("---", 2)
-        found = yaml.safe_load(front)
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        found = parse_yaml(front)
+    except (OSError, ValueError, TypeError):
         return {}
     return found if isinstance(found, dict) else {}

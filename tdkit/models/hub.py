@@ -47,7 +47,7 @@ def push_to_hub(
     """
     from huggingface_hub import HfApi, errors
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repository)

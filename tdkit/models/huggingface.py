@@ -8,13 +8,15 @@ from __future__ import annotations
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tdkit.errors import CheckpointError, MissingDependencyError
+from tdkit.errors import CheckpointError, MissingDependencyError, reason_of, told_as
+from tdkit.models.configs import check_size, read_config
 from tdkit.models.hosts.in_place import InPlaceLayer
 from tdkit.support.compatibility import parameters_on_meta, unsharded_class
 
@@ -85,28 +87,27 @@ def empty_model(description: Mapping[str, Any], folder: Path, class_: str | type
     Raises:
         CheckpointError: when the model is not of transformers, its class is unknown, or its config cannot be read.
     """
-    package = transformers() if class_ is not None or description.get("kind") in ("transformers", "subclass") else None
-    if package is None:
+    if class_ is None and description.get("kind") not in ("transformers", "subclass"):
         raise CheckpointError(
             f"{folder} holds a {description.get('class')}, which is not a transformers model: "
-            "build the dense model and pass it, tdkit.load(folder, model=fresh)"
+            "build the dense model and pass it, tdkit.load(folder, model=fresh), or on the command line "
+            f"--model MODULE:NAME --weights {folder}"
         )
+    transformers()
+    kind = _shipped(description, folder) if class_ is None else _imported(class_)
     try:
-        if class_ is not None:
-            kind = _imported(class_)
-            config = kind.config_class.from_pretrained(folder, local_files_only=True)
-        else:
-            kind = _shipped(description, folder)
-            config = package.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = read_config(folder, None if class_ is None else kind)
+    except CheckpointError:  # a ValueError too
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{folder} lacks a readable config.json: {error}") from None
     if hasattr(config, "quantization_config"):  # describes the file; the model is dense
         del config.quantization_config
     if description.get("attention") in EXACT_ATTENTION:
         config._attn_implementation = description["attention"]
-    return _built(kind, config)
+    check_size(kind, config, folder)
+    with told_as(CheckpointError, f"{folder / 'config.json'} describes a model that cannot be built"):
+        return _built(kind, config)
 
 
 def _built(build: Callable[[Any], Any], config: Any) -> Any:
@@ -117,6 +118,14 @@ def _built(build: Callable[[Any], Any], config: Any) -> Any:
         model = build(config)
     model.tie_weights()  # no_init_weights skips this too
     return model
+
+
+def builder_of(kind: Any) -> Callable[[Any], Any]:
+    """Returns the function that builds a model of the class `kind`, which may be ``AutoModel``, from a config."""
+    if kind is transformers().AutoModel:
+        return partial(kind.from_config, trust_remote_code=False)
+    build: Callable[[Any], Any] = kind
+    return build
 
 
 def weightless_model(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:
@@ -135,7 +144,7 @@ def weightless_model(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
-        model = _built(kind.from_config if kind is transformers().AutoModel else kind, config)
+        model = _built(builder_of(kind), config)
     finally:
         torch.set_default_dtype(before)
     kept = set(model._keep_in_fp32_modules_strict or ()) if dtype.itemsize < 4 else set()
@@ -252,5 +261,5 @@ def generation_config(model: nn.Module, folder: Path) -> Any:
         return None
     try:
         return transformers().GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
+    except Exception as error:  # whatever the class of the config makes of it
+        raise CheckpointError(f"{path} is damaged: {reason_of(error)}") from None

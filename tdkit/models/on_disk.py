@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdkit.errors import CheckpointError
 from tdkit.models.hosts.in_place import parametrized
-from tdkit.models.shards import Shards
+from tdkit.models.shards import Shards, same_bits
 from tdkit.models.sites import User
 from tdkit.support.compatibility import buffers_of, parameters_of
 
@@ -163,7 +163,7 @@ class OnDisk:
 
     def _check_tie(self, names: list[str]) -> None:
         for other in names[1:]:
-            if not torch.equal(self.shards.read(names[0]), self.shards.read(other)):
+            if not same_bits(self.shards.read(names[0]), self.shards.read(other)):
                 raise CheckpointError(
                     f"{names[0]} and {other} are one tensor in this model, two in the files of {self.folder}: "
                     "set tie_word_embeddings to false in its config.json"

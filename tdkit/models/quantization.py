@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from tdkit.decompositions.quantized import Quantized, QuantizedMatrix, quantized
 from tdkit.errors import PolicyError
 from tdkit.fitting.quantization import Bits, check_torchao
 from tdkit.models.sites import Site, factorized_groups, survey
-from tdkit.models.swap import swapping
+from tdkit.models.swap import Swap, swapping
 from tdkit.support.compatibility import submodules_of, uncompiled
 
 
@@ -39,9 +39,20 @@ def quantize(
         OptionError: when bits or group is not supported, torchao is not installed, or weights are not finite.
         PolicyError: when no weight matches.
     """
-    rounding = Quantized(bits=bits, group=group)  # checks the options
+    Quantized(bits=bits, group=group)  # checks the options
     check_torchao()
     model = uncompiled(model)
+    with swapping(model, survey(model).sites if dense else ()) as swap:
+        quantize_within(swap, bits, group=group, match=match, dense=dense)
+    return model
+
+
+def quantize_within(
+    swap: Swap, bits: Bits = 8, *, group: int = 0, match: str | Sequence[str] = "*", dense: bool = True
+) -> None:
+    """As `quantize`, of the model of `swap`, whose `undo` takes it back."""
+    model, rounding = swap.model, Quantized(bits=bits, group=group)
+    check_torchao()
     globs = [match] if isinstance(match, str) else list(match)
 
     def matches(names: Sequence[str]) -> bool:
@@ -56,20 +67,27 @@ def quantize(
     if not factorized and not sites:
         raise PolicyError(f"quantize: no weight of the model matches {', '.join(globs)} and is not quantized yet")
     replaced = {id(matrix): quantized(matrix, bits, group) for matrix in factorized}
-    with swapping(model, sites) as swap:
-        for site in sites:
-            swap.put([(site, _rounded(site, rounding))])
-        _replace(model, replaced)
-    return model
+    for site in sites:
+        swap.put([(site, _rounded(site, rounding))])
+    _replace(swap, replaced)
 
 
 def _rounded(site: Site, rounding: Quantized) -> FactorizedMatrix:
     return rounding.fit(site.weight.detach())
 
 
-def _replace(model: nn.Module, replaced: dict[int, QuantizedMatrix]) -> None:
-    for module in list(model.modules()):
-        children = submodules_of(module)
-        for name, child in list(children.items()):
-            if id(child) in replaced:
-                children[name] = replaced[id(child)]
+def _replace(swap: Swap, replaced: Mapping[int, FactorizedMatrix]) -> None:
+    places = [
+        (children, name, child)
+        for children in map(submodules_of, swap.model.modules())
+        for name, child in children.items()
+        if id(child) in replaced
+    ]
+
+    def restore() -> None:
+        for children, name, child in places:
+            children[name] = child
+
+    swap.when_undone(restore)
+    for children, name, child in places:
+        children[name] = replaced[id(child)]

@@ -34,6 +34,7 @@ from tdkit.models.checkpoint.rewriting import rewrite
 from tdkit.models.checkpoint.sizes import Sizes, resize, sizes_of
 from tdkit.models.checkpoint.tensors import markers, shapes_in, tensors_and_ties, tied_as_in
 from tdkit.models.hosts.base import FactorizedModule
+from tdkit.models.shards import DTYPES
 from tdkit.models.sites import factorized_layers, is_compressed
 from tdkit.models.swap import swapping
 from tdkit.shapes import Shape
@@ -137,6 +138,12 @@ class FactorsQuantizer(HfQuantizer):  # type: ignore[misc]
             if tensor.stride() != wanted.stride() or tensor.dtype != dtype or misplaced:
                 placed = torch.empty_strided(tensor.shape, wanted.stride(), dtype=dtype, device=tensor.device)
                 tensor.data = placed.copy_(tensor.data)
+        for layer, module in factorized_layers(model):
+            for matrix in module.matrices.values():
+                own = {name: tensor for name, tensor in matrix.state_dict().items() if not tensor.is_meta}
+                fault = matrix.fault(own)
+                if fault is not None:
+                    raise CheckpointError(f"the files are damaged: of layer {layer}, {fault}")
         buffers = dict(model.named_buffers())
         for name, kind in self._dtypes.items():
             buffers[name].data = buffers[name].data.to(kind)
@@ -229,6 +236,8 @@ class _Files:
                 raise CheckpointError(
                     f"{place}: the files hold {name} as {entry[0]}, the description says {tuple(tensor.shape)}"
                 )
+            if not tensor.is_floating_point() and DTYPES.get(entry[1]) != tensor.dtype:
+                raise CheckpointError(f"{place}: the files hold {name} as {entry[1]}, its layer takes {tensor.dtype}")
 
 
 def _sizes_in(model: Any, sizes: Sizes) -> dict[str, Shape]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from tdkit.models.sites import is_compressed
 from tdkit.support.imports import when_imported
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def register() -> None:
@@ -29,6 +29,7 @@ def attach(model: nn.Module) -> None:
     if package is None:
         return
     from tdkit.models.quantizer import quantizer_of
+    from tdkit.models.sites import is_compressed
 
     for module in model.modules():
         if isinstance(module, package.PreTrainedModel) and is_compressed(module):

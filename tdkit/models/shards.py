@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tdkit.errors import CheckpointError
 from tdkit.shapes import Shape
+from tdkit.support.documents import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -132,6 +133,14 @@ def read_tensor(path: Path, name: str) -> Tensor:
         return tensor
 
 
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Returns whether two tensors on the CPU have one dtype, one shape and the same bits; NaN is the same as itself."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    whole = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)]
+    return torch.equal(*whole)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Returns the files with the tensors of a folder: one, or the shards of an index.
 
@@ -146,7 +155,7 @@ def weight_files(folder: Path) -> list[Path]:
             "and write it with model.save_pretrained(folder)"
         )
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = read_json(folder / INDEX)
         names = sorted(set(index["weight_map"].values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError(f"{names!r} are no names of files")

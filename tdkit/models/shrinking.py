@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.decompositions.submatrix import Submatrix
-from tdkit.errors import PolicyError
 from tdkit.fitting.elimination import refitted
 from tdkit.fitting.linalg import working
 from tdkit.fitting.metric import Metric, root_and_inverse
@@ -44,8 +43,10 @@ def problem_of(group: Group, metric: Metric | None) -> Problem:
 
     Raises:
         PolicyError: when the weight has NaN or infinite entries.
+        CalibrationError: when the metric is that of a weight of another shape.
     """
     metric = metric or Metric()
+    metric.check(group.name, group.consumer.site.shape)
     weight = working(finite(group.consumer))
     if group.consumer.axis == 0:
         turned = Metric(metric.ridged_output(), metric.ridged_input())  # ridged as the sides that they are
@@ -147,7 +148,4 @@ def finite(part: Part) -> Tensor:
     Raises:
         PolicyError: when it has NaN or infinite entries.
     """
-    weight = part.site.weight.detach()
-    if not bool(torch.isfinite(weight).all()):
-        raise PolicyError(f"{part.site.name} holds NaN or infinite weights: repair it, or keep it with a rule")
-    return weight
+    return part.site.finite_weight()

@@ -7,10 +7,12 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.errors import PolicyError
 from tdkit.models.hosts.base import DENSE_SHAPE, FactorizedModule, Host, become, unsupported
 from tdkit.models.hosts.in_place import parametrized
 from tdkit.models.hosts.registered import builder_of, host_of
@@ -89,6 +91,17 @@ class Site:
     def weight(self) -> Tensor:
         """The weight as a view of `shape`; `read` anew in each access where the model does not hold its values."""
         return self.users[0].tensor if self.read is None else self.read()
+
+    def finite_weight(self) -> Tensor:
+        """Returns `weight` without its graph.
+
+        Raises:
+            PolicyError: when it has NaN or infinite entries.
+        """
+        weight = self.weight.detach()
+        if not bool(torch.isfinite(weight).all()):
+            raise PolicyError(f"{self.name} holds NaN or infinite weights: repair it, or keep it with a rule")
+        return weight
 
     @property
     def params(self) -> int:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import copy
 import logging
-import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import TensorWeakRef
 
 from tdkit.decompositions.base import FactorizedMatrix
+from tdkit.errors import CheckpointError
+from tdkit.models.attributes import Attributes
 from tdkit.models.hosts.base import become, install, install_resized
 from tdkit.models.sites import Site, User, changes_in_place, replace_module
 from tdkit.models.ties import follow_ties
+from tdkit.support.aside import Aside, Place
 from tdkit.support.compatibility import own_parameters, parameters_of, shallow_copy
 
 
@@ -36,6 +36,11 @@ class Resized:
 
     weight: Tensor
     bias: Tensor | None
+
+    @property
+    def params(self) -> int:
+        """The number of entries of the weight."""
+        return self.weight.numel()
 
     def to(self, device: torch.device) -> Resized:
         return Resized(self.weight.to(device), None if self.bias is None else self.bias.to(device))
@@ -90,24 +95,24 @@ class _Spilled:
     """A weight spilled to a file.
 
     Attributes:
-        path: the file.
+        place: in the file.
         stride: the strides of the weight.
         device: the device of the weight.
         original: a weak reference to the parameter, which is reused if it is still alive.
         placeholder: the parameter on the meta device that replaces it in the layers.
     """
 
-    path: Path
+    place: Place
     stride: tuple[int, ...]
     device: torch.device
     original: TensorWeakRef
     placeholder: nn.Parameter
 
-    def restored(self) -> nn.Parameter:
+    def restored(self, file: Aside) -> nn.Parameter:
         held = self.original()
         if held is not None:
             return cast(nn.Parameter, held)
-        stored = load_file(self.path)["weight"]
+        stored = file.get(self.place)
         weight = torch.empty_strided(stored.shape, self.stride, dtype=stored.dtype, device=self.device).copy_(stored)
         return nn.Parameter(weight, requires_grad=self.placeholder.requires_grad)
 
@@ -117,7 +122,7 @@ class Swap:
 
     Args:
         model: the model whose layers are replaced.
-        spill: write the replaced weights to temporary files and release them, so that memory shrinks while the
+        spill: write the replaced weights to a temporary file and release them, so that memory shrinks while the
             model is compressed; `undo` reads them back. A weight or layer with other references stays in memory,
             and `undo` restores that same object.
     """
@@ -126,7 +131,8 @@ class Swap:
         self.model = model
         self._replaced: dict[str, _Replaced] = {}  # by the name of the layer, in order
         self._spilled: list[_Spilled] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="tdkit-weights-") if spill else None
+        self._undo = [Attributes(model).restore]
+        self._file = _file() if spill else None
 
     def dense(self, layer: str) -> nn.Module:
         """Returns the dense layer of this name, also once it is replaced.
@@ -152,12 +158,31 @@ class Swap:
                 if id(record) not in built:
                     built[id(record)] = record.take(_built(user, record, matrix))
                 replace_module(self.model, user.layer, built[id(record)])
-            if self._folder is not None and weight is not None:
-                self._spill(weight, site, records, Path(self._folder.name))
+            if self._file is not None and weight is not None:
+                self._spill(weight, site, records, self._file)
+
+    def when_undone(self, call: Callable[[], None]) -> None:
+        """Call ``call()`` in `undo`, once the layers are restored; what was given last is called first."""
+        self._undo.append(call)
+
+    def keep_numbers(self) -> None:
+        """Make `undo` give the tensors that the model has now the memory that they have now, after a cast of them."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        held = [(tensor, tensor.data) for tensor in tensors if not is_lazy(tensor)]
+
+        def restore() -> None:
+            for tensor, data in held:
+                tensor.data = data
+
+        self.when_undone(restore)
 
     def undo(self) -> None:
-        """Restore all replaced layers."""
-        restored = {id(spilled.placeholder): spilled.restored() for spilled in self._spilled}
+        """Restore all replaced layers, and what the model knows of them.
+
+        Raises:
+            CheckpointError: when spilled weights cannot be read back; the other layers are restored all the same.
+        """
+        restored, lost = self._read_back()
         for name, record in reversed(self._replaced.items()):
             original = record.original()
             dense = record.dense if original is None or record.in_place else original
@@ -168,15 +193,33 @@ class Swap:
                 become(original, dense)
                 dense = original
             replace_module(self.model, name, dense)
+        while self._undo:
+            self._undo.pop()()
         self._replaced.clear()
         self._spilled.clear()
+        if lost:
+            raise CheckpointError(
+                f"{len(lost)} weights that were set aside on disk cannot be read back ({lost[0]}) and are on the meta "
+                "device now: load the model again"
+            )
 
     def close(self) -> None:
-        """Release the replaced layers and delete the files; `undo` is no longer possible."""
+        """Release the replaced layers and delete the file; `undo` is no longer possible."""
         self._replaced.clear()
         self._spilled.clear()
-        if self._folder is not None:
-            self._folder.cleanup()
+        if self._file is not None:
+            self._file.close()
+
+    def _read_back(self) -> tuple[dict[int, nn.Parameter], list[OSError]]:
+        """Returns the spilled weights, by the ids of their placeholders, and the errors of those that are lost."""
+        restored, lost = {}, []
+        for spilled in self._spilled:
+            assert self._file is not None
+            try:
+                restored[id(spilled.placeholder)] = spilled.restored(self._file)
+            except OSError as error:
+                lost.append(error)
+        return restored, lost
 
     def _record(self, user: User, options: Mapping[str, Mapping[str, Any]] | None) -> _Replaced:
         """Returns the record of a layer; all names of a layer share one record."""
@@ -192,19 +235,25 @@ class Swap:
             self._replaced[user.layer] = record
         return self._replaced[user.layer]
 
-    def _spill(self, weight: Tensor, site: Site, records: list[_Replaced], folder: Path) -> None:
-        path = folder / f"{len(self._spilled):06}.safetensors"
+    def _spill(self, weight: Tensor, site: Site, records: list[_Replaced], file: Aside) -> None:
         try:
-            save_file({"weight": weight.detach().contiguous()}, path)
-        except (OSError, SafetensorError) as error:
-            _log.warning("no room to spill weights to %s (%s): they stay in memory", folder, error)
-            path.unlink(missing_ok=True)
+            place = file.put(weight)
+        except OSError as error:
+            _log.warning("no room to spill weights to the temporary folder (%s): they stay in memory", error)
             return
         empty = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
         placeholder = nn.Parameter(empty, requires_grad=weight.requires_grad)
-        self._spilled.append(_Spilled(path, weight.stride(), weight.device, TensorWeakRef(weight), placeholder))
+        self._spilled.append(_Spilled(place, weight.stride(), weight.device, TensorWeakRef(weight), placeholder))
         for user, record in zip(site.users, records, strict=True):
             record.forget(user.weight, placeholder)
+
+
+def _file() -> Aside | None:
+    try:
+        return Aside()
+    except OSError as error:
+        _log.warning("no temporary file to spill weights to (%s): they stay in memory", error)
+        return None
 
 
 def _built(user: User, record: _Replaced, matrix: FactorizedMatrix | Resized) -> nn.Module:

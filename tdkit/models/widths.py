@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from tdkit.models.attributes import WIDTHS, configs_of
 from tdkit.models.groups.group import Group
 from tdkit.models.hosts.base import DENSE_SHAPE
 from tdkit.models.huggingface import is_transformers
-
-ENTRIES = (  # of the configs of transformers, that hold the number of hidden units of an MLP
-    *("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "n_inner", "d_inner"),
-    *("hidden_dim", "ffn_hidden_size", "feed_forward_hidden_size"),
-)
 
 
 def follow_widths(model: nn.Module, groups: Sequence[Group], units: int) -> bool:
@@ -35,33 +31,20 @@ def follow_widths(model: nn.Module, groups: Sequence[Group], units: int) -> bool
         return False
     before = groups[0].units
     tried = copy.deepcopy(model.config)
-    changed = [_set(config, name, before, units) for config in _configs(tried) for name in ENTRIES]
+    changed = [_set(config, name, before, units) for config in configs_of(tried) for name in WIDTHS]
     if not any(changed) or not _fits(model, tried):
         return False
-    for config in _configs(model.config):
-        for name in ENTRIES:
+    for config in configs_of(model.config):
+        for name in WIDTHS:
             _set(config, name, before, units)
     for group in groups:
         for site in group.sites:
             vars(site.users[0].module).pop(DENSE_SHAPE, None)
             parent = model.get_submodule(site.users[0].layer.rpartition(".")[0])
-            for name in ENTRIES:
+            for name in WIDTHS:
                 if vars(parent).get(name) == before:
                     setattr(parent, name, units)
     return True
-
-
-def _configs(config: Any) -> Iterator[Any]:
-    """Iterate over a config and those of the parts of a model inside it."""
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, _base_of(config)):
-            yield from _configs(value)
-
-
-def _base_of(config: Any) -> type:
-    """The class of all configs, which is the last but ``object`` that has ``to_dict``."""
-    return [kind for kind in type(config).__mro__ if "to_dict" in vars(kind)][-1]
 
 
 def _set(config: Any, name: str, before: int, units: int) -> bool:

@@ -77,16 +77,15 @@ class OpenSite:
         """Returns the weight in that shape.
 
         Raises:
-            PolicyError: when it is on the meta device.
+            PolicyError: when it is on the meta device, or has NaN or infinite entries.
         """
         assert isinstance(self.site, Site)
-        weight = self.site.weight.detach()
-        if weight.is_meta:
+        if self.site.weight.is_meta:
             raise PolicyError(
                 f"{self.site.name} is on the meta device and holds no numbers, which choosing by error needs: load the "
                 "model, or name one decomposition and plan without calibration"
             )
-        return self.kind.view(weight)
+        return self.kind.view(self.site.finite_weight())
 
     def complete(
         self, share: float, calibration: Calibration | None, costs: Costs | None = None
@@ -111,7 +110,9 @@ class OpenSite:
         if not self.is_choice():
             return self.kind.complete(self.shape, most)
         metric = calibration.metric(self.site.name) if calibration else None
-        return self.kind.best_within(self.weight(), metric, most)
+        if metric is not None:
+            metric.check(self.site.name, self.site.shape)
+        return self.kind.best_within(self.weight().clone(), metric, most)  # the model's own is not handed over
 
     def is_choice(self) -> bool:
         """Returns whether `kind` has several alternatives to choose from."""

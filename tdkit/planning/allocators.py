@@ -58,10 +58,11 @@ class Request:
             return [point for kind in kinds for point in self.calibration.curve(site, kind)]
 
         found = {}
-        with progress_bar("error curves", len(sites), self.progress) as bar:
+        work = sum(open_site.site.params for open_site in sites)
+        with progress_bar("error curves", len(sites), self.progress, work=work) as bar:
             for open_site, points in zip(sites, shared(sites, curve), strict=True):
                 found[open_site.site.name] = points
-                bar.advance()
+                bar.advance(work=open_site.site.params)
         return found
 
 

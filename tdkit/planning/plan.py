@@ -12,12 +12,12 @@ from tdkit.errors import PolicyError, TdkitError
 from tdkit.models.sites import Untouchable
 from tdkit.planning.budget import Budget
 from tdkit.planning.step import Step
-from tdkit.planning.table import plan_table
+from tdkit.planning.table import PlanTable, plan_table
+from tdkit.support.documents import parse_json
 from tdkit.support.tables import render
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table
 
 FORMAT_VERSION = 2
 
@@ -153,20 +153,29 @@ class Plan:
             faults.append(str(error))
         if faults:
             raise PolicyError("not a tdkit plan:\n" + "\n".join(faults))
-        warnings = tuple(str(text) for text in form.get("warnings", ()))
+        warnings = form.get("warnings", [])
+        if not isinstance(warnings, list) or not all(isinstance(text, str) for text in warnings):
+            raise PolicyError(f"not a tdkit plan: warnings={warnings!r} must be texts")
+        Budget.read(form.get("budget"), "not a tdkit plan: budget")
         sizes = form["params_before"], form["params_after"]
         counts = [form.get(key) for key in ("bytes_before", "bytes_after")]
         for count in counts:
             if count is not None and (type(count) is not int or count < 0):
                 raise PolicyError(f"not a tdkit plan: bytes {count!r} must be a count or null")
-        return cls(tuple(steps), *sizes, untouchable, form.get("budget"), warnings, *counts)
+        return cls(tuple(steps), *sizes, untouchable, form.get("budget"), tuple(warnings), *counts)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
+        """Returns a plan from the text that `to_json` returns.
+
+        Raises:
+            PolicyError: when the text is not JSON, or as `from_dict`.
+        """
         try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+            form = parse_json(text)
+        except ValueError as error:
             raise PolicyError(f"not a tdkit plan: {error}") from None
+        return cls.from_dict(form)
 
     def summary(self) -> str:
         """Returns two lines: the share of the weights that is rewritten, and the size of the whole model."""
@@ -190,14 +199,16 @@ class Plan:
         before = "" if self.bytes_before is None else f"{megabytes(self.bytes_before)} -> "
         return f"; {before}{megabytes(self.bytes_after)}{dtype}"
 
-    def table(self, *, every: bool = False) -> Table:
+    def table(self, *, every: bool = False) -> PlanTable:
         """Returns a table with layer, shape, replacement, parameters, multiply-adds and paths.
 
-        Relative error, estimated loss and runner-up are added where they are known.
+        Relative error, estimated loss and runner-up are added where they are known. Columns that its width has no room
+        for are left out, and a line says which.
 
         Args:
-            every: one row per layer even in a long plan; otherwise layers that differ only in their depth
-                and have the same shape and decomposition share a row, with the range of their ranks.
+            every: one row per layer, also for those that stay dense; otherwise layers of a long plan that differ only
+                in their depth and have the same shape and decomposition share a row, with the range of their ranks,
+                and those that stay dense are summed up below the table, by reason.
         """
         return plan_table(self.steps, self.untouchable, every=every)
 

@@ -16,6 +16,7 @@ from tdkit.planning.allocators import allocators
 from tdkit.planning.budget import Budget, check_ratio
 from tdkit.planning.rule import Rule, refuse_unknown
 from tdkit.planning.unmatched import unmatched
+from tdkit.support.documents import parse_yaml, read_yaml
 
 __all__ = ["Policy", "Rule"]
 
@@ -158,12 +159,11 @@ class Policy:
         """Returns a policy from YAML text, or from a YAML file when given a `Path`.
 
         Raises:
-            PolicyError: when the text is not YAML, or as `from_dict`.
+            PolicyError: when the file cannot be read or the text is not YAML, or as `from_dict`.
         """
-        if isinstance(text, Path):
-            text = text.read_text(encoding="utf-8")
+        place = f"policy file {text}" if isinstance(text, Path) else "the policy"
         try:
-            form = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise PolicyError(f"not YAML: {error}") from None
+            form = read_yaml(text) if isinstance(text, Path) else parse_yaml(text)
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"{place} cannot be read: {error}") from None
         return cls.from_dict(form)

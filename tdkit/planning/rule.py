@@ -14,6 +14,7 @@ from tdkit.errors import PolicyError, did_you_mean
 from tdkit.models.sites import Site
 from tdkit.planning.adapters import adapter_of
 from tdkit.planning.budget import check_ratio
+from tdkit.support.patterns import expression
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class Rule:
     """Selects layers by name, type, size or a predicate, and sets their decomposition or keeps them dense.
 
     Args:
-        match: a glob over layer names (``*`` also matches dots), or ``re:`` followed by a regular expression that
-            must match the whole name. A tied weight is matched by the name of any of its layers.
+        match: a glob over layer names (``*`` also matches dots), or ``re:`` followed by a regular expression without
+            references to groups, which must match the whole name. A tied weight is matched by the name of any of its
+            layers.
         decomposition: a decomposition, its name, or ``{name: {options}}``.
         keep: keep the selected layers dense.
         types: layer types to select, such as ``("Linear", "Conv2d")``, by the name of the layer's class or of one that
@@ -61,8 +63,8 @@ class Rule:
             raise PolicyError(f"rule match={self.match!r} must be a glob or 're:' and a regular expression")
         if self.match.startswith("re:"):
             try:
-                re.compile(self.match[3:])
-            except re.error as error:
+                expression(self.match[3:])
+            except ValueError as error:
                 raise PolicyError(f"rule '{self.match}' is not a regular expression: {error}") from None
         if self.decomposition is not None:
             object.__setattr__(self, "decomposition", decomposition(self.decomposition))
@@ -93,7 +95,7 @@ class Rule:
     def names_match(self, name: str) -> bool:
         """Returns whether the pattern matches a layer name."""
         if self.match.startswith("re:"):
-            return re.fullmatch(self.match[3:], name) is not None
+            return expression(self.match[3:]).matches(name)
         return fnmatch.fnmatchcase(name, self.match)
 
     def spells_out(self, name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.registered import decomposition, spec_of
 from tdkit.errors import PolicyError, did_you_mean
-from tdkit.shapes import Shape
+from tdkit.shapes import Shape, is_weight_shape
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _are_names(value: Any) -> bool:
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, list) and len(value) >= 2 and all(type(size) is int and size > 0 for size in value)
+    return isinstance(value, list) and is_weight_shape(value)
 
 
 ENTRIES: dict[str, tuple[str, Callable[[Any], bool], bool]] = {  # description, check, whether optional

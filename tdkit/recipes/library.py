@@ -8,10 +8,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from tdkit.errors import RecipeError, RegistryError, did_you_mean
+from tdkit.errors import RecipeError, RegistryError, TdkitError, did_you_mean
 from tdkit.recipes.recipe import Recipe
+from tdkit.support.documents import parse_yaml, read_text
 
 GROUP = "tdkit.recipes"
 BUILT_IN = "tdkit.recipes"
@@ -29,8 +28,10 @@ def recipe_files() -> dict[str, list[tuple[str, Any]]]:
     for owner, package in packages:
         try:
             folder = resources.files(import_module(package))
-        except ImportError as error:
-            raise RegistryError(f"the recipes of package {owner} ({package}) failed to import: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise RegistryError(
+                f"the recipes of package {owner} ({package}) failed to import: {type(error).__name__}: {error}"
+            ) from error
         for file in folder.iterdir():
             if file.name.endswith(".yaml"):
                 found.setdefault(file.name.removesuffix(".yaml"), []).append((owner, file))
@@ -47,8 +48,8 @@ def recipe_text(name: str) -> str:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            return read_text(path)
+        except (OSError, ValueError) as error:
             raise RecipeError(f"recipe file {path} cannot be read: {error}") from None
     files = recipe_files()
     if name not in files:
@@ -70,9 +71,11 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: when an override or the recipe is invalid; lists all faults of the recipe.
     """
     try:
-        form = yaml.safe_load(recipe_text(name))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name}: not YAML: {error}") from None
+        form = parse_yaml(recipe_text(name))
+    except TdkitError:  # some are ValueErrors too
+        raise
+    except ValueError as error:
+        raise RecipeError(f"{name}: {error}") from None
     for override in overrides:
         _override(form, override)
     return Recipe.from_dict(form, name)
@@ -83,9 +86,9 @@ def _override(form: Any, override: str) -> None:
     if not separator or not path:
         raise RecipeError(f"override '{override}' must be key=value, such as model=PATH or data.context=512")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override '{override}': the value is not YAML: {error}") from None
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise RecipeError(f"override '{override}': the value cannot be read: {error}") from None
     keys = path.split(".")
     place = form
     for number, key in enumerate(keys):

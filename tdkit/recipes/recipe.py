@@ -19,13 +19,18 @@ from tdkit.calibration.losses import Labels
 from tdkit.errors import RecipeError, SourceError, TdkitError
 from tdkit.planning.planner import calibrated
 from tdkit.planning.resolution import Resolved
+from tdkit.records.record import Data, Record
 from tdkit.registry import Registry
+from tdkit.sources.documents import sha256
 from tdkit.sources.positions import check_positions
 from tdkit.sources.texts import encode, load_texts, windows
+from tdkit.support.processes import on_main_process
 
 STATE = "state.json"  # in the run folder: the recipe, the number of finished steps and their results
 
 RECIPE_FILE = "recipe.yaml"
+
+RECORDS = "records"  # in the run folder: a record of each compression
 
 
 class Checked(BaseModel):
@@ -42,6 +47,7 @@ class StepConfig(Checked, ABC):
 
     changes_model: ClassVar[bool] = False  # whether to save the model after the step
     needs_dense: ClassVar[bool] = False  # whether the step uses `Run.dense`, the original model
+    saves_model: ClassVar[bool] = False  # whether the step leaves a copy of the model; one that no step saves is kept
 
     @abstractmethod
     def run(self, run: Run) -> dict[str, Any]:
@@ -228,6 +234,7 @@ class Run:
     results: list[dict[str, Any]] = field(default_factory=list)
     kept_dense: nn.Module | None = None
     _tokens: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _data: dict[str, Data] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def dense(self) -> nn.Module:
@@ -245,9 +252,27 @@ class Run:
         if name is None:
             raise RecipeError(f"recipe '{self.recipe.name}' names no {part} text: add data.{part}=PATH")
         try:
-            return load_texts(name)
+            found = load_texts(name)
         except SourceError as error:
             raise SourceError(f"{error} (in a recipe: data.{part}=PATH)") from None
+        tokens = getattr(self.recipe.data, f"{part}_tokens", None)
+        said = name if isinstance(name, str) else " + ".join(name)
+        self._data[part] = Data(part, said, tokens, sha256(found))
+        return found
+
+    @property
+    def data(self) -> tuple[Data, ...]:
+        """The texts that were loaded so far."""
+        return tuple(self._data.values())
+
+    def keep_record(self, record: Record, name: str) -> None:
+        """Write the record of a compression of the current step to the run folder; only the main process does.
+
+        Args:
+            name: of the file, behind the number of the step.
+        """
+        path = self.folder / RECORDS / f"{len(self.results) + 1:02}-{name}.json"
+        on_main_process(lambda: _ignore(record.save(path)))
 
     def calibration(self, resolved: Resolved) -> Calibration | None:
         """Calibrate the weights that a policy replaces on the calibration text; returns None if there are none.
@@ -273,3 +298,7 @@ class Run:
         """
         check_positions(self.model, self.recipe.data.context)
         windows(self.tokens(part), self.recipe.data.context)
+
+
+def _ignore(_: object) -> None:
+    return None

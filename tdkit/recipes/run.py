@@ -15,14 +15,15 @@ import torch
 from rich.console import Console
 from torch import distributed, nn
 
-from tdkit.errors import RecipeError, SourceError, TdkitError
+from tdkit.errors import RecipeError, SourceError, TdkitError, told_as
 from tdkit.models.checkpoint import load, save
 from tdkit.models.huggingface import is_transformers
 from tdkit.recipes.recipe import RECIPE_FILE, STATE, Recipe, Run
 from tdkit.sources.models import DTYPES, load_model
 from tdkit.sources.source import Source
 from tdkit.support.devices import check_device
-from tdkit.support.files import whole_folder, write_text
+from tdkit.support.documents import read_json, read_text
+from tdkit.support.files import recover, whole_folder, write_text
 from tdkit.support.plain import say
 from tdkit.support.processes import failing_together, is_main_process, on_main_process
 
@@ -60,12 +61,13 @@ def run_recipe(
     """
     check_device(device)
     _check_processes()
-    folder = Path("runs") / recipe.name if folder is None else Path(folder)
+    folder = default_folder(recipe) if folder is None else Path(folder)
     console = (console or Console(stderr=True)) if is_main_process() else Console(quiet=True)
     with failing_together():
         earlier = on_main_process(lambda: _earlier(folder, recipe, resume, overwrite))
         finished, results = earlier or (0, [])
         if finished == len(recipe.steps):
+            on_main_process(lambda: _drop_older(folder, results, recipe))  # a killed process may not have got to it
             for number, (kind, _) in enumerate(recipe.steps):
                 say(console, f"{_title(recipe, number, kind)}: done before", "dim")
             return results
@@ -85,13 +87,31 @@ def run_recipe(
                 run.kept_dense = copy.deepcopy(run.model)
             torch.manual_seed(recipe.seed)
             started = time.perf_counter()
-            figures = step.run(run)
+            with told_as(RecipeError, f"recipe '{recipe.name}': {_title(recipe, number, kind)} failed"):
+                figures = step.run(run)
             done = {"step": kind, "seconds": round(time.perf_counter() - started, 1), **figures}
             run.results.append(on_main_process(done.copy))
             on_main_process(lambda: _keep(run))
             if not _needs_dense(recipe, number + 1):
                 run.kept_dense = None
         return run.results
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """Returns the folder of a run that is given none."""
+    return Path("runs") / recipe.name
+
+
+def finished_steps(folder: str | Path) -> int | None:
+    """Returns how many steps of the run in a folder have finished; None if there is no run.
+
+    Raises:
+        RecipeError: when its state is damaged.
+    """
+    if not (Path(folder) / STATE).is_file():
+        return None
+    finished: int = _read_state(Path(folder))["finished"]
+    return finished
 
 
 def _check_processes() -> None:
@@ -124,10 +144,12 @@ def _check_steps(run: Run, finished: int) -> None:
 def _keep(run: Run) -> None:
     """Write what a resumed run needs: the model after the steps so far, and their results."""
     recipe, finished = run.recipe, len(run.results)
-    if recipe.steps[finished - 1][1].changes_model and finished < len(recipe.steps):
+    if recipe.steps[finished - 1][1].changes_model:
         save(run.model, _after(run.folder, finished), tokenizer=run.tokenizer, overwrite=True)
     _write_state(run.folder, recipe, run.results)
-    _drop_older(run.folder, run.results, recipe)
+    kept = _drop_older(run.folder, run.results, recipe)
+    if kept is not None and finished == len(recipe.steps):
+        say(run.console, f"  no step saved the last model: it is in {kept}")
 
 
 def _needs_dense(recipe: Recipe, start: int) -> bool:
@@ -149,11 +171,14 @@ def _earlier(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> tup
     Raises:
         RecipeError: when the folder holds files that must not be replaced, or a run that cannot be resumed.
     """
+    recover(folder)
     if not folder.exists():
         return None
     if not folder.is_dir():
         raise RecipeError(f"{folder} is a file: give a folder")
-    if _is_empty(folder):
+    for name in (RECIPE_FILE, STATE):  # what a killed process has begun to write
+        recover(folder / name)
+    if _is_empty(folder) or _holds_only(folder, RECIPE_FILE, recipe.to_yaml()):
         return None
     state = folder / STATE
     if not state.is_file() or not (folder / RECIPE_FILE).is_file():
@@ -185,7 +210,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / STATE
     try:
-        form = json.loads(path.read_text(encoding="utf-8"))
+        form = read_json(path)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} is damaged: {error}: {_REMOVE_IT}") from None
     kinds = {"recipe": dict, "finished": int, "results": list}
@@ -204,13 +229,22 @@ _REMOVE_IT = "give another folder, or remove this one yourself"
 
 def _create(folder: Path, recipe: Recipe) -> None:
     """Create the folder of a new run; it replaces an earlier one only once it is complete."""
-    with nullcontext(folder) if _is_empty(folder) else whole_folder(folder) as target:
+    begun = _is_empty(folder) or _holds_only(folder, RECIPE_FILE, recipe.to_yaml())
+    with nullcontext(folder) if begun else whole_folder(folder) as target:
         write_text(target / RECIPE_FILE, recipe.to_yaml())
         _write_state(target, recipe, [])
 
 
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
+
+
+def _holds_only(folder: Path, name: str, text: str) -> bool:
+    """Returns whether a folder holds one file with this text: a run that was killed before its first state."""
+    try:
+        return [path.name for path in folder.iterdir()] == [name] and read_text(folder / name) == text
+    except (OSError, ValueError):
+        return False
 
 
 def _open_model(recipe: Recipe, folder: Path, finished: int, device: str | None) -> tuple[Source, nn.Module | None]:
@@ -233,9 +267,15 @@ def _write_state(folder: Path, recipe: Recipe, results: list[dict[str, Any]]) ->
     write_text(folder / STATE, json.dumps(state, indent=2) + "\n")
 
 
-def _drop_older(folder: Path, results: list[dict[str, Any]], recipe: Recipe) -> None:
-    """Remove checkpoints that a resumed run does not need."""
-    keep = _after(folder, _last_change(recipe, len(results)))
+def _drop_older(folder: Path, results: list[dict[str, Any]], recipe: Recipe) -> Path | None:
+    """Remove checkpoints that a resumed run does not need; returns the one that is kept, or None.
+
+    That of the last step is kept if no later step saved the model.
+    """
+    last = _last_change(recipe, len(results))
+    saved = any(step.saves_model for _, step in recipe.steps[last:])
+    keep = None if last == 0 or (len(results) == len(recipe.steps) and saved) else _after(folder, last)
     for place in folder.glob("after-step-*"):
-        if place != keep or len(results) == len(recipe.steps):
+        if place != keep:
             shutil.rmtree(place, ignore_errors=True)
+    return keep

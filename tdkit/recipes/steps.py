@@ -18,16 +18,19 @@ from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.registered import decomposition, spec_of
 from tdkit.errors import CheckpointError, RecipeError
 from tdkit.evaluation.language_models import PROTOCOL, Evaluation, evaluate
+from tdkit.evaluation.samples import check_continues, continued
 from tdkit.models.card import Card
 from tdkit.models.checkpoint import load, save
 from tdkit.models.huggingface import is_transformers
+from tdkit.models.shards import same_bits
 from tdkit.models.sites import num_params
 from tdkit.planning.plan import Plan
 from tdkit.planning.planner import plan, planned
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import resolve
 from tdkit.planning.rule import Rule
-from tdkit.recipes.recipe import RECIPE_FILE, STATE, Recipe, Run, StepConfig
+from tdkit.recipes.recipe import RECIPE_FILE, RECORDS, STATE, Recipe, Run, StepConfig
+from tdkit.records.before import Before
 from tdkit.support.plain import say
 from tdkit.support.processes import on_main_process
 from tdkit.support.tables import table_of
@@ -85,6 +88,7 @@ class CompressStep(StepConfig):
         calibration = run.calibration(resolved) if self.calibrated else None
         chosen = planned(resolved, calibration)
         run.console.print(chosen)
+        before, started = Before.of(resolved, chosen, calibration), time.perf_counter()
         compress_resolved(
             resolved.following(chosen) if self.passes == 1 else resolved,
             calibration,
@@ -92,6 +96,12 @@ class CompressStep(StepConfig):
             passes=self.passes,
             device=run.device,
         )
+        seconds = {"fit": round(time.perf_counter() - started, 2)}
+        own = {"calibrated": self.calibrated, "sequential": self.sequential, "passes": self.passes}
+        record = before.record(
+            run.model, policy=self.policy, options={"step": "compress", **own}, seconds=seconds, **_of_run(run)
+        )
+        run.keep_record(record, "compress")
         after = num_params(run.model)
         return {"params_before": chosen.params_before, "params_after": after, "ratio": after / chosen.params_before}
 
@@ -123,6 +133,11 @@ class CompareStep(StepConfig):
             decomposition(candidate)
         return candidates
 
+    @property
+    def policy(self) -> Policy:
+        """The policy of the first decomposition, which determines the sizes."""
+        return Policy([Rule(glob, decomposition(self.candidates[0])) for glob in self.match], budget=self.budget)
+
     def check(self, recipe: Recipe) -> None:
         if recipe.data.evaluation is None:
             raise RecipeError("compare needs a text to judge by: add data.evaluation")
@@ -140,7 +155,7 @@ class CompareStep(StepConfig):
         dense = evaluate(run.model, ids, context=context)
         rows = [_row("dense", dense, dense, None)]
         figures: list[dict[str, Any]] = [{"name": "dense", **dense.to_dict()}]
-        policy = Policy([Rule(glob, kinds[0]) for glob in self.match], budget=self.budget)
+        policy = self.policy
         started = time.perf_counter()
         resolved = resolve(run.model, policy)
         calibration = run.calibration(resolved) if self.calibrated else None
@@ -156,6 +171,17 @@ class CompareStep(StepConfig):
             model = compress(copy.deepcopy(run.model), chosen, calibration=calibration, device=run.device)
             seconds = time.perf_counter() - started
             measured = evaluate(model, ids, context=context)
+            before = Before.of(resolved.following(chosen), chosen, calibration)
+            record = before.record(
+                model,
+                policy=_same_sizes(first, kind),
+                options={"step": "compare", "with": kind.name, "budget": self.budget, "calibrated": self.calibrated},
+                dense=measurements(dense),
+                compressed=measurements(measured),
+                seconds={"fit": round(seconds, 2)},
+                **{**_of_run(run), "name": f"{run.recipe.name}, {kind.name}"},
+            )
+            run.keep_record(record, f"compare-{len(figures)}-{kind.name}")
             rows.append(_row(kind.describe().removesuffix("()"), measured, dense, seconds))
             say(run.console, f"  {rows[-1][0]}: perplexity {rows[-1][4]}, {seconds:.0f} s")
             figures.append({"name": kind.name, **spec_of(kind), **measured.to_dict(), "fit_seconds": round(seconds, 2)})
@@ -171,6 +197,17 @@ class CompareStep(StepConfig):
         )
         run.model = best[1]
         return {"rows": figures}
+
+
+def measurements(measured: Evaluation) -> dict[str, float]:
+    """Returns the figures of an evaluation as a record has them."""
+    figures = {"perplexity": measured.perplexity, "tokens_per_second": measured.tokens_per_second}
+    return figures if measured.stderr is None else {**figures, "perplexity_stderr": measured.stderr}
+
+
+def _of_run(run: Run) -> dict[str, Any]:
+    """Returns what all records of a run have in common."""
+    return {"name": run.recipe.name, "source": run.recipe.model, "seed": run.recipe.seed, "data": run.data}
 
 
 def _same_sizes(first: Plan, kind: Decomposition) -> Policy:
@@ -189,7 +226,9 @@ def check_calibration(calibrated: bool, recipe: Recipe, step: str) -> None:
 
 
 class EvaluateStep(StepConfig):
-    """Measure perplexity, size and speed on the evaluation text."""
+    """Measure perplexity, size and speed on the evaluation text, beside those of the model before any step."""
+
+    needs_dense: ClassVar[bool] = True
 
     def check(self, recipe: Recipe) -> None:
         if recipe.data.evaluation is None:
@@ -199,9 +238,21 @@ class EvaluateStep(StepConfig):
         run.check_windows("evaluation")
 
     def run(self, run: Run) -> dict[str, Any]:
-        measured = evaluate(run.model, run.tokens("evaluation"), context=run.recipe.data.context)
-        run.console.print(table_of("evaluation", FIGURE_COLUMNS, [_row(run.recipe.name, measured, None, None)]))
-        return measured.to_dict()
+        ids, context = run.tokens("evaluation"), run.recipe.data.context
+        measured = evaluate(run.model, ids, context=context)
+        if run.dense is run.model:
+            run.console.print(table_of("evaluation", FIGURE_COLUMNS, [_row("dense", measured, measured, None)]))
+            return measured.to_dict()
+        dense = evaluate(run.dense, ids, context=context)
+        rows = [_row("dense", dense, dense, None), _row(run.recipe.name, measured, dense, None)]
+        run.console.print(table_of("evaluation", FIGURE_COLUMNS, rows))
+        return {
+            **measured.to_dict(),
+            "ratio": measured.params / dense.params,
+            "dense_params": dense.params,
+            "dense_perplexity": dense.perplexity,
+            "dense_tokens_per_second": dense.tokens_per_second,
+        }
 
 
 class GenerateStep(StepConfig):
@@ -217,24 +268,16 @@ class GenerateStep(StepConfig):
     tokens: int = Field(default=24, ge=1)
 
     def check_model(self, run: Run) -> None:
-        if run.tokenizer is None or not hasattr(run.model, "generate"):
-            raise RecipeError("generate needs a language model with a tokenizer")
+        check_continues(run.model, run.tokenizer, "generate")
 
     def run(self, run: Run) -> dict[str, Any]:
         texts = {
-            "dense": self._continue(run.dense, run.tokenizer),
-            "compressed": self._continue(run.model, run.tokenizer),
+            "dense": continued(run.dense, run.tokenizer, self.prompt, self.tokens),
+            "compressed": continued(run.model, run.tokenizer, self.prompt, self.tokens),
         }
         for name, text in texts.items():
             say(run.console, f"  {name}: {text}")
         return texts
-
-    def _continue(self, model: nn.Module, tokenizer: Any) -> str:
-        inputs = tokenizer(self.prompt, return_tensors="pt").to(next(model.parameters()).device)
-        generate: Any = model.generate
-        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        ids = generate(**inputs, max_new_tokens=self.tokens, do_sample=False, pad_token_id=padding)
-        return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
 class SaveStep(StepConfig):
@@ -244,13 +287,14 @@ class SaveStep(StepConfig):
         folder: a path relative to the run folder.
     """
 
+    saves_model: ClassVar[bool] = True
     folder: str = "model"
 
     def check(self, recipe: Recipe) -> None:
         place = Path(self.folder)
         if place.is_absolute() or ".." in place.parts or not place.parts:
             raise RecipeError(f"save.folder={self.folder!r} must lie inside the run folder")
-        if place.parts[0] in (STATE, RECIPE_FILE) or place.parts[0].startswith("after-step-"):
+        if place.parts[0] in (STATE, RECIPE_FILE, RECORDS, "report") or place.parts[0].startswith("after-step-"):
             raise RecipeError(f"save.folder={self.folder!r} is a name of the run's own files: give another")
 
     def run(self, run: Run) -> dict[str, Any]:
@@ -264,7 +308,7 @@ class SaveStep(StepConfig):
             return {"folder": str(place), "bytes_on_disk": size}
         again = load(place, device=run.device)
         ids = _probe(run)
-        if not torch.equal(_logits(run.model, ids), _logits(again, ids)):
+        if not same_bits(_logits(run.model, ids).cpu(), _logits(again, ids).cpu()):
             raise CheckpointError(f"{place}: the reloaded model's outputs differ from the saved one's")
         say(run.console, f"  saved to {place}, {size / 1e6:.1f} MB on disk; reloaded, outputs identical")
         return {"folder": str(place), "bytes_on_disk": size, "reloaded_identical": True}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tdkit.errors import MissingDependencyError, SourceError, did_you_mean
+from tdkit.errors import SourceError, TdkitError, did_you_mean, reason_of, told_as
 from tdkit.models import huggingface
 from tdkit.models.checkpoint import is_saved, load
+from tdkit.models.configs import check_size, read_config
 from tdkit.registry import Registry
 from tdkit.sources.source import ModelSource, Source, call_source, not_callable
 from tdkit.support.devices import check_device
@@ -19,6 +21,8 @@ model_sources: Registry[ModelSource] = Registry(
 )
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken")
 
@@ -49,8 +53,9 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: torch.d
     if path.is_file():
         raise SourceError(
             f"{name} is a file, and a model is given as a folder: one that tdkit saved, or one of transformers with "
-            "config.json and the weights. For a file of weights alone, build the model in Python, load the weights "
-            "and call tdkit.compress(model, ...)"
+            "config.json and the weights. A file of weights alone goes with the code that builds its model: "
+            f"--model MODULE:NAME --weights {name} on the command line; in Python, load the weights and call "
+            "tdkit.compress(model, ...)"
         )
     if is_saved(path):
         source = Source(name, load(path), tokenizer_of(path))
@@ -72,12 +77,19 @@ def _registered(name: str, dtype: torch.dtype) -> Source:
 
 
 def _pretrained(name: str, dtype: torch.dtype) -> Source:
-    package = huggingface.transformers()
+    huggingface.transformers()
+    if (Path(name) / "adapter_config.json").is_file():  # whose base model transformers would load in its place
+        raise SourceError(
+            f"{name} holds an adapter: load its base model, merge the adapter into it, and save the result"
+        )
     try:
-        config = package.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = read_config(name, local=False)
         kind = class_of(config, name)
-        model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-    except SourceError:  # a ValueError too
+        if Path(name).is_dir():
+            check_size(huggingface.builder_of(kind), config, Path(name))
+        with told_as(SourceError, f"'{name}' is damaged", but=(OSError, ValueError)):
+            model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    except TdkitError:  # some are ValueErrors too
         raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -101,9 +113,12 @@ def class_of(config: Any, name: str) -> Any:
         SourceError: when transformers has no such model class, or the class belongs to another type of model.
     """
     package = huggingface.transformers()
-    if not config.architectures:
+    named = config.architectures
+    if not named:
+        if type(config) not in package.MODEL_MAPPING:
+            raise needs_code(name, "its config.json names Python files, or no model that transformers ships")
         return package.AutoModel
-    wanted = config.architectures[0]
+    wanted = named[0] if isinstance(named, list | tuple) else named
     kind = huggingface.shipped_class(wanted)
     if kind is None:
         raise needs_code(
@@ -131,5 +146,7 @@ def tokenizer_of(name: str | Path) -> Any:
         return None  # transformers would make up an empty one from the model's type
     try:
         return huggingface.transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, MissingDependencyError):
+    except Exception as error:  # of any class of tokenizers
+        if folder.is_dir():
+            _log.warning("the tokenizer in %s is left out, it cannot be read: %s", name, reason_of(error))
         return None

@@ -12,6 +12,7 @@ from torch import nn
 from tdkit.errors import CheckpointError, SourceError
 from tdkit.models import huggingface
 from tdkit.models.checkpoint import is_saved
+from tdkit.models.configs import check_size, read_config
 from tdkit.models.on_disk import OnDisk
 from tdkit.models.shards import Shards, weight_files
 from tdkit.sources.models import TOKENIZER_FILES, class_of, model_sources, needs_code, tokenizer_of
@@ -49,10 +50,12 @@ def open_model(name: str | Path, *, dtype: torch.dtype | None = None) -> OpenedM
         CheckpointError: when the weights are of another format, quantised, compressed already, or not those of the
             model.
     """
-    package = huggingface.transformers()
+    huggingface.transformers()
     folder = _local(str(name))
     try:
-        config = package.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = read_config(folder)
+    except CheckpointError:  # a ValueError too
+        raise
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise needs_code(str(name), "its config.json names Python files") from None
@@ -62,6 +65,7 @@ def open_model(name: str | Path, *, dtype: torch.dtype | None = None) -> OpenedM
     config._name_or_path = str(name)
     kind = class_of(config, str(name))
     shards = Shards(weight_files(folder))
+    check_size(huggingface.builder_of(kind), config, folder)
     model = huggingface.weightless_model(kind, config, dtype or _dtype_of(config, shards))
     weights = OnDisk(model, shards, huggingface.names_when_loaded(model, shards.tensors))
     generation = huggingface.generation_config(model, folder)

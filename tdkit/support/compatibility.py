@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 from types import MethodType
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 __all__ = [
     "COMPILED",
     "RecurrentWeights",
+    "TooManyParameters",
     "buffers_of",
     "constant_for_compile",
     "convolve_its_own_way",
@@ -44,6 +46,7 @@ __all__ = [
     "own_parameters",
     "parameters_of",
     "parameters_on_meta",
+    "parsed_expression",
     "pre_hooks_of",
     "rebind_hooked_forward",
     "recurrent_weights_again",
@@ -83,16 +86,28 @@ def submodules_of(module: nn.Module) -> dict[str, nn.Module]:
     return cast("dict[str, nn.Module]", module._modules)
 
 
+class TooManyParameters(Exception):  # noqa: N818, says what there is
+    """A model has more parameters than it may have."""
+
+
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta(most: int | None = None) -> Iterator[None]:
     """A context manager inside which modules put the parameters that they are given on the meta device.
 
     A parameter is freed as soon as its module has it, so that a model is built with one in memory. Parameters that are
     there already stay the same objects: ties are kept. Buffers are real.
+
+    Args:
+        most: the number of parameters after which `TooManyParameters` is raised; None for any number.
     """
     register = nn.Module.register_parameter
+    count = 0
 
     def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        nonlocal count
+        count += 1
+        if most is not None and count > most:
+            raise TooManyParameters
         if type(param) is nn.Parameter and not param.is_meta:
             param = nn.Parameter(param.data.to("meta"), param.requires_grad)
         register(module, name, param)
@@ -380,6 +395,17 @@ def reset_accelerate_state(*, processes: bool = False) -> None:
     from accelerate.state import AcceleratorState  # slow to import, and not needed for compression
 
     AcceleratorState._reset_state(processes)
+
+
+def parsed_expression(text: str) -> tuple[Any, int]:
+    """Returns the syntax tree that ``re`` makes of a regular expression, as pairs (kind, value), and its flags.
+
+    Raises:
+        re.error: when it is none; or OverflowError, or RecursionError.
+    """
+    parser: Any = import_module("re._parser")
+    tree = parser.parse(text)
+    return tree, int(tree.state.flags)
 
 
 def exchange_paths(first: Path, second: Path) -> bool:

@@ -12,6 +12,7 @@ from tdkit.testing.decompositions import (
     checks,
 )
 from tdkit.testing.hosts import check_host, host_checks
+from tdkit.testing.packages import use_entry_points
 
 __all__ = [
     "BATCHES",
@@ -25,4 +26,5 @@ __all__ = [
     "check_host",
     "checks",
     "host_checks",
+    "use_entry_points",
 ]

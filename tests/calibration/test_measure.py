@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tdkit
+from tdkit import LowRank, Metric, Policy, Rule
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.measure import calibrate
 from tdkit.calibration.runner import Runner
@@ -266,7 +270,7 @@ def test_save_and_load(model: Language, batches: list[Tensor], tmp_path: Path) -
     measured.save(tmp_path / "c", overwrite=True)
     for file in sorted((tmp_path / "c").glob("moments-*"))[:1]:
         file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(CalibrationError, match="damaged or truncated"):
+    with pytest.raises(CalibrationError, match="not the file that was saved"):
         for name in measured.names:
             Calibration.load(tmp_path / "c").metric(name)
     file.unlink()
@@ -440,3 +444,71 @@ def test_a_device_that_is_not_there_and_windows_that_are_too_long_are_told_befor
 def test_a_calibration_holds_metrics_only() -> None:
     with pytest.raises(CalibrationError, match="the metric of 'a' is a NoneType"):
         Calibration({"a": None})  # type: ignore[dict-item]
+
+
+def changed(folder: Path, **entries: Any) -> None:
+    path = folder / "calibration.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+def test_a_saved_calibration_is_confined_and_checked(model: Language, batches: list[Tensor], tmp_path: Path) -> None:
+    measured, folder = calibrate(model, batches), tmp_path / "c"
+    for entries, message in (
+        ({"format": "other"}, "is no description of a calibration"),
+        ({"version": 99}, "format version 99"),
+        ({"version": True}, "format version True"),
+        ({"files": {"../secret.safetensors": ["up"]}}, "files are named by paths"),
+        ({"digests": {}}, "is not the file that was saved"),
+        ({"rows": {"up": -1}}, "rows are no counts"),
+    ):
+        measured.save(folder, overwrite=True)
+        changed(folder, **entries)
+        with pytest.raises(CalibrationError, match=message):
+            Calibration.load(folder)
+        changed(folder, format="tdkit-calibration")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_moments_that_are_not_finite_are_told_when_they_are_read(
+    value: float, model: Language, batches: list[Tensor], tmp_path: Path
+) -> None:
+    folder = calibrate(model, batches).save(tmp_path / "c")
+    path = folder / "moments-00000.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[1] = value  # beside the diagonal
+    save_file(tensors, path)
+    changed(folder, version=1)  # which has no digests
+    loaded = Calibration.load(folder)
+    with pytest.raises(CalibrationError, match="hold NaN or infinite values"):
+        for name in loaded.names:
+            loaded.metric(name)
+
+
+def test_moments_of_another_model_are_told(tied: Any, ids: Tensor) -> None:
+    wrong = Calibration({"up": Metric(torch.eye(5).double())}, gradients=False)
+    with pytest.raises(CalibrationError, match="up: the moments of its inputs are 5x5, and its weight is 48x24"):
+        tdkit.compress(tied, Policy([Rule("up", LowRank(rank=2))]), calibration=wrong)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_calibration_of_every_format_loads(version: int) -> None:
+    folder = Path(__file__).parents[1] / "models" / "golden" / f"calibration-{version}"
+    loaded = Calibration.load(folder)
+    assert json.loads((folder / "calibration.json").read_text())["version"] == version
+    assert set(loaded.names) == {"embed", "up", "down"}
+    assert loaded.batches is not None
+    for name in loaded.names:
+        metric = loaded.metric(name)
+        assert metric is not None
+        assert metric.input is not None
+
+
+@pytest.mark.parametrize(("scale", "gradients"), [(1e25, True), (1e25, False), (math.inf, True)])
+def test_activations_that_overflow_are_named_with_their_layer(scale: float, gradients: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight.fill_(scale)
+    with pytest.raises(
+        CalibrationError, match=r"\b1( is the first layer whose inputs|: the second moment of its inputs)"
+    ):
+        calibrate(model, [torch.ones(3, 4)], gradients=gradients, loss=lambda y, _: y.sum())

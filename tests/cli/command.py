@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from tdkit.cli.app import main
+from tdkit.cli.output import BARS
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Result:
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Result:
     """Exit code and what was printed."""
     monkeypatch.setattr(sys, "argv", ["tdkit", *map(str, arguments)])
+    for name in BARS:
+        monkeypatch.setenv(name, "1")  # as the command does, but only until the test ends
     code = 0
     try:
         main()

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from tdkit.cli.models import policy_of
+from tdkit.cli.policies import policy_of
 from tdkit.decompositions.registered import decompositions
 from tdkit.evaluation import perplexity
 from tdkit.models.sites import num_params
@@ -307,6 +307,7 @@ def test_ctrl_c_says_what_is_left(gpt2_folder: Path, site: Path, tmp_path: Path)
         started.wait()
     assert started.returncode == 130, errors
     assert "interrupted: nothing half-written is left" in errors
+    assert f"0 of 1 steps had finished and are kept in {tmp_path / 'run'}: tdkit run" in errors
     assert "--resume goes on after them" in errors
     assert "Traceback" not in errors
 
@@ -373,7 +374,7 @@ def test_an_encoder_is_calibrated_on_the_inputs_of_its_layers(
     result = tdkit("plan", str(encoder_folder), *policy)
     assert result.code != 0
     assert "BertForMaskedLM is no causal language model" in result.err
-    assert "give --inputs-only, or calibrate it in Python on batches with labels" in result.err
+    assert "give --inputs-only, or calibrate it on batches with labels, --data" in result.err
     out = encoder_folder.parent / "smaller"
     assert tdkit("compress", str(encoder_folder), "--out", str(out), *policy, "--inputs-only").code == 0
     assert tdkit("info", str(out)).code == 0
@@ -400,5 +401,5 @@ def test_models_that_take_no_text_are_told_how_to_be_measured(
         assert "tokenizer" not in result.err
     result = tdkit("plan", str(tmp_path / "vit"), "--budget", "0.7", "--calibration", str(text_file))
     assert result.code != 0
-    assert "calibrate it in Python on batches with labels, tdkit.calibrate(model, batches)" in result.err
+    assert "calibrate it on batches with labels, --data, or in Python, tdkit.calibrate(model, batches)" in result.err
     assert tdkit("plan", str(tmp_path / "vit"), "--budget", "0.7").code == 0

@@ -57,6 +57,27 @@ def test_one_command_measures_text_and_tasks(
     assert compressed.model.sha256 != dense.model.sha256
 
 
+def test_several_models_are_measured_side_by_side(
+    tdkit: Tdkit, gpt2_folder: Path, smaller: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = ("--text", text_file, "--context", 32, "--tokens", 256)
+    done = tdkit("eval", gpt2_folder, smaller, *options, "--out", tmp_path / "reports", "--json")
+    assert done.code == 0, done.err
+    files = sorted((tmp_path / "reports").iterdir())
+    assert len(files) == 2
+    forms = {form["model"]["name"]: form for form in json.loads(done.out)["models"]}
+    assert [Report.read(file).to_dict() for file in files] == [forms[Report.read(file).model.name] for file in files]
+    shown = tdkit("eval", gpt2_folder, smaller, *options)
+    dense, compressed = (forms[str(name)]["model"]["params"] for name in (gpt2_folder, smaller))
+    assert "1.000" in shown.out
+    assert f"{compressed / dense:.3f}" in shown.out
+    twice = tdkit("eval", smaller, smaller, *options, "--out", tmp_path / "again")
+    assert "two models would have the report" in twice.err
+    assert not (tmp_path / "again").exists()
+    (tmp_path / "file").touch()
+    assert "give a folder" in tdkit("eval", gpt2_folder, smaller, *options, "--out", tmp_path / "file").err
+
+
 def test_tables_show_errors_and_conditions(tdkit: Tdkit, smaller: Path, text_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     tasks = write_tasks(tmp_path)
@@ -94,7 +115,7 @@ def test_a_named_protocol_is_said_before_it_runs(tdkit: Tdkit, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ((), 2, "nothing to measure: give --text, --tasks or both"),
+        ((), 2, "nothing to measure: give --text, --tasks, --data or several"),
         (("--text", "TEXT", "--limit", "3"), 2, "--limit is for tasks: give --tasks"),
         (("--text", "TEXT", "--few-shot", "0"), 2, "--few-shot is for tasks"),
         (("--tasks", " , "), 2, "names no task"),

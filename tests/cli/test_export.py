@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tdkit as package
-from tdkit.cli import export
+from tdkit.cli import exporting as export
 from tdkit.models.hosts.base import FactorizedModule
 from tdkit.sources.models import load_model
 from tests.cli.command import Result, run

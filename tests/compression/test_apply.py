@@ -18,11 +18,12 @@ from tdkit import LowRank, Plan, Policy, Rule
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix
 from tdkit.decompositions.low_rank import LowRankMatrix
 from tdkit.decompositions.registered import decompositions
-from tdkit.errors import OptionError, PolicyError
+from tdkit.errors import CheckpointError, OptionError, PolicyError
 from tdkit.fitting.metric import Metric
 from tdkit.models.hosts.embedding import FactorizedEmbedding
 from tdkit.models.hosts.linear import FactorizedLinear
 from tdkit.models.sites import factorized_groups, num_params
+from tdkit.support.aside import Aside
 from tests.kinds import OF_MATRICES
 
 EVERY = [decompositions.get(name)() for name in OF_MATRICES]
@@ -328,7 +329,7 @@ def test_undoing_restores_the_layout_of_spilled_weights_and_their_ties(
     parameters = dict(tied.named_parameters()) if held else {}
     before = {name: (p.clone(), p.stride(), p.requires_grad) for name, p in tied.named_parameters()}
     fits.clear()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(OptionError, match=r"the decomposition low_rank .* failed: RuntimeError"):
         tdkit.compress(tied, Policy([Rule("*", Failing(rank=2, what=RuntimeError))]))
     for name, parameter in tied.named_parameters():
         value, stride, gradient = before[name]
@@ -345,7 +346,7 @@ def test_a_full_disk_keeps_the_weights_in_memory(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tdkit.models.swap.SPILL_FROM", 0)
-    monkeypatch.setattr("tdkit.models.swap.save_file", full)
+    monkeypatch.setattr("tdkit.models.swap.Aside.put", full)
     tdkit.compress(tied, half)
     assert tdkit.applied_plan(tied).rewritten
     assert "stay in memory" in caplog.text
@@ -418,3 +419,70 @@ def test_an_open_rank_without_a_budget_says_where_to_give_one(tied: Any) -> None
     assert len(str(told.value).splitlines()) == 1
     assert "embed, up, down: low_rank() leaves its rank open" in str(told.value)
     assert "give Policy(budget=...), Rule(budget=...) or the option" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "where", ["tdkit.models.swap.follow_ties", "tdkit.models.ties.follow_vocabulary", "tdkit.compression.apply.attach"]
+)
+def test_ctrl_c_at_the_end_leaves_the_ties_of_the_dense_model(
+    where: str, gpt2: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, ties, known = gpt2(ids).logits, dict(gpt2.all_tied_weights_keys), set(vars(gpt2))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(where, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tdkit.compress(gpt2, Policy([Rule("*", LowRank())], budget={"bytes": 0.4, "dtype": "float16"}))
+    assert gpt2.all_tied_weights_keys == ties
+    assert set(vars(gpt2)) == known
+    gpt2.tie_weights()
+    assert torch.equal(gpt2(ids).logits, before)
+
+
+def test_weights_set_aside_have_no_file_that_could_vanish(
+    tied: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tdkit.models.swap.SPILL_FROM", 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = {name: tensor.clone() for name, tensor in tied.state_dict().items()}
+    fits.clear()
+    with pytest.raises(KeyboardInterrupt):
+        tdkit.compress(tied, Policy([Rule("*", Failing(rank=2, what=KeyboardInterrupt))]))
+    assert len(fits) == 3
+    assert not list(tmp_path.iterdir())
+    for name, tensor in tied.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_weight_that_cannot_be_read_back_is_told_once_all_others_are(
+    tied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tdkit.models.swap.SPILL_FROM", 0)
+    get, calls = Aside.get, []
+
+    def failing(self: Aside, place: Any) -> Tensor:
+        calls.append(place)
+        if len(calls) == 1:
+            raise OSError("the disk is gone")
+        return get(self, place)
+
+    monkeypatch.setattr("tdkit.models.swap.Aside.get", failing)
+    fits.clear()
+    with pytest.raises(CheckpointError, match=r"1 weights .* cannot be read back \(the disk is gone\)"):
+        tdkit.compress(tied, Policy([Rule("*", Failing(rank=2, what=RuntimeError))]))
+    assert not any(isinstance(module, FactorizedLinear) for module in tied.modules())
+
+
+def test_a_fit_that_fails_or_is_no_fit_is_named(tied: Any) -> None:
+    class Wrong(LowRank):
+        def fit(self, weight: Tensor, metric: Metric | None = None) -> LowRankMatrix:
+            weight.zero_()
+            return super().fit(weight[:-1], metric)
+
+    before = tied.up.weight.clone()
+    with pytest.raises(OptionError, match=r"up: the decomposition low_rank .* of 47x24 for a weight of 48x24"):
+        tdkit.compress(tied, Policy([Rule("up", Wrong(rank=2))]))
+    assert torch.equal(tied.up.weight, before)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tdkit
@@ -22,6 +25,7 @@ from tdkit import LowRank, Policy, Rule
 from tdkit.decompositions.registered import decompositions
 from tdkit.errors import CheckpointError
 from tdkit.models.checkpoint import DESCRIPTION, WEIGHTS, read_description
+from tdkit.models.checkpoint.description import digest
 from tdkit.models.sites import num_params
 from tests.conftest import TiedModel, make_gpt2, make_llama
 from tests.kinds import OF_MATRICES
@@ -521,8 +525,10 @@ def test_what_could_not_be_loaded_is_not_saved(kind: LowRank, said: str, tied: A
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_saved_before_tdkit_had_packages_loads() -> None:
-    folder = Path(__file__).parent / "golden" / "format-1"
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_transformers_folder_of_every_format_loads(version: int) -> None:
+    folder = Path(__file__).parent / "golden" / f"format-{version}"
+    assert read_description(folder)["version"] == version
     model = tdkit.load(folder)
     assert {step.decomposition.name for step in tdkit.applied_plan(model).rewritten if step.decomposition} == {
         "kronecker",
@@ -537,10 +543,116 @@ def test_a_folder_saved_before_tdkit_had_packages_loads() -> None:
     assert model.lm_head.matrix is model.transformer.wte.matrix
 
 
-def test_a_module_saved_in_format_1_loads() -> None:
-    folder = Path(__file__).parent / "golden" / "format-1-module"
-    assert read_description(folder)["version"] == 1
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_module_of_every_format_loads(version: int) -> None:
+    folder = Path(__file__).parent / "golden" / f"format-{version}-module"
+    assert read_description(folder)["version"] == version
     model = tdkit.load(folder, model=TiedModel(12, 8))
     expected = torch.tensor(json.loads((folder / "outputs.json").read_text(encoding="utf-8")))
     torch.testing.assert_close(model(torch.arange(12).reshape(1, 12))[0], expected)
     assert model.head.matrix is model.embed.matrix
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["module", "transformers"])
+def test_a_model_with_nan_loads(whole: bool, tied: Any, gpt2: Any, tmp_path: Path) -> None:
+    model = gpt2 if whole else tied
+    with torch.no_grad():
+        next(model.parameters())[0, 0] = torch.nan  # of a tied weight
+    folder = tdkit.save(model, tmp_path / "saved")
+    loaded = tdkit.load(folder, model=None if whole else fresh(tied))
+    assert bool(next(loaded.parameters())[0, 0].isnan())
+
+
+def permuted(tmp_path: Path, model: Any) -> Path:
+    kind = tdkit.PermutedKronecker(terms=1, a=(6, 6))
+    tdkit.compress(model, Policy([Rule("up", kind)]))
+    return tdkit.save(model, tmp_path / "permuted")
+
+
+def rewritten(folder: Path, name: str, change: Any) -> None:
+    """Change a tensor of the file, and its digest in the description."""
+    tensors = load_file(folder / WEIGHTS)
+    key = next(each for each in tensors if each.endswith(name))
+    tensors[key] = change(tensors[key])
+    save_file(tensors, folder / WEIGHTS)
+    path = folder / DESCRIPTION
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sha256": digest(tensors)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda order: order.clone().fill_(order[0]), "column_source is no permutation of 0 to 23"),
+        (lambda order: order + 1, "column_source is no permutation of 0 to 23"),
+        (lambda order: order.float(), "column_source holds torch.float32, not torch.int32"),
+        (lambda order: order.long(), "column_source holds torch.int64, not torch.int32"),
+    ],
+    ids=["repeated", "out of range", "floats", "another width"],
+)
+def test_permutations_are_permutations(change: Any, message: str, tied: Any, tmp_path: Path) -> None:
+    folder = permuted(tmp_path, tied)
+    rewritten(folder, "column_source", change)
+    with pytest.raises(CheckpointError, match=f"is damaged: of layer up, {message}"):
+        tdkit.load(folder, model=fresh(tied))
+
+
+def test_from_pretrained_checks_permutations_too(gpt2: Any, tmp_path: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    tdkit.compress(gpt2, Policy([Rule("*.0.mlp.c_fc", tdkit.PermutedKronecker(terms=1, a=(8, 8)))]))
+    folder = tdkit.save(gpt2, tmp_path / "permuted")
+    path = folder / WEIGHTS
+    tensors = load_file(path)
+    key = next(each for each in tensors if each.endswith("row_order"))
+    for changed, message in ((tensors[key] * 0, "no permutation"), (tensors[key].float(), "F32")):
+        save_file({**tensors, key: changed}, path, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            GPT2LMHeadModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("where", ["tdkit.models.swap.follow_ties", "tdkit.models.checkpoint.reading.attach"])
+def test_a_load_that_fails_at_its_end_leaves_the_caller_s_model(
+    where: str, gpt2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tdkit.save(tdkit.compress(make_gpt2(), half()).double(), tmp_path / "saved")
+    modules, ties = dict(gpt2.named_modules()), dict(gpt2.all_tied_weights_keys)
+    before = {name: tensor.clone() for name, tensor in gpt2.state_dict().items()}
+    monkeypatch.setattr(where, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tdkit.load(folder, model=gpt2)
+    assert dict(gpt2.named_modules()) == modules
+    assert gpt2.all_tied_weights_keys == ties
+    for name, tensor in gpt2.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name])
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"shape": [10**12, 10**12]},
+        {"shape": [10**6, 10**6]},
+        {"shape": [2] * 40},
+        {"decomposition": {"low_rank": {"rank": 10**6}}},
+        {"decomposition": {"kronecker": {"terms": 10**6}}},
+        {"decomposition": {"tt_matrix": {"ranks": 10**6, "cores": 10**6}}},
+        {"decomposition": {"tucker": {"ranks": [10**6, 10**6]}}},
+        {"decomposition": {"cp": {"rank": 10**12}}},
+        {"decomposition": {"blocks": {"of": "low_rank", "rows": 10**6}}},
+    ],
+    ids=str,
+)
+def test_sizes_are_refused_before_anything_is_built(entry: dict[str, Any], saved: Path, tied: Any) -> None:
+    path = saved / DESCRIPTION
+    description = json.loads(path.read_text())
+    description["layers"][0] |= entry
+    path.write_text(json.dumps(description))
+    started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="layer"):
+        tdkit.load(saved, model=fresh(tied))
+    assert time.process_time() - started < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000

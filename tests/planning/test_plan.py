@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -14,6 +15,7 @@ from tdkit import LowRank, PermutedKronecker, Plan, Policy, Rule
 from tdkit.decompositions.registered import decompositions
 from tdkit.errors import PolicyError
 from tdkit.planning.plan import percent
+from tdkit.support.tables import render
 from tests.kinds import OF_MATRICES
 
 
@@ -48,7 +50,7 @@ def test_the_table_shows_what_becomes_of_every_layer(tied: Any) -> None:
         assert part in text
     assert "relative error" not in text
     tdkit.compress(tied, a_plan(tied))
-    assert "relative error" in str(tdkit.applied_plan(tied))
+    assert "relative error" in render(tdkit.applied_plan(tied).report(), 200)
 
 
 def test_a_long_plan_groups_equal_layers() -> None:
@@ -56,7 +58,7 @@ def test_a_long_plan_groups_equal_layers() -> None:
     plan = tdkit.plan(model, Policy([Rule("*.fc", LowRank(rank=2))]))
     text = str(plan)
     assert "*.fc (30 layers)" in text
-    assert "*.out (30 layers)" in text
+    assert "kept: no rule matches it: *.out (30 layers)" in text
     assert len(text.splitlines()) < 12
     assert len(plan.table(every=True).rows) == 60
 
@@ -136,16 +138,57 @@ def test_shares_are_rounded_so_that_all_and_nothing_are_exact(share: float, down
     assert (percent(share), percent(share, up=True)) == (down, up)
 
 
-def test_weights_that_cannot_be_rewritten_have_shape_size_and_reason_and_are_grouped_in_a_long_plan() -> None:
+def test_weights_that_cannot_be_rewritten_have_shape_size_and_reason() -> None:
     plan = tdkit.plan(a_mixed_model(), Policy([Rule("blocks.?.fc", LowRank(rank=2))]))
-    rows = [line.split("│") for line in str(plan).splitlines() if "odd" in line or "kernel" in line]
-    cells = [[cell.strip() for cell in row[1:6]] for row in rows]
-    assert [row[:2] + row[3:] for row in cells] == [
-        ["blocks.*.odd (25 layers)", "8x8", "1,600", "100.0%"],
-        ["kernel", "6x4x1x2x3", "144", "100.0%"],
-    ]
-    assert all(row[2].startswith("kept: its dtype is complex64") for row in cells)
     assert len(plan.table(every=True).rows) == 51
+    rows = [row.cells for row in plan.table(every=True).rows if "complex64" in row.cells["becomes"]]
+    assert len(rows) == 26
+    assert rows[-1]["becomes"].startswith("kept: its dtype is complex64")
+    assert [rows[-1][name] for name in ("layer", "shape", "params", "of dense")] == [
+        "kernel",
+        "6x4x1x2x3",
+        "144",
+        "100.0%",
+    ]
+
+
+def test_what_is_kept_is_summed_up_by_reason() -> None:
+    lines = str(tdkit.plan(a_mixed_model(), Policy([Rule("blocks.?.fc", LowRank(rank=2))]))).splitlines()
+    kept = [line for line in lines if line.startswith("kept: ")]
+    assert kept[0] == "kept: no rule matches it: blocks.*.fc (15 layers); 960 params"
+    assert kept[1].startswith("kept: its dtype is complex64")
+    assert kept[1].endswith("blocks.*.odd (25 layers), kernel; 1,744 params")
+    assert len(kept) == 2
+
+
+def long_names() -> nn.Module:
+    """Layers with names as those of language models, as deep, and as wide."""
+    layer = {"self_attn": nn.ModuleDict({f"{n}_proj": nn.Linear(64, 64, device="meta") for n in "qkvo"})}
+    layer["mlp"] = nn.ModuleDict({"up_proj": nn.Linear(64, 4096, device="meta")})
+    layers = nn.ModuleList(copy.deepcopy(nn.ModuleDict(layer)) for _ in range(24))
+    return nn.ModuleDict({"transformer": nn.ModuleDict({"layers": layers})})
+
+
+@pytest.mark.parametrize("kind", [LowRank(rank=9), decompositions.get("tt_matrix")(ranks=4)])
+def test_a_plan_can_be_read_at_80_columns(kind: Any) -> None:
+    plan = tdkit.plan(long_names(), Policy([Rule("*_proj", kind)]))
+    narrow, wide = (render(plan.report(), width).splitlines() for width in (80, 200))
+    assert max(map(len, narrow)) <= 80
+    for name in ("q_proj x24", "up_proj x24"):
+        assert any(name in line for line in narrow), "names are broken at their dots only"
+    assert "transformer.layers.*.mlp.up_proj (24 layers)" in "\n".join(wide)
+    assert any(line.startswith("not shown at this width: shape, multiply-adds") for line in narrow)
+    assert not any("not shown" in line for line in wide)
+    assert "6.29M" in "\n".join(narrow)
+    assert "6,291,456" in "\n".join(wide)
+    assert len(narrow) < 30
+
+
+def test_a_narrower_table_still_holds_every_row() -> None:
+    plan = tdkit.plan(long_names(), Policy([Rule("*_proj", LowRank(rank=9))]))
+    text = render(plan.report(), 60)
+    assert max(map(len, text.splitlines())) <= 60
+    assert text.count("low_rank(") == 5
 
 
 def test_plans_of_version_1_are_read_without_sizes() -> None:
@@ -176,3 +219,18 @@ def test_what_is_stored_as_factors_and_computed_dense_is_told() -> None:
     assert "low_rank(rank=2), computed dense" in str(plan)
     tdkit.compress(model, plan)
     assert tdkit.applied_plan(model)["table"].computed == "dense"
+
+
+def test_sizes_beyond_every_machine_are_refused_at_once(tied: Any) -> None:
+    form = tdkit.plan(tied, Policy([Rule("up", LowRank(rank=2))])).to_dict()
+    step = next(step for step in form["steps"] if step["names"] == ["up"])
+    for shape in ([10**12, 10**12], [2**41, 1], [2] * 17):
+        step["shape"] = shape
+        with pytest.raises(PolicyError, match=r"shape=\[.* must be two sizes or more"):
+            Plan.from_dict(form)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, '{"version": NaN}', "\x00"])
+def test_any_text_that_is_no_plan_is_told(text: str) -> None:
+    with pytest.raises(PolicyError, match="not a tdkit plan"):
+        Plan.from_json(text)

@@ -297,3 +297,24 @@ def test_the_floor_of_a_policy_is_a_share_or_0() -> None:
         Policy([Rule("*", LowRank())], min_keep=-0.1)
     with pytest.raises(PolicyError, match=r"policy min_keep=True must be"):
         Policy([Rule("*", LowRank())], min_keep=True)
+
+
+def test_a_policy_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    damaged = (
+        (b"\xff\xfe", "can't decode"),
+        (b"rules: [2001-02-30]", "day is out of range"),
+        (b"[" * 5000, "nested"),
+    )
+    for content, message in damaged:
+        path.write_bytes(content)
+        with pytest.raises(PolicyError, match=rf"policy file .* cannot be read: .*{message}"):
+            Policy.from_yaml(path)
+    with pytest.raises(PolicyError, match="cannot be read"):
+        Policy.from_yaml(tmp_path)
+
+
+def test_an_expression_that_python_would_never_finish_is_matched() -> None:
+    assert not Rule("re:(a*)*b", LowRank()).names_match("a" * 60)
+    with pytest.raises(PolicyError, match="groupref is not supported in layer names"):
+        Rule(r"re:(a)\1", LowRank())

@@ -145,7 +145,25 @@ def test_run_leaves_results_and_a_model(recipe: Recipe, tmp_path: Path) -> None:
     assert [r["step"] for r in results] == ["compress", "evaluate", "compress", "save"]
     assert results[3]["reloaded_identical"] is True
     assert json.loads((tmp_path / "run" / "state.json").read_text())["results"] == results
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["model", "recipe.yaml", "state.json"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["model", "recipe.yaml", "records", "state.json"]
+
+
+def test_an_evaluation_shows_the_dense_model_and_the_ratio(recipe: Recipe, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=120)
+    first = recipe.model_copy(update={"steps": (recipe.steps[1], *recipe.steps)})
+    results = run_recipe(first, tmp_path / "run", console=console)
+    before, after = results[0], results[2]
+    assert "dense_perplexity" not in before
+    assert after["dense_perplexity"] == before["perplexity"]
+    assert after["dense_params"] == before["params"]
+    assert after["ratio"] == after["params"] / before["params"] < 1
+    rows = [line.split("│") for line in console.file.getvalue().splitlines() if "│ dense" in line or "│ mine" in line]
+    assert [[cell.strip() for cell in row[1:4:2]] for row in rows] == [
+        ["dense", "1.000"],
+        ["dense", "1.000"],
+        ["mine", f"{after['ratio']:.3f}"],
+    ]
+    assert "dense_perplexity" in (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["../../x", "..", ".", "", "a/b", "a\\b", "/etc", "C:x", " ", "a\nb"])
@@ -289,7 +307,7 @@ def test_overwrite_does_not_remove_what_the_recipe_reads_or_where_it_is(
 def test_a_run_in_the_current_empty_folder(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_recipe(recipe, ".", console=QUIET)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "recipe.yaml", "state.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "recipe.yaml", "records", "state.json"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo over a file")
@@ -324,7 +342,12 @@ def test_processes_carry_out_a_run_together_and_the_main_one_writes(recipe: Reci
     assert all("holds an earlier run" in line[2] and line[3] == "PolicyError" for line in lines)
     alone = run_recipe(recipe, tmp_path / "alone", console=QUIET)
     assert alone[1]["perplexity"] == pytest.approx(json.loads(lines[0][0])[1]["perplexity"], rel=1e-5)
-    assert sorted(p.name for p in (tmp_path / "stopped").iterdir()) == ["after-step-1", "recipe.yaml", "state.json"]
+    assert sorted(p.name for p in (tmp_path / "stopped").iterdir()) == [
+        "after-step-1",
+        "recipe.yaml",
+        "records",
+        "state.json",
+    ]
 
 
 def test_resume_refuses_another_recipe_and_a_damaged_state(recipe: Recipe, tmp_path: Path) -> None:
@@ -342,3 +365,29 @@ def test_a_folder_with_other_files_is_left_alone(recipe: Recipe, tmp_path: Path)
     with pytest.raises(RecipeError, match="holds other files"):
         run_recipe(recipe, tmp_path, overwrite=True, console=QUIET)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_recipe_without_save_leaves_its_model(recipe: Recipe, tmp_path: Path) -> None:
+    for steps_kept, last in ((1, 1), (2, 1), (3, 3)):  # compress, evaluate, compress
+        short = recipe.model_copy(update={"steps": recipe.steps[:steps_kept]})
+        folder = tmp_path / f"run-{steps_kept}"
+        run_recipe(short, folder, console=QUIET)
+        assert sorted(p.name for p in folder.iterdir()) == [f"after-step-{last}", "recipe.yaml", "state.json"]
+        load(folder / f"after-step-{last}")
+
+
+def test_a_run_killed_before_its_first_state_starts_again(recipe: Recipe, tmp_path: Path) -> None:
+    short = recipe.model_copy(update={"steps": recipe.steps[1:2]})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(short.to_yaml())
+    assert len(run_recipe(short, tmp_path / "run", resume=True, console=QUIET)) == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "recipe.yaml").write_text("something else")
+    with pytest.raises(RecipeError, match="holds other files"):
+        run_recipe(short, tmp_path / "other", overwrite=True, console=QUIET)
+
+
+def test_an_error_of_a_step_s_own_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdkit.recipes.steps.evaluate", lambda *_, **__: 1 / 0)
+    with pytest.raises(RecipeError, match=r"step 2/4 evaluate failed: ZeroDivisionError: division by zero"):
+        run_recipe(recipe, tmp_path / "run", console=QUIET)

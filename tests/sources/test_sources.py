@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 
 import tdkit
 from tdkit import LowRank, Policy, Rule
-from tdkit.errors import MissingDependencyError, OptionError, SourceError
+from tdkit.errors import CheckpointError, MissingDependencyError, OptionError, SourceError
 from tdkit.sources.models import load_model
 from tdkit.sources.packages import package_file
 from tdkit.sources.texts import encode, load_texts, spread_windows, windows
@@ -204,6 +206,43 @@ def test_no_code_of_a_tokenizer_or_of_a_model_without_a_named_class_runs(
     assert type(source.model).__module__.startswith("transformers.")
     assert source.tokenizer is None or type(source.tokenizer).__module__.startswith("transformers.")
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("entry", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_no_kernel_is_fetched_on_the_word_of_a_folder(gpt2: Any, tmp_path: Path, entry: str) -> None:
+    gpt2.save_pretrained(tmp_path / "plain")
+    tdkit.save(tdkit.compress(gpt2, Policy([Rule("*.mlp.*", LowRank(rank=2))])), tmp_path / "saved")
+    for folder in ("plain", "saved"):
+        path = tmp_path / folder / "config.json"
+        for asked in ("kernels-community/flash-attn2", "flash_attention_2"):
+            path.write_text(json.dumps({**json.loads(path.read_text()), entry: asked}))
+            with pytest.raises(CheckpointError, match=f"asks for {entry.lstrip('_')}='{asked}', which may be code"):
+                load_model(str(path.parent))
+
+
+def test_an_adapter_is_not_followed_to_its_base_model(gpt2: Any, tmp_path: Path) -> None:
+    gpt2.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
+    with pytest.raises(SourceError, match="holds an adapter: load its base model"):
+        load_model(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("changes", [{"n_layer": 10**6}, {"n_positions": 10**6}, {"vocab_size": 10**12}], ids=str)
+@pytest.mark.parametrize("saved", [False, True])
+def test_no_model_larger_than_its_files_is_built(
+    changes: dict[str, int], saved: bool, gpt2: Any, tmp_path: Path
+) -> None:
+    if saved:
+        tdkit.save(tdkit.compress(gpt2, Policy([Rule("*.mlp.*", LowRank(rank=2))])), tmp_path / "model")
+    else:
+        gpt2.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"config.json describes .*, and the files hold"):
+        load_model(str(tmp_path / "model"))
+    assert time.perf_counter() - started < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
 def _with_code(gpt2: Any, words: Any, folder: Path, changes: dict[str, Any]) -> Path:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tdkit.support.files import recover, whole_file, whole_folder, write_text
+from tdkit.errors import WriteError
+from tdkit.support.files import recover, scratch_folder, whole_file, whole_folder, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -128,3 +129,29 @@ def test_a_file_is_replaced_or_left(tmp_path: Path) -> None:
     write_text(path, "new")
     assert path.read_text() == "new"
     assert names(path.parent) == ["f.txt"]
+
+
+@pytest.mark.parametrize("name", ["mkdir", "rename", "fsync"])
+def test_what_cannot_be_written_is_told(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, name, refuse)
+        said = r"a cannot be written .*No space left.*: free some space"
+        with pytest.raises(WriteError, match=said), whole_folder(tmp_path / "a") as target:
+            (target / "x").write_text("1")
+    assert not (tmp_path / "a").exists()
+    assert names(tmp_path) == []
+
+
+def test_temporary_folders_of_killed_processes_are_swept(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path; from tdkit.support.files import temporary_folder\n"
+        "(temporary_folder('x', sys.argv[1]) / 'f').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    assert len(names(tmp_path)) == 1
+    with scratch_folder("x", tmp_path) as folder:
+        assert names(tmp_path) == [folder.name]
+    assert names(tmp_path) == []

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from tdkit.decompositions.base import Decomposition, FactorizedMatrix
 from tdkit.decompositions.registered import decomposition, spec_of
-from tdkit.errors import CheckpointError, TdkitError
+from tdkit.errors import CheckpointError, TdkitError, told_as
 from tdkit.models import huggingface
 from tdkit.models.checkpoint.values import value_of
 from tdkit.models.shards import INDEX, WEIGHTS
 from tdkit.models.sites import FactorizedUser, factorized_groups, resized_layers
-from tdkit.shapes import Shape
+from tdkit.shapes import Shape, by, is_weight_shape
 from tdkit.support.compatibility import COMPILED
+from tdkit.support.documents import read_json
 
 FORMAT = "tdkit"
 FORMAT_VERSION = 2  # 1 has the SHA-256 of the weights file, 2 that of the tensors
@@ -68,13 +69,16 @@ class Layer:
             raise CheckpointError(f"{place}: names={names!r} must be layer names")
         if len(options) != len(names) or not all(isinstance(option, dict) for option in options):
             raise CheckpointError(f"{place}: options={options!r} must be one set for each of {len(names)} names")
-        if len(shape) < 2 or not all(type(size) is int and size > 0 for size in shape):
-            raise CheckpointError(f"{place}: shape={shape!r} must be two sizes or more")
+        if not is_weight_shape(shape):
+            raise CheckpointError(
+                f"{place}: shape={shape!r} must be two sizes or more, of a weight that a machine holds"
+            )
         if isinstance(error, bool) or not isinstance(error, int | float | None):
             raise CheckpointError(f"{place}: error={error!r} must be a number")
         try:
             kind = decomposition(entry["decomposition"])
-            kind.empty(tuple(shape), device="meta")
+            with told_as(CheckpointError, f"{kind.describe()} cannot make factors of {by(shape)}"):
+                kind.empty(tuple(shape), device="meta")
         except TdkitError as problem:
             raise CheckpointError(f"{place}: {problem}") from None
         return cls(names, options, tuple(shape), kind, error)
@@ -206,7 +210,7 @@ def _place(folder: Path) -> Path | None:
         return folder / DESCRIPTION
     config = folder / CONFIG
     try:
-        found = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
+        found = read_json(config).get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return None
     return config if isinstance(found, dict) and found.get("quant_method") == FORMAT else None
@@ -223,8 +227,8 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
         raise CheckpointError(f"{folder} holds no {WEIGHTS}: the copy is incomplete")
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        description = read_json(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if path.name == CONFIG:
         description = description["quantization_config"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,16 @@ from tdkit.models.checkpoint.description import (
     place_of,
     read_description,
 )
+from tdkit.models.checkpoint.filling import fill
 from tdkit.models.checkpoint.rewriting import places_of, rewrite
 from tdkit.models.checkpoint.sizes import resize, sizes_of
 from tdkit.models.checkpoint.tensors import without_markers
 from tdkit.models.registration import attach
-from tdkit.models.shards import WEIGHTS, Shards, weight_files
-from tdkit.models.swap import swapping
-from tdkit.support.compatibility import buffers_of, parameters_of, unwrapped
+from tdkit.models.shards import WEIGHTS, Shards, same_bits, weight_files
+from tdkit.models.sites import factorized_groups
+from tdkit.models.swap import Swap, swapping
+from tdkit.support.compatibility import unwrapped
+from tdkit.support.files import digest_of_file
 
 
 def load(
@@ -68,7 +70,7 @@ def load(
     layers = layers_of(description, place)
     shards = Shards(weight_files(folder))
     if verify and description["version"] == 1:
-        _check_digest(_digest_of_file(folder / WEIGHTS), description, folder)
+        _check_digest(digest_of_file(folder / WEIGHTS), description, folder)
     if model is None:
         model = huggingface.empty_model(description["model"], folder, class_)
     given, model = model, unwrapped(model)
@@ -83,11 +85,28 @@ def load(
         values = _read(model, shards, users, folder, total)
         if total.counts:
             _check_digest(total.hexdigest(), description, folder)
-        _fill(model, values, dtypes, device)
+        _check_buffers(model, values, str(folder / WEIGHTS))
+        fill(swap, values, dtypes, device)
+        attach(model)
+        _finish(swap, given, model, generation)
+    return given
+
+
+def _finish(swap: Swap, given: nn.Module, model: Any, generation: Any) -> None:
+    """Put the model into eval mode, and give it its generation config."""
+    modes = [(module, module.training) for module in given.modules()]
+    before = vars(model).get("generation_config")
+
+    def restore() -> None:
+        for module, training in modes:
+            module.training = training
+        if generation is not None:
+            model.generation_config = before
+
+    swap.when_undone(restore)
     if generation is not None:
         model.generation_config = generation
-    attach(model)
-    return given.to(device).eval() if device is not None else given.eval()
+    given.eval()
 
 
 def outline(folder: str | Path) -> Any:
@@ -102,11 +121,6 @@ def outline(folder: str | Path) -> Any:
     with swapping(model) as swap:
         rewrite(swap, layers_of(description, str(place_of(folder))), str(folder))
     return model
-
-
-def _digest_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_digest(found: str, description: Mapping[str, Any], folder: Path) -> None:
@@ -139,6 +153,12 @@ def _users(
         f"holds {name} as {shape}, the model as {tuple(own[name].shape)}"
         for name, shape in shapes.items()
         if shape != tuple(own[name].shape)
+    ]
+    kinds = {name: shards.tensors[origins[name]].dtype for name in shapes}
+    problems += [
+        f"holds {name} as {dtype}, the model as {own[name].dtype}"
+        for name, dtype in kinds.items()
+        if dtype.is_floating_point != own[name].is_floating_point()
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -179,13 +199,26 @@ def _read(
                 with torch.inference_mode(False):  # factors are never inference tensors, wherever load is called
                     empty = torch.empty_strided(mapped.shape, own[name].stride(), dtype=mapped.dtype)
                     found[key] = empty.copy_(mapped)
-            elif not torch.equal(found[key], mapped):
+            elif not same_bits(found[key], mapped):
                 raise CheckpointError(
                     f"{folder / WEIGHTS}: {name} and {firsts[key]} are one tensor in this model, two in the file: "
                     "build the model without this tie (config.tie_word_embeddings=False in transformers)"
                 )
     shards.close()
     return found
+
+
+def _check_buffers(model: nn.Module, values: Mapping[int, Tensor], place: str) -> None:
+    """Check the integers by which factors are read.
+
+    Raises:
+        CheckpointError: when they point beyond the tensors, or are no integers.
+    """
+    for matrix, users in factorized_groups(model):
+        own = matrix.state_dict(keep_vars=True)
+        fault = matrix.fault({name: values[id(tensor)] for name, tensor in own.items() if id(tensor) in values})
+        if fault is not None:
+            raise CheckpointError(f"{place} is damaged: of layer {users[0].name}, {fault}")
 
 
 def _with_wrappers(
@@ -199,49 +232,3 @@ def _with_wrappers(
         return f"{places[layer]}{dot}{own}" if layer in places else entry
 
     return {named(name): name for name in names}, {named(a): named(b) for a, b in ties.items()}
-
-
-def _fill(
-    model: nn.Module,
-    values: Mapping[int, Tensor],
-    dtypes: Mapping[str, torch.dtype],
-    device: torch.device | str | None,
-) -> None:
-    """Give the tensors of the model their values: those on the meta device become these, the others are copied to."""
-    held = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not tensor.is_meta:
-            held[name] = values[id(tensor)]
-            if held[name].dtype != tensor.dtype:
-                _retype(model, name, held[name].dtype)
-    _replace(model, values, device or "cpu")
-    model.load_state_dict(held, strict=False)
-    for name, dtype in dtypes.items():
-        _retype(model, name, dtype)
-
-
-def _retype(model: nn.Module, name: str, dtype: torch.dtype) -> None:
-    """Cast a parameter or buffer to `dtype`, so that loading does not round."""
-    owner_name, _, attribute = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    tensor = getattr(owner, attribute)
-    with torch.inference_mode(False):
-        tensor.data = tensor.data.to(dtype)
-
-
-def _replace(model: nn.Module, values: Mapping[int, Tensor], device: torch.device | str) -> None:
-    """Replace the tensors of `model` on the meta device by `values` on `device`; ties are kept."""
-    made: dict[int, Tensor] = {}  # by the id of the tensor on the meta device
-    old: list[Tensor] = []  # kept alive, so that no id comes back
-    for module in model.modules():
-        for owned in (parameters_of(module), buffers_of(module)):
-            for name, tensor in owned.items():
-                if tensor is None or not tensor.is_meta:
-                    continue
-                old.append(tensor)
-                if id(tensor) not in made:
-                    with torch.inference_mode(False):
-                        value = values[id(tensor)].to(device)
-                        is_parameter = isinstance(tensor, nn.Parameter)
-                        made[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
-                owned[name] = made[id(tensor)]  # type: ignore[assignment]

@@ -12,7 +12,7 @@ from tdkit.errors import CheckpointError
 from tdkit.models.checkpoint.rewriting import places_of, user_of
 from tdkit.models.sites import Site
 from tdkit.models.swap import Resized, Swap
-from tdkit.shapes import Shape
+from tdkit.shapes import Shape, is_weight_shape
 from tdkit.support.compatibility import parameters_of
 
 Sizes = Mapping[str, Shape]
@@ -29,7 +29,7 @@ def sizes_of(description: Mapping[str, Any], place: str) -> dict[str, Shape]:
     if not isinstance(given, Mapping):
         raise CheckpointError(f"{place} is damaged: 'sizes' is malformed")
     for name, shape in given.items():
-        right = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+        right = isinstance(shape, list) and len(shape) == 2 and is_weight_shape(shape)
         if not isinstance(name, str) or not right:
             raise CheckpointError(f"{place} is damaged: layer {name} has no size {shape!r}")
     return {name: (shape[0], shape[1]) for name, shape in given.items()}

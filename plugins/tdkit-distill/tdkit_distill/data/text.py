@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tdkit.errors import SourceError
 from tdkit.sources.texts import load_texts, text_sources
+from tdkit.support.documents import read_json
 from tdkit.support.files import whole_folder
 from torch import Tensor
 
@@ -273,7 +274,14 @@ def _token_runs(pieces: Iterable[tuple[str, bool]], tokenizer: Any) -> Iterator[
 
 
 def _open(folder: Path, length: int) -> Tensor:
-    form = json.loads((folder / "windows.json").read_text(encoding="utf-8"))
+    try:
+        form = read_json(folder / "windows.json")
+        if not isinstance(form, dict) or type(form.get("count")) is not int or form["count"] < 1:
+            raise ValueError("it has no count")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder / 'windows.json'} is damaged ({error}): delete {folder} to pack the text again"
+        ) from None
     file = folder / "windows.i32"
     expected = form["count"] * length * 4
     found = file.stat().st_size if file.exists() else 0

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tdkit.errors import did_you_mean
+from tdkit.errors import OptionError
 from tdkit.support.compatibility import reset_accelerate_state
+from tdkit.support.trackers import check_trackers
 from torch import nn
 
 from tdkit_distill.errors import StageError
@@ -139,21 +140,7 @@ def _check_device(name: str, device: str | None) -> None:
 
 
 def _check_trackers(trackers: tuple[str, ...], folder: Path | None) -> None:
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    known = {str(name): kind for name, kind in LOGGER_TYPE_TO_CLASS.items()}
-    installed = {str(name) for name in get_available_trackers()}
-    for tracker in trackers:
-        if tracker == "all":
-            continue
-        if tracker not in known:
-            hint = did_you_mean(tracker, known) or f". accelerate knows {', '.join(sorted(known))}"
-            raise StageError(f"trackers: there is no tracker '{tracker}'{hint}")
-        if tracker not in installed:
-            raise StageError(f"trackers: the package of '{tracker}' is not installed: pip install {_package(tracker)}")
-        if folder is None and known[tracker].requires_logging_directory:
-            raise StageError(f"trackers: '{tracker}' writes into the run's folder, and there is none: pass folder=")
-
-
-def _package(tracker: str) -> str:
-    return {"tensorboard": "tensorboardX"}.get(tracker, tracker.replace("_", "-"))
+    try:
+        check_trackers(trackers, folder)
+    except OptionError as error:
+        raise StageError(str(error)) from None

@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tdkit.support.files import whole_folder
+from tdkit.errors import reason_of
+from tdkit.support.documents import read_json
+from tdkit.support.files import digest_of_file, whole_folder
 from torch import Tensor, nn
 
 from tdkit_distill.errors import ResumeError, StorageError
 from tdkit_distill.models.sharding import gathered, named_tensors, put
 
-FORMAT = 1
+FORMAT = 2  # 1 had no digest of its state
 STATE = "state.json"
 TENSORS = ("model", "optimizer")
 SEPARATOR = "|"  # between a parameter's name and its optimizer entry; no module name can hold it in this place
@@ -141,14 +143,15 @@ def _write(
             digests = {}
             for name, group in tensors.items():
                 save_file(dict(group), target / f"{name}.safetensors")
-                digests[name] = _digest(target / f"{name}.safetensors")
-            state = {
+                digests[name] = digest_of_file(target / f"{name}.safetensors")
+            state: dict[str, Any] = {
                 "format": FORMAT,
                 "run": run,
                 "position": vars(position),
                 "scaler": dict(scaler or {}),
                 "digests": digests,
             }
+            state["digest"] = _digest_of(state)
             (target / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         last = next(iter(reversed(checkpoints(place.parent))), None)
@@ -175,8 +178,8 @@ def read_latest(folder: Path, run: str) -> Saved | None:
     for place in reversed(found):
         try:
             saved = _read(place)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            problems.append(f"{place.name}: {error}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            problems.append(f"{place.name}: {reason_of(error)}")
             continue
         if saved.run != run:
             raise ResumeError(
@@ -189,21 +192,29 @@ def read_latest(folder: Path, run: str) -> Saved | None:
 
 
 def _read(place: Path) -> Saved:
-    state = json.loads((place / STATE).read_text(encoding="utf-8"))
-    if state["format"] != FORMAT:
-        raise ResumeError(f"{place} has format {state['format']}; this tdkit-distill reads {FORMAT}")
+    state = read_json(place / STATE)
+    version = state["format"]
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise ResumeError(f"{place} has format {version!r}; this tdkit-distill reads up to {FORMAT}")
+    if version > 1 and state.pop("digest") != _digest_of(state):
+        raise ValueError(f"{STATE} is damaged")
+    position = Position(**state["position"])
+    if any(type(count) is not int or count < 0 for count in vars(position).values()):
+        raise ValueError(f"{STATE} is damaged: {position} are no counts")
+    if not isinstance(state["run"], str) or not isinstance(state["scaler"], dict):
+        raise ValueError(f"{STATE} is damaged")
     tensors = {}
     for name in TENSORS:
         path = place / f"{name}.safetensors"
-        if _digest(path) != state["digests"][name]:
+        if digest_of_file(path) != state["digests"][name]:
             raise ValueError(f"{path.name} is damaged")
         tensors[name] = load_file(path)
-    return Saved(place, Position(**state["position"]), state["run"], state["scaler"], **tensors)
+    return Saved(place, position, state["run"], state["scaler"], **tensors)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest_of(state: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a state, without its own digest."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def model_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
@@ -235,6 +246,12 @@ def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         odd = sorted(set(named) ^ set(tensors))[:3]
         raise ResumeError(f"the checkpoint and the model differ in {', '.join(odd)}")
     for name, tensor in named.items():
+        if tensors[name].shape != tensor.shape or tensors[name].is_floating_point() != tensor.is_floating_point():
+            raise ResumeError(
+                f"the checkpoint holds {name} as {tuple(tensors[name].shape)} {tensors[name].dtype}, the model as "
+                f"{tuple(tensor.shape)} {tensor.dtype}: give another folder, or delete it"
+            )
+    for name, tensor in named.items():
         put(tensors[name], tensor)
 
 
@@ -262,7 +279,13 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         name, _, entry = key.partition(SEPARATOR)
-        parameter = parameters[name]
+        parameter = parameters.get(name)
+        shape = None if parameter is None else torch.Size() if entry == "step" else parameter.shape
+        if parameter is None or value.shape != shape or not value.is_floating_point():
+            raise ResumeError(
+                f"the checkpoint holds {key} as {tuple(value.shape)} {value.dtype}, which is no state of this "
+                "optimizer: give another folder, or delete it"
+            )
         if entry != "step":
             moment = torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False)
             put(value, moment)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tdkit.support.documents import parse_json
+from tdkit.support.files import write_text
+
+from tdkit_distill.errors import StorageError
 
 
 class LiveView:
@@ -71,12 +75,11 @@ class Log:
             return
         path = folder / "log.jsonl"
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            self.entries = [entry for entry in map(_parsed, lines) if entry and entry["total"] <= total]
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            self.entries = [entry for entry in map(_parsed, lines) if entry is not None and entry["total"] <= total]
         self._before = max((entry.get("clock", 0.0) for entry in self.entries), default=0.0)
-        self._file = path.open("w", encoding="utf-8")
-        for entry in self.entries:
-            self._write(entry)
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
+        self._file = path.open("a", encoding="utf-8")
 
     def add(self, entry: dict[str, Any]) -> None:
         """Append an entry."""
@@ -87,17 +90,24 @@ class Log:
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a full disk has been told when the entry was written
+                self._file.close()
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(entry) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise StorageError(
+                    f"{self._file.name} could not be written ({error}): free some space and run again to go on from "
+                    "the last checkpoint"
+                ) from error
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
-        entry: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
+        entry = parse_json(line)
+    except ValueError:  # the last line of a run that was killed while it wrote
         return None
-    return entry
+    return entry if isinstance(entry, dict) and type(entry.get("total")) is int else None

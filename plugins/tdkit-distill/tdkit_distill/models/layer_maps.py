@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from tdkit.errors import did_you_mean
+from tdkit.support.patterns import expression
 from torch import nn
 
 from tdkit_distill.errors import StageError
@@ -87,12 +88,12 @@ def matching(model: nn.Module, pattern: str, place: str) -> list[str]:
     names: list[str] = [name for name, _ in model.named_modules() if name]
     if pattern.startswith("re:"):
         try:
-            found = [name for name in names if re.fullmatch(pattern[3:], name)]
-        except re.error as error:
+            found = [name for name in names if expression(pattern[3:]).matches(name)]
+        except ValueError as error:
             raise StageError(f"{place} layers '{pattern}' is no regular expression: {error}") from None
     else:  # here a star stays within one part of the name, so that h.*.mlp is not also h.0.attn.x.mlp
-        expression = re.compile(fnmatch.translate(pattern).replace(".*", "[^.]*"))
-        found = [name for name in names if expression.fullmatch(name)]
+        glob = re.compile(fnmatch.translate(pattern).replace(".*", "[^.]*"))
+        found = [name for name in names if glob.fullmatch(name)]
     if not found:
         raise StageError(f"{place} layers '{pattern}' match no module{did_you_mean(pattern, names) or _example(names)}")
     return found

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tdkit.support.files import whole_file, write_text
+from tdkit.support.documents import read_json
+from tdkit.support.files import digest_of_file, whole_file, write_text
 from tdkit.support.progress import progress_bar
 from torch import Tensor, nn
 
@@ -67,6 +68,8 @@ class CachedTeacher:
     def view(self, batch: Mapping[str, Tensor], rows: Tensor) -> View:
         """The stored logits of these rows; all of them, in order, when k was the whole vocabulary."""
         per_shard = int(self._form["rows_per_shard"])
+        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self._form["rows"]:
+            raise CacheError(f"{self.folder} holds {self._form['rows']} rows, not row {int(rows.max())}")
         found: dict[str, list[Tensor]] = {"values": [], "indices": [], "log_partition": []}
         for row in rows.tolist():
             shard = self._shard(row // per_shard)
@@ -86,6 +89,24 @@ class CachedTeacher:
             )
         )
 
+    def _fault(self, shard: Any, number: int) -> str | None:
+        """Returns what is wrong with the tensors of a shard, or None."""
+        rows = min(self._form["rows_per_shard"], self._form["rows"] - number * self._form["rows_per_shard"])
+        found = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118, not a dict
+        if found.keys() != {"values", "indices", "log_partition"}:
+            return f"it holds {', '.join(sorted(found))}"
+        shape = (rows, *found["log_partition"].shape[1:])
+        for name, tensor in found.items():
+            inner = tensor.shape if name == "log_partition" else tensor.shape[:-1]
+            if tuple(inner) != shape or (name != "indices") != tensor.is_floating_point():
+                return f"{name} is {tuple(tensor.shape)} {tensor.dtype}"
+        indices = found["indices"]
+        if indices.shape != found["values"].shape:
+            return "values and indices have different shapes"
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.vocabulary:
+            return f"an index is outside of {self.vocabulary} logits"
+        return None
+
     def _shard(self, number: int) -> Any:
         """A shard's file, memory-mapped, as ``safetensors.safe_open`` gives it."""
         if number not in self._open:
@@ -93,12 +114,16 @@ class CachedTeacher:
             remedy = "delete it and build the cache again, which computes only what is missing"
             if not path.is_file():
                 raise CacheError(f"{path} is missing: build the cache again, which computes only what is missing")
-            if number not in self._verified and _digest(path) != self._form["digests"][str(number)]:
+            if number not in self._verified and digest_of_file(path) != self._form["digests"][str(number)]:
                 raise CacheError(f"{path} is damaged (its SHA-256 is not the one written down): {remedy}")
             try:
                 self._open[number] = safe_open(path, framework="pt")
+                fault = self._fault(self._open[number], number)
             except (OSError, SafetensorError) as error:
                 raise CacheError(f"{path} cannot be read ({error}): {remedy}") from None
+            if fault is not None:
+                del self._open[number]
+                raise CacheError(f"{path} is damaged ({fault}): {remedy}")
             self._verified.add(number)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
@@ -248,7 +273,7 @@ def _write(folder: Path, number: int, shard: dict[str, Tensor]) -> str:
         raise StorageError(
             f"{path} could not be written ({error}): free some space and build again; the shards before it are kept"
         ) from error
-    return _digest(path)
+    return digest_of_file(path)
 
 
 def _write_manifest(folder: Path, form: dict[str, Any]) -> None:
@@ -263,24 +288,36 @@ def _write_manifest(folder: Path, form: dict[str, Any]) -> None:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
+    remedy = f"delete {folder} and build the cache again"
     try:
-        form: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if form["format"] != FORMAT:
-            raise CacheError(f"{path} has format {form['format']}; this tdkit-distill reads {FORMAT}: build it again")
-        return form
+        form = read_json(path)
     except FileNotFoundError:
         raise CacheError(f"{folder} holds no teacher cache: make one with build_cache") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CacheError(f"{path} is damaged ({error}): delete {folder} and build the cache again") from None
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{path} is damaged ({error}): {remedy}") from None
+    if isinstance(form, dict) and form.get("format") != FORMAT and type(form.get("format")) is int:
+        raise CacheError(f"{path} has format {form['format']}; this tdkit-distill reads {FORMAT}: build it again")
+    counts = ("format", "vocabulary", "rows", "rows_per_shard", "shards")
+    if not isinstance(form, dict) or any(type(form.get(name)) is not int or form[name] < 1 for name in counts):
+        raise CacheError(f"{path} is damaged ({', '.join(counts)} must be counts): {remedy}")
+    key, digests, finished = form.get("key"), form.get("digests"), form.get("finished")
+    if not isinstance(key, dict) or not isinstance(digests, dict) or type(finished) is not int:
+        raise CacheError(f"{path} is damaged (key, digests or finished is missing or malformed): {remedy}")
+    known = {str(number) for number in range(min(form["shards"], form["rows"]))}
+    whole = form["shards"] == -(-form["rows"] // form["rows_per_shard"]) and finished == len(digests)
+    temperature = key.get("temperature")
+    if (
+        not whole
+        or not digests.keys() <= known
+        or isinstance(temperature, bool)
+        or not isinstance(temperature, int | float)
+    ):
+        raise CacheError(f"{path} is damaged (its counts do not go together): {remedy}")
+    return form
 
 
 def _shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def model_digest(model: nn.Module) -> str:

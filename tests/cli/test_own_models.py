@@ -1,0 +1,149 @@
+"""A torch model of the user's own goes through every command by its import path."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file, save_model
+
+from tdkit.sources.own import build_model
+from tests.cli.command import Result, run
+
+Tdkit = Callable[..., Result]
+ROOT = Path(__file__).parents[2]
+
+CODE = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(24, 48), nn.Linear(48, 24), nn.Linear(24, 5)
+    def forward(self, x):
+        return self.head(self.down(nn.functional.relu(self.up(x))))
+
+def batches():
+    import torch
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(8, 24, generator=generator), torch.arange(8) % 5) for _ in range(3)]
+"""
+
+
+@pytest.fixture
+def tdkit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Tdkit:
+    return partial(run, capsys, monkeypatch)
+
+
+@pytest.fixture
+def here(tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with weights and data; its module is on the path."""
+    monkeypatch.chdir(tmp_path)
+    (site / "cli_nets.py").write_text(CODE, encoding="utf-8")
+    torch.manual_seed(0)
+    save_model(build_model("cli_nets:Net").model, "net.safetensors")
+    save_file({"inputs": torch.randn(40, 24), "labels": torch.arange(40) % 5}, "data.safetensors")
+    return tmp_path
+
+
+MODEL = ("--model", "cli_nets:Net", "--weights", "net.safetensors")
+
+
+@pytest.mark.parametrize("data", ["data.safetensors", "cli_nets:batches"])
+def test_plan_compress_eval(tdkit: Tdkit, here: Path, data: str) -> None:
+    policy = ("--budget", "0.7", "--data", data)
+    planned = json.loads(tdkit("plan", *MODEL, *policy, "--json").out)
+    assert planned["params_after"] <= 0.7 * planned["params_before"]
+    assert any(step["loss"] is not None for step in planned["steps"]), "the plan is calibrated"
+    made = tdkit("compress", *MODEL, *policy, "--out", "smaller")
+    assert made.code == 0, made.err
+    assert "load it with --model cli_nets:Net --weights smaller" in made.err
+    smaller = ("--model", "cli_nets:Net", "--weights", "smaller")
+    measured = tdkit("eval", *smaller, "--data", data, "--against", "net.safetensors", "--out", "report.json")
+    assert measured.code == 0, measured.err
+    for part in ("net.safetensors", "smaller", "ratio", "accuracy", "agreement"):
+        assert part in measured.out
+    figures = json.loads(Path("report.json").read_text())["results"][0]["figures"]
+    assert figures["ratio"]["value"] <= 0.7
+    assert 0 < figures["relative error"]["value"] < 1
+    same = tdkit("eval", *MODEL, "--data", data, "--against", "net.safetensors", "--json")
+    figures = json.loads(same.out)["results"][0]["figures"]
+    assert figures["agreement"]["value"] == figures["ratio"]["value"] == 1
+    assert figures["accuracy"] == figures["dense accuracy"]
+
+
+def test_calibrate_bench_and_quantize(tdkit: Tdkit, here: Path) -> None:
+    made = tdkit("calibrate", *MODEL, "--data", "data.safetensors", "--batch-size", "8", "--out", "moments", "--json")
+    assert json.loads(made.out)["batches"] == 5
+    assert json.loads(made.out)["layers"] == 3
+    assert tdkit("plan", *MODEL, "--budget", "0.8", "--calibration", "moments").code == 0
+    timed = tdkit("bench", *MODEL, "--budget", "0.8", "--tokens", "1", "--seconds", "0.01", "--json")
+    assert timed.code == 0, timed.err
+    assert {row["what"] for row in json.loads(timed.out)["rows"]} != set()
+
+
+def test_the_current_folder_is_on_the_path(here: Path, tmp_path: Path) -> None:
+    """In a process of its own, as the console script, whose path does not have the current folder."""
+    (tmp_path / "nets_here.py").write_text(CODE, encoding="utf-8")
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    code = "import sys; sys.path.remove(''); from tdkit.cli.app import main; main()"
+    call = [sys.executable, "-c", code, "plan", "--model", "nets_here:Net", "--budget", "0.7", "--json"]
+    done = subprocess.run(
+        call, env={**os.environ, "PYTHONPATH": paths}, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["params_before"] == 24 * 48 + 48 + 48 * 24 + 24 + 24 * 5 + 5
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "message"),
+    [
+        (("plan",), 2, "give one model: MODEL by name or folder, or --model MODULE:NAME"),
+        (("plan", "smollm2", *MODEL), 2, "give one model"),
+        (("plan", "smollm2", "--weights", "net.safetensors"), 2, "--weights net.safetensors goes with --model"),
+        (("plan", *MODEL, "--data", "data.safetensors", "--calibration", "moments"), 2, "give one of them"),
+        (("plan", "--model", "cli_nets:Nte"), 1, "did you mean 'Net'"),
+        (("calibrate", *MODEL, "--out", "moments"), 2, "give what to calibrate on: --text or --data"),
+        (("compress", *MODEL, "--stream", "--out", "x"), 2, "give MODEL, not --model"),
+        (("eval", *MODEL, "--tasks", "x", "--metric", "mse"), 2, "--metric is for batches: give --data"),
+        (("eval", *MODEL, "--tasks", "x", "--against", "y"), 2, "--against is for texts and batches"),
+        (("eval", *MODEL, "--data", "nowhere.npz"), 1, "no data 'nowhere.npz'"),
+        (("eval", *MODEL, "--data", "data.safetensors", "--against", "nowhere"), 1, "no weights nowhere"),
+    ],
+)
+def test_mistakes_are_told(tdkit: Tdkit, here: Path, call: tuple[str, ...], code: int, message: str) -> None:
+    done = tdkit(*call)
+    assert (done.code, message in done.err) == (code, True), done.err
+
+
+def test_a_dry_run_says_what_would_be_measured(tdkit: Tdkit, here: Path) -> None:
+    done = tdkit("eval", *MODEL, "--data", "data.safetensors", "--against", "net.safetensors", "--dry-run")
+    assert done.out == "would measure cli_nets:Net on the batches of data.safetensors and against net.safetensors\n"
+
+
+def test_a_folder_of_such_a_model_says_how_it_is_loaded(tdkit: Tdkit, here: Path) -> None:
+    assert tdkit("compress", *MODEL, "--budget", "0.7", "--out", "smaller").code == 0
+    done = tdkit("eval", "smaller", "--data", "data.safetensors")
+    assert done.code == 1
+    assert "--model MODULE:NAME --weights smaller" in done.err
+
+
+def test_a_language_model_is_compared_with_its_dense_one(
+    tdkit: Tdkit, gpt2_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    assert tdkit("compress", gpt2_folder, "--budget", "0.7", "--out", tmp_path / "smaller").code == 0
+    text = ("--text", text_file, "--context", "32", "--tokens", "512", "--against", gpt2_folder)
+    done = tdkit("eval", tmp_path / "smaller", *text, "--json")
+    figures = json.loads(done.out)["results"][0]["figures"]
+    dense = json.loads(tdkit("eval", gpt2_folder, *text[:-2], "--json").out)["results"][0]["figures"]
+    assert figures["dense perplexity"] == dense["perplexity"]
+    assert 0 <= figures["agreement"]["value"] < 1
+    assert figures["ratio"]["value"] <= 0.7
+    assert "agreement" in tdkit("eval", tmp_path / "smaller", *text).out

@@ -1,0 +1,131 @@
+"""``python -m tests.hostile.report``: run the harness and write ``docs/results/reliability.md``.
+
+Each finished part is stored in ``reliability.json`` beside it, so that parts can be run one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdkit.support.files import write_text
+from tdkit.support.version import VERSION
+from tests.hostile import parts
+
+PLACE = Path(__file__).parents[2] / "docs" / "results"
+
+SEEDED = {  # the shares that the tests run
+    "files": 0.02,
+    "kills": 0.08,
+    "faults": 0.04,
+    "exceptions": 0.05,
+    "numbers": 0.015,
+    "plugins": 1.0,
+    "memory": 0.06,
+}
+
+HEAD = """\
+# Reliability
+
+What was tried against tdkit, and what came of it: `make test-hostile` (`python -m tests.hostile.report`), tdkit
+{version}, torch {torch}, Python {python}. Every outcome must be success or a `tdkit.errors.TdkitError`, and nothing may
+be lost, changed half way or left over; "bad" counts the others.
+
+| part | tried | bad | seconds |
+| --- | --- | --- | --- |
+{rows}
+"""
+
+TITLES = {
+    "files": (
+        "Mutated files",
+        """Every kind of file that tdkit reads, changed by a seed: places of JSON and YAML deleted, replaced, swapped,
+repeated; headers and numbers of safetensors; files cut, garbled, emptied or taken away; digests stale or made to match.
+Each is read and used within 2 seconds of processor time and 500 MB.""",
+    ),
+    "kills": (
+        "kill -9",
+        """A process is killed before a change that it makes to the file system (rename, exchange, fsync, mkdir, unlink,
+rmdir, open for writing). What was there or what was to come is whole; the same call again ends with the result of an
+undisturbed one, and nothing is left over.""",
+    ),
+    "faults": (
+        "Full and read-only disks, two at once",
+        """Every change from some one on fails, files cannot grow beyond a size, or two processes do the same at once;
+then as above.""",
+    ),
+    "exceptions": (
+        "Exceptions and Ctrl-C",
+        """An exception is raised at one call of a function of tdkit. The model is bit-identical to what it was, or,
+where the exception comes after the last change, finished.""",
+    ),
+    "numbers": (
+        "Degenerate weights",
+        """13 weights (zeros, rank one, 1e-42, NaN, ...) in 4 dtypes and 7 metrics: finite factors, or an error with the
+model unchanged.""",
+    ),
+    "plugins": ("Plugins", "Each misbehaves in one way; it is named, and breaks only itself."),
+    "memory": ("Memory and threads", "Repeated in one process; and twice on the same number of threads."),
+}
+
+
+def main() -> None:
+    """Run the parts that the command line names, all by default."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[[], *parts.PARTS], default=[])
+    parser.add_argument("--share", type=float, default=1.0, help="of the full size")
+    parser.add_argument("--seeded", action="store_true", help="the shares that the tests run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=PLACE)
+    options = parser.parse_args()
+    stored = options.out / "reliability.json"
+    known: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
+    bad = 0
+    for name in options.parts or parts.PARTS:
+        part = parts.run(name, SEEDED[name] if options.seeded else options.share, options.seed)
+        print(f"{name}: {part.tried} tried, {len(part.bad)} bad, {part.seconds:.0f} s", flush=True)
+        for text in part.bad:
+            print(f"  {text}", flush=True)
+        bad += len(part.bad)
+        known[name] = {
+            "rows": {what: dict(row) for what, row in part.rows.items()},
+            "bad": part.bad,
+            "figures": part.figures,
+            "seconds": part.seconds,
+        }
+        write_text(stored, json.dumps(known, indent=1) + "\n")
+        write_text(options.out / "reliability.md", page(known))
+    raise SystemExit(1 if bad else 0)
+
+
+def page(known: dict[str, Any]) -> str:
+    """Returns the text of the page."""
+    names = [name for name in TITLES if name in known]
+    rows = "\n".join(
+        f"| {TITLES[name][0]} | {_tried(known[name]):,} | {len(known[name]['bad'])} | {known[name]['seconds']:,.0f} |"
+        for name in names
+    )
+    text = HEAD.format(version=VERSION, torch=torch.__version__, python=platform.python_version(), rows=rows)
+    for name in names:
+        part = known[name]
+        outcomes = sorted({outcome for row in part["rows"].values() for outcome in row} | {"bad"}, key="bad".__eq__)
+        text += f"\n## {TITLES[name][0]}\n\n{TITLES[name][1]}\n\n"
+        text += f"| what | {' | '.join(outcomes)} |\n| --- |{' --- |' * len(outcomes)}\n"
+        for what, row in part["rows"].items():
+            text += f"| {what} | {' | '.join(f'{row.get(outcome, 0):,}' for outcome in outcomes)} |\n"
+        if part["figures"]:
+            text += "\n" + ", ".join(f"{what} {value:,g}" for what, value in part["figures"].items()) + ".\n"
+    return text
+
+
+def _tried(part: dict[str, Any]) -> int:
+    return sum(sum(row.values()) for row in part["rows"].values())
+
+
+if __name__ == "__main__":
+    main()
