@@ -4,32 +4,11 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 from tdkit.errors import MissingPluginError
 
-
-class Provided(NamedTuple):
-    """What a package provides under a name.
-
-    Attributes:
-        package: as it is installed.
-        module: in which the object of that name is.
-        summary: of the command of that name.
-    """
-
-    package: str
-    module: str
-    summary: str
-
-
-PROVIDED = {
-    "heal": Provided(
-        "tdkit-distill",
-        "tdkit_distill",
-        "Train a compressed model for a short time by its dense one, and save the best weights.",
-    )
-}
+PROVIDED = {"heal": ("tdkit-distill", "tdkit_distill")}  # name: package, module
 
 
 def provided(name: str) -> Any:
@@ -39,7 +18,7 @@ def provided(name: str) -> Any:
         MissingPluginError: when the package is not installed.
     """
     check_installed(name)
-    return getattr(import_module(PROVIDED[name].module), name)
+    return getattr(import_module(PROVIDED[name][1]), name)
 
 
 def check_installed(name: str) -> None:
@@ -48,6 +27,6 @@ def check_installed(name: str) -> None:
     Raises:
         MissingPluginError: when it is not.
     """
-    if name in PROVIDED and find_spec(PROVIDED[name].module) is None:
-        package = PROVIDED[name].package
+    if name in PROVIDED and find_spec(PROVIDED[name][1]) is None:
+        package = PROVIDED[name][0]
         raise MissingPluginError(f"{name} is in the package {package}, which is not installed: pip install {package}")

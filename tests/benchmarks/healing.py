@@ -243,6 +243,7 @@ def main() -> None:
             "compressed": f"joint policy, {CALIBRATION_TOKENS:,} tokens of {CALIBRATION_TEXT}, if no other is named",
             "healed_on": f"{HEAL_TEXT}, windows of {CONTEXT}",
             "evaluation": f"{len(bench.ids):,} tokens of {EVALUATION_TEXT}, {PROTOCOL}",
+            "threads": options.threads,
             "dense_on_evaluation": bench.measured(bench.source.model, "dense"),
         }
     for keep in options.keep:

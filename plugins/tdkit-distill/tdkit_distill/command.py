@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from tdkit.cli.output import AsJson, DryRun, note, show
+from tdkit.cli.options import NamedModel
+from tdkit.cli.output import AsJson, DryRun, note, settings, show
 from tdkit.errors import OptionError
 from tdkit.models.card import Card, base_of
 from tdkit.models.checkpoint import is_saved, save
@@ -26,7 +27,7 @@ INTERRUPTED = 130  # the exit code of a program that Ctrl-C ends
 
 
 def heal(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="The folder of the compressed model.")],
+    model: NamedModel,
     text: Annotated[
         list[str],
         typer.Option("--text", help="To train on: a file, a folder, a name such as sotu:calibration; or more."),
@@ -85,6 +86,8 @@ def heal(
         save(source.model, target, tokenizer=source.tokenizer, overwrite=True, card=_card(made, by))
         made.save(target / REPORT)
 
+    if not dry_run:
+        settings.kept = f"what was computed is kept in {run}: the same call goes on from there"
     try:
         with warnings.catch_warnings(action="ignore", category=HealingWarning):  # they are told below
             made = heal_model(
@@ -115,10 +118,6 @@ def heal(
         note(f"{stopped}\n{target} holds them; the same call goes on from there, with what is in {run}")
         show(stopped.healing.table(), stopped.healing.to_dict(), as_json)
         raise typer.Exit(INTERRUPTED) from None
-    except KeyboardInterrupt:
-        if run.is_dir():
-            note(f"what was computed is kept in {run}: the same call goes on from there")
-        raise
     _tell(made)
     if dry_run:
         show("nothing was trained", made.to_dict(), as_json)
