@@ -26,7 +26,7 @@ register()
 def __getattr__(name: str) -> object:
     """Load `tdkit.public`, and torch with it, when the first of its names is used: the help of commands needs none.
 
-    What another package of this project provides, such as `heal` of tdkit-distill, is imported from there.
+    What packages of this project provide, such as `heal` of tdkit-distill, is imported when it is asked for.
     """
     if name.startswith("__") and name != "__all__":
         raise AttributeError(f"module 'tdkit' has no attribute {name!r}")

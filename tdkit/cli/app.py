@@ -23,8 +23,8 @@ from tdkit.cli import (
     sources,
     sweep,
 )
-from tdkit.cli.commands import command_of, commands, listed
 from tdkit.cli.output import complain, err, settings, without_foreign_bars
+from tdkit.cli.provided import command_of, commands
 from tdkit.errors import BudgetError, OptionError, PolicyError, RecipeError, RegistryError, TdkitError
 from tdkit.support.plugins import check_installed
 from tdkit.support.progress import show_progress
@@ -43,13 +43,12 @@ class Commands(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         own = super().get_command(ctx, cmd_name)
-        return listed(cmd_name) if own is None and cmd_name in commands.names() else own
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[0] not in {*self.commands, *commands.names()}:
-            check_installed(args[0])
-        name, command, rest = super().resolve_command(ctx, args)
-        return name, command if name in self.commands else command_of(str(name)), rest
+        if own is not None:
+            return own
+        if cmd_name in commands.names():
+            return command_of(cmd_name)
+        check_installed(cmd_name)
+        return None
 
     def invoke(self, ctx: Any) -> Any:
         try:

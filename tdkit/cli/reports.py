@@ -21,7 +21,7 @@ def leave_report(folder: Path) -> None:
     except Exception as error:  # whatever it is, the work that is reported is done and saved
         note(f"no report was written: {type(error).__name__}: {error} (tdkit --debug report {folder} tells more)")
         return
-    note(f"report: {page} (figures as PNG and SVG: tdkit report {shlex.quote(str(folder))})")
+    note(f"report: {page}")
 
 
 def command_line() -> str:

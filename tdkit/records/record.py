@@ -15,6 +15,7 @@ from tdkit.errors import CheckpointError, TdkitError
 from tdkit.planning.plan import Plan
 from tdkit.records.spectra import Spectrum
 from tdkit.records.tree import Branch
+from tdkit.support.documents import read_json
 from tdkit.support.files import write_text
 
 FORM = "tdkit-record/1"
@@ -163,7 +164,7 @@ class Record:
             CheckpointError: when it cannot be read, is damaged, or has another form.
         """
         try:
-            form = json.loads(Path(file).read_text(encoding="utf-8"))
+            form = read_json(Path(file))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file} cannot be read as a record: {error}") from None
         return cls.from_dict(form, str(file))

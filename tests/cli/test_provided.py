@@ -34,8 +34,8 @@ def test_a_command_of_another_package(tdkit: Tdkit, site: Path) -> None:
     install_package(site, "greeting", {"tdkit.commands": {"greet": "greeting:greet"}}, CODE)
     done = tdkit("greet", "you", "--times", 2)
     assert (done.code, done.out) == (0, "hello hello you\n")
-    assert "Of the package greeting." in tdkit("--help").out
     assert "Say hello." in tdkit("greet", "--help").out
+    assert "Of the package greeting." in tdkit("--help").out
     assert "Missing argument" in tdkit("greet").err
 
 
@@ -44,6 +44,7 @@ def test_a_command_that_cannot_be_imported_breaks_no_other(tdkit: Tdkit, site: P
     listed = tdkit("--help")
     assert listed.code == 0
     assert "Of the package broken." in listed.out
+    assert "Unavailable: command 'break' of package broken" in " ".join(tdkit("break", "--help").out.split())
     done = tdkit("break", "it", "--now")
     assert done.code == 2
     assert "command 'break' of package broken (broken:nothing) failed to import" in done.err
@@ -51,7 +52,7 @@ def test_a_command_that_cannot_be_imported_breaks_no_other(tdkit: Tdkit, site: P
 
 
 def test_what_a_missing_package_provides(tdkit: Tdkit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(plugins.PROVIDED, "mend", ("tdkit-mend", "tdkit_mend"))
+    monkeypatch.setitem(plugins.PROVIDED, "mend", plugins.Provided("tdkit-mend", "tdkit_mend", "Mend."))
     done = tdkit("mend", "folder")
     assert done.code == 1
     assert "mend is in the package tdkit-mend, which is not installed: pip install tdkit-mend" in done.err
