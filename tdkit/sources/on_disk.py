@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdkit.errors import CheckpointError, SourceError
+from tdkit.errors import CheckpointError, SourceError, told_as
 from tdkit.models import huggingface
 from tdkit.models.checkpoint import is_saved
 from tdkit.models.configs import check_size, read_config
@@ -65,8 +65,9 @@ def open_model(name: str | Path, *, dtype: torch.dtype | None = None) -> OpenedM
     config._name_or_path = str(name)
     kind = class_of(config, str(name))
     shards = Shards(weight_files(folder))
-    check_size(huggingface.builder_of(kind), config, folder)
-    model = huggingface.weightless_model(kind, config, dtype or _dtype_of(config, shards))
+    with told_as(SourceError, f"{folder / 'config.json'} describes a model that cannot be built"):
+        check_size(huggingface.builder_of(kind), config, folder)
+        model = huggingface.weightless_model(kind, config, dtype or _dtype_of(config, shards))
     weights = OnDisk(model, shards, huggingface.names_when_loaded(model, shards.tensors))
     generation = huggingface.generation_config(model, folder)
     if generation is not None:

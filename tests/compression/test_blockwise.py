@@ -160,9 +160,7 @@ def test_auto_without_calibration_takes_the_least_error(llama: Any) -> None:
     weights = {site.name: site.weight.detach() for site in survey(llama).sites}
     for step in plan.rewritten:
         weight = weights[step.name]
-        richest = [
-            kind.complete(step.shape, int(0.6 * weight.numel())) for kind in (LowRank(), Kronecker(), TTMatrix())
-        ]
+        richest = [kind.complete(step.shape, int(0.6 * weight.numel())) for kind in (LowRank(), Kronecker())]
         errors = {kind: kind.error(weight, kind.fit(weight)) for kind in richest if kind is not None}
         assert step.decomposition == min(errors, key=lambda kind: errors[kind])
 

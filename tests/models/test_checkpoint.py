@@ -584,7 +584,7 @@ def rewritten(folder: Path, name: str, change: Any) -> None:
     [
         (lambda order: order.clone().fill_(order[0]), "column_source is no permutation of 0 to 23"),
         (lambda order: order + 1, "column_source is no permutation of 0 to 23"),
-        (lambda order: order.float(), "column_source holds torch.float32, not torch.int32"),
+        (lambda order: order.float(), "column_source as torch.float32, the model as torch.int32"),
         (lambda order: order.long(), "column_source holds torch.int64, not torch.int32"),
     ],
     ids=["repeated", "out of range", "floats", "another width"],
@@ -592,7 +592,7 @@ def rewritten(folder: Path, name: str, change: Any) -> None:
 def test_permutations_are_permutations(change: Any, message: str, tied: Any, tmp_path: Path) -> None:
     folder = permuted(tmp_path, tied)
     rewritten(folder, "column_source", change)
-    with pytest.raises(CheckpointError, match=f"is damaged: of layer up, {message}"):
+    with pytest.raises(CheckpointError, match=message):
         tdkit.load(folder, model=fresh(tied))
 
 

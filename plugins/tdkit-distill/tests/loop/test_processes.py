@@ -105,7 +105,7 @@ def test_a_sharded_run_goes_on_from_the_checkpoint_of_a_run_with_whole_models(
     assert_equal(two[0]["handed"], one)
     for name in ("fsdp", "handed"):
         state = json.loads((place / name / "step-00000011" / "state.json").read_text())
-        assert state["position"] == {"stage": 3, "step": 0, "total": 11}
+        assert state["position"] == {"stage": 3, "step": 0, "total": 11, "tokens": 768}
 
 
 def test_what_fails_in_one_process_is_raised_in_both(two: tuple[Found, Found]) -> None:
