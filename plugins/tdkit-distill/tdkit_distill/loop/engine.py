@@ -217,6 +217,8 @@ class _Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.log = Log(self.folder, total)
+        except StorageError:
+            raise
         except OSError as error:
             raise StorageError(
                 f"the run's folder {self.folder} cannot be written ({error}): give another one"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,6 +17,9 @@ from tdkit.support.documents import parse_json
 from tdkit.support.files import write_text
 
 from tdkit_distill.errors import StorageError
+
+if sys.platform != "win32":
+    import fcntl
 
 
 class LiveView:
@@ -70,9 +75,11 @@ class Log:
     def __init__(self, folder: Path | None, total: int) -> None:
         self.entries: list[dict[str, Any]] = []
         self._file = None
+        self._held: int | None = None  # the folder, as long as this process trains in it
         self._started, self._before = time.perf_counter(), 0.0
         if folder is None:
             return
+        self._held = _held(folder)
         path = folder / "log.jsonl"
         if path.is_file():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -92,6 +99,9 @@ class Log:
         if self._file is not None:
             with suppress(OSError):  # a full disk has been told when the entry was written
                 self._file.close()
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self._file is not None:
@@ -103,6 +113,28 @@ class Log:
                     f"{self._file.name} could not be written ({error}): free some space and run again to go on from "
                     "the last checkpoint"
                 ) from error
+
+
+def _held(folder: Path) -> int | None:
+    """Returns the folder, opened and locked for this process until it is closed; None where there are no such locks.
+
+    Raises:
+        StorageError: when another process trains in it.
+    """
+    if sys.platform == "win32":
+        return None
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        raise StorageError(
+            f"another process trains in {folder}: wait until it has ended, or give another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(opened)
+        return None
+    return opened
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ import pytest
 from distill_models import gpt2, ids
 
 from tdkit_distill import distill
+from tdkit_distill.errors import StorageError
 from tdkit_distill.loop.progress import Log
 
 STAGE = {"name": "first", "losses": {"logits": 1.0, "hidden": 0.5}, "steps": 3, "batch_size": 4}
@@ -55,3 +56,11 @@ def test_a_log_drops_what_was_written_after_the_checkpoint(tmp_path: Path) -> No
     assert kept == log.entries
     assert kept[2].pop("clock") >= 0
     assert kept == [{"total": 1, "loss": 1.0}, {"total": 2, "loss": 2.0}, {"total": 3, "loss": 0.5}]
+
+
+def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
+    log = Log(tmp_path, 0)
+    with pytest.raises(StorageError, match="another process trains in"):
+        Log(tmp_path, 0)
+    log.close()
+    Log(tmp_path, 0).close()
