@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from tdkit.support.files import write_text
 from tdkit.support.version import VERSION
 from tests.hostile import parts
 
-PLACE = Path(__file__).parents[2] / "docs" / "results"
+ROOT = Path(__file__).parents[2]
+PLACE = ROOT / "docs" / "results"
 
 SEEDED = {  # the shares that the tests run
     "files": 0.02,
@@ -94,13 +96,20 @@ def main() -> None:
         bad += len(part.bad)
         known[name] = {
             "rows": {what: dict(row) for what, row in part.rows.items()},
-            "bad": part.bad,
+            "bad": [_without_places(text) for text in part.bad],
             "figures": part.figures,
             "seconds": part.seconds,
         }
         write_text(stored, json.dumps(known, indent=1) + "\n")
         write_text(options.out / "reliability.md", page(known))
     raise SystemExit(1 if bad else 0)
+
+
+def _without_places(text: str) -> str:
+    """Returns a traceback without the folders of this machine."""
+    for place in (sys.prefix, str(ROOT)):
+        text = text.replace(f"{place}/", "")
+    return text
 
 
 def page(known: dict[str, Any]) -> str:
