@@ -59,14 +59,10 @@ def doctor(as_json: AsJson = False) -> None:
 
 def _versions() -> dict[str, str | None]:
     from tdkit.evaluation.reports import PACKAGES
+    from tdkit.support.version import installed_versions
 
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in (*PACKAGES, "numpy", "safetensors", "triton", "torchao", "onnx", "peft", "accelerate"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    names = (*PACKAGES, "numpy", "safetensors", "triton", "torchao", "onnx", "peft", "accelerate")
+    return {**dict.fromkeys(("python", *names)), **installed_versions(names)}
 
 
 def _machine() -> dict[str, Any]:

@@ -122,6 +122,7 @@ def eval_(
         return
     dense = None if against is None else dense_of(against, build, kind, device)
     rows: list[tuple[str, Evaluation, Result | None]] = []
+    compared: tuple[Result, Evaluation] | None = None
     tables: list[Table] = []
     reports: list[Report] = []
     for number, each in enumerate(given_names):
@@ -132,10 +133,11 @@ def eval_(
             check_positions(source.model, protocol_of(read, context).context)
             result, measured = measure_text(source, read, tokens=tokens, context=context, batch=batch)
             if dense is not None:
-                result, of_dense = compare_text(
-                    result, source, dense, read, tokens=tokens, context=context, batch=batch
+                compared = compare_text(
+                    result, source, dense, read, known=compared, tokens=tokens, context=context, batch=batch
                 )
-                rows += [] if number else [(dense.name, of_dense, None)]
+                result = compared[0]
+                rows += [] if number else [(dense.name, compared[1], None)]
             rows.append((source.name, measured, result))
             results.append(result)
         if batches is not None:

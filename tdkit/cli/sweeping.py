@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,6 +33,7 @@ from tdkit.reporting.entry import Entry, columns
 from tdkit.sources.models import load_model
 from tdkit.sources.source import Source
 from tdkit.support.tables import table_of
+from tdkit.support.workers import share_of_threads, worker_processes
 from tdkit.sweeps.grid import Point
 from tdkit.sweeps.run import Sweep
 
@@ -190,22 +189,9 @@ def _helpers(call: Call, jobs: int) -> Iterator[None]:
     if others < 1:
         yield
         return
-    threads = torch.get_num_threads()
-    share = max(1, threads // (others + 1))
-    text = json.dumps({"call": asdict(call), "threads": share})
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    started = [subprocess.Popen([sys.executable, "-c", WORKER, text], env=environment) for _ in range(others)]
-    try:
-        torch.set_num_threads(share)
+    text = json.dumps({"call": asdict(call), "threads": share_of_threads(others + 1)})
+    with worker_processes(WORKER, text, others, "a process stopped with exit code %d; the others did its points"):
         yield
-        for process in started:
-            if process.poll():
-                _log.warning("a process stopped with exit code %d; the others did its points", process.returncode)
-    finally:
-        torch.set_num_threads(threads)
-        for process in started:
-            process.terminate()
-            process.wait()
 
 
 class _View:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -42,6 +40,7 @@ from tdkit.sources.on_disk import OpenedModel, open_model
 from tdkit.support.devices import check_device
 from tdkit.support.files import write_text
 from tdkit.support.progress import progress_bar
+from tdkit.support.workers import share_of_threads, worker_processes
 
 PLAN = "plan.json"
 CALL = "call.json"
@@ -264,14 +263,12 @@ class _Job:
 
 @contextmanager
 def _helpers(
-    job: _Job, policy: Policy | Plan, calibration: Calibration | str | Path | None, workers: int
+    job: _Job, policy: Policy | Plan, calibration: Calibration | str | Path | None, processes: int
 ) -> Iterator[None]:
     """Run the other workers inside the block, and wait for them at its end."""
-    if workers == 1:
+    if processes == 1:
         yield
         return
-    threads = torch.get_num_threads()
-    share = max(1, threads // workers)
     moments: Path | None = None
     if isinstance(calibration, Calibration):
         given = calibration
@@ -285,23 +282,12 @@ def _helpers(
         "is_plan": isinstance(policy, Plan),
         "calibration": None if moments is None else str(moments.resolve()),
         "device": None if job.device is None else str(job.device),
-        "threads": share,
+        "threads": share_of_threads(processes),
     }
     write_text(job.work.folder / CALL, json.dumps(call))
-    command = [sys.executable, "-c", WORKER, str(job.work.folder.resolve())]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    started = [subprocess.Popen(command, env=environment) for _ in range(workers - 1)]
-    try:
-        torch.set_num_threads(share)
+    warning = "a worker stopped with exit code %d; the others did its layers"
+    with worker_processes(WORKER, str(job.work.folder.resolve()), processes - 1, warning):
         yield
-        for process in started:  # all of the work is done
-            if process.poll():
-                _log.warning("a worker stopped with exit code %d; the others did its layers", process.returncode)
-    finally:
-        torch.set_num_threads(threads)
-        for process in started:
-            process.terminate()
-            process.wait()
 
 
 def _work(folder: str) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from tdkit.errors import EvaluationError
 from tdkit.models.sites import factorized_groups, num_bytes, num_params, survey
 from tdkit.sources.source import Source
 from tdkit.support.files import digest_of_file, write_text
+from tdkit.support.version import installed_versions
 
 PACKAGES = ("tdkit", "torch", "transformers", "tokenizers", "datasets", "lm_eval")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")  # of the first form that a folder has
@@ -162,7 +161,7 @@ class Report(Form):
     model: ModelIdentity
     results: tuple[Result, ...]
     seed: int
-    versions: dict[str, str] = Field(default_factory=lambda: versions())
+    versions: dict[str, str] = Field(default_factory=lambda: installed_versions(PACKAGES))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form."""
@@ -233,17 +232,6 @@ def tokens_sha256(rows: Iterable[Sequence[int] | Tensor]) -> str:
         digest.update(len(ids).to_bytes(8, "little"))
         digest.update(ids.numpy().astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the installed packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _digest(source: Source) -> tuple[str, Literal["file", "files", "tensors"]]:

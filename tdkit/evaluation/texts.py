@@ -112,6 +112,7 @@ def compare_text(
     dense: Source,
     text: Text,
     *,
+    known: tuple[Result, Evaluation] | None = None,
     tokens: int | None = None,
     context: int | None = None,
     batch: int = 1,
@@ -122,19 +123,25 @@ def compare_text(
     Args:
         result: of `source` on `text`, measured with the same `tokens`, `context` and `batch`.
         dense: the model before; it is given the token ids of the tokenizer of `source`.
+        known: what this returned for another `source`, on the same text with the same options: where the token ids are
+            the same, the dense model is not measured again.
 
     Returns:
         The result with "dense perplexity" and the figures of `agreement_figures`, on non-overlapping windows; and the
         evaluation of the dense model.
     """
-    same = replace(dense, tokenizer=source.tokenizer)
-    of_dense, measured = measure_text(same, text, tokens=tokens, context=context, batch=batch, progress=progress)
+    if known is not None and known[0].tokens_sha256 == result.tokens_sha256:
+        figure, measured = known[0].figures["dense perplexity"], known[1]
+    else:
+        same = replace(dense, tokenizer=source.tokenizer)
+        of_dense, measured = measure_text(same, text, tokens=tokens, context=context, batch=batch, progress=progress)
+        figure = of_dense.figures["perplexity"]
     protocol = protocol_of(text, context)
     ids = encode(text.documents, source.tokenizer, limit_of(text, tokens), special_tokens=protocol.special_tokens)
     rows = torch.split(windows(ids, min(protocol.context, len(ids))), batch)
     figures = {
         **result.figures,
-        "dense perplexity": of_dense.figures["perplexity"],
+        "dense perplexity": figure,
         **agreement_figures(source.model, dense.model, rows, progress=progress),
     }
     return result.model_copy(update={"figures": figures}), measured

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from tdkit.records.spectra import Spectrum
 from tdkit.records.tree import Branch
 from tdkit.support.documents import read_json
 from tdkit.support.files import write_text
+from tdkit.support.version import installed_versions
 
 FORM = "tdkit-record/1"
 RECORD = "record.json"
@@ -89,7 +88,7 @@ class Record:
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
     command: str | None = None
-    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+    versions: Mapping[str, str] = field(default_factory=lambda: installed_versions(PACKAGES))
     data: tuple[Data, ...] = ()
     plan: Plan | None = None
     spectra: tuple[Spectrum, ...] = ()
@@ -168,17 +167,6 @@ class Record:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file} cannot be read as a record: {error}") from None
         return cls.from_dict(form, str(file))
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the installed packages that factors and figures depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _finite(value: Any) -> Any:

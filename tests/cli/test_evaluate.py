@@ -78,6 +78,28 @@ def test_several_models_are_measured_side_by_side(
     assert "give a folder" in tdkit("eval", gpt2_folder, smaller, *options, "--out", tmp_path / "file").err
 
 
+def test_several_models_are_compared_with_a_dense_one_that_is_measured_once(
+    tdkit: Tdkit, gpt2_folder: Path, smaller: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tdkit.evaluation import texts
+
+    measured: list[str] = []
+    measure = texts.measure_text
+
+    def counted(source: Any, *args: Any, **options: Any) -> Any:
+        measured.append(source.name)
+        return measure(source, *args, **options)
+
+    monkeypatch.setattr(texts, "measure_text", counted)
+    options = ("--text", text_file, "--context", 32, "--tokens", 256, "--against", gpt2_folder, "--json")
+    both = tdkit("eval", smaller, gpt2_folder, *options)
+    assert both.code == 0, both.err
+    assert measured.count(str(gpt2_folder)) == 2  # as the model, and once as the dense one
+    alone = json.loads(tdkit("eval", gpt2_folder, *options).out)
+    figures = [form["results"][0]["figures"]["dense perplexity"] for form in json.loads(both.out)["models"]]
+    assert figures == [alone["results"][0]["figures"]["dense perplexity"]] * 2
+
+
 def test_tables_show_errors_and_conditions(tdkit: Tdkit, smaller: Path, text_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     tasks = write_tasks(tmp_path)
