@@ -6,6 +6,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +14,33 @@ import pytest
 import yaml
 
 from tests.benchmarks import layers
+from tests.documentation import DOCS, PAGES, ROOT, Block, blocks, check_block, code, run
 from tests.side_packages import INSTALL, SIDE, use_torchao
 
-ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NOT_RUN = {  # blocks that cannot run here, and how many of a page
+    "docs/ecosystem.md": 1,
+    "docs/evaluation.md": 1,
+    "docs/speed.md": 1,
+}
 
 
-def blocks(page: Path) -> list[str]:
-    return BLOCK.findall(page.read_text(encoding="utf-8"))
-
-
-def run(page: Path) -> None:
-    """The blocks of one page in order, in one namespace, as a reader would type them."""
-    import __main__
-
-    use_torchao()
-    namespace: dict[str, object] = {"__name__": __main__.__name__}
-    for block in blocks(page):
-        exec(compile(block, str(page), "exec"), namespace)
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def of_torchvision(page: Path) -> bool:
-    return any("torchvision" in block for block in blocks(page))
+    return any("torchvision" in text for text in code(page))
 
 
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if blocks(p) and not of_torchvision(p)], ids=lambda p: str(p.relative_to(ROOT))
-)
+@pytest.mark.parametrize("page", [p for p in PAGES if code(p) and not of_torchvision(p)], ids=name_of)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    use_torchao()
     run(page)
 
 
 @pytest.mark.skipif(not SIDE.is_dir(), reason=f"torchvision is not there: {INSTALL}")
-@pytest.mark.parametrize("page", [p for p in PAGES if of_torchvision(p)], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [p for p in PAGES if of_torchvision(p)], ids=name_of)
 def test_the_code_of_a_page_with_torchvision_runs(page: Path, tmp_path: Path) -> None:
     code = f"""
 import sys
@@ -55,11 +48,47 @@ sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from tests.side_packages import use_side_packages
 use_side_packages()
-from tests.test_docs import run
+from tests.documentation import run
 run(Path({str(page)!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+OTHERS = [
+    pytest.param(block, id=f"{name_of(page)}-{number}")
+    for page in [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    for number, block in enumerate(blocks(page))
+    if block.language != "python" and block.reason is None
+]
+
+
+@pytest.mark.parametrize("block", OTHERS)
+def test_commands_and_files_of_a_page_are_right(block: Block, tmp_path: Path) -> None:
+    """Commands are read by the real command line, which then does nothing; YAML and TOML by what reads them."""
+    check_block(block, tmp_path)
+
+
+def test_blocks_that_are_not_run_are_counted() -> None:
+    counts = Counter(name_of(page) for page in PAGES for block in blocks(page) if block.reason is not None)
+    assert counts == NOT_RUN
+
+
+@pytest.mark.parametrize(
+    ("block", "says"),
+    [
+        (Block("bash", "tdkit compres smollm2\n", None), "No such command 'compres'"),
+        (Block("bash", "tdkit compress smollm2 --bugdet 0.8\n", None), "No such option: --bugdet"),
+        (Block("bash", "tdkit doctor && tdkit eval --context many smaller\n", None), "should be a valid integer"),
+        (Block("bash", "make dmeo\n", None), "no such target"),
+        (Block("bash", "pip install 'tdkit[hub]'\n", None), "no extra hub"),
+        (Block("bash", "curl example.org\n", None), "teach tests/documentation.py to check curl"),
+        (Block("", "x = 1\n", None), "nothing tries"),
+    ],
+)
+def test_wrong_blocks_are_found(block: Block, says: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=re.escape(says)):
+        check_block(block, tmp_path)
 
 
 def test_the_table_of_layers_is_that_of_the_code() -> None:
@@ -70,7 +99,7 @@ def test_the_table_of_layers_is_that_of_the_code() -> None:
 @pytest.mark.real
 def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert blocks(ROOT / "README.md")
+    assert code(ROOT / "README.md")
     run(ROOT / "README.md")
 
 
@@ -102,4 +131,4 @@ def test_every_page_is_in_the_navigation_and_every_entry_exists() -> None:
             return [entry]
         return [name for value in (entry.values() if isinstance(entry, dict) else entry) for name in files(value)]
 
-    assert sorted(files(navigation)) == sorted(str(page.relative_to(ROOT / "docs")) for page in PAGES)
+    assert sorted(files(navigation)) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
