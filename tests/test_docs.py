@@ -20,6 +20,7 @@ from tests.side_packages import INSTALL, SIDE, use_torchao
 NOT_RUN = {  # blocks that cannot run here, and how many of a page
     "docs/ecosystem.md": 1,
     "docs/evaluation.md": 1,
+    "docs/how-to/hub.md": 1,
     "docs/speed.md": 1,
 }
 
@@ -132,3 +133,33 @@ def test_every_page_is_in_the_navigation_and_every_entry_exists() -> None:
         return [name for value in (entry.values() if isinstance(entry, dict) else entry) for name in files(value)]
 
     assert sorted(files(navigation)) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
+
+
+RESULTS = re.compile(r"\(((?:\.\./)?results/[\w-]+\.md)\)")
+FIGURE = re.compile(r"(?<![\w.,])-?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?(?![\w])")
+
+
+def figures(text: str) -> set[str]:
+    """The numbers of a text that are no small integers: with a decimal point, an exponent or thousands."""
+    found: list[str] = FIGURE.findall(re.sub(r"`[^`]*`|\]\([^)]*\)", "", text))
+    return {number for number in found if re.search(r"[.,e]", number)}
+
+
+def claims(page: Path) -> list[tuple[str, list[str]]]:
+    """Each paragraph, item of a list, or table with the paragraph above it, that names results, and these files."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    parts = re.split(r"\n\n(?!\|)|\n(?=- )", text)
+    return [(part, RESULTS.findall(part)) for part in parts if RESULTS.search(part)]
+
+
+def test_figures_are_those_of_the_results_that_they_name() -> None:
+    """For the pages about decompositions, which say for each figure where it is from."""
+    wrong, count = [], 0
+    for page in (DOCS / "decompositions").glob("*.md"):
+        for part, names in claims(page):
+            known = set().union(*(figures((page.parent / name).read_text(encoding="utf-8")) for name in names))
+            own = figures(part)
+            count += len(own)
+            wrong += [f"{page.name}: {number} is not in {', '.join(names)}" for number in sorted(own - known)]
+    assert not wrong, "\n".join(wrong)
+    assert count > 100
