@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pkgutil
 import re
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tdkit.errors import TdkitError
 from tests.benchmarks import layers
 from tests.documentation import DOCS, PAGES, ROOT, Block, blocks, check_block, code, run
 from tests.side_packages import INSTALL, SIDE, use_torchao
@@ -135,6 +137,34 @@ def test_every_page_is_in_the_navigation_and_every_entry_exists() -> None:
     assert sorted(files(navigation)) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
 
 
+@pytest.mark.parametrize("module", ["tdkit.errors", "tdkit_distill.errors"])
+def test_every_error_is_in_troubleshooting(module: str) -> None:
+    names = {
+        name
+        for name, kind in vars(importlib.import_module(module)).items()
+        if isinstance(kind, type) and issubclass(kind, TdkitError) and kind.__module__ == module
+    }
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`\w+`[^|]*)\|", text, re.MULTILINE)
+    assert names
+    assert names <= set(re.findall(r"`(\w+)`", " ".join(rows)))
+
+
+ENTRY = re.compile(r"^::: (\S+)\n((?:    .*\n?|\n(?=    ))*)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("package", ["tdkit", "tdkit_distill"])
+def test_every_public_name_is_in_the_reference(package: str) -> None:
+    written: set[str] = set()
+    for page in PAGES:
+        for name, options in ENTRY.findall(page.read_text(encoding="utf-8")):
+            members = (yaml.safe_load(options) or {"options": {}})["options"].get("members", [])
+            written |= {name, *(f"{name}.{member}" for member in members)}
+    missing = {f"{package}.{name}" for name in importlib.import_module(package).__all__} - written
+    assert missing <= {"tdkit.TdkitError"}  # as tdkit.errors.TdkitError
+    assert "tdkit.errors.TdkitError" in written
+
+
 RESULTS = re.compile(r"\(((?:\.\./)?results/[\w-]+\.md)\)")
 FIGURE = re.compile(r"(?<![\w.,])-?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?(?![\w])")
 
@@ -153,9 +183,9 @@ def claims(page: Path) -> list[tuple[str, list[str]]]:
 
 
 def test_figures_are_those_of_the_results_that_they_name() -> None:
-    """For the pages about decompositions, which say for each figure where it is from."""
+    """For the pages that say for each figure where it is from."""
     wrong, count = [], 0
-    for page in (DOCS / "decompositions").glob("*.md"):
+    for page in [*(DOCS / "decompositions").glob("*.md"), *(DOCS / "how-to").glob("*.md")]:
         for part, names in claims(page):
             known = set().union(*(figures((page.parent / name).read_text(encoding="utf-8")) for name in names))
             own = figures(part)

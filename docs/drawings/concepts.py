@@ -134,4 +134,4 @@ def design() -> Drawing:
     return d
 
 
-CONCEPTS = {f"concept-{made.__name__}": made() for made in (policy, plan, budget, calibration, metric, healing)}
+CONCEPTS = {f"concept-{made.__name__}": made() for made in (policy, plan, budget, calibration, metric, healing, design)}
