@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -17,7 +19,7 @@ import yaml
 from docs import tables
 from tdkit.errors import TdkitError
 from tests.benchmarks import layers
-from tests.documentation import DOCS, PAGES, ROOT, Block, blocks, check_block, code, run
+from tests.documentation import DOCS, PAGES, ROOT, Block, blocks, check_block, check_command, code, run
 from tests.side_packages import INSTALL, SIDE, use_torchao
 
 NOT_RUN = {  # blocks that cannot run here, and how many of a page
@@ -71,6 +73,20 @@ OTHERS = [
 def test_commands_and_files_of_a_page_are_right(block: Block, tmp_path: Path) -> None:
     """Commands are read by the real command line, which then does nothing; YAML and TOML by what reads them."""
     check_block(block, tmp_path)
+
+
+MENTION = re.compile(r"`(tdkit [^`.]+)`")  # dots stand for what is left out
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=name_of)
+def test_commands_in_sentences_have_the_options_that_they_name(page: Path) -> None:
+    """They may be incomplete."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for mention in MENTION.findall(text):
+        try:
+            check_command(shlex.split(mention.replace("COMMAND", "doctor")))
+        except AssertionError as error:
+            assert re.search("Missing|requires an argument", str(error)), error  # noqa: PT017
 
 
 def test_blocks_that_are_not_run_are_counted() -> None:
@@ -163,6 +179,26 @@ def test_every_error_is_in_troubleshooting(module: str) -> None:
     rows = re.findall(r"^\| (`\w+`[^|]*)\|", text, re.MULTILINE)
     assert names
     assert names <= set(re.findall(r"`(\w+)`", " ".join(rows)))
+
+
+def messages() -> str:
+    """The texts in the code of tdkit, one a line; what is put into them is left out."""
+    lines = []
+    for path in (ROOT / "tdkit").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                lines.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                lines.append(node.value)
+    return "\n".join(lines)
+
+
+def test_quoted_messages_are_those_of_the_code() -> None:
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| \*([^*]+)\* \|", text, re.MULTILINE)
+    known = messages()
+    assert len(quoted) > 10
+    assert [message for message in quoted if message not in known] == []
 
 
 ENTRY = re.compile(r"^::: (\S+)\n((?:    .*\n?|\n(?=    ))*)", re.MULTILINE)
