@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,16 @@ class FactorizedStack(FactorizedMatrix):
         reached = [count for count in counts if count]
         if not reached or not self._is_faster_cached(sum(reached) // len(reached), x.dtype, x.device.type):
             return None
-        return self._dense.get(self.tensors(), autocast_dtype(x.device.type) or x.dtype, self.stack)
+        dtype = autocast_dtype(x.device.type) or x.dtype
+        known = self._dense.of_some(self._reached_tensors(counts), dtype)
+        return self._dense.get(self.tensors(), dtype, self.stack) if known is None else known
+
+    def _reached_tensors(
+        self,
+        counts: Sequence[int],
+    ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """The tensors of the members with rows, each with the place of the first of them in `tensors`."""
+        yield 0, self.tensors()
 
     @abstractmethod
     def _is_faster_cached(self, rows: int, dtype: torch.dtype, device: str) -> bool:
@@ -142,6 +152,9 @@ class MemberStack(FactorizedStack):
     def stack(self) -> Tensor:
         return torch.stack([member.dense() for member in self.parts()])
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for part in self.parts() for tensor in part.tensors())
+
     def grouped(self, x: Tensor, counts: Sequence[int], bias: Tensor | None = None) -> Tensor:
         weight = self.cached_stack(x, counts)
         if weight is not None:
@@ -164,7 +177,13 @@ class MemberStack(FactorizedStack):
         return self.parts()[0].path(rows, prefer=prefer or self.prefer)
 
     def parts(self) -> tuple[FactorizedMatrix, ...]:
-        return tuple(member for member in self.members if isinstance(member, FactorizedMatrix))
+        return tuple(cast("dict[str, FactorizedMatrix]", submodules_of(self.members)).values())
+
+    def _reached_tensors(self, counts: Sequence[int]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        for number, (part, count) in enumerate(zip(self.parts(), counts, strict=True)):
+            if count:
+                tensors = part.tensors()
+                yield number * len(tensors), tensors
 
     def _is_faster_cached(self, rows: int, dtype: torch.dtype, device: str) -> bool:
         first = self.parts()[0]

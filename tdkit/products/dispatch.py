@@ -227,7 +227,7 @@ class Dispatcher:
         """Whether a product may cache what it computes from the factors: it is wanted, in eval mode, no gradients."""
         if self.prefer != "speed" or matrix.training or is_recorded() or in_transform():
             return False
-        return not _needs_gradients(matrix.tensors())
+        return not (torch.is_grad_enabled() and _needs_gradients(matrix.tensors()))
 
     def new_cache(self) -> CachedTensor:
         """A cache for something else than the dense weight, emptied and counted together with it."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes, at a multiple of which each row starts
+FEW = 2  # rows of each matrix
 CAPABILITY = (8, 0)  # of a CUDA device, at least
 
 
@@ -21,10 +22,13 @@ def grouped_product(
 ) -> Tensor | None:  # (rows, out)
     """``torch.nn.functional.grouped_mm``, which came with torch 2.10; None where it cannot be used.
 
-    It takes neither float64 nor rows that are not aligned. It is not used with gradients, whose dtypes it limits too.
+    It takes neither float64 nor rows that are not aligned. It is not used with gradients, whose dtypes it limits too,
+    nor for one row or two of a matrix, which one call each multiplies faster.
     """
+    if len(x) <= FEW * sum(count > 0 for count in counts):
+        return None
     product = getattr(F, "grouped_mm", None)
-    if product is None or not len(x) or x.dtype not in DTYPES or weight.dtype is not x.dtype:
+    if product is None or x.dtype not in DTYPES or weight.dtype is not x.dtype:
         return None
     if x.device.type not in ("cpu", "cuda") or any(size * x.itemsize % ALIGNMENT for size in weight.shape[1:]):
         return None
