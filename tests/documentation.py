@@ -28,6 +28,7 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 SHELLS = ("bash", "console")
+COMPLETION = ("--install-completion", "--show-completion")
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ class Read(Exception):  # noqa: N818, no error
 def parse(arguments: list[str]) -> None:
     """Give arguments to the real command line, which reads them and does nothing else."""
     group: Any = typer.main.get_command(app)
+    if arguments and arguments[0] in COMPLETION:  # these act while they are read: they write to the shell's files
+        assert arguments[0] in {name for parameter in group.params for name in parameter.opts}
+        return
     resolve = group.resolve_command
 
     def stop(**_: object) -> None:
