@@ -28,6 +28,8 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 SHELLS = ("bash", "console")
+PLAIN = ("cat", "cd", "export", "git", "ls", "mkdir", "source")  # of the system, which are not checked
+MODULES = ("pytest", "venv")
 COMPLETION = ("--install-completion", "--show-completion")
 
 
@@ -89,7 +91,7 @@ def check_command(words: list[str]) -> None:
     program, *arguments = words
     if program == "tdkit":
         parse(arguments)
-    elif words[:3] == ["python", "-m", "pytest"] or program == "cd":
+    elif program in PLAIN or (program == "python" and arguments[:1] == ["-m"] and arguments[1] in MODULES):
         pass
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -148,10 +150,12 @@ def parse(arguments: list[str]) -> None:
 def check_package(name: str) -> None:
     """Check that a package to install is one of this project, with extras that it has, or one that it names."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    found = re.fullmatch(r"(tdkit)(?:\[([\w,-]+)\])?|tdkit-\w+|\.", name)
-    assert found, f"pip install {name}: no package of this project"
-    for extra in filter(None, (found[2] or "").split(",")):
-        assert extra in project["optional-dependencies"], f"pip install {name}: no extra {extra}"
+    extras: dict[str, list[str]] = project["optional-dependencies"]
+    others = {re.split(r"[^\w.-]", line)[0] for lines in extras.values() for line in lines}
+    found = re.fullmatch(r"(tdkit|\.)(?:\[([\w,-]+)\])?|(\./)?(plugins/)?tdkit-\w+", name)
+    assert found or name in others, f"pip install {name}: no package of this project, and none that it names"
+    for extra in filter(None, (found[2] or "" if found else "").split(",")):
+        assert extra in extras, f"pip install {name}: no extra {extra}"
 
 
 def check_block(block: Block, folder: Path) -> None:
