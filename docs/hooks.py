@@ -1,4 +1,6 @@
-"""Formulas as MathML, which browsers draw without a script and screen readers read; and CONTRIBUTING.md as a page."""
+"""Formulas as MathML, which browsers draw without a script and screen readers read; CONTRIBUTING.md and notebooks as
+pages.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,23 @@ from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from notebooks import markdown  # beside this file, where mkdocs looks while it loads a hook
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+DOWNLOAD = "[Download this notebook]({name}){{ .md-button }}\n\n"
+
+
+def on_files(files: Files, config: Any, **_: object) -> Files:
+    """Add a page for each notebook, which stays beside it to be downloaded."""
+    for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        path = Path(notebook.abs_src_path or "")
+        heading, _, rest = markdown(path, outputs=True).partition("\n\n")
+        text = f"{heading}\n\n{DOWNLOAD.format(name=path.name)}{rest}"
+        files.append(File.generated(config, notebook.src_uri.removesuffix(".ipynb") + ".md", content=text))
+    return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: object) -> str:

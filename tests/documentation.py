@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -15,16 +18,19 @@ from typing import Any
 import typer
 import yaml
 
-from tdkit.cli.app import app
+from docs.notebooks import markdown
+from tdkit.cli.app import app, main
 from tdkit.errors import TdkitError
 from tdkit.planning.policy import Policy
 from tdkit.recipes import load_recipe
+from tdkit.testing import use_entry_points
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.rglob("*.md"))
+PAGES = sorted([*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")])
 FENCE = re.compile(
-    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n+)?```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^```",
+    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n+)?"
+    r"""```(?P<language>\w*)(?: title="(?P<title>[^"\n]+)")?[^\n]*\n(?P<text>.*?)^```""",
     re.MULTILINE | re.DOTALL,
 )
 SHELLS = ("bash", "console")
@@ -39,31 +45,87 @@ class Block:
 
     Attributes:
         reason: why it is not run, from a comment ``<!-- not run: reason -->`` above it; None where it is.
+        title: the file that the reader is told to save it as; None where there is none.
     """
 
     language: str
     text: str
     reason: str | None
+    title: str | None = None
+
+
+def text_of(page: Path) -> str:
+    """A page, or a notebook, as Markdown."""
+    return markdown(page) if page.suffix == ".ipynb" else page.read_text(encoding="utf-8")
 
 
 def blocks(page: Path) -> list[Block]:
     """The blocks of a page in order."""
-    text = page.read_text(encoding="utf-8")
-    return [Block(found["language"], found["text"], found["reason"]) for found in FENCE.finditer(text)]
+    return [
+        Block(found["language"], found["text"], found["reason"], found["title"])
+        for found in FENCE.finditer(text_of(page))
+    ]
 
 
 def code(page: Path) -> list[str]:
     """The Python blocks of a page that can run."""
-    return [block.text for block in blocks(page) if block.language == "python" and block.reason is None]
+    return [
+        block.text
+        for block in blocks(page)
+        if block.language == "python" and block.reason is None and block.title is None
+    ]
+
+
+def new_namespace() -> dict[str, object]:
+    """The variables of a session that begins."""
+    import __main__
+
+    return {"__name__": __main__.__name__}
 
 
 def run(page: Path) -> None:
     """The Python blocks of one page in order, in one namespace, as a reader would type them."""
-    import __main__
-
-    namespace: dict[str, object] = {"__name__": __main__.__name__}
+    namespace = new_namespace()
     for text in code(page):
         exec(compile(text, str(page), "exec"), namespace)
+
+
+def follow(page: Path) -> None:
+    """Carry out a whole page in the current folder, in order: save its files, run its Python and its commands."""
+    namespace = new_namespace()
+    for block in blocks(page):
+        if block.title is not None:
+            Path(block.title).write_text(block.text, encoding="utf-8")
+        elif block.language == "python":
+            exec(compile(block.text, str(page), "exec"), namespace)
+        else:
+            assert block.language in SHELLS, f"a block of {block.language or 'no language'} cannot be carried out"
+            for words in commands(block.text):
+                carry_out(words)
+
+
+def carry_out(words: list[str]) -> None:
+    """Carry out a command of the documentation; one that makes an environment is only checked, this is one.
+
+    Raises:
+        AssertionError: when it fails.
+    """
+    if words[0] == "tdkit":
+        sys.argv = words
+        code = 0
+        try:
+            main()
+        except SystemExit as done:
+            code = int(done.code or 0)
+        assert code == 0, shlex.join(words)
+    elif words[0] == "cd":
+        os.chdir(words[1])
+    elif words == ["pip", "install", "-e", "."]:
+        use_entry_points("pyproject.toml")
+    elif words[:3] == ["python", "-m", "pytest"]:
+        subprocess.run([sys.executable, *words[1:]], check=True)
+    else:
+        check_command(words)
 
 
 def commands(text: str) -> Iterator[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import pkgutil
 import re
 import shlex
@@ -19,7 +20,7 @@ import yaml
 from docs import tables
 from tdkit.errors import TdkitError
 from tests.benchmarks import layers
-from tests.documentation import DOCS, PAGES, ROOT, Block, blocks, check_block, check_command, code, run
+from tests.documentation import DOCS, PAGES, ROOT, Block, blocks, check_block, check_command, code, run, text_of
 from tests.side_packages import INSTALL, SIDE, use_torchao
 
 NOT_RUN = {  # blocks that cannot run here, and how many of a page
@@ -30,6 +31,9 @@ NOT_RUN = {  # blocks that cannot run here, and how many of a page
 }
 
 
+GUIDE = DOCS / "guide.md"  # of which the commands are carried out as well
+
+
 def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
@@ -38,27 +42,48 @@ def of_torchvision(page: Path) -> bool:
     return any("torchvision" in text for text in code(page))
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if code(p) and not of_torchvision(p)], ids=name_of)
+@pytest.mark.parametrize("page", [p for p in PAGES if code(p) and not of_torchvision(p) and p != GUIDE], ids=name_of)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TDKIT_TUTORIAL", raising=False)  # the size at which notebooks run
     use_torchao()
     run(page)
+
+
+def in_a_process_of_its_own(code: str, folder: Path) -> None:
+    """Run code in a folder; it can import the tests."""
+    head = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\n"
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-c", head + code]
+    done = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_guide_can_be_followed(tmp_path: Path) -> None:
+    """From an empty folder, every block in order, up to the plugin and what is made with it."""
+    code = f"""
+import warnings
+from tests.documentation import follow
+warnings.simplefilter("error")
+follow(Path({str(GUIDE)!r}))
+"""
+    in_a_process_of_its_own(code, tmp_path)
+    assert (tmp_path / "smaller" / "report" / "report.html").is_file()
+    assert (tmp_path / "sweep" / "report" / "report.html").is_file()
+    assert "mine" in (tmp_path / "mine" / "tdkit.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(not SIDE.is_dir(), reason=f"torchvision is not there: {INSTALL}")
 @pytest.mark.parametrize("page", [p for p in PAGES if of_torchvision(p)], ids=name_of)
 def test_the_code_of_a_page_with_torchvision_runs(page: Path, tmp_path: Path) -> None:
     code = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
 from tests.side_packages import use_side_packages
 use_side_packages()
 from tests.documentation import run
 run(Path({str(page)!r}))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    in_a_process_of_its_own(code, tmp_path)
 
 
 OTHERS = [
@@ -81,7 +106,7 @@ MENTION = re.compile(r"`(tdkit [^`.]+)`")  # dots stand for what is left out
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=name_of)
 def test_commands_in_sentences_have_the_options_that_they_name(page: Path) -> None:
     """They may be incomplete."""
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)
     for mention in MENTION.findall(text):
         try:
             check_command(shlex.split(mention.replace("COMMAND", "doctor")))
@@ -144,7 +169,7 @@ NO_OBJECTS = {"tdkit.json", *(f"tdkit.{group}" for group in GROUPS)}
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.stem)
 def test_what_a_page_names_exists(page: Path) -> None:
-    for name in {"".join(names) for names in NAMED.findall(page.read_text(encoding="utf-8"))} - NO_OBJECTS:
+    for name in {"".join(names) for names in NAMED.findall(text_of(page))} - NO_OBJECTS:
         pkgutil.resolve_name(name)
 
 
@@ -165,7 +190,7 @@ def test_every_page_is_in_the_navigation_and_every_entry_exists() -> None:
             return [entry]
         return [name for value in (entry.values() if isinstance(entry, dict) else entry) for name in files(value)]
 
-    assert sorted(files(navigation)) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
+    assert sorted(files(navigation)) == sorted(str(page.relative_to(DOCS).with_suffix(".md")) for page in PAGES)
 
 
 @pytest.mark.parametrize("module", ["tdkit.errors", "tdkit_distill.errors"])
@@ -208,7 +233,7 @@ ENTRY = re.compile(r"^::: (\S+)\n((?:    .*\n?|\n(?=    ))*)", re.MULTILINE)
 def test_every_public_name_is_in_the_reference(package: str) -> None:
     written: set[str] = set()
     for page in PAGES:
-        for name, options in ENTRY.findall(page.read_text(encoding="utf-8")):
+        for name, options in ENTRY.findall(text_of(page)):
             members = (yaml.safe_load(options) or {"options": {}})["options"].get("members", [])
             written |= {name, *(f"{name}.{member}" for member in members)}
     missing = {f"{package}.{name}" for name in importlib.import_module(package).__all__} - written
