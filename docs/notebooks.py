@@ -10,10 +10,12 @@ import argparse
 import ast
 import io
 import json
+import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import chdir, redirect_stdout
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 SVG = "image/svg+xml"
@@ -45,6 +47,13 @@ def _shown(output: Mapping[str, Any]) -> str:
     return f'<div class="picture">{"".join(output["data"][SVG]).strip()}</div>'
 
 
+def session() -> dict[str, object]:
+    """The variables of a session that begins: those of a module that can be imported, as torch.compile needs."""
+    module = ModuleType("session")
+    sys.modules[module.__name__] = module
+    return vars(module)
+
+
 def run_cell(source: str, name: str, namespace: dict[str, object]) -> list[dict[str, Any]]:
     """Run the code of a cell, and return its outputs as a notebook stores them.
 
@@ -53,13 +62,13 @@ def run_cell(source: str, name: str, namespace: dict[str, object]) -> list[dict[
         namespace: the variables, which the cell changes.
     """
     *body, last = ast.parse(source, name).body
+    ends_in = last.value if isinstance(last, ast.Expr) else None
+    statements = ast.Module(body if ends_in else [*body, last], [])
     value, said = None, io.StringIO()
     with redirect_stdout(said):
-        if isinstance(last, ast.Expr):
-            exec(compile(ast.Module(body, []), name, "exec"), namespace)
-            value = eval(compile(ast.Expression(last.value), name, "eval"), namespace)
-        else:
-            exec(compile(ast.Module([*body, last], []), name, "exec"), namespace)
+        exec(compile(statements, name, "exec", dont_inherit=True), namespace)
+        if ends_in:
+            value = eval(compile(ast.Expression(ends_in), name, "eval", dont_inherit=True), namespace)
     made: list[dict[str, Any]] = []
     if said.getvalue():
         made.append({"name": "stdout", "output_type": "stream", "text": said.getvalue().splitlines(keepends=True)})
@@ -74,7 +83,7 @@ def main() -> None:
     parser.add_argument("notebook", type=Path)
     path: Path = parser.parse_args().notebook.resolve()
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    namespace: dict[str, object] = {"__name__": "__main__"}
+    namespace = session()
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         for number, cell in enumerate(c for c in notebook["cells"] if c["cell_type"] == "code"):
             cell["execution_count"] = number + 1

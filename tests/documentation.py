@@ -18,7 +18,7 @@ from typing import Any
 import typer
 import yaml
 
-from docs.notebooks import markdown
+from docs.notebooks import markdown, session
 from tdkit.cli.app import app, main
 from tdkit.errors import TdkitError
 from tdkit.planning.policy import Policy
@@ -76,28 +76,21 @@ def code(page: Path) -> list[str]:
     ]
 
 
-def new_namespace() -> dict[str, object]:
-    """The variables of a session that begins."""
-    import __main__
-
-    return {"__name__": __main__.__name__}
-
-
 def run(page: Path) -> None:
     """The Python blocks of one page in order, in one namespace, as a reader would type them."""
-    namespace = new_namespace()
+    namespace = session()
     for text in code(page):
-        exec(compile(text, str(page), "exec"), namespace)
+        exec(compile(text, str(page), "exec", dont_inherit=True), namespace)
 
 
 def follow(page: Path) -> None:
     """Carry out a whole page in the current folder, in order: save its files, run its Python and its commands."""
-    namespace = new_namespace()
+    namespace = session()
     for block in blocks(page):
         if block.title is not None:
             Path(block.title).write_text(block.text, encoding="utf-8")
         elif block.language == "python":
-            exec(compile(block.text, str(page), "exec"), namespace)
+            exec(compile(block.text, str(page), "exec", dont_inherit=True), namespace)
         else:
             assert block.language in SHELLS, f"a block of {block.language or 'no language'} cannot be carried out"
             for words in commands(block.text):
