@@ -44,7 +44,8 @@ def _shown(output: Mapping[str, Any]) -> str:
     """A stored output as Markdown."""
     if "text" in output:
         return f'```{{.text .output title="Output"}}\n{"".join(output["text"]).rstrip()}\n```'
-    return f'<div class="picture">{"".join(output["data"][SVG]).strip()}</div>'
+    drawing = "".join(output["data"][SVG])
+    return f'<div class="picture">{drawing[drawing.index("<svg") :].strip()}</div>'
 
 
 def session() -> dict[str, object]:

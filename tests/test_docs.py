@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from docs import tables
+from docs.notebooks import cells
 from tdkit.errors import TdkitError
 from tests.benchmarks import layers
 from tests.documentation import DOCS, PAGES, ROOT, Block, blocks, check_block, check_command, code, run, text_of
@@ -58,6 +59,17 @@ def in_a_process_of_its_own(code: str, folder: Path) -> None:
     call = [sys.executable, "-c", head + code]
     done = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.suffix == ".ipynb"], ids=name_of)
+def test_notebooks_are_small_and_show_what_their_cells_print(page: Path) -> None:
+    """``python -m docs.notebooks`` stores it."""
+    assert page.stat().st_size < 100_000
+    assert len({cell["id"] for cell in cells(page)}) == len(cells(page))
+    for cell in (cell for cell in cells(page) if cell["cell_type"] == "code"):
+        source = "".join(cell["source"])
+        assert cell["execution_count"] is not None, source
+        assert bool(cell["outputs"]) == bool(re.search(r"^ *print\(|^Picture\(", source, re.MULTILINE)), source
 
 
 def test_the_guide_can_be_followed(tmp_path: Path) -> None:

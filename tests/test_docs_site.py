@@ -50,6 +50,7 @@ def test_nothing_but_the_site_is_published(site: Path) -> None:
         ("BudgetError", "troubleshooting/"),
         ("LSTM", "how-to/recurrent/"),
         ("perplexity", "evaluation/"),
+        ("in one sitting", "tutorials/first-compression/"),
     ],
 )
 def test_search_finds(site: Path, words: str, where: str) -> None:
@@ -63,6 +64,19 @@ def test_formulas_are_typeset(site: Path) -> None:
     assert page.count("<math") >= 5
     for built in site.rglob("*.html"):
         assert "\\(" not in built.read_text(encoding="utf-8"), built
+
+
+def test_notebooks_are_pages_with_what_they_printed_and_can_be_downloaded(site: Path) -> None:
+    notebooks = sorted((DOCS / "tutorials").glob("*.ipynb"))
+    assert len(notebooks) == 2
+    for notebook in notebooks:
+        page = (site / "tutorials" / notebook.stem / "index.html").read_text(encoding="utf-8")
+        assert f'href="../{notebook.name}"' in page
+        assert (site / "tutorials" / notebook.name).read_bytes() == notebook.read_bytes()
+        assert page.count('<span class="filename">Output</span>') >= 4
+    assert '<div class="picture"><svg' in (site / "tutorials" / "first-compression" / "index.html").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
@@ -104,7 +118,14 @@ addEventListener("load", next);
 """
 
 
-FEW = ("decompositions/kronecker", "concepts", "troubleshooting", "results/accuracy", "how-to/resume")
+FEW = (
+    "decompositions/kronecker",
+    "tutorials/first-compression",
+    "concepts",
+    "troubleshooting",
+    "results/accuracy",
+    "how-to/resume",
+)
 
 
 @pytest.mark.parametrize("names", [FEW, pytest.param(None, marks=pytest.mark.slow)], ids=["few", "all"])
