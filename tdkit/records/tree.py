@@ -36,11 +36,6 @@ class Branch:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "params": list(self.params), "shapes": dict(self.shapes)}
 
-    @classmethod
-    def from_dict(cls, form: Mapping[str, Any]) -> Branch:
-        least, most = form["params"]
-        return cls(**{**form, "params": (int(least), int(most)), "shapes": dict(form["shapes"])})
-
 
 def tree_of(model: nn.Module) -> list[Branch]:
     """Returns the branches of a model in the order of its modules, each followed by its parts."""

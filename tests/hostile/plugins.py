@@ -74,6 +74,7 @@ CURVES: dict[str, Fit] = {
 }
 HARMLESS: dict[str, Fit] = {"fit changes the weight in place": _changes}
 HARMLESS_CURVES: dict[str, Fit] = {"curve changes the weight in place": _changes}
+NAMES = (*FITS, *CURVES, *HARMLESS, *HARMLESS_CURVES)
 
 CODE = {
     "raises at import": "raise RuntimeError('no card')",

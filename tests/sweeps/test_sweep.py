@@ -173,3 +173,18 @@ def test_any_model_and_metric(tied: nn.Module) -> None:
     )
     assert [row["ratio"] <= budget for row, budget in zip(rows, (0.9, 0.8), strict=True)] == [True, True]
     json.dumps(rows)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"params": "many"}', "\udcff"])
+def test_damaged_figures_of_the_dense_model_are_told(text: str, gpt2: Any, ids: Tensor, tmp_path: Path) -> None:
+    """They are those of an unfinished sweep."""
+    grid: dict[str, list[Any]] = {"with": ["low_rank"], "budget": [0.9]}
+
+    def killed(_: nn.Module) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tdkit.sweep(gpt2, grid, measure=killed, folder=tmp_path / "s")
+    (tmp_path / "s" / "work" / "dense.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(CheckpointError, match=r"dense\.json is damaged .*measured again"):
+        tdkit.sweep(gpt2, grid, folder=tmp_path / "s")
