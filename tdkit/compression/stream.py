@@ -258,7 +258,11 @@ class _Job:
                 _log.warning("%s", text)
             write_text(path, made.to_json())
 
-        return Plan.from_json(self.work.once(PLAN, make).read_text(encoding="utf-8"))
+        path = self.work.once(PLAN, make)
+        try:
+            return Plan.from_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:  # other processes have finished everything and removed it: the same plan again
+            return planned(self.resolved, self.calibration, progress=progress)
 
 
 @contextmanager
