@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from tdkit.errors import CheckpointError, TdkitError
 from tdkit.planning.plan import Plan
 from tdkit.records.spectra import Spectrum
-from tdkit.records.tree import Branch
+from tdkit.records.tree import Branch, check_tree
 from tdkit.support.documents import read_json
 from tdkit.support.files import write_text
 from tdkit.support.version import installed_versions
@@ -135,12 +135,14 @@ class Record:
         try:
             plan = None if form["plan"] is None else Plan.from_dict(form["plan"])
             given = _typed().model_validate({key: value for key, value in form.items() if key not in ("form", "plan")})
+            for part in ("before", "after"):
+                check_tree(getattr(given, part), part)
             return cls(plan=plan, **{name: getattr(given, name) for name in type(given).model_fields})
         except TdkitError as error:
             raise CheckpointError(f"{place}: {error}") from None
         except KeyError:
             raise CheckpointError(f"{place} is damaged: it has no plan") from None
-        except ValueError as error:  # a ValidationError
+        except ValueError as error:
             raise CheckpointError(f"{place} is damaged: {_told(error)}") from None
 
     def save(self, file: str | Path) -> Path:
@@ -171,8 +173,12 @@ def _typed() -> type[BaseModel]:
     return create_model("RecordForm", __config__=ConfigDict(extra="forbid"), **fields)
 
 
-def _told(error: Any) -> str:
+def _told(error: ValueError) -> str:
     """Returns the faults that pydantic found, on one line."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
     return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3])
 
 

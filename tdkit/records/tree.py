@@ -42,6 +42,18 @@ def tree_of(model: nn.Module) -> list[Branch]:
     return _branches("", [model], 0)
 
 
+def check_tree(branches: Sequence[Branch], name: str) -> None:
+    """Check that each branch is at most one deeper than the one before it.
+
+    Raises:
+        ValueError: when one is not.
+    """
+    depths = [each.depth for each in branches]
+    for number, (before, depth) in enumerate(zip([-1, *depths], depths, strict=False)):
+        if not 0 <= depth <= before + 1:
+            raise ValueError(f"{name}.{number}.depth: {depth} after {before}")
+
+
 def render_tree(branches: Sequence[Branch]) -> str:
     """Returns a tree as text, a line per branch, in the manner of torchinfo."""
     left = [f"{'  ' * each.depth}{each.name + ': ' if each.name else ''}{each.kind}" for each in branches]

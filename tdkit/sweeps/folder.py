@@ -75,6 +75,8 @@ class Folder:
             if file.exists():
                 try:
                     known = read_json(file)["job"]
+                    if not isinstance(known, dict):
+                        raise ValueError("it does not say what its points depend on")
                 except (ValueError, KeyError, TypeError) as error:
                     raise CheckpointError(f"{file} is damaged ({error}): remove the folder, or give another") from None
                 differ = [key for key in {**known, **job} if known.get(key) != job.get(key)]

@@ -37,10 +37,11 @@ HEAD = """\
 
 What was tried against tdkit, and what came of it: `make test-hostile` (`python -m tests.hostile.report`), tdkit
 {version} ({commit}), torch {torch}, Python {python}. Every outcome must be success or a
-`tdkit.errors.TdkitError`, and nothing may be lost, changed half way or left over; "bad" counts the others.
+`tdkit.errors.TdkitError`, and nothing may be lost, changed half way or left over; "bad" counts the others. "share"
+says how much of a part was run: the kills before every change, or before every second one.
 
-| part | tried | bad | seconds |
-| --- | --- | --- | --- |
+| part | share | tried | bad | seconds |
+| --- | --- | --- | --- | --- |
 {rows}
 """
 
@@ -97,7 +98,8 @@ def main() -> None:
     known: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
     bad = 0
     for name in options.parts or parts.PARTS:
-        part = parts.run(name, SEEDED[name] if options.seeded else options.share, options.seed)
+        share = SEEDED[name] if options.seeded else options.share
+        part = parts.run(name, share, options.seed)
         print(f"{name}: {part.tried} tried, {len(part.bad)} bad, {part.seconds:.0f} s", flush=True)
         for text in part.bad:
             print(f"  {text}", flush=True)
@@ -107,6 +109,7 @@ def main() -> None:
             "bad": [_without_places(text) for text in part.bad],
             "figures": part.figures,
             "seconds": part.seconds,
+            "share": share,
             "commit": commit(),
         }
         write_text(stored, json.dumps(known, indent=1) + "\n")
@@ -134,10 +137,7 @@ def commit() -> str:
 def page(known: dict[str, Any]) -> str:
     """Returns the text of the page."""
     names = [name for name in TITLES if name in known]
-    rows = "\n".join(
-        f"| {TITLES[name][0]} | {_tried(known[name]):,} | {len(known[name]['bad'])} | {known[name]['seconds']:,.0f} |"
-        for name in names
-    )
+    rows = "\n".join(_row(TITLES[name][0], known[name]) for name in names)
     commits = " and ".join(dict.fromkeys(known[name]["commit"] for name in names))
     text = HEAD.format(
         version=VERSION, commit=commits, torch=torch.__version__, python=platform.python_version(), rows=rows
@@ -152,6 +152,11 @@ def page(known: dict[str, Any]) -> str:
         if part["figures"]:
             text += "\n" + ", ".join(f"{what} {value:,g}" for what, value in part["figures"].items()) + ".\n"
     return text
+
+
+def _row(title: str, part: dict[str, Any]) -> str:
+    cells = (title, f"{part['share']:.0%}", f"{_tried(part):,}", len(part["bad"]), f"{part['seconds']:,.0f}")
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _tried(part: dict[str, Any]) -> int:

@@ -202,6 +202,13 @@ def test_overwriting_leaves_files_of_others(gpt2: Any, tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "points").iterdir()] == ["low_rank 0.9.json"]
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"job": "x"}', '{"job": null}'])
+def test_a_damaged_description_is_told(text: str, gpt2: Any, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"sweep\.json is damaged .*remove the folder"):
+        tdkit.sweep(gpt2, {"with": ["low_rank"], "budget": [0.9]}, folder=tmp_path)
+
+
 def test_a_sweep_that_was_killed_as_it_began_goes_on(gpt2: Any, tmp_path: Path) -> None:
     for name in ("points", "work/curves"):
         (tmp_path / name).mkdir(parents=True)
