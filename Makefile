@@ -6,18 +6,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test test-slow test-hostile check format bench-accuracy real-models bench-any-model docs clean
 
-demo: $(VENV)/demo.done
-	$(BIN)/tdkit run smollm2-demo --overwrite
-	$(BIN)/tdkit run smollm2-distill --overwrite
+# What each size of a language model costs, with rounding beside it and one size healed; ends with the path of a report.
+demo: $(VENV)/demo.done $(VENV)/quantization.done
+	PYTHONPATH=$(VENV)/quantization $(BIN)/tdkit run smollm2-frontier --overwrite
 
-test: $(VENV)/dev.done $(VENV)/side.done
+test: $(VENV)/dev.done $(VENV)/side.done $(VENV)/quantization.done
 	$(BIN)/python -m pytest -n auto -m "not slow and not gpu"
 
 test-slow: $(VENV)/dev.done
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 # Damaged files, kills, full disks, exceptions anywhere (under an hour); writes docs/results/reliability.md.
-test-hostile: $(VENV)/dev.done $(VENV)/side.done
+test-hostile: $(VENV)/dev.done $(VENV)/side.done $(VENV)/quantization.done
 	PYTHONPATH=. $(BIN)/python -m tests.hostile.report
 
 test-gpu: $(VENV)/dev.done
@@ -70,6 +70,9 @@ $(VENV)/dev.done: $(VENV)/demo.done
 # torchao, which transformers would import, with messages about its kernels, wherever it is found.
 $(VENV)/side.done: $(VENV)/bin/python constraints.txt
 	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/side torchvision timm pillow
+	touch $@
+
+$(VENV)/quantization.done: $(VENV)/bin/python constraints.txt
 	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/quantization torchao
 	touch $@
 
