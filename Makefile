@@ -9,18 +9,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test test-slow test-hostile test-lowest test-extras test-packages audit check format bench-accuracy real-models bench-any-model docs clean
 
-demo: $(VENV)/demo.done
-	$(BIN)/tdkit run smollm2-demo --overwrite
-	$(BIN)/tdkit run smollm2-distill --overwrite
+# What each size of a language model costs, with rounding beside it and one size healed; ends with the path of a report.
+demo: $(VENV)/demo.done $(VENV)/quantization.done
+	PYTHONPATH=$(VENV)/quantization $(BIN)/tdkit run smollm2-frontier --overwrite
 
-test: $(VENV)/dev.done $(VENV)/side.done
+test: $(VENV)/dev.done $(VENV)/side.done $(VENV)/quantization.done
 	$(BIN)/python -m pytest -n auto -m "not slow and not gpu"
 
 test-slow: $(VENV)/dev.done
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 # Damaged files, kills, full disks, exceptions anywhere (under an hour); writes docs/results/reliability.md.
-test-hostile: $(VENV)/dev.done $(VENV)/side.done
+test-hostile: $(VENV)/dev.done $(VENV)/side.done $(VENV)/quantization.done
 	PYTHONPATH=. $(BIN)/python -m tests.hostile.report
 
 # The lowest declared version of every dependency but torch (see tests/lowest.py), in an environment of its own. What
@@ -100,6 +100,9 @@ $(VENV)/lowest.done: pyproject.toml plugins/tdkit-distill/pyproject.toml constra
 # torchao, which transformers would import, with messages about its kernels, wherever it is found.
 $(VENV)/side.done: $(VENV)/bin/python constraints.txt
 	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/side torchvision timm pillow
+	touch $@
+
+$(VENV)/quantization.done: $(VENV)/bin/python constraints.txt
 	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/quantization torchao
 	touch $@
 

@@ -55,7 +55,12 @@ def calibrate_folder(
         source: a folder of a transformers model with safetensors files, or a hub name.
         batches: as in `calibrate`.
         out: a folder to save the calibration to; when None it is only returned.
-        gradients, names, loss, labels, context, tokens: as in `calibrate`.
+        gradients: also measure the moments of the output gradients, by a backward pass; as in `calibrate`.
+        names: the sites to measure; every rewritable one when None.
+        loss: as in `calibrate`.
+        labels: as in `calibrate`.
+        context: tokens per window of a text.
+        tokens: of a text to use.
         limit_bytes: the maximum size in bytes of the moments in memory at once; each block runs again for more.
         dtype: of the weights; when None, that of the config of `source`.
         device: the device to run on; the CPU when None.

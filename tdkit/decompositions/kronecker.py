@@ -106,9 +106,10 @@ class Kronecker(Decomposition):
 
     Args:
         terms: number of products; left open, the budget chooses it.
-        a, b: (rows, columns) of the two factors; one determines the other. Left open, the shapes nearest to
-            a low-rank product are chosen among those that use the whole budget (they fit trained weights best,
-            in the calibrated metric by far), then those with the fewest parameters per term.
+        a: (rows, columns) of the factors A, which divide those of the matrix. Where `b` is given it follows. With both
+            open, the shapes nearest to a low-rank product are chosen among those that use the whole budget (they fit
+            trained weights best, in the calibrated metric by far), then those with the fewest parameters per term.
+        b: (rows, columns) of the factors B, those of the matrix divided by those of A. Where `a` is given it follows.
 
     Sources: Van Loan and Pitsianis (1993); Tahaei et al., KroneckerBERT (2021); Edalati et al., KnGPT2
     (2021).

@@ -119,8 +119,11 @@ class PermutedKronecker(Kronecker):
     are integer buffers, reported apart from the parameters.
 
     Args:
-        terms, a, b: as for `Kronecker`.
-        rows, cols: whether rows, columns may be reordered.
+        terms: number of products; left open, the budget chooses it.
+        a: (rows, columns) of the factors A, as for `Kronecker`.
+        b: (rows, columns) of the factors B, as for `Kronecker`.
+        rows: whether rows may be reordered.
+        cols: whether columns may be reordered.
         seed: of the random starts of the search.
 
     Source: Abronin et al., TQCompressor (2024), section 3; the search is ours (`tdkit.fitting.permutations`).

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from tdkit.products.autograd import autocast_dtype
 from tdkit.products.convolution import Geometry
 from tdkit.products.cost import CACHED, Path, PathTable, cached_path, lookup, path_table
 from tdkit.products.dispatch import check_loaded
+from tdkit.products.grouped import grouped_product
 from tdkit.products.low_rank import LowRankStructure
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import parameters_of, submodules_of
@@ -30,6 +32,14 @@ class FactorizedStack(FactorizedMatrix):
         shape: (members, out, in).
     """
 
+    def __init__(self, decomposition: Decomposition, shape: Shape) -> None:
+        super().__init__(decomposition, shape)
+        self._dense = self.dispatcher.new_cache()
+
+    def parts(self) -> tuple[FactorizedMatrix, ...]:
+        """The members that are matrices of their own, for which the stack caches."""
+        return ()
+
     @abstractmethod
     def stack(self) -> Tensor:
         """The matrices themselves, (members, out, in)."""
@@ -42,6 +52,28 @@ class FactorizedStack(FactorizedMatrix):
         bias: Tensor | None = None,  # (members, out)
     ) -> Tensor:  # (rows, out)
         """The product of each row with the matrix of its member; members without rows are not computed."""
+
+    def cached_stack(self, x: Tensor, counts: Sequence[int]) -> Tensor | None:  # (members, out, in)
+        """The dense stack from the cache, where `grouped` is faster by it; None where it is not, or may not be."""
+        if not self.dispatcher.may_cache(self):
+            return None
+        reached = [count for count in counts if count]
+        if not reached or not self._is_faster_cached(sum(reached) // len(reached), x.dtype, x.device.type):
+            return None
+        dtype = autocast_dtype(x.device.type) or x.dtype
+        known = self._dense.of_some(self._reached_tensors(counts), dtype)
+        return self._dense.get(self.tensors(), dtype, self.stack) if known is None else known
+
+    def _reached_tensors(
+        self,
+        counts: Sequence[int],
+    ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """The tensors of the members with rows, each with the place of the first of them in `tensors`."""
+        yield 0, self.tensors()
+
+    @abstractmethod
+    def _is_faster_cached(self, rows: int, dtype: torch.dtype, device: str) -> bool:
+        """Whether `rows` rows for each member are multiplied faster by a cached stack."""
 
     def products(
         self,
@@ -85,7 +117,10 @@ def dense_grouped(
     counts: Sequence[int],  # rows of each member
     bias: Tensor | None = None,  # (members, out)
 ) -> Tensor:  # (rows, out)
-    """As `FactorizedStack.grouped`, for dense matrices."""
+    """As `FactorizedStack.grouped`, for dense matrices; without gradients by one call of torch where it has one."""
+    y = grouped_product(x, weight, counts)
+    if y is not None:
+        return y if bias is None else y + _of_rows(bias, counts)
     parts = [F.linear(rows, weight[e], None if bias is None else bias[e]) for e, rows in _reached(x, counts)]
     return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
 
@@ -115,9 +150,15 @@ class MemberStack(FactorizedStack):
         self.members = nn.ModuleList(each.empty(shape[1:], device=device, dtype=dtype) for _ in range(shape[0]))
 
     def stack(self) -> Tensor:
-        return torch.stack([member.dense() for member in self._matrices()])
+        return torch.stack([member.dense() for member in self.parts()])
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for part in self.parts() for tensor in part.tensors())
 
     def grouped(self, x: Tensor, counts: Sequence[int], bias: Tensor | None = None) -> Tensor:
+        weight = self.cached_stack(x, counts)
+        if weight is not None:
+            return dense_grouped(weight, x, counts, bias)
         members = list(submodules_of(self.members).values())
         parts = [members[e](rows, None if bias is None else bias[e]) for e, rows in _reached(x, counts)]
         return torch.cat(parts) if parts else x.new_zeros(0, self.sizes[1])
@@ -127,16 +168,26 @@ class MemberStack(FactorizedStack):
         return torch.stack([member(own) for member, own in zip(self.members, rows, strict=True)])
 
     def multiply_adds(self) -> int:
-        return self._matrices()[0].multiply_adds()
+        return self.parts()[0].multiply_adds()
 
     def member_paths(self, rows: int) -> tuple[Path, ...]:
-        return self._matrices()[0].paths(rows)
+        return self.parts()[0].paths(rows)
 
     def member_path(self, rows: int, *, prefer: Preference | None = None) -> Path:
-        return self._matrices()[0].path(rows, prefer=prefer)
+        return self.parts()[0].path(rows, prefer=prefer or self.prefer)
 
-    def _matrices(self) -> list[FactorizedMatrix]:
-        return [member for member in self.members if isinstance(member, FactorizedMatrix)]
+    def parts(self) -> tuple[FactorizedMatrix, ...]:
+        return tuple(cast("dict[str, FactorizedMatrix]", submodules_of(self.members)).values())
+
+    def _reached_tensors(self, counts: Sequence[int]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        for number, (part, count) in enumerate(zip(self.parts(), counts, strict=True)):
+            if count:
+                tensors = part.tensors()
+                yield number * len(tensors), tensors
+
+    def _is_faster_cached(self, rows: int, dtype: torch.dtype, device: str) -> bool:
+        first = self.parts()[0]
+        return lookup(first.dispatcher.table(first, dtype, device, cached=True), rows).name == CACHED
 
 
 class LowRankStack(FactorizedStack):
@@ -170,7 +221,6 @@ class LowRankStack(FactorizedStack):
         else:
             self.left = factor(members, out, rank, axes=(0, 2, 1), **own)  # type: ignore[arg-type]
         self.right = factor(*(() if shared == "input" else (members,)), rank, width, **own)  # type: ignore[arg-type]
-        self._weight = self.dispatcher.new_cache()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         parameters = parameters_of(self)
@@ -204,7 +254,7 @@ class LowRankStack(FactorizedStack):
 
     def grouped(self, x: Tensor, counts: Sequence[int], bias: Tensor | None = None) -> Tensor:
         check_loaded(self.factors(), x)
-        weight = self._cached(x, counts)
+        weight = self.cached_stack(x, counts)
         if weight is not None:
             return dense_grouped(weight, x, counts, bias)
         left, right = self.factors()
@@ -218,15 +268,6 @@ class LowRankStack(FactorizedStack):
             for e, rows in _reached(x, counts)
         ]
         return torch.cat(parts) if parts else x.new_zeros(0, self.sizes[1])
-
-    def _cached(self, x: Tensor, counts: Sequence[int]) -> Tensor | None:
-        """The cached dense stack, where the product is faster by it; None where it is not, or may not be cached."""
-        if not self.dispatcher.may_cache(self):
-            return None
-        reached = [count for count in counts if count]
-        if not reached or not self._is_faster_cached(sum(reached) // len(reached), x.dtype, x.device.type):
-            return None
-        return self._weight.get(self.factors(), autocast_dtype(x.device.type) or x.dtype, self.stack)
 
     def _is_faster_cached(self, rows: int, dtype: torch.dtype, device: str) -> bool:
         table = _table(self.member_structure, dtype, device, torch.get_num_threads())

@@ -104,9 +104,10 @@ class TTMatrix(Decomposition):
     Args:
         ranks: one bound for every bond (cut to the full rank of each), or the cores - 1 ranks; left open,
             the budget chooses one bound for all.
-        in_modes, out_modes: how the two dimensions split; their products may exceed the dimensions, which
-            are then padded, at no error. Left open with `ranks` given, balanced modes are chosen; left open
-            with the ranks, the wide modes that keep most (`wide_modes`).
+        in_modes: how the columns split; the product may exceed their number, which is then padded, at no error.
+            Left open with `ranks` given, balanced modes are chosen; left open with the ranks, the wide modes that keep
+            most (`wide_modes`).
+        out_modes: how the rows split, likewise; as many modes as `in_modes`.
         cores: number of cores when no modes are given.
 
     Sources: Oseledets (2011), algorithm 1; Novikov et al. (2015); Chekalina et al., TTM-GPT2 (2023).

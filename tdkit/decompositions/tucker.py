@@ -69,8 +69,9 @@ class Tucker(Decomposition):
     As convolutions these are 1 x 1, the kernel on fewer channels, and 1 x 1.
 
     Args:
-        rank_out, rank_in: sizes of the core; left open, the budget chooses them, in proportion to the channels or,
-            where the weight is known, as its error asks for.
+        rank_out: size of the core along the output channels; left open, the budget chooses it, in proportion to the
+            channels or, where the weight is known, as its error asks for.
+        rank_in: size of the core along the input channels, likewise.
 
     Sources: Kim et al. (2016), "Compression of deep convolutional neural networks for fast and low power mobile
     applications"; De Lathauwer et al. (2000). The fit in a calibrated metric is ours (`tdkit.fitting.tucker`).

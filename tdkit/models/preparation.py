@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tdkit.decompositions.base import FactorizedMatrix, Preference
+from tdkit.decompositions.stacks import FactorizedStack
 from tdkit.errors import OptionError, did_you_mean
 from tdkit.support.compatibility import buffers_of, parameters_of
 
@@ -60,6 +61,9 @@ def prepare(model: M, *, prefer: Preference = "speed", graphs: bool = False) -> 
     for matrix in factorized_matrices(model):
         _leave_inference_mode(matrix, ordinary)
         matrix.dispatcher.configure(prefer, graphs=graphs)
+    for matrix in factorized_matrices(model):
+        for part in matrix.parts() if isinstance(matrix, FactorizedStack) else ():
+            part.dispatcher.configure("memory", graphs=graphs)  # nothing is cached twice
     return model.eval()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,6 +48,20 @@ class CachedTensor:
         """The tensor in `dtype` if it is there and its sources are unchanged; None otherwise."""
         entry = self._entry
         return entry.tensor if entry is not None and entry.dtype is dtype and entry.is_of(sources) else None
+
+    def of_some(self, some: Iterable[tuple[int, Sequence[Tensor]]], dtype: torch.dtype) -> Tensor | None:
+        """As `find`, where only the elements that are computed from some of the sources are read.
+
+        Args:
+            some: of each part, the place of its first tensor among the sources, and its tensors.
+            dtype: of the result.
+        """
+        entry = self._entry
+        if entry is None or entry.dtype is not dtype or version_of(entry.tensor) != entry.version:
+            return None
+        if not all(_unchanged(part, entry.sources[start : start + len(part)]) for start, part in some):
+            return None
+        return entry.tensor
 
     def get(
         self,
@@ -113,12 +127,16 @@ class _Entry(NamedTuple):
     device: str = "cpu"  # type of the device of these calls
 
     def is_of(self, sources: Sequence[Tensor]) -> bool:
-        if len(sources) != len(self.sources) or version_of(self.tensor) != self.version:
+        return version_of(self.tensor) == self.version and _unchanged(sources, self.sources)
+
+
+def _unchanged(sources: Sequence[Tensor], stamps: Sequence[tuple[Tensor, int, int]]) -> bool:
+    if len(sources) != len(stamps):
+        return False
+    for now, (then, address, version) in zip(sources, stamps, strict=True):
+        if now is not then or version_of(now) != version or now.data_ptr() != address:
             return False
-        for now, (then, address, version) in zip(sources, self.sources, strict=True):
-            if now is not then or version_of(now) != version or now.data_ptr() != address:
-                return False
-        return True
+    return True
 
 
 def can_cache(sources: Sequence[Tensor]) -> bool:

@@ -242,6 +242,7 @@ def _in_parts(
         if whole is None:
             whole = part.new_empty(len(x), *part.shape[1:])
         whole[start : start + images] = part
+        del part  # its memory serves the next one
     assert whole is not None
     return whole
 

@@ -15,7 +15,7 @@ from tdkit.shapes import Shape
 CHAIN = "chain"  # the path of the stages
 TRAFFIC = 2.0  # elements copied per element of an input, output or weight: oneDNN computes in layouts of its own
 POINTWISE = 49  # positions of an image whose time a 1 x 1 convolution loses
-HELD = 1.05  # of what a dense convolution holds that the stages may hold
+HELD = 0.85  # of what a dense convolution holds that the stages may hold
 RECORDED = 4 / 3  # time of a training step of a chain, which is computed twice, by that of a dense one
 
 
@@ -93,7 +93,8 @@ def images_at_once(stages: Sequence[StageShape], dense: StageShape, geometry: Ge
 
     A dense convolution holds its output and copies of its input and weight. A stage with a kernel holds its input and
     output and a copy of its input in oneDNN's layout; a pointwise one makes no copy, nor does the one after it, see
-    `is_product`. With more than one part, the parts are copied to the whole output.
+    `is_product`. With more than one part, each is copied to the whole output, of whose size as much again is kept
+    free: the C library does not reuse all that a part leaves.
     """
     batch, entering, *spatial = size
     first = before = batch * entering * math.prod(spatial)
@@ -105,8 +106,8 @@ def images_at_once(stages: Sequence[StageShape], dense: StageShape, geometry: Ge
         held = before + after + (before if copies else 0)
         most = max(most, held - first if number == 0 else held)
         before = after
-    whole, allowed = before, HELD * (first + before) + math.prod(dense.shape) - max(math.prod(s.shape) for s in stages)
-    return batch if most <= allowed else max(1, int(batch * (allowed - whole) / most))
+    whole, allowed = before, HELD * (first + before) + math.prod(dense.shape) - sum(math.prod(s.shape) for s in stages)
+    return batch if most <= allowed else max(1, round(batch * (allowed - whole) / (most + whole)))
 
 
 class Choice(NamedTuple):

@@ -23,10 +23,11 @@ KERNEL_DEVICES = ("cuda", GRAPH)  # on which the Triton kernels run
 MARGIN = 0.85  # of the time of a cached weight, below which factors are preferred to it; the same for Triton kernels
 # and the library's calls
 FEW = 3  # products of 2 to 3 rows are fastest on a CPU with the operands swapped and transposed
-VECTORS = 4  # products of up to 4 rows read their large operand, a layer's weight, from main memory
+FEW_MARGIN = 0.6  # MARGIN for these: a cached weight is multiplied up to 1.9 x as fast as the estimate says
+LARGE = 4  # a layer's weight, this many times larger than all else in a product, is read from main memory
 FEW_ROWS = 16  # up to this many rows a GPU multiplies while it reads the matrix
 KERNEL_SHARE = 0.5  # of the rate of a large product that a Triton kernel reaches
-BOUNDS = tuple(2**k for k in range(17))  # tokens at which the paths are compared
+BOUNDS = (1, 2, FEW, *(2**k for k in range(2, 17)))  # tokens at which the paths are compared
 CHUNK_BYTES = 3 * 2**20  # of an intermediate result; 1 to 4 MiB were equally fast with 1 MiB of L2 per core
 
 
@@ -144,10 +145,11 @@ def rates_of(device: str, dtype: torch.dtype, threads: int) -> Rates:
 
 
 def _seconds(product: Product, rates: Rates, itemsize: int) -> float:
-    smallest, vectors = min(product.m, product.k, product.n), min(product.m, product.n)
+    smallest = min(product.m, product.k, product.n)
     share = max(smallest / (smallest + rates.half_size), rates.floor)
     size = product.elements * itemsize
-    is_weight = vectors <= VECTORS and product.k > FEW_ROWS
+    large = product.batch * product.k * max(product.m, product.n)
+    is_weight = product.k > FEW_ROWS and large >= LARGE * (product.elements - large)
     reading = size / (rates.cached_bytes if size <= rates.cache and not is_weight else rates.bytes)
     # a matrix times a vector is bound by reading the matrix
     multiplying = 0.0 if smallest == 1 else product.multiply_adds / (rates.multiply_adds * share)
@@ -169,7 +171,7 @@ def path_table(
     cached: bool,
     training: bool = False,
 ) -> PathTable:
-    """The cheapest path for every number of tokens, compared at powers of two.
+    """The cheapest path for every number of tokens, compared at the numbers of `BOUNDS`.
 
     Args:
         paths: to multiply a number of tokens; one of them is named 'dense'.
@@ -178,8 +180,9 @@ def path_table(
         training: compare with the backward pass included.
     """
     table: list[tuple[int, Path]] = []
-    handicap = {CACHED: MARGIN, FUSED: 1 / MARGIN}
     for tokens in BOUNDS:
+        is_few = device == "cpu" and 2 <= tokens <= FEW
+        handicap = {CACHED: FEW_MARGIN if is_few else MARGIN, FUSED: 1 / MARGIN}
         own = paths(tokens)
         if cached:
             own = (*(path for path in own if path.name != DENSE), cached_path(tokens, shape))

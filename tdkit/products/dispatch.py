@@ -33,6 +33,7 @@ from tdkit.products.structure import Structure
 from tdkit.shapes import Shape
 from tdkit.support.compatibility import constant_for_compile, in_transform
 
+WHOLE = "whole"  # what `CachedTensor.again` is asked for by `Dispatcher.stored`, whatever the input
 CHOICES = 256  # sizes of images for which the path is remembered
 
 Preference = Literal["speed", "auto", "memory"]
@@ -226,7 +227,7 @@ class Dispatcher:
         """Whether a product may cache what it computes from the factors: it is wanted, in eval mode, no gradients."""
         if self.prefer != "speed" or matrix.training or is_recorded() or in_transform():
             return False
-        return not _needs_gradients(matrix.tensors())
+        return not (torch.is_grad_enabled() and _needs_gradients(matrix.tensors()))
 
     def new_cache(self) -> CachedTensor:
         """A cache for something else than the dense weight, emptied and counted together with it."""
@@ -248,7 +249,11 @@ class Dispatcher:
         layout: Callable[[Tensor], Tensor],  # of the matrix (out, in) to the weight of the layer
     ) -> Tensor:
         """Like `dense`, in the layout of the layer, which is that of all layers that share the matrix."""
-        weight = self._kept(matrix, self._stored, layout)
+        weight = None
+        if self.prefer != "memory" and not (matrix.training or is_recorded()):
+            weight = self._stored.again(WHOLE, matrix.tensors())
+        if weight is None:
+            weight = self._kept(matrix, self._stored, layout)
         return layout(matrix.dense()) if weight is None else weight
 
     def _kept(
@@ -263,8 +268,10 @@ class Dispatcher:
         weight = cache.find(tensors, dtype)
         if weight is not None or device == "meta":
             return weight
+        build = matrix.dense if layout is None else lambda: layout(matrix.dense())
+        call = None if layout is None else WHOLE
         with without_autocast(device):
-            return cache.get(tensors, dtype, matrix.dense if layout is None else lambda: layout(matrix.dense()))
+            return cache.get(tensors, dtype, build, call=call, device=device)
 
     def clear(self) -> None:
         """Empty the cache."""

@@ -47,6 +47,7 @@ class StepConfig(Checked, ABC):
 
     changes_model: ClassVar[bool] = False  # whether to save the model after the step
     needs_dense: ClassVar[bool] = False  # whether the step uses `Run.dense`, the original model
+    compares: ClassVar[bool] = False  # whether it makes several models, with a record each, and goes on with one
     saves_model: ClassVar[bool] = False  # whether the step leaves a copy of the model; one that no step saves is kept
 
     @abstractmethod
@@ -71,6 +72,7 @@ steps: Registry[type[StepConfig]] = Registry(
     {
         "compress": "tdkit.recipes.steps:CompressStep",
         "compare": "tdkit.recipes.steps:CompareStep",
+        "frontier": "tdkit.recipes.frontier:FrontierStep",
         "evaluate": "tdkit.recipes.steps:EvaluateStep",
         "generate": "tdkit.recipes.steps:GenerateStep",
         "save": "tdkit.recipes.steps:SaveStep",

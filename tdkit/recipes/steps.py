@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from tdkit.compression.apply import compress, compress_resolved
 from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.registered import decomposition, spec_of
 from tdkit.errors import CheckpointError, RecipeError
-from tdkit.evaluation.language_models import PROTOCOL, Evaluation, evaluate
+from tdkit.evaluation.language_models import PROTOCOL, evaluate
 from tdkit.evaluation.samples import check_continues, continued
 from tdkit.models.card import Card
 from tdkit.models.checkpoint import load, save
@@ -29,13 +28,12 @@ from tdkit.planning.planner import plan, planned
 from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import resolve
 from tdkit.planning.rule import Rule
+from tdkit.recipes.figures import FIGURE_COLUMNS, figure_row, measurements, of_run
 from tdkit.recipes.recipe import RECIPE_FILE, RECORDS, STATE, Recipe, Run, StepConfig
 from tdkit.records.before import Before
 from tdkit.support.plain import say
 from tdkit.support.processes import on_main_process
 from tdkit.support.tables import table_of
-
-FIGURE_COLUMNS = ("model", "params", "ratio", "MB", "perplexity", "tokens/s", "fit seconds")
 
 
 class CompressStep(StepConfig):
@@ -99,7 +97,7 @@ class CompressStep(StepConfig):
         seconds = {"fit": round(time.perf_counter() - started, 2)}
         own = {"calibrated": self.calibrated, "sequential": self.sequential, "passes": self.passes}
         record = before.record(
-            run.model, policy=self.policy, options={"step": "compress", **own}, seconds=seconds, **_of_run(run)
+            run.model, policy=self.policy, options={"step": "compress", **own}, seconds=seconds, **of_run(run)
         )
         run.keep_record(record, "compress")
         after = num_params(run.model)
@@ -121,6 +119,7 @@ class CompareStep(StepConfig):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
     changes_model: ClassVar[bool] = True
+    compares: ClassVar[bool] = True
     match: list[str]
     budget: float = Field(gt=0, le=1)
     candidates: list[str | dict[str, Any]] = Field(alias="with", min_length=1)
@@ -153,7 +152,7 @@ class CompareStep(StepConfig):
         ids = run.tokens("evaluation")
         context = run.recipe.data.context
         dense = evaluate(run.model, ids, context=context)
-        rows = [_row("dense", dense, dense, None)]
+        rows = [figure_row("dense", dense, dense, None)]
         figures: list[dict[str, Any]] = [{"name": "dense", **dense.to_dict()}]
         policy = self.policy
         started = time.perf_counter()
@@ -165,6 +164,7 @@ class CompareStep(StepConfig):
             say(run.console, f"  calibrated on {run.recipe.data.calibration_tokens:,} tokens in {seconds:.0f} s")
         run.console.print(first)
         best: tuple[float, nn.Module] | None = None
+        best_name = ""
         for kind in kinds:
             started = time.perf_counter()
             chosen = first if kind is kinds[0] else plan(run.model, _same_sizes(first, kind), calibration=calibration)
@@ -179,14 +179,14 @@ class CompareStep(StepConfig):
                 dense=measurements(dense),
                 compressed=measurements(measured),
                 seconds={"fit": round(seconds, 2)},
-                **{**_of_run(run), "name": f"{run.recipe.name}, {kind.name}"},
+                **{**of_run(run), "name": f"{run.recipe.name}, {kind.name}"},
             )
             run.keep_record(record, f"compare-{len(figures)}-{kind.name}")
-            rows.append(_row(kind.describe().removesuffix("()"), measured, dense, seconds))
+            rows.append(figure_row(kind.describe().removesuffix("()"), measured, dense, seconds))
             say(run.console, f"  {rows[-1][0]}: perplexity {rows[-1][4]}, {seconds:.0f} s")
             figures.append({"name": kind.name, **spec_of(kind), **measured.to_dict(), "fit_seconds": round(seconds, 2)})
             if best is None or measured.perplexity < best[0]:
-                best = measured.perplexity, model
+                best, best_name = (measured.perplexity, model), f"{run.recipe.name}, {kind.name}"
         assert best is not None
         title = f"{', '.join(self.match)} at budget {self.budget:g} of the whole model"
         run.console.print(table_of(title, FIGURE_COLUMNS, rows))
@@ -196,18 +196,7 @@ class CompareStep(StepConfig):
             "dim",
         )
         run.model = best[1]
-        return {"rows": figures}
-
-
-def measurements(measured: Evaluation) -> dict[str, float]:
-    """Returns the figures of an evaluation as a record has them."""
-    figures = {"perplexity": measured.perplexity, "tokens_per_second": measured.tokens_per_second}
-    return figures if measured.stderr is None else {**figures, "perplexity_stderr": measured.stderr}
-
-
-def _of_run(run: Run) -> dict[str, Any]:
-    """Returns what all records of a run have in common."""
-    return {"name": run.recipe.name, "source": run.recipe.model, "seed": run.recipe.seed, "data": run.data}
+        return {"rows": figures, "kept": best_name}
 
 
 def _same_sizes(first: Plan, kind: Decomposition) -> Policy:
@@ -241,10 +230,10 @@ class EvaluateStep(StepConfig):
         ids, context = run.tokens("evaluation"), run.recipe.data.context
         measured = evaluate(run.model, ids, context=context)
         if run.dense is run.model:
-            run.console.print(table_of("evaluation", FIGURE_COLUMNS, [_row("dense", measured, measured, None)]))
+            run.console.print(table_of("evaluation", FIGURE_COLUMNS, [figure_row("dense", measured, measured, None)]))
             return measured.to_dict()
         dense = evaluate(run.dense, ids, context=context)
-        rows = [_row("dense", dense, dense, None), _row(run.recipe.name, measured, dense, None)]
+        rows = [figure_row("dense", dense, dense, None), figure_row(run.recipe.name, measured, dense, None)]
         run.console.print(table_of("evaluation", FIGURE_COLUMNS, rows))
         return {
             **measured.to_dict(),
@@ -341,17 +330,3 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
             f"{type(model).__name__} is a {type(first).__name__}, not a tensor"
         )
     return first
-
-
-def _row(name: str, measured: Evaluation, dense: Evaluation | None, seconds: float | None) -> list[str]:
-    return [
-        name,
-        f"{measured.params:,}",
-        f"{measured.params / dense.params:.3f}" if dense else "",
-        f"{measured.bytes / 1e6:.1f}",
-        f"{measured.perplexity:.2f}"
-        if math.isfinite(measured.perplexity) and measured.perplexity < 1e5
-        else f"{measured.perplexity:.3g}",
-        f"{measured.tokens_per_second:,.0f}",
-        "" if seconds is None else f"{seconds:.1f}",
-    ]

@@ -52,7 +52,8 @@ class Sample:
 
     Attributes:
         prompt: what was continued.
-        dense, compressed: the prompt and its continuation by the model before and after; None where it was not made.
+        dense: the prompt and its continuation by the model before; None where it was not made.
+        compressed: the prompt and its continuation by the model after; None where it was not made.
     """
 
     prompt: str
@@ -76,8 +77,10 @@ class Record:
         data: the texts that were used.
         plan: what was carried out, with estimates and errors; None when it failed.
         spectra: singular values of some weights, before they were fitted.
-        before, after: the modules of the model.
-        dense, compressed: what was measured.
+        before: the modules of the model before.
+        after: the modules of the model after.
+        dense: what was measured of the dense model.
+        compressed: what was measured of the compressed model.
         higher_is_better: the metrics of which more is better; of all others less is.
         samples: texts that were continued.
         seconds: the time of the parts of the work, by name.

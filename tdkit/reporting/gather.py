@@ -23,6 +23,7 @@ from tdkit.support.documents import parse_json, read_json
 from tdkit.sweeps.folder import POINTS, SWEEP
 
 LOG = "log.jsonl"  # of the package tdkit-distill
+HEALING = "run"  # the folder of the log in that of a heal step
 EVALUATION = "tdkit-evaluation/1"
 
 NO_RECORD = (
@@ -133,9 +134,9 @@ def _of_folder(place: Path) -> Entry:
 
 
 def trainings(place: Path) -> list[Training]:
-    """Returns the losses in the logs of distillation in a folder and in the folders in it."""
+    """Returns the losses in the logs of distillation in a folder and in those of its steps."""
     found = []
-    for log in sorted([*place.glob(LOG), *place.glob(f"*/{LOG}")]):
+    for log in sorted(log for glob in (LOG, f"*/{LOG}", f"*/{HEALING}/{LOG}") for log in place.glob(glob)):
         stages: dict[str, dict[str, list[tuple[int, float]]]] = {}
         held_out: list[tuple[int, float]] = []
         for line in log.read_text(encoding="utf-8").splitlines():
@@ -151,7 +152,8 @@ def trainings(place: Path) -> list[Training]:
             except (ValueError, KeyError, TypeError):  # the last line of a run that was killed while it wrote
                 continue
         if stages:
-            found.append(Training(log.parent.name, stages, held_out))
+            folder = log.parent.parent if log.parent.name == HEALING else log.parent
+            found.append(Training(folder.name, stages, held_out))
     return found
 
 

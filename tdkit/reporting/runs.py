@@ -27,8 +27,8 @@ def entries_of_run(place: Path, state: Mapping[str, Any], records: Sequence[Reco
     """
     results, steps = state["results"], state["recipe"]["steps"]
     done = [(next(iter(step)) if isinstance(step, Mapping) else step) for step in steps]
-    compared = [record for record in records if record.options.get("step") == "compare"]
-    chain = [record for record in records if record.options.get("step") != "compare"]
+    compared = [record for record in records if _compares(str(record.options.get("step")))]
+    chain = [record for record in records if record not in compared] or _kept(done, results, compared)
     found = [Entry(record, place, again) for record in compared]
     samples = [
         Sample(str(step["generate"].get("prompt", "")), result.get("dense"), result.get("compressed"))
@@ -52,6 +52,25 @@ def entries_of_run(place: Path, state: Mapping[str, Any], records: Sequence[Reco
         number = found.index(kept)
         found[number] = replace(kept, record=replace(kept.record, samples=tuple(samples)))
     return found
+
+
+def _compares(kind: str) -> bool:
+    """Returns whether a kind of step makes several models; a kind of a package that is not here counts as none."""
+    return kind in step_registry.names() and step_registry.get(kind).compares
+
+
+def _kept(kinds: Sequence[str], results: Sequence[Mapping[str, Any]], compared: Sequence[Record]) -> list[Record]:
+    """Returns the model that a comparison went on with, where a later step changed it; else nothing."""
+    changes = [n for n, kind in enumerate(kinds[: len(results)]) if step_registry.get(kind).changes_model]
+    if not compared or not changes or _compares(kinds[changes[-1]]):
+        return []
+    names = [result["kept"] for kind, result in zip(kinds, results, strict=False) if _compares(kind)]
+    found = next((record for record in reversed(compared) if record.name == names[-1]), None)
+    if found is None:
+        return []
+    after = [kinds[number] for number in changes if number > max(n for n, k in enumerate(kinds) if _compares(k))]
+    options = {"with": ", ".join([str(found.options.get("with", "")), *after])}
+    return [replace(found, options={**found.options, **options}, seconds={})]
 
 
 def _figures(kinds: Sequence[str], results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:

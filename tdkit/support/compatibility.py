@@ -71,6 +71,7 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T", bound=Tensor)
+Any_ = TypeVar("Any_")
 
 version_of: Callable[[Tensor], int] = attrgetter("_version")
 """The version counter of a tensor, which every in-place operation increases; inference tensors have none."""
@@ -139,9 +140,17 @@ class RecurrentWeights(nn.Module):
 
     _flat_weights_names: list[str]
 
+    def once_per_call(self, key: str, compute: Callable[[], Any_]) -> Any_:
+        """Returns ``compute()``; another base class may keep it during a call."""
+        return compute()
+
+    def _read_weights(self) -> list[Tensor | None]:
+        held = self._parameters
+        return [held[name] if name in held else getattr(self, name, None) for name in self._flat_weights_names]
+
     @property
     def _flat_weights(self) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        return self.once_per_call("all", self._read_weights)
 
     @_flat_weights.setter
     def _flat_weights(self, _: object) -> None:
@@ -312,10 +321,10 @@ def saved_buffers_of(module: nn.Module) -> list[Tensor]:
     return [buffer for name, buffer in module._buffers.items() if buffer is not None and name not in left_out]
 
 
-def convolves_its_own_way(module: nn.Module) -> bool:
-    """Returns whether a convolution is of a subclass with a ``_conv_forward`` of its own, which ``forward`` calls."""
+def convolves_its_own_way(kind: type[nn.Module]) -> bool:
+    """Returns whether the class of a convolution has a ``_conv_forward`` of its own, which ``forward`` calls."""
     layers = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d  # what transposed ones inherit is never called
-    own = getattr(type(module), "_conv_forward", None)
+    own = getattr(kind, "_conv_forward", None)
     return own is not None and own not in [layer._conv_forward for layer in layers]
 
 

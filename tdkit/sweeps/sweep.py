@@ -48,7 +48,11 @@ def sweep(
             ``min_keep``.
         match: globs of the layers that a grid compresses.
         base: the policy that a grid varies, instead of `match`.
-        calibration, loss, sequential, passes, device: as in `tdkit.compress`.
+        calibration: a result of `tdkit.calibrate`, batches, or the name of a text, as in `tdkit.compress`.
+        loss: as in `tdkit.compress`.
+        sequential: as in `tdkit.compress`.
+        passes: as in `tdkit.compress`.
+        device: as in `tdkit.compress`.
         measure: a function model -> figures by name, such as ``lambda m: {"accuracy": score(m, batches)}``.
         higher_is_better: the figures of which more is better; of all others less is.
         folder: where records of the points are kept, for `tdkit report` and to go on.

@@ -6,7 +6,8 @@ Each row is stored in `docs/results/accuracy.json` when it is finished; a rerun 
 calibration is measured once and stored in the run folder. All rows are evaluated on the same tokens.
 
 `low_rank/whitened` is the method of SVD-LLM (Wang et al., 2024), the baseline of the same run. `modegpt` is the step of
-MoDeGPT (Lin et al., 2024) for MLPs, with one width for all layers.
+MoDeGPT (Lin et al., 2024) for MLPs, with one width for all layers; `modegpt as published` its three steps, with one
+share for all blocks or with its own allocation, see ``modegpt.py``.
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ from tdkit import (
 )
 from tdkit.calibration.losses import Labels
 from tdkit.evaluation.language_models import PROTOCOL, evaluate
-from tdkit.models.sites import survey
+from tdkit.models.sites import num_params, survey
 from tdkit.planning.grouping import shrink_of
 from tdkit.planning.planner import applied_plan
 from tdkit.sources.models import Source, load_model
 from tdkit.sources.texts import spread_windows
 from tdkit.support.files import write_text
 from tdkit.support.tables import markdown_table
+from tests.benchmarks import modegpt
 
 SEED = 0
 CONTEXT = 512
@@ -91,6 +93,10 @@ DECOMPOSITIONS: Mapping[str, Decomposition] = {
 }
 MLP_ONLY = ("shrink uniform", "modegpt")
 
+PUBLISHED = "modegpt as published"
+TEMPERATURES = (0.03, 0.1, 0.3, 1.0)  # of its allocation; the best on a part of the calibration text is taken
+CHOSEN_ON = 4096  # tokens of it
+
 SINGLE = [name for name, kind in DECOMPOSITIONS.items() if not isinstance(kind, Auto)]
 
 METHODS: Mapping[str, dict[str, Any]] = {
@@ -109,6 +115,7 @@ def rows() -> list[tuple[str, Scope]]:
     """All rows; those of the baseline and of the targets come first."""
     names = [f"{kind}/{method}" for kind in DECOMPOSITIONS for method in METHODS]
     names = [name for name in names if _is_row(*name.split("/"))]
+    names += [f"{PUBLISHED}/uniform", f"{PUBLISHED}/allocated"]
     order = [f"low_rank/{m}" for m in ("whitened", "allocated", "two passes", "sequential", "plain", "two-sided")]
     names.sort(key=lambda name: order.index(name) if name in order else len(order))
     return [(name, scope) for scope in SCOPES for name in names]
@@ -171,6 +178,31 @@ def compressed(
     }
 
 
+def published(source: Source, scope: Scope, *, allocated: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """A copy of the model compressed by MoDeGPT as published, and what `compressed` says of it."""
+    started = time.perf_counter()
+    windows = spread_windows(CALIBRATION_TEXT, source.tokenizer, context=CONTEXT, tokens=CALIBRATION_TOKENS)
+    moments = modegpt.measure(source.model, [window[None] for window in windows])
+    measured_at = time.perf_counter()
+    blocks = Rule(scope.match, keep=True)
+    before = sum(site.params for site in survey(source.model).sites if blocks.selects(site))
+    best: tuple[float, nn.Module, int] | None = None
+    for temperature in TEMPERATURES if allocated else (None,):
+        model = copy.deepcopy(source.model)
+        left = modegpt.compress(model, moments, modegpt.shares_lost(moments, 1 - scope.keep, temperature))
+        few = windows[: CHOSEN_ON // CONTEXT].flatten()
+        found = evaluate(model, few, context=CONTEXT).perplexity if allocated else 0.0
+        if best is None or found < best[0]:
+            best = found, model, left
+    assert best is not None
+    return best[1], {
+        "params": num_params(source.model) - before + best[2],
+        "kept": best[2] / before,
+        "plan_seconds": round(measured_at - started, 1),
+        "fit_seconds": round(time.perf_counter() - measured_at, 1),
+    }
+
+
 def calibrated(source: Source, folder: Path, labels: Labels) -> tuple[Calibration, float]:
     """The calibration of the run folder, measured if it is missing, and the seconds that took."""
     name = "calibration" if labels == "data" else f"calibration-{labels}"
@@ -219,7 +251,10 @@ def main() -> None:
         if not wanted or not any(fnmatch.fnmatch(scope.name, glob) for glob in options.budgets):
             continue
         if store.find(name, scope.name) is None:
-            model, took = compressed(source, name, scope, lambda labels: moments(labels)[0])
+            if name.startswith(PUBLISHED):
+                model, took = published(source, scope, allocated=name.endswith("allocated"))
+            else:
+                model, took = compressed(source, name, scope, lambda labels: moments(labels)[0])
             store.add({"row": name, "scope": scope.name, **took, **measured(model, ids)})
 
 

@@ -155,6 +155,21 @@ def test_a_cached_weight_is_used_where_it_is_faster_and_follows_the_factors() ->
         assert full.dispatcher.cached_bytes == 0
 
 
+def test_members_leave_the_cache_to_the_stack() -> None:
+    richest = Stacked(each=Kronecker()).complete((2, 64, 64), 2 * 64 * 64)
+    assert richest is not None
+    full = richest.fit(random(2, 64, 64, seed=0).float())
+    x = random(80, 64, seed=1).float()
+    prepare(full, prefer="speed")
+    with torch.no_grad():
+        for counts in ((40, 40), (79, 1), (80, 0)):
+            torch.testing.assert_close(full.grouped(x, counts), dense_grouped(full.stack(), x, counts))
+        assert full.dispatcher.cached_bytes == 2 * 64 * 64 * 4
+        assert [part.dispatcher.cached_bytes for part in full.parts()] == [0, 0]
+        full.parts()[0].tensors()[0].mul_(2)
+        torch.testing.assert_close(full.grouped(x, (40, 40)), dense_grouped(full.stack(), x, (40, 40)))
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_gradients_are_right(kind: Stacked) -> None:
     choice = next(iter(choices(kind)))

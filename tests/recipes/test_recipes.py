@@ -35,6 +35,12 @@ FORM: dict[str, Any] = {
 }
 
 
+def frontier(**options: Any) -> dict[str, Any]:
+    rules = [{"match": "*.c_fc", "with": "low_rank"}]
+    step = {"frontier": {"rules": rules, "budgets": [0.9, 0.8], "keep": 0.9, **options}}
+    return {"name": "a", "model": "b", "data": {"evaluation": "TEXT"}, "steps": [step]}
+
+
 @pytest.fixture
 def recipe(gpt2_folder: Path, text_file: Path) -> Recipe:
     form = {**FORM, "model": str(gpt2_folder), "data": {**FORM["data"], "evaluation": str(text_file)}}
@@ -96,6 +102,11 @@ def test_every_fault_is_reported_together() -> None:
             },
             "compress with passes: 2 needs calibrated: true",
         ),
+        (frontier(keep=0.5), r"keep: 0.5 is none of the budgets \[0.9, 0.8\]"),
+        (frontier(budgets=[0.9, 0.9]), r"a budget stands twice in \[0.9, 0.9\]"),
+        (frontier(bits=[3]), "3 bits are not offered: 8 or 4"),
+        (frontier(calibrated=True), "frontier with calibrated needs a text to calibrate on"),
+        ({**frontier(), "data": {}}, "frontier needs a text to judge by"),
     ],
 )
 def test_malformed_recipes(form: Any, message: str) -> None:

@@ -47,6 +47,11 @@ class FactorizedConvolution(FactorizedLayer):
     output_padding: tuple[int, ...]
     groups: int
     padding_mode: str
+    _its_own_way: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._its_own_way = convolves_its_own_way(cls)
 
     def __init__(self, matrix: FactorizedMatrix, dense: nn.Module) -> None:
         super().__init__()
@@ -82,7 +87,7 @@ class FactorizedConvolution(FactorizedLayer):
         self,
         input: Tensor,  # noqa: A002, the name that nn.Conv2d gives it; (batch, in, *spatial) or (in, *spatial)
     ) -> Tensor:  # (batch, out, *spatial) or (out, *spatial)
-        if convolves_its_own_way(self):
+        if self._its_own_way:
             return convolve_its_own_way(self, input)
         return self._convolve(input, geometry_of(self))
 
@@ -226,7 +231,7 @@ class ConvolutionHost(Host):
         )
 
     def computed(self, module: nn.Module, weight: str) -> str:
-        return "dense" if convolves_its_own_way(module) else super().computed(module, weight)
+        return "dense" if convolves_its_own_way(type(module)) else super().computed(module, weight)
 
     def multiply_adds(self, module: nn.Module, weight: str, matrix: FactorizedMatrix) -> int:
         """Returns the multiply-adds for one position: of the stages, or of the dense weight where it needs fewer."""
@@ -250,7 +255,7 @@ class ConvolutionHost(Host):
         out). x of very many positions has evenly spread ones only, see `tdkit.models.hosts.windows`, and the rows
         of y then do not correspond to it. Nothing is seen of a subclass that convolves with another weight.
         """
-        if convolves_its_own_way(module):
+        if convolves_its_own_way(type(module)):
             return Handles()
 
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from tdkit.support.compatibility import (
     without_recurrent_weights,
 )
 
+_T = TypeVar("_T")
 MATRIX = "matrix"  # the submodule with the matrix, in the layers of a base host
 GRADIENT_OBSERVERS = "_gradient_observers"  # the attribute with the observers of weights, by their names
 
@@ -229,17 +230,23 @@ class InPlaceLayer(FactorizedModule):
 
         See `tdkit.prepare` for what may be cached.
         """
-        state = vars(self)
-        built: dict[object, Tensor] | None = state["_built"]
-        key = None if built is None else (weight, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        if built is not None and key in built:
-            return built[key]
+        return self.once_per_call(weight, functools.partial(self._built_weight, weight))
+
+    def once_per_call(self, key: str, compute: Callable[[], _T]) -> _T:
+        """Returns ``compute()``, computed once per call of ``forward`` and mode of gradients; each time outside."""
+        built: dict[object, Any] | None = vars(self)["_built"]
+        if built is None:
+            return compute()
+        mode = key, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if mode not in built:
+            built[mode] = compute()
+        return cast(_T, built[mode])
+
+    def _built_weight(self, weight: str) -> Tensor:
         matrix = cast(FactorizedMatrix, submodules_of(self)[self.matrix_name(weight)])
         dense = matrix.dispatcher.stored(matrix, functools.partial(self._as_stored, weight))
-        for observe in state.get(GRADIENT_OBSERVERS, {}).get(weight, ()):
+        for observe in vars(self).get(GRADIENT_OBSERVERS, {}).get(weight, ()):
             dense = _with_gradient_seen(dense, observe)
-        if built is not None:
-            built[key] = dense
         return dense
 
     def _as_stored(
@@ -339,13 +346,9 @@ def _lazy_or_observed(factorized: type[FactorizedModule]) -> property:
         state = vars(self)
         if state.get(GRADIENT_OBSERVERS, {}).get("weight"):
             return self.dense_weight("weight")
-        built: dict[object, Tensor] | None = state["_built"]
-        if built is None:
+        if state["_built"] is None:
             return lazy(self)
-        key = "lazy", torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        if key not in built:
-            built[key] = keep_in_cache(lazy(self))
-        return built[key]
+        return self.once_per_call("lazy weight", lambda: keep_in_cache(lazy(self)))
 
     return property(read, doc="The dense weight, computed from its factors on first use; read-only.")
 

@@ -22,7 +22,8 @@ def read_labelled(
     Args:
         source: a ``.jsonl`` or ``.parquet`` file, a folder with one subfolder of ``.txt`` files per class, a
             ``datasets`` name ``DATASET[@CONFIG][:SPLIT]``, or a list of these.
-        column, labels: names of the columns that hold text and label; folders have none.
+        column: name of the column that holds the text; folders have none.
+        labels: name of the column that holds the label; folders have none.
 
     Raises:
         SourceError, DataError: when there is no such source or it lacks a column.

@@ -90,7 +90,8 @@ class MaskedPairs(MaskedWindows):
 
     Args:
         ids: (count, length - 3) integers, at least two rows of four.
-        tokens, options: as for `MaskedWindows`.
+        tokens: as for `MaskedWindows`.
+        options: as for `MaskedWindows`.
 
     Source: Devlin et al., BERT (2019), section 3.1.
     """

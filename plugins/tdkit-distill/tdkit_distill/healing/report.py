@@ -26,7 +26,8 @@ class Measurement:
     """Perplexities after some training.
 
     Attributes:
-        steps, tokens: trained on until then.
+        steps: optimizer steps until then.
+        tokens: trained on until then.
         seconds: that the run had taken.
         perplexity: by text; the first one is of the data's kind.
     """

@@ -89,8 +89,9 @@ def distill(
     and its launcher ends the others.
 
     Args:
-        student, teacher: any two modules; the teacher is run in eval and inference mode and never changed,
-            and may be a cache of its logits, or None when no loss needs one.
+        student: any module.
+        teacher: any module, run in eval and inference mode and never changed; or a cache of its logits, or None when
+            no loss needs one.
         stages: `Stage` objects or their dictionary form.
         data: (count, length) token ids, a floating-point tensor, named columns, a ``TensorDataset``, `Examples`, or
             several `Examples` by name; see `as_examples`.

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Schedule(BaseModel):
     """The factor on the learning rate at each optimizer step.
 
-    Args:
+    Attributes:
         kind: what follows the warmup.
         warmup: steps when 1 or more, a share of the stage's steps when below 1; the factor rises linearly.
         floor: the factor that cosine and linear end at.

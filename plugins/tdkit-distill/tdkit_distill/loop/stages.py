@@ -47,7 +47,8 @@ class Stage(Options):
 
     Attributes:
         losses: ``{name: options}`` or ``{name: weight}``; ``name@label`` for a second one of a kind.
-        tokens, steps: its length; give one. Tokens count every position of every row.
+        tokens: its length, every position of every row counted, also as text such as "20M"; give this or `steps`.
+        steps: its length in optimizer steps; give this or `tokens`.
         batch_size: rows per optimizer step, over all processes and all accumulated parts.
         accumulation: in how many parts a step's rows are run.
         clip: bound on the gradient's norm; None leaves it alone.
@@ -117,7 +118,8 @@ class Running(Options):
     Attributes:
         precision: of the student's forward; autocast by accelerate. ``fp16`` needs a GPU.
         device: ``cpu`` or ``cuda``; None takes what there is.
-        teacher_dtype, teacher_device: run a copy of the teacher there instead.
+        teacher_dtype: run a copy of the teacher in this dtype instead.
+        teacher_device: run a copy of the teacher there instead.
         compile: the backend of ``torch.compile`` for the student, or true for ``inductor``.
         gradient_checkpointing: keep only each layer's input for the backward.
         checkpoint_every: optimizer steps between checkpoints; None saves at the end of stages only.

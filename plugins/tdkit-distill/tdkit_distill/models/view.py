@@ -47,7 +47,8 @@ class View:
 
     Attributes:
         logits: (batch, ..., classes), the largest of them from a cache, or None.
-        outputs, attention: recorded inside the model, by the name asked for; see `tapped`.
+        outputs: of modules inside the model, by the name asked for; see `tapped`.
+        attention: recorded inside the model, by the name asked for; see `tapped`.
     """
 
     logits: Tensor | TopLogits | None = None
