@@ -36,12 +36,12 @@ HEAD = """\
 # Reliability
 
 What was tried against tdkit, and what came of it: `make test-hostile` (`python -m tests.hostile.report`), tdkit
-{version} ({commit}), torch {torch}, Python {python}. Every outcome must be success or a
+{version}, torch {torch}, Python {python}. Every outcome must be success or a
 `tdkit.errors.TdkitError`, and nothing may be lost, changed half way or left over; "bad" counts the others. "share"
 says how much of a part was run: the kills before every change, or before every second one.
 
-| part | share | tried | bad | seconds |
-| --- | --- | --- | --- | --- |
+| part | share | tried | bad | seconds | commit |
+| --- | --- | --- | --- | --- | --- |
 {rows}
 """
 
@@ -125,23 +125,20 @@ def _without_places(text: str) -> str:
 
 
 def commit() -> str:
-    """Returns the commit of the code, or that it differs from one."""
+    """Returns the commit of the code, and whether it differs from it."""
 
     def git(*given: str) -> str:
         return subprocess.run(["git", *given], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
     changed = " and changes" if git("status", "--porcelain", "--", "tdkit", "plugins", "tests") else ""
-    return f"commit {git('rev-parse', '--short=10', 'HEAD') or 'unknown'}{changed}"
+    return f"{git('rev-parse', '--short=10', 'HEAD') or 'unknown'}{changed}"
 
 
 def page(known: dict[str, Any]) -> str:
     """Returns the text of the page."""
     names = [name for name in TITLES if name in known]
     rows = "\n".join(_row(TITLES[name][0], known[name]) for name in names)
-    commits = " and ".join(dict.fromkeys(known[name]["commit"] for name in names))
-    text = HEAD.format(
-        version=VERSION, commit=commits, torch=torch.__version__, python=platform.python_version(), rows=rows
-    )
+    text = HEAD.format(version=VERSION, torch=torch.__version__, python=platform.python_version(), rows=rows)
     for name in names:
         part = known[name]
         outcomes = sorted({outcome for row in part["rows"].values() for outcome in row} | {"bad"}, key="bad".__eq__)
@@ -155,7 +152,14 @@ def page(known: dict[str, Any]) -> str:
 
 
 def _row(title: str, part: dict[str, Any]) -> str:
-    cells = (title, f"{part['share']:.0%}", f"{_tried(part):,}", len(part["bad"]), f"{part['seconds']:,.0f}")
+    cells = (
+        title,
+        f"{part['share']:.0%}",
+        f"{_tried(part):,}",
+        len(part["bad"]),
+        f"{part['seconds']:,.0f}",
+        part["commit"],
+    )
     return f"| {' | '.join(map(str, cells))} |"
 
 
