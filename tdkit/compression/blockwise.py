@@ -77,7 +77,7 @@ def fit_in_order(
             fitted: list[tuple[Site, FactorizedMatrix | Resized]] = []
             for job in chosen:
                 bar.now(job.name)
-                found = job.fit(lambda name: _with_input(calibration.metric(name), seen.get(name)))
+                found = job.fit(lambda name: _with_input(calibration.fit_metric(name), seen.get(name)))
                 fitted += zip(job.sites, found, strict=True)
                 bar.advance()
             swap.put(fitted)

@@ -166,7 +166,7 @@ class _Job:
         def fit(item: tuple[int, tuple[Step, Site]]) -> None:
             number, (step, site) = item
             bar.now(site.name)
-            metric = calibration.metric(site.name) if calibration else None
+            metric = calibration.fit_metric(site.name) if calibration else None
             with self.opened.weights.holding(*site.users):
                 matrix = fit_step(step, site, metric, self.device)
                 options = [user.host.options(user.module) for user in site.users]
