@@ -121,22 +121,9 @@ class Calibration:
         return self._metrics.get(name)
 
     def fit_metric(self, name: str) -> Metric | None:
-        """Returns the metric that errors and fits of a site use, or None when no batch reached it.
-
-        Its C has ``SHRINKAGE * in / rows`` of its diagonal, at most `MOST_SHRINKAGE`, added to it. That shrinks the
-        correlations that few rows seem to have: columns that are removed would else be taken over by others that only
-        look like them.
-
-        Source: shrinkage of covariances, Ledoit and Wolf (2004), section 2, towards the diagonal.
-        """
+        """Returns the metric that errors and fits of a site use, see `shrunk`; None when no batch reached it."""
         metric = self.metric(name)
-        count = self.rows.get(name, 0.0) * self.units
-        if metric is None or metric.input is None or metric.input.ndim != 2 or not count:
-            return metric
-        share = min(SHRINKAGE * len(metric.input) / count, MOST_SHRINKAGE)
-        shrunk = metric.input.clone()
-        shrunk.diagonal().mul_(1 + share)
-        return Metric(shrunk, metric.output)
+        return None if metric is None else shrunk(metric, self.rows.get(name, 0.0) * self.units)
 
     def curve(self, site: Site | Bundle, kind: Decomposition) -> list[Point]:
         """Returns the error curve of `kind` for a site's weight in the site's metric; cached for later plans.
@@ -254,6 +241,26 @@ class Calibration:
         calibration._files, calibration.rows = names, rows
         calibration.units = units or sum(batch.numel() for batch in batches or ())  # version 1 and 2 had token ids only
         return calibration
+
+
+def shrunk(metric: Metric, count: float) -> Metric:
+    """Returns a metric with ``SHRINKAGE * in / count`` of the diagonal of C, at most `MOST_SHRINKAGE`, added to C.
+
+    That shrinks the correlations that few rows seem to have: columns that are removed would else be taken over by
+    others that only look like them. A diagonal, a stack or a moment of an unknown number of rows stays as it is.
+
+    Args:
+        metric: as measured.
+        count: the rows that C was measured on, 0 where it is not known.
+
+    Source: shrinkage of covariances towards the diagonal, Ledoit and Wolf (2004), section 2; the share was measured.
+    """
+    if metric.input is None or metric.input.ndim != 2 or not count:
+        return metric
+    share = min(SHRINKAGE * len(metric.input) / count, MOST_SHRINKAGE)
+    raised = metric.input.clone()
+    raised.diagonal().mul_(1 + share)
+    return Metric(raised, metric.output)
 
 
 def is_saved_calibration(folder: str | Path) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import tdkit
 from tdkit import LowRank, Policy, Rule
+from tdkit.calibration.calibration import shrunk
 from tdkit.compression import jobs
 from tdkit.compression.fit import fit_step
 from tdkit.errors import CalibrationError
@@ -73,7 +74,7 @@ def test_each_block_is_fitted_on_what_the_compressed_blocks_before_it_give(
 
 
 def input_moment(model: nn.Module, layer: str, batches: list[Any]) -> Tensor:
-    """E[x x^T] of the inputs of a layer in the model as it is now."""
+    """E[x x^T] of the inputs of a layer in the model as it is now, shrunk as for a fit."""
     rows: list[Tensor] = []
     handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, args: rows.append(args[0].double()))
     with torch.no_grad():
@@ -81,7 +82,9 @@ def input_moment(model: nn.Module, layer: str, batches: list[Any]) -> Tensor:
             model(**batch) if isinstance(batch, dict) else model(batch[0])
     handle.remove()
     x = torch.cat([row.flatten(0, -2) for row in rows])
-    return x.T @ x / len(x)
+    moment = shrunk(Metric(x.T @ x / len(x)), len(x)).input
+    assert moment is not None
+    return moment
 
 
 def test_padding_counts_nothing_in_a_sequential_fit(monkeypatch: pytest.MonkeyPatch) -> None:
