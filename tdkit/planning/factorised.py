@@ -14,10 +14,10 @@ from tdkit.planning.allocation import Choice, OpenSite
 from tdkit.planning.resolution import Resolved, without
 
 SHRUNK = 1.2
-"""The true loss of a plan that removes units is further above its estimate than that of low rank, by this factor.
+"""How often the estimated loss of removed units counts beside that of low rank, which is nearer to the true one.
 
-SmolLM2-135M, true loss over estimate, labels sampled: 3.75 and 2.06 at 90% of the blocks, 3.11 and 3.43 at 80%, 2.91
-and 3.89 at 60% (``tests/benchmarks/accuracy.py``). With this factor the plan of less true loss is taken at each.
+SmolLM2-135M, with 4,096 calibration tokens: at 95% of the parameters low rank has perplexity 21.3 (estimate 0.0048)
+and fewer units 21.3 (0.0047), at 90% 25.3 and 24.0 (0.038 and 0.019).
 """
 
 
