@@ -2,23 +2,45 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := tests/calibration tests/cli tests/compression tests/evaluation tests/models tests/planning tests/recipes \
+    tests/records tests/reporting tests/sources tests/support tests/sweeps plugins/tdkit-distill/tests
+LENIENT := $(foreach kind,DeprecationWarning FutureWarning PendingDeprecationWarning,-W default::$(kind))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-slow test-hostile check format bench-accuracy real-models bench-any-model docs clean
+.PHONY: demo test test-slow test-hostile test-lowest test-extras test-packages audit check format bench-accuracy real-models bench-any-model docs clean
 
-demo: $(VENV)/demo.done
-	$(BIN)/tdkit run smollm2-demo --overwrite
-	$(BIN)/tdkit run smollm2-distill --overwrite
+# What each size of a language model costs, with rounding beside it and one size healed; ends with the path of a report.
+demo: $(VENV)/demo.done $(VENV)/quantization.done
+	PYTHONPATH=$(VENV)/quantization $(BIN)/tdkit run smollm2-frontier --overwrite
 
-test: $(VENV)/dev.done $(VENV)/side.done
+test: $(VENV)/dev.done $(VENV)/side.done $(VENV)/quantization.done
 	$(BIN)/python -m pytest -n auto -m "not slow and not gpu"
 
 test-slow: $(VENV)/dev.done
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 # Damaged files, kills, full disks, exceptions anywhere (under an hour); writes docs/results/reliability.md.
-test-hostile: $(VENV)/dev.done $(VENV)/side.done
+test-hostile: $(VENV)/dev.done $(VENV)/side.done $(VENV)/quantization.done
 	PYTHONPATH=. $(BIN)/python -m tests.hostile.report
+
+# The lowest declared version of every dependency but torch (see tests/lowest.py), in an environment of its own. What
+# newer packages say of the older ones that they find is no error there.
+test-lowest: $(VENV)/lowest.done
+	$(VENV)/lowest/bin/python -m pytest -n auto -m "not slow and not gpu and not hostile and not real" $(LENIENT) $(LOWEST)
+
+# Each extra alone, in an environment of its own, imports and compresses; pip downloads a few GB.
+test-extras: constraints.txt
+	$(PYTHON) tests/extras.py $(VENV)/extras
+
+# The wheels and source archives: twice the same bytes, whole, and at work without the repository; pip fetches hatchling.
+test-packages: $(VENV)/dev.done
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_packaging.py
+
+# The vulnerabilities that PyPI knows of what tdkit needs; fails where it does not answer.
+audit: $(VENV)/dev.done
+	$(PIP) install -q --upgrade --target $(VENV)/audit pip-audit
+	$(BIN)/python -m tests.licences --pins > $(VENV)/pins.txt
+	PYTHONPATH=$(VENV)/audit $(BIN)/python -m pip_audit --strict --no-deps --disable-pip -r $(VENV)/pins.txt
 
 test-gpu: $(VENV)/dev.done
 	$(BIN)/python -m pytest -m gpu
@@ -65,11 +87,22 @@ $(VENV)/dev.done: $(VENV)/demo.done
 	$(PIP) install -q -c constraints.txt -e plugins/tdkit-example
 	touch $@
 
+$(VENV)/lowest.done: pyproject.toml plugins/tdkit-distill/pyproject.toml constraints.txt tests/lowest.py
+	$(PYTHON) -m venv --clear $(VENV)/lowest
+	$(VENV)/lowest/bin/python -m pip install -q packaging
+	$(VENV)/lowest/bin/python -m tests.lowest > $(VENV)/lowest.txt
+	$(VENV)/lowest/bin/python -m pip install -q -c $(VENV)/lowest.txt -e '.[dev]' -e plugins/tdkit-distill
+	$(VENV)/lowest/bin/python -m pip install -q --no-deps -e plugins/tdkit-example
+	touch $@
+
 # torchvision's wheel is built for CUDA, and transformers fails on import where it is found beside torch's CPU build:
 # the tests of its models and of timm's take both from a folder of their own. So do the tests of quantization with
 # torchao, which transformers would import, with messages about its kernels, wherever it is found.
 $(VENV)/side.done: $(VENV)/bin/python constraints.txt
 	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/side torchvision timm pillow
+	touch $@
+
+$(VENV)/quantization.done: $(VENV)/bin/python constraints.txt
 	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/quantization torchao
 	touch $@
 

@@ -1,9 +1,13 @@
-"""``python -m tests.licences``: write ``docs/licences.md``, the licences of what tdkit needs, as installed here."""
+"""``python -m tests.licences``: write ``docs/licences.md``, the licences of what tdkit needs, as installed here.
+
+With ``--pins`` it prints these packages with their versions instead, for ``make audit``.
+"""
 
 from __future__ import annotations
 
 import re
-from importlib.metadata import PackageNotFoundError, distribution
+import sys
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -55,9 +59,12 @@ def licence_of(metadata: object) -> str:
 
 
 def main() -> None:
-    """Write the page."""
-    rows = sorted(needed("tdkit", {}).items())
-    write_text(PAGE, HEAD + "".join(f"| {name} | {licence} |\n" for name, licence in rows if name != "tdkit"))
+    """Write the page, or print the versions."""
+    rows = [(name, licence) for name, licence in sorted(needed("tdkit", {}).items()) if name != "tdkit"]
+    if "--pins" in sys.argv[1:]:
+        print("\n".join(f"{name}=={version(name).partition('+')[0]}" for name, _ in rows))
+        return
+    write_text(PAGE, HEAD + "".join(f"| {name} | {licence} |\n" for name, licence in rows))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ FORMAT_VERSION = 2  # 1 had no digests
 
 DESCRIPTION = "calibration.json"
 
+SHRINKAGE = 0.25  # SmolLM2, 4,096 tokens, joint plan at 90% of the model: perplexity 27.5 without, 24.0 with it
+MOST_SHRINKAGE = 0.1  # of the diagonal
 LEVERAGE_RIDGE = 1.0 / 16384  # of the mean over tokens; 1 for the sum over as many tokens as a calibration usually has
 
 Loss = Callable[[Any, Batch], Tensor]
@@ -62,6 +64,7 @@ class Calibration:
         labels: the labels of the default loss: "data", or "sampled" from the model's predictions.
         rows: by site name, the rows that the weight multiplies per token, or per example where the loss counts those;
             in a convolution the positions of its output.
+        units: the tokens, or examples, that the moments were measured on; 0 where that is not known.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Calibration:
         self.loss = loss
         self.labels = labels
         self.rows: dict[str, float] = {}
+        self.units = 0
         self._metrics = dict(metrics)
         self._files: dict[str, Path] = {}  # site to file, for moments spilled to disk or not loaded yet
         self._curves: Curves = {}
@@ -116,6 +120,11 @@ class Calibration:
             return _read(self._files[name], name)
         return self._metrics.get(name)
 
+    def fit_metric(self, name: str) -> Metric | None:
+        """Returns the metric that errors and fits of a site use, see `shrunk`; None when no batch reached it."""
+        metric = self.metric(name)
+        return None if metric is None else shrunk(metric, self.rows.get(name, 0.0) * self.units)
+
     def curve(self, site: Site | Bundle, kind: Decomposition) -> list[Point]:
         """Returns the error curve of `kind` for a site's weight in the site's metric; cached for later plans.
 
@@ -129,7 +138,7 @@ class Calibration:
         total = float(weight.sum(dtype=torch.float64))
         key = (site.name, repr(kind), total, float(torch.linalg.vector_norm(weight, dtype=torch.float64)))
         if key not in self._curves:
-            metric = self.metric(site.name)
+            metric = self.fit_metric(site.name)
             if metric is not None:
                 metric.check(site.name, site.shape)
             self._curves[key] = _curve_of(kind, weight.clone(), metric, site.name)  # the model's own stays here
@@ -146,7 +155,7 @@ class Calibration:
         weight = group.consumer.site.weight.detach()
         key = (group.name, kind.by, float(weight.double().sum()), float(weight.double().square().sum()))
         if key not in self._eliminations:
-            self._eliminations[key] = elimination_of(group, kind, self.metric(group.name))
+            self._eliminations[key] = elimination_of(group, kind, self.fit_metric(group.name))
         return self._eliminations[key]
 
     def inputs_only(self) -> Calibration:
@@ -154,7 +163,7 @@ class Calibration:
         known = {name: self.metric(name) for name in self.names}
         metrics = {name: Metric(metric.input) for name, metric in known.items() if metric is not None}
         inputs = Calibration(metrics, batches=self.batches, gradients=False, loss=self.loss, labels=self.labels)
-        inputs.rows = dict(self.rows)
+        inputs.rows, inputs.units = dict(self.rows), self.units
         return inputs
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -188,6 +197,7 @@ class Calibration:
                 "labels": self.labels,
                 "files": files,
                 "rows": self.rows,
+                "units": self.units,
                 "digests": {path.name: digest_of_file(path) for path in sorted(target.glob("*.safetensors"))},
             }
             (target / DESCRIPTION).write_text(json.dumps(form, indent=2) + "\n", encoding="utf-8")
@@ -207,6 +217,9 @@ class Calibration:
             gradients = bool(form["gradients"])
             labels = check_labels(form.get("labels", "data"))
             rows = {str(name): float(count) for name, count in form.get("rows", {}).items()}
+            units = int(form.get("units", 0))
+            if units < 0:
+                raise ValueError("units are no count")
             if any(Path(file).name != file for file in form["files"]):
                 raise ValueError("files are named by paths")
             if not all(math.isfinite(count) and count >= 0 for count in rows.values()):
@@ -226,7 +239,28 @@ class Calibration:
                 batches = [file.get_tensor(key) for key in sorted(file.keys())]
         calibration = cls({}, batches=batches, gradients=gradients, labels=labels)
         calibration._files, calibration.rows = names, rows
+        calibration.units = units or sum(batch.numel() for batch in batches or ())  # version 1 and 2 had token ids only
         return calibration
+
+
+def shrunk(metric: Metric, count: float) -> Metric:
+    """Returns a metric with ``SHRINKAGE * in / count`` of the diagonal of C, at most `MOST_SHRINKAGE`, added to C.
+
+    That shrinks the correlations that few rows seem to have: columns that are removed would else be taken over by
+    others that only look like them. A diagonal, a stack or a moment of an unknown number of rows stays as it is.
+
+    Args:
+        metric: as measured.
+        count: the rows that C was measured on, 0 where it is not known.
+
+    Source: shrinkage of covariances towards the diagonal, Ledoit and Wolf (2004), section 2; the share was measured.
+    """
+    if metric.input is None or metric.input.ndim != 2 or not count:
+        return metric
+    share = min(SHRINKAGE * len(metric.input) / count, MOST_SHRINKAGE)
+    raised = metric.input.clone()
+    raised.diagonal().mul_(1 + share)
+    return Metric(raised, metric.output)
 
 
 def is_saved_calibration(folder: str | Path) -> bool:

@@ -83,6 +83,7 @@ class ChainCalibration:
             self._enter_backward(outer)
         self.result.add(outer.metrics(), spill=True)
         self.result.rows |= outer.rows()
+        self.result.units = sum(self.units)
         if not self.result.names:
             raise CalibrationError("the calibration batches reach no layer that can be rewritten")
         return self.result

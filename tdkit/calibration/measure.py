@@ -147,7 +147,7 @@ def recalibrate(
     runner = Runner(model, gradients=calibration.gradients, loss=calibration.loss, labels=calibration.labels)
     found = measured(runner, sites, calibration.batches, limit_bytes=limit_bytes, device=device, progress=progress)
     mean = runner.calibration(calibration.batches)
-    mean.rows = calibration.rows | found.rows
+    mean.rows, mean.units = calibration.rows | found.rows, calibration.units or found.units
     for name in calibration.names:  # one that the batches do not reach now keeps its moments
         ends = calibration.metric(name), found.metric(name)
         metric = Metric(_mean([end.input for end in ends if end]), _mean([end.output for end in ends if end]))
@@ -243,6 +243,7 @@ def _measure(
             )
             calibration.add(recorder.metrics(), spill=len(recorders) > 1)
             calibration.rows |= recorder.rows()
+            calibration.units = recorder.units
     return calibration
 
 

@@ -24,7 +24,7 @@ from tdkit.cli import (
     sweep,
 )
 from tdkit.cli.commands import command_of, commands, listed
-from tdkit.cli.output import complain, err, settings, without_foreign_bars
+from tdkit.cli.output import complain, err, settings, without_foreign_bars, without_import_warnings
 from tdkit.errors import BudgetError, OptionError, PolicyError, RecipeError, RegistryError, TdkitError
 from tdkit.support.plugins import check_installed
 from tdkit.support.progress import show_progress
@@ -92,6 +92,8 @@ def _global(
         raise OptionError("--quiet and --verbose contradict each other: give one of them")
     settings.debug, settings.quiet, settings.verbose, settings.kept = debug, quiet, verbose, ""
     show_progress("none" if quiet else "lines" if verbose and not err.is_terminal else "bar")
+    if not verbose:
+        without_import_warnings()
     if quiet or not err.is_terminal:
         without_foreign_bars()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -90,6 +91,16 @@ def show(table: RenderableType, data: Any, as_json: bool) -> None:
 
 
 BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+
+
+IMPORTED = ("torchao", "torch.utils._pytree")
+"""Loggers that warn, when torchao is imported, of kernels for other devices that cannot be loaded."""
+
+
+def without_import_warnings() -> None:
+    """Leave out warnings about the import of other packages that concern nothing that tdkit uses."""
+    for name in IMPORTED:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def without_foreign_bars() -> None:

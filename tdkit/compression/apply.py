@@ -201,7 +201,7 @@ def _fit_all(
 
     def fit(job: Job) -> list[FactorizedMatrix | Resized]:
         bar.now(job.name)
-        fitted = job.fit(calibration.metric if calibration else lambda _: None, device)
+        fitted = job.fit(calibration.fit_metric if calibration else lambda _: None, device)
         return [each.cpu() for each in fitted] if together else fitted
 
     together = processes()[1] > 1

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdkit.calibration.calibration import Calibration
+from tdkit.calibration.calibration import Calibration, shrunk
 from tdkit.calibration.chains import (
     Blocks,
     Call,
@@ -77,7 +77,7 @@ def fit_in_order(
             fitted: list[tuple[Site, FactorizedMatrix | Resized]] = []
             for job in chosen:
                 bar.now(job.name)
-                found = job.fit(lambda name: _with_input(calibration.metric(name), seen.get(name)))
+                found = job.fit(lambda name: _with_input(calibration.fit_metric(name), seen.get(name)))
                 fitted += zip(job.sites, found, strict=True)
                 bar.advance()
             swap.put(fitted)
@@ -124,7 +124,8 @@ def _input_moments(
         for batch, x, call in zip(batches, hidden, calls, strict=True):
             recorder.mask = runner.mask(batch)
             _run(block, x.clone(), call)  # a block may change its input in place
-    return recorder.metrics()
+    counts = recorder.rows()
+    return {name: shrunk(metric, counts.get(name, 0.0)) for name, metric in recorder.metrics().items()}
 
 
 def _with_input(dense: Metric | None, seen: Metric | None) -> Metric | None:

@@ -166,7 +166,7 @@ class _Job:
         def fit(item: tuple[int, tuple[Step, Site]]) -> None:
             number, (step, site) = item
             bar.now(site.name)
-            metric = calibration.metric(site.name) if calibration else None
+            metric = calibration.fit_metric(site.name) if calibration else None
             with self.opened.weights.holding(*site.users):
                 matrix = fit_step(step, site, metric, self.device)
                 options = [user.host.options(user.module) for user in site.users]
@@ -258,7 +258,11 @@ class _Job:
                 _log.warning("%s", text)
             write_text(path, made.to_json())
 
-        return Plan.from_json(self.work.once(PLAN, make).read_text(encoding="utf-8"))
+        path = self.work.once(PLAN, make)
+        try:
+            return Plan.from_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:  # other processes have finished everything and removed it: the same plan again
+            return planned(self.resolved, self.calibration, progress=progress)
 
 
 @contextmanager

@@ -50,9 +50,15 @@ class Work:
             CheckpointError: when the work in it is of another job or of another version; the message says what differs.
         """
         job = {"version": VERSION, **json.loads(json.dumps(job))}
+        while not self._begun(job):
+            pass  # another process has removed the folder meanwhile, since its work was done
+
+    def _begun(self, job: Mapping[str, Any]) -> bool:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with writing(self.folder), claimed(self.folder / "job.lock", wait=True):
+        with writing(self.folder), claimed(self.folder / "job.lock", wait=True) as mine:
+            if not mine:
+                return False
             path = self.folder / JOB
             if not path.exists():  # what else is there is of a job whose process was killed while it was removed
                 for place in self.folder.iterdir():
@@ -63,7 +69,7 @@ class Work:
                 for name in ("layers", "curves"):
                     (self.folder / name).mkdir()
                 write_text(path, json.dumps(job, indent=2))
-                return
+                return True
             try:
                 known = read_json(path)
                 if not isinstance(known, dict):
@@ -76,6 +82,7 @@ class Work:
                 f"{self.folder} holds the unfinished work of a call whose {' and '.join(differ)} differed: repeat that "
                 "call to go on, or delete the folder, or give another output folder"
             )
+        return True
 
     def is_over(self) -> bool:
         """Returns whether the work has been finished and removed."""

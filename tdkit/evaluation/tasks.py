@@ -245,7 +245,7 @@ def _harness() -> Any:
         import lm_eval.models.huggingface
         import lm_eval.tasks
     except ImportError as error:
-        raise MissingDependencyError(f"tasks are run by lm-eval: {INSTALL}") from error
+        raise MissingDependencyError(f"tasks are run by lm-eval ({error}): {INSTALL}") from error
     return lm_eval
 
 

@@ -109,7 +109,7 @@ class OpenSite:
         """Returns the best complete decomposition with at most `most` parameters, or None."""
         if not self.is_choice():
             return self.kind.complete(self.shape, most)
-        metric = calibration.metric(self.site.name) if calibration else None
+        metric = calibration.fit_metric(self.site.name) if calibration else None
         if metric is not None:
             metric.check(self.site.name, self.site.shape)
         return self.kind.best_within(self.weight().clone(), metric, most)  # the model's own is not handed over

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from tdkit.planning.adapters import adapter_of
 from tdkit.planning.allocation import Choice, OpenSite
 from tdkit.planning.allocators import Request, allocate
 from tdkit.planning.budget import UNITS, Budget, Costs, dense_bytes, factor_bytes, left_bytes, other_bytes
+from tdkit.planning.factorised import estimated_loss, factorised_instead
 from tdkit.planning.grouping import tested
 from tdkit.planning.plan import Plan
 from tdkit.planning.policy import Policy
@@ -103,6 +105,11 @@ def planned(resolved: Resolved, calibration: Calibration | None = None, *, progr
     with failing_together():
         resolved = _with_tested_groups(resolved, calibration)
         choices = _choose(resolved, policy, calibration, progress)
+        other = factorised_instead(resolved)
+        if other is not None and not math.isnan(loss := estimated_loss(resolved, choices)):
+            factorised = _choose(other, policy, calibration, progress)
+            if estimated_loss(other, factorised) < loss:
+                resolved, choices = other, factorised
     shrunk: dict[str, Step] = {}
     for name, bundle in resolved.bundles.items():
         shrunk |= bundle_steps(bundle, choices[name], calibration)

@@ -6,16 +6,20 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from tdkit.errors import CheckpointError, TdkitError
 from tdkit.planning.plan import Plan
 from tdkit.records.spectra import Spectrum
-from tdkit.records.tree import Branch
+from tdkit.records.tree import Branch, check_tree
 from tdkit.support.documents import read_json
 from tdkit.support.files import write_text
 from tdkit.support.version import installed_versions
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 FORM = "tdkit-record/1"
 RECORD = "record.json"
@@ -131,27 +135,18 @@ class Record:
         """
         if not isinstance(form, Mapping) or form.get("form") != FORM:
             raise CheckpointError(f"{place} is no record of the form {FORM}: update tdkit, or make it again")
-        given = {key: value for key, value in form.items() if key != "form"}
         try:
-            return cls(
-                **{
-                    **given,
-                    "data": tuple(Data(**each) for each in given["data"]),
-                    "plan": None if given["plan"] is None else Plan.from_dict(given["plan"]),
-                    "spectra": tuple(Spectrum.from_dict(each) for each in given["spectra"]),
-                    "before": tuple(Branch.from_dict(each) for each in given["before"]),
-                    "after": tuple(Branch.from_dict(each) for each in given["after"]),
-                    "dense": _read(given["dense"]),
-                    "compressed": _read(given["compressed"]),
-                    "higher_is_better": tuple(given["higher_is_better"]),
-                    "samples": tuple(Sample(**each) for each in given["samples"]),
-                    "unknown": tuple(given["unknown"]),
-                }
-            )
+            plan = None if form["plan"] is None else Plan.from_dict(form["plan"])
+            given = _typed().model_validate({key: value for key, value in form.items() if key not in ("form", "plan")})
+            for part in ("before", "after"):
+                check_tree(getattr(given, part), part)
+            return cls(plan=plan, **{name: getattr(given, name) for name in type(given).model_fields})
         except TdkitError as error:
             raise CheckpointError(f"{place}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{place} is damaged: {type(error).__name__}: {error}") from None
+        except KeyError:
+            raise CheckpointError(f"{place} is damaged: it has no plan") from None
+        except ValueError as error:
+            raise CheckpointError(f"{place} is damaged: {_told(error)}") from None
 
     def save(self, file: str | Path) -> Path:
         """Write the record as JSON, completely or not at all; returns the path."""
@@ -172,6 +167,24 @@ class Record:
         return cls.from_dict(form, str(file))
 
 
+@cache
+def _typed() -> type[BaseModel]:
+    """Returns a model of the fields of a record but its plan, each of its type."""
+    from pydantic import ConfigDict, create_model
+
+    fields: dict[str, Any] = {name: (kind, ...) for name, kind in get_type_hints(Record).items() if name != "plan"}
+    return create_model("RecordForm", __config__=ConfigDict(extra="forbid"), **fields)
+
+
+def _told(error: ValueError) -> str:
+    """Returns the faults that pydantic found, on one line."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3])
+
+
 def _finite(value: Any) -> Any:
     """Returns a JSON-able value with None for each number that is not finite."""
     if isinstance(value, float):
@@ -183,7 +196,3 @@ def _finite(value: Any) -> Any:
 
 def _written(figures: Figures) -> dict[str, float | str]:
     return {name: value if math.isfinite(value) else str(value) for name, value in figures.items()}
-
-
-def _read(figures: Mapping[str, float | str]) -> dict[str, float]:
-    return {name: float(value) if isinstance(value, str) else value for name, value in figures.items()}

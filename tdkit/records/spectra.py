@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,10 +47,6 @@ class Spectrum:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "indices": list(self.indices), "values": list(self.values)}
-
-    @classmethod
-    def from_dict(cls, form: Mapping[str, Any]) -> Spectrum:
-        return cls(**{**form, "indices": tuple(form["indices"]), "values": tuple(form["values"])})
 
 
 def kind_of(name: str) -> str:

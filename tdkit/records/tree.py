@@ -36,15 +36,22 @@ class Branch:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "params": list(self.params), "shapes": dict(self.shapes)}
 
-    @classmethod
-    def from_dict(cls, form: Mapping[str, Any]) -> Branch:
-        least, most = form["params"]
-        return cls(**{**form, "params": (int(least), int(most)), "shapes": dict(form["shapes"])})
-
 
 def tree_of(model: nn.Module) -> list[Branch]:
     """Returns the branches of a model in the order of its modules, each followed by its parts."""
     return _branches("", [model], 0)
+
+
+def check_tree(branches: Sequence[Branch], name: str) -> None:
+    """Check that each branch is at most one deeper than the one before it.
+
+    Raises:
+        ValueError: when one is not.
+    """
+    depths = [each.depth for each in branches]
+    for number, (before, depth) in enumerate(zip([-1, *depths], depths, strict=False)):
+        if not 0 <= depth <= before + 1:
+            raise ValueError(f"{name}.{number}.depth: {depth} after {before}")
 
 
 def render_tree(branches: Sequence[Branch]) -> str:

@@ -6,7 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+from tdkit.support.files import writing
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 T = TypeVar("T")
 
@@ -18,23 +23,36 @@ def claimed(path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold the lock file `path` inside the block; yields whether this process got it.
 
     The operating system releases the lock when a process ends, also when it is killed. The file stays. No process gets
-    it when its folder is removed.
+    it when its folder is removed meanwhile.
 
     Args:
         wait: wait until other processes release it; otherwise yield False at once.
+
+    Raises:
+        WriteError: when the file cannot be made.
     """
-    from filelock import FileLock, Timeout  # comes with torch
+    from filelock import FileLock  # comes with torch
 
     lock = FileLock(path)
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except (Timeout, FileNotFoundError):  # the latter when another process has removed the folder
+    with writing(path):
+        mine = _acquired(lock, wait)
+    if not mine:
         yield False
         return
     try:
         yield True
     finally:
         lock.release()
+
+
+def _acquired(lock: FileLock, wait: bool) -> bool:
+    from filelock import Timeout
+
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except (Timeout, FileNotFoundError):  # the latter when another process has removed the folder
+        return False
+    return True
 
 
 def shared_by_claims(

@@ -160,8 +160,10 @@ def progress_bar(
             return Text(task.description)
 
     console = Console(stderr=True)
-    visible = console.is_terminal if show is None else show
-    progress = Progress(Title(), BarColumn(20), Says(), console=console, disable=not visible, transient=True)
+    if not (console.is_terminal if show is None else show):
+        yield Bar(title, total, work)
+        return
+    progress = Progress(Title(), BarColumn(20), Says(), console=console, transient=True)
     with progress:
         yield _Drawn(progress, title, total, work)
 

@@ -13,7 +13,7 @@ from tdkit.errors import CheckpointError
 from tdkit.records.record import Record
 from tdkit.support.claims import claimed
 from tdkit.support.documents import read_json
-from tdkit.support.files import write_text
+from tdkit.support.files import recover, write_text, writing
 from tdkit.sweeps.grid import Point
 
 SWEEP, POINTS = "sweep.json", "points"
@@ -34,17 +34,27 @@ class Folder:
         self.curves = KeptCurves(self.work / "curves")
 
     def check(self, overwrite: bool) -> None:
-        """Check that a sweep may be written here.
+        """Check that a sweep may be written here; with `overwrite`, remove an earlier one, and no other files.
 
         Raises:
             CheckpointError: when the folder holds other files.
         """
         if self.path.is_file():
             raise CheckpointError(f"{self.path} is a file: give a folder")
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / SWEEP).is_file():
+        if self.path.is_dir() and not (self.path / SWEEP).is_file() and not self._is_begun():
             raise CheckpointError(f"{self.path} holds other files than a sweep: give another folder")
         if overwrite and self.path.is_dir():
-            shutil.rmtree(self.path)
+            with writing(self.path):
+                for name in (POINTS, WORK):
+                    if (self.path / name).is_dir():
+                        shutil.rmtree(self.path / name)
+                (self.path / SWEEP).unlink(missing_ok=True)  # last, so that what is left is a sweep
+
+    def _is_begun(self) -> bool:
+        """Returns whether the folder is empty, or holds what a process leaves that is killed in `begin`."""
+        recover(self.path / SWEEP)
+        names = {path.name for path in self.path.iterdir() if not path.name.startswith(f".{SWEEP}-")}
+        return names <= {POINTS, WORK} and not any((self.path / POINTS).glob("*"))
 
     def begin(self, job: Mapping[str, Any], told: Mapping[str, Any]) -> None:
         """Make the folder, or go on with the sweep in it.
@@ -57,13 +67,16 @@ class Folder:
             CheckpointError: when the sweep in it depends on something else; the message says on what.
         """
         for folder in (self.path, self.path / POINTS, self.work, self.curves.folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
         job = json.loads(json.dumps(job))
         with claimed(self.work / "begin.lock", wait=True):
             file = self.path / SWEEP
             if file.exists():
                 try:
                     known = read_json(file)["job"]
+                    if not isinstance(known, dict):
+                        raise ValueError("it does not say what its points depend on")
                 except (ValueError, KeyError, TypeError) as error:
                     raise CheckpointError(f"{file} is damaged ({error}): remove the folder, or give another") from None
                 differ = [key for key in {**known, **job} if known.get(key) != job.get(key)]

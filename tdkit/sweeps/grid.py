@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.registered import decomposition
 from tdkit.errors import OptionError, TdkitError, did_you_mean
 from tdkit.planning.policy import Policy
@@ -41,7 +42,7 @@ def points_of(
     """Returns the points of a sweep.
 
     Args:
-        policies: a list of policies, or policies by name, or a grid such as ``{"with": ["low_rank", "auto"], "budget":
+        policies: a list of policies, or policies by name, or a grid such as ``{"with": ["low_rank", Auto()], "budget":
             [0.9, 0.8]}``, of which all combinations are points.
         base: the policy that a grid varies: ``with`` replaces the decomposition of its rules that have one, the others
             its options. When None, low rank on the layers of `match`.
@@ -123,6 +124,8 @@ def _varied(base: Policy, varied: Mapping[str, Any]) -> Policy:
 
 def _said(value: Any) -> Any:
     """Returns a value as a number or a text."""
+    if isinstance(value, Decomposition):
+        return value.describe().removesuffix("()")
     return value if isinstance(value, int | float | str) else json.dumps(value)
 
 

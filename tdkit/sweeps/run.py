@@ -20,7 +20,7 @@ from tdkit.calibration.losses import Labels
 from tdkit.calibration.measure import measured, text_batches
 from tdkit.calibration.runner import Runner
 from tdkit.compression.apply import compress_resolved
-from tdkit.errors import CalibrationError, OptionError, PolicyError, TdkitError
+from tdkit.errors import CalibrationError, CheckpointError, OptionError, PolicyError, TdkitError
 from tdkit.models.checkpoint.description import digest
 from tdkit.models.sites import Site
 from tdkit.planning.planner import planned
@@ -29,6 +29,7 @@ from tdkit.records.before import Before, sizes_of
 from tdkit.records.record import Data, Figures, Record, Sample
 from tdkit.support.claims import claimed, shared_by_claims
 from tdkit.support.compatibility import tree_leaves
+from tdkit.support.documents import read_json
 from tdkit.support.files import write_text
 from tdkit.sweeps.folder import Folder
 from tdkit.sweeps.grid import Point
@@ -271,8 +272,7 @@ class Sweep:
         with claimed(self.folder.work / "dense.lock", wait=True):
             if not file.exists():
                 write_text(file, json.dumps({**sizes_of(self.model), **_numbers(self.measure, self.model)}))
-            found: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
-        return found
+            return _kept_numbers(file)
 
 
 def _numbers(measure: Measure | None, model: nn.Module) -> dict[str, float]:
@@ -287,6 +287,21 @@ def _numbers(measure: Measure | None, model: nn.Module) -> dict[str, float]:
         return {str(name): float(value) for name, value in found.items()}
     except (TypeError, ValueError, AttributeError):
         raise OptionError(f"sweep: measure returned {found!r}: return numbers by name, {{'accuracy': 0.9}}") from None
+
+
+def _kept_numbers(file: Path) -> dict[str, float]:
+    """Returns the figures in a file.
+
+    Raises:
+        CheckpointError: when it is damaged.
+    """
+    try:
+        form = read_json(file)
+        if not isinstance(form, dict) or not all(isinstance(value, int | float) for value in form.values()):
+            raise ValueError("it does not hold numbers by name")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}): delete it, and it is measured again") from None
+    return form
 
 
 def _digest(given: Any) -> str:

@@ -512,3 +512,20 @@ def test_activations_that_overflow_are_named_with_their_layer(scale: float, grad
         CalibrationError, match=r"\b1( is the first layer whose inputs|: the second moment of its inputs)"
     ):
         calibrate(model, [torch.ones(3, 4)], gradients=gradients, loss=lambda y, _: y.sum())
+
+
+def test_fits_shrink_correlations_of_few_rows() -> None:
+    torch.manual_seed(0)
+    model, few, many = nn.Sequential(nn.Linear(8, 4)), torch.randn(40, 8), torch.randn(4000, 8)
+    for x, share in ((few, 0.25 * 8 / 40), (many, 0.25 * 8 / 4000)):
+        calibration = calibrate(model, [x], loss=lambda y, _: y.square().sum())
+        raw, used = calibration.metric("0"), calibration.fit_metric("0")
+        assert raw is not None
+        assert used is not None
+        assert raw.input is not None
+        expected = raw.input + share * raw.input.diagonal().diag()
+        torch.testing.assert_close(used.input, expected)
+        assert used.output is raw.output
+        torch.testing.assert_close(raw.input, x.T @ x / len(x), check_dtype=False)
+    calibration.units = 0  # not known
+    assert calibration.fit_metric("0") is raw

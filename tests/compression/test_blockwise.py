@@ -88,7 +88,7 @@ def estimated(model: nn.Module, plan: tdkit.Plan, calibration: Calibration) -> f
     weights = {site.name: site.weight for site in survey(model).sites}
     total = 0.0
     for step in plan.rewritten:
-        metric = calibration.metric(step.name)
+        metric = calibration.fit_metric(step.name)
         assert metric is not None
         assert step.decomposition is not None
         fit = step.decomposition.fit(weights[step.name], metric).dense()
@@ -276,7 +276,9 @@ def test_a_second_pass_fits_the_dense_weights_in_the_mean_of_both_models_moments
     for name in first.names:
         ends = [first.metric(name), second.metric(name)]
         means[name] = Metric(*(sum(getattr(m, side) for m in ends) / 2 for side in ("input", "output")))
-    expected = tdkit.compress(by_hand, policy, calibration=Calibration(means))
+    mean = Calibration(means)
+    mean.rows, mean.units = first.rows, first.units
+    expected = tdkit.compress(by_hand, policy, calibration=mean)
     found = tdkit.compress(model, policy, calibration=first, passes=2)
     assert [name for name, _ in found.named_parameters()] == [name for name, _ in expected.named_parameters()]
     with torch.no_grad():

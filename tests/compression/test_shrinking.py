@@ -76,7 +76,7 @@ def test_the_estimate_is_the_error_of_the_refit(llama: Any, calibration: Calibra
             assert kept == sorted(kept)
             gap = dense.get_submodule(step.name).weight.detach().clone()
             gap[:, kept] -= llama.get_submodule(step.name).weight
-            metric = calibration.metric(step.name)
+            metric = calibration.fit_metric(step.name)
             assert metric is not None
             assert step.loss == pytest.approx(metric.squared_error(gap) / 2, rel=1e-3)
 

@@ -15,6 +15,7 @@ import torch
 import tdkit
 from tdkit import Auto, Kronecker, LowRank, PermutedKronecker, Policy, Rule, compress_folder
 from tdkit.compression import stream
+from tdkit.compression import work as work_of
 from tdkit.compression.fit import fit_step
 from tdkit.compression.work import Work
 from tdkit.errors import BudgetError, CheckpointError, OptionError, PolicyError, SourceError
@@ -173,6 +174,7 @@ SLOW = """
 import sys, time, torch
 from tdkit import LowRank, Policy, Rule, compress_folder
 from tdkit.compression import stream
+from tdkit.compression import work as work_of
 torch.set_num_threads(1)
 fit, seconds = stream.fit_step, float(sys.argv[3])
 def slow(*args):
@@ -221,6 +223,7 @@ import sys, time, torch
 from pathlib import Path
 from tdkit import LowRank, Policy, Rule, compress_folder
 from tdkit.compression import stream
+from tdkit.compression import work as work_of
 torch.set_num_threads(1)
 fit = stream.fit_step
 def waiting(*args):
@@ -314,3 +317,46 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     printed, errors = done.communicate()
     assert done.returncode == 0, errors
     assert int(printed) < size / 3
+
+
+def test_a_call_that_others_have_finished_ends_as_they_did(
+    source: Path, calibration: tdkit.Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything is done and removed between two steps of the slower process, at each of them."""
+    expected = compress_folder(source, POLICIES["chosen"], tmp_path / "alone", calibration=calibration)
+    plans: list[Any] = []
+    once = Work.once
+
+    def overtaken(work: Work, name: str, make: Any) -> Path:
+        monkeypatch.setattr(Work, "once", once)
+        if name != after:
+            monkeypatch.setattr(Work, "once", overtaken)
+            return once(work, name, make)
+        compress_folder(source, POLICIES["chosen"], out, calibration=calibration, on_plan=plans.append)
+        return once(work, name, make)
+
+    for after in ("plan.json", "saved"):
+        out = tmp_path / after
+        monkeypatch.setattr(Work, "once", overtaken)
+        compress_folder(source, POLICIES["chosen"], out, calibration=calibration, on_plan=plans.append)
+        assert contents(out) == contents(expected)
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(after)) == [after]
+    assert len({str(plan) for plan in plans}) == 1
+    assert len(plans) == 4
+
+
+def test_work_that_is_removed_while_another_begins_is_begun_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, turns = work_of.claimed, []
+
+    def claimed(path: Path, *, wait: bool) -> Any:
+        if path.name == "job.lock" and not turns:
+            turns.append(path)
+            path.parent.rmdir()
+        return original(path, wait=wait)
+
+    monkeypatch.setattr(work_of, "claimed", claimed)
+    compress_folder(source, POLICIES["plain"], tmp_path / "out")
+    assert turns
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -190,14 +190,20 @@ class Scene:
     def twice(self) -> str | None:
         """Run two at once; returns what is wrong, or None."""
         folder = self._fresh()
+        reading, writing = os.pipe()
         child = os.fork()
         if not child:
-            code, _ = in_child(folder, lambda: self.operation.act(folder))
-            os._exit(0 if code in (0, 3) else 1)
+            code, said = in_child(folder, lambda: self.operation.act(folder))
+            if code not in (0, 3):
+                _say(writing, said or f"it ends with {code}")
+            os._exit(0)
+        os.close(writing)
         code, said = in_child(folder, lambda: self.operation.act(folder))
-        _, status = os.waitpid(child, 0)
-        if code not in (0, 3) or status:
-            return f"a raw error of one of two: {said}"
+        with os.fdopen(reading, encoding="utf-8", errors="replace") as pipe:
+            other = pipe.read()
+        os.waitpid(child, 0)
+        if other or code not in (0, 3):
+            return f"a raw error of one of two: {other or said}"
         return self._whole(folder, False) or self._again(folder)
 
     def _again(self, folder: Path) -> str | None:

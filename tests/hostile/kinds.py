@@ -9,24 +9,32 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tdkit_distill import Windows, build_cache, distill
+from tdkit_distill import Windows, build_cache, distill, heal
+from tdkit_distill.data.text import text_windows
+from tdkit_distill.healing import heal as heal_module
 from tdkit_distill.loop.checkpoints import _digest_of, checkpoints, digest_of_file
 from tdkit_distill.teachers.cache import CachedTeacher
 
 import tdkit
 from tdkit.calibration.calibration import Calibration
+from tdkit.compression.work import Work
 from tdkit.models.checkpoint.description import digest
 from tdkit.planning.plan import Plan
-from tdkit.recipes import Recipe, load_recipe, run_recipe
+from tdkit.recipes import Recipe, load_recipe, run_recipe, steps
+from tdkit.records.tree import render_tree
+from tdkit.reporting.gather import gather
 from tdkit.sources.models import load_model
 from tdkit.sources.on_disk import open_model
+from tdkit.sweeps.folder import Folder
 from tests.conftest import TiedModel, make_gpt2, make_llama
 from tests.hostile.mutations import mutate
 from tests.side_packages import QUANTIZATION
@@ -221,7 +229,8 @@ def make_run(folder: Path) -> None:
     make_recipe(folder)
     recipe = load_recipe(str(folder / "recipe.yaml"), [f"model={SHARED['plain']}"])
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
-    run_recipe(recipe, folder / "run", console=QUIET)
+    with mock.patch.object(steps, "save", side_effect=KeyboardInterrupt), suppress(KeyboardInterrupt):
+        run_recipe(recipe, folder / "run", console=QUIET)  # killed in its last step
     shutil.rmtree(folder / "m")
 
 
@@ -273,11 +282,11 @@ def read_cache(folder: Path) -> None:
         )
 
 
-def repair_cache(folder: Path) -> None:
-    path = folder / "t" / "teacher.json"
+def repair_cache(folder: Path, name: str = "t") -> None:
+    path = folder / name / "teacher.json"
     form = json.loads(path.read_text())
     form["digests"] = {
-        str(int(file.stem.split("-")[1])): digest_of_file(file) for file in (folder / "t").glob("shard-*.safetensors")
+        str(int(file.stem.split("-")[1])): digest_of_file(file) for file in (folder / name).glob("shard-*.safetensors")
     }
     path.write_text(json.dumps(form))
 
@@ -298,14 +307,116 @@ def read_checkpoint(folder: Path) -> None:
     distill(student, SHARED["teacher"], STAGE, rows(), folder=folder / "d", running=RUNNING)
 
 
-def repair_checkpoint(folder: Path) -> None:
-    for place in checkpoints(folder / "d"):
+def repair_checkpoint(folder: Path, name: str = "d") -> None:
+    for place in checkpoints(folder / name):
         path = place / "state.json"
         form = json.loads(path.read_text())
         form["digests"] = {file.stem: digest_of_file(file) for file in place.glob("*.safetensors")}
         form.pop("digest", None)
         form["digest"] = _digest_of(form)
         path.write_text(json.dumps(form))
+
+
+# Unfinished work
+
+
+def make_moments(plain: Path, folder: Path) -> Path:
+    """Save a calibration of the model in `plain`."""
+    return tdkit.calibrate(load_model(str(plain)).model, [IDS], progress=False).save(folder)
+
+
+def stream_folder(plain: Path, moments: Path, folder: Path) -> None:
+    tdkit.compress_folder(plain, STREAMED, folder / "out", calibration=moments, overwrite=True, progress=False)
+
+
+STREAMED = tdkit.Policy([tdkit.Rule("*.mlp.*", tdkit.LowRank())], budget=0.9)
+
+
+def make_work(folder: Path) -> None:
+    """What a call that was killed before its last step leaves."""
+    make_moments(SHARED["plain"], folder / "moments")
+    with mock.patch.object(Work, "once", side_effect=KeyboardInterrupt), suppress(KeyboardInterrupt):
+        stream_folder(SHARED["plain"], folder / "moments", folder)
+    shutil.move(folder / "moments", SHARED["plain"].parent / "moments")
+
+
+def read_work(folder: Path) -> None:
+    stream_folder(SHARED["plain"], SHARED["plain"].parent / "moments", folder)
+    used(tdkit.load(folder / "out"))
+
+
+def sweep_folder(folder: Path) -> list[dict[str, Any]]:
+    torch.manual_seed(2)
+    model = TiedModel()
+    grid = {"with": ["low_rank", "kronecker"], "budget": [0.8, 0.7]}
+    measure = {"measure": lambda m: {"size": float(m(IDS).square().mean())}}
+    return tdkit.sweep(model, grid, calibration=[IDS], folder=folder / "s", progress=False, **measure)
+
+
+def make_sweep(folder: Path) -> None:
+    """A sweep that was killed before its last point."""
+    with mock.patch.object(Folder, "finish", side_effect=KeyboardInterrupt), suppress(KeyboardInterrupt):
+        sweep_folder(folder)
+    sorted((folder / "s" / "points").glob("*.json"))[-1].unlink()
+
+
+def read_sweep(folder: Path) -> None:
+    sweep_folder(folder)
+
+
+def read_report(folder: Path) -> None:
+    """Without the drawings, which take matplotlib seconds."""
+    for entry in gather([folder / "s"]).entries:
+        entry.sentence(), entry.row(entry.metrics), render_tree(entry.record.before), entry.record.to_dict()
+
+
+def make_text(folder: Path) -> None:
+    (folder / "text.txt").write_text("a b c d e f g h " * 100)
+    os.utime(folder / "text.txt", (1, 1))  # the date is part of what tells texts apart
+
+
+def packed(folder: Path) -> torch.Tensor:
+    """Returns the windows of the text in `folder`, packed in ``w``."""
+    before = Path.cwd()
+    os.chdir(folder)  # so is its path
+    try:
+        found = text_windows("text.txt", tokenizer(), length=8, cache=folder / "w").train
+    finally:
+        os.chdir(before)
+    return found.batch(torch.arange(len(found)), torch.Generator())["input_ids"]
+
+
+def make_windows(folder: Path) -> None:
+    make_text(folder)
+    packed(folder)
+
+
+def read_windows(folder: Path) -> None:
+    model = SHARED["gpt2"]
+    with torch.no_grad():
+        model(packed(folder)[:2])
+
+
+def heal_in(folder: Path, student: Any, teacher: Any) -> None:
+    data = torch.arange(96).reshape(12, 8) % 40
+    options = {"tokens": 48, "batch_size": 1, "measurements": 3, "precision": "no", "device": "cpu"}
+    heal(student, teacher, data, folder=folder / "h", progress=False, say=lambda _: None, **options)
+
+
+def make_healing(folder: Path) -> None:
+    with mock.patch.object(heal_module, "measurements_of", side_effect=KeyboardInterrupt), suppress(KeyboardInterrupt):
+        heal_in(folder, make_gpt2(n_layer=1), SHARED["teacher"])
+    shutil.rmtree(checkpoints(folder / "h" / "run")[-1], ignore_errors=True)
+
+
+def read_healing(folder: Path) -> None:
+    torch.manual_seed(1)
+    heal_in(folder, make_gpt2(n_layer=1), SHARED["teacher"])
+
+
+def repair_healing(folder: Path) -> None:
+    repair_cache(folder, "h/teacher")
+    repair_checkpoint(folder, "h/run")
 
 
 KINDS: dict[str, Kind] = {
@@ -322,6 +433,11 @@ KINDS: dict[str, Kind] = {
     "calibration": Kind(make_calibration, read_calibration, repair_calibration),
     "teacher cache": Kind(make_cache, read_cache, repair_cache),
     "distillation checkpoint": Kind(make_checkpoint, read_checkpoint, repair_checkpoint),
+    "unfinished work of a folder": Kind(make_work, read_work),
+    "sweep": Kind(make_sweep, read_sweep),
+    "report": Kind(make_sweep, read_report),
+    "packed windows": Kind(make_windows, read_windows),
+    "healing": Kind(make_healing, read_healing, repair_healing),
 }
 
 SHARED: dict[str, Any] = {}  # what several kinds read with
@@ -344,10 +460,8 @@ class Bench:
             KINDS[name].make(place)
             if name == "run":
                 SHARED["recipe"] = load_recipe(str(place / "recipe.yaml"))
-            self.read(name, place)
-
-    def read(self, name: str, place: Path) -> None:
-        KINDS[name].read(place)
+            with tempfile.TemporaryDirectory(dir=folder) as where:
+                KINDS[name].read(shutil.copytree(place, Path(where) / "copy"))  # which may finish what it holds
 
     def mutated(self, seed: int) -> str:
         """Read a mutated copy of one kind, which the seed chooses."""

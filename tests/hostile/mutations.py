@@ -205,9 +205,21 @@ def _bytes(path: Path, rng: random.Random) -> None:
         path.write_bytes(rng.choice(BODIES))
 
 
+def number_file(path: Path, rng: random.Random) -> None:
+    """Change numbers of a file of nothing else, or the whole of it."""
+    if rng.random() < 0.5:
+        _bytes(path, rng)
+        return
+    data = bytearray(path.read_bytes())
+    start = 4 * rng.randrange(len(data) // 4)
+    data[start : start + 4] = struct.pack("<I", rng.choice((0, 40, 10**6, 2**31 - 1, 2**31, 2**32 - 1)))
+    path.write_bytes(bytes(data))
+
+
 MUTATIONS: dict[str, Callable[[Path, random.Random], None]] = {
     ".json": json_file,
     ".jsonl": json_file,
+    ".i32": number_file,
     ".yaml": yaml_file,
     ".safetensors": tensor_file,
 }

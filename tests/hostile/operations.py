@@ -19,7 +19,21 @@ from tdkit.errors import RecipeError
 from tdkit.recipes import load_recipe, run_recipe
 from tests.conftest import TiedModel, make_gpt2
 from tests.hostile.faults import Operation
-from tests.hostile.kinds import IDS, QUIET, STAGE, TIED, make_plain, make_recipe, rows
+from tests.hostile.kinds import (
+    IDS,
+    QUIET,
+    STAGE,
+    TIED,
+    heal_in,
+    make_moments,
+    make_plain,
+    make_recipe,
+    make_text,
+    packed,
+    rows,
+    stream_folder,
+    sweep_folder,
+)
 
 
 def seeded(make: Callable[[], Any], seed: int) -> Any:
@@ -134,9 +148,10 @@ def running_recipe(plain: Path, *, earlier: bool) -> Operation:
 
 def streaming(plain: Path) -> Operation:
     expected: dict[str, Tensor] = {}
+    known = make_moments(plain, plain.parent / "moments")
 
     def act(folder: Path) -> None:
-        tdkit.compress_folder(plain, POLICY, folder / "out", overwrite=True, progress=False)
+        stream_folder(plain, known, folder)
 
     def prepare(folder: Path) -> None:
         act(folder)
@@ -146,6 +161,62 @@ def streaming(plain: Path) -> Operation:
     def check(folder: Path, ended: bool) -> None:
         if ended or (folder / "out").exists():
             assert same(tensors_of(folder / "out"), expected)
+
+    return Operation(prepare, act, check)
+
+
+def sweeping() -> Operation:
+    expected: list[dict[str, Any]] = []
+
+    def rows_in(folder: Path) -> list[dict[str, Any]]:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in sweep_folder(folder)]
+
+    def prepare(folder: Path) -> None:
+        expected.extend(rows_in(folder))
+        shutil.rmtree(folder / "s")
+
+    def check(folder: Path, ended: bool) -> None:
+        if ended:
+            assert rows_in(folder) == expected
+            assert {path.name for path in (folder / "s").iterdir()} == {"sweep.json", "points"}
+            assert not list((folder / "s" / "points").glob("*.lock"))
+
+    return Operation(prepare, sweep_folder, check)
+
+
+def packing() -> Operation:
+    expected: list[Tensor] = []
+
+    def prepare(folder: Path) -> None:
+        make_text(folder)
+        expected.append(packed(folder))
+        shutil.rmtree(folder / "w")
+
+    def check(folder: Path, ended: bool) -> None:
+        if ended:
+            assert torch.equal(packed(folder), expected[0])
+
+    return Operation(prepare, packed, check)
+
+
+def healing() -> Operation:
+    teacher = seeded(small_gpt2, 0)
+    expected: dict[str, Tensor] = {}
+
+    def act(folder: Path) -> None:
+        student = tdkit.compress(seeded(small_gpt2, 0), POLICY)
+        heal_in(folder, student, teacher)
+        tdkit.save(student, folder / "student", overwrite=True)
+
+    def prepare(folder: Path) -> None:
+        act(folder)
+        expected.update(tensors_of(folder / "student"))
+        for name in ("h", "student"):
+            shutil.rmtree(folder / name)
+
+    def check(folder: Path, ended: bool) -> None:
+        if ended:
+            assert same(tensors_of(folder / "student"), expected)
 
     return Operation(prepare, act, check)
 
@@ -212,4 +283,7 @@ def operations(place: Path) -> dict[str, Operation]:
         "compress a folder": streaming(plain),
         "build a teacher cache": caching(),
         "distil": distilling(),
+        "heal": healing(),
+        "pack windows": packing(),
+        "sweep": sweeping(),
     }

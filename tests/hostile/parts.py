@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import resource
 import tempfile
 import time
@@ -12,24 +13,28 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from tdkit_distill import distill
+from tdkit_distill import Windows, distill
+from torch import Tensor
 
 import tdkit
 from tdkit.models import swap
 from tests.conftest import TiedModel, make_gpt2, make_llama
-from tests.hostile import numerics, plugins
+from tests.hostile import hosts, numerics, plugins
 from tests.hostile.exceptions import InjectedError, State, calls_in, tried
 from tests.hostile.faults import ERRORS, Scene
 from tests.hostile.forks import run_all
-from tests.hostile.kinds import IDS, KINDS, POLICY, Bench, rows
+from tests.hostile.kinds import IDS, KINDS, POLICY, STAGE, Bench, rows
 from tests.hostile.operations import operations
 
-MUTATIONS = 10_400
+MUTATIONS = 10_800
+NUMBERS = 5  # no divisor of the numbers of dtypes, metrics, weights and kinds, so that all of these are met
+GROWTH = 20  # MB that a process may grow by while it does the same again and again
 CALLS = 100  # of each case of the exceptions, besides those that replace layers
 
 
@@ -175,9 +180,10 @@ def _cases(folder: Path) -> dict[str, tuple[Callable[[], Any], Callable[[Any], o
 
 
 def numbers(share: float, seed: int = 0) -> Part:
-    """Every decomposition, dtype and metric with degenerate weights."""
+    """Every decomposition, dtype and metric with degenerate weights; of all combinations one in `NUMBERS`."""
     part = Part("numbers")
-    for case in islice(numerics.cases(), seed % _stride(share), None, _stride(share)):
+    stride = NUMBERS * _stride(share)
+    for case in islice(numerics.cases(), seed % stride, None, stride):
         try:
             part.count(case[0], numerics.tried(*case))
         except Exception:
@@ -189,54 +195,81 @@ def misbehaving(_: float, __: int = 0) -> Part:
     """Plugins that do what they must not."""
     part = Part("plugins")
     with tempfile.TemporaryDirectory() as folder:
-        for name in (*plugins.FITS, *plugins.CURVES, *plugins.HARMLESS, *plugins.HARMLESS_CURVES, *plugins.CODE):
+        place = Path(folder)
+        tries = {
+            **{name: partial(plugins.tried, name) for name in plugins.NAMES},
+            **{name: partial(plugins.imported, place, name) for name in plugins.CODE},
+            **{f"host: {name}": partial(hosts.tried, place, name) for name in hosts.FAULTS},
+            **{f"host: {name}": partial(hosts.imported, place, name) for name in hosts.PACKAGES},
+        }
+        for name, attempt in tries.items():
             try:
-                part.count(name, plugins.imported(Path(folder), name) if name in plugins.CODE else plugins.tried(name))
+                part.count(name, attempt())
             except BaseException:
                 part.count(name, "bad", traceback.format_exc()[-600:])
     return part
 
 
 def memory(share: float, _: int = 0) -> Part:
-    """Many compressions, and many steps of distillation, in one process; and as many threads as one or two."""
+    """Many compressions, and one distillation of many steps, in one process; and as many threads as one or two."""
     part = Part("memory")
-
-    def compression() -> None:
-        torch.manual_seed(0)
-        tdkit.compress(make_gpt2(n_layer=1), POLICY)
-
+    sizes = [_compressed() for _ in range(2 + max(3, round(50 * share)))]
+    _flat(part, "compressions", sizes[1:])
+    steps = max(100, round(2000 * share))
+    watched = Watched(torch.arange(48).reshape(6, 8) % 40)
     torch.manual_seed(0)
-    teacher, student = make_gpt2(n_layer=1), make_gpt2(n_layer=1)
-
-    def steps() -> None:
-        stage = {"losses": {"logits": {}}, "steps": 40, "batch_size": 2}
-        distill(student, teacher, stage, rows(), progress=False)
-
-    for name, work, times in (("compressions", compression, 50), ("forties of training steps", steps, 50)):
-        work()
-        work()
-        gc.collect()
-        before = _resident()
-        for _ in range(max(3, round(times * share))):
-            work()
-            part.count(name, "success")
-        gc.collect()
-        grown = (_resident() - before) / 1e6
-        part.figures[f"MB that the process grows by, {name}"] = round(grown, 1)
-        if grown > 20:
-            part.bad.append(f"{name}: {grown:.1f} MB")
-    before_threads = torch.get_num_threads()
+    stage = {"losses": {"logits": {}}, "steps": steps, "batch_size": 2}
+    distill(make_gpt2(n_layer=1), make_gpt2(n_layer=1), stage, watched, progress=False)
+    _flat(part, "training steps", watched.sizes[50:])
+    before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        twice = []
-        for _ in range(2):
-            torch.manual_seed(0)
-            model = tdkit.compress(TiedModel(), tdkit.Policy([tdkit.Rule("*", tdkit.Auto())], budget=0.7))
-            twice.append(model.state_dict())
-        same = all(torch.equal(tensor, twice[1][name]) for name, tensor in twice[0].items())
-        part.count(f"{threads} threads twice", "identical", None if same else "the factors differ")
-    torch.set_num_threads(before_threads)
+        for what, work in (("compress", _factors), ("distil", _student)):
+            first, second = work(), work()
+            same = all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+            part.count(f"{what} twice, threads: {threads}", "identical", None if same else "the numbers differ")
+    torch.set_num_threads(before)
     return part
+
+
+class Watched(Windows):
+    """Windows that note the size of the process whenever a batch is asked for."""
+
+    def __init__(self, ids: Tensor) -> None:
+        super().__init__(ids)
+        self.sizes: list[int] = []
+
+    def batch(self, rows: Tensor, generator: torch.Generator) -> Any:
+        self.sizes.append(_resident())
+        return super().batch(rows, generator)
+
+
+def _flat(part: Part, what: str, sizes: list[int]) -> None:
+    """Count the sizes of the process over time, whose last may not be far above the first."""
+    grown = round((sizes[-1] - sizes[0]) / 1e6, 1)
+    part.count(what, "flat", None if grown < GROWTH else f"the process grows by {grown} MB")
+    part.figures |= {f"number of {what}": len(sizes) - 1, f"MB that the process grows by, {what}": grown}
+
+
+def _compressed() -> int:
+    """Compress a model; returns the size of the process afterwards."""
+    torch.manual_seed(0)
+    tdkit.compress(make_gpt2(n_layer=1), POLICY)
+    gc.collect()
+    return _resident()
+
+
+def _factors() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return tdkit.compress(TiedModel(), tdkit.Policy([tdkit.Rule("*", tdkit.Auto())], budget=0.7)).state_dict()
+
+
+def _student() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    teacher, student = make_gpt2(n_layer=1), make_gpt2(n_layer=1)
+    distill(student, teacher, STAGE, rows(), progress=False)
+    found: dict[str, Tensor] = student.state_dict()
+    return found
 
 
 def _resident() -> int:
@@ -254,10 +287,15 @@ PARTS: dict[str, Callable[[float, int], Part]] = {
     "memory": memory,
 }
 
+IN_MEMORY = Path("/dev/shm")  # where a change of a file takes no time, if there is such a place
+
 
 def run(name: str, share: float, seed: int = 0) -> Part:
     """Run one part, quietly and on one thread."""
     torch.set_num_threads(1)
+    tempfile.tempdir = str(IN_MEMORY) if os.access(IN_MEMORY, os.W_OK) else None
+    gc.collect()
+    gc.freeze()  # in the many processes that are forked from this one, training would look through all that is loaded
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     started = time.perf_counter()
@@ -265,5 +303,7 @@ def run(name: str, share: float, seed: int = 0) -> Part:
         part = PARTS[name](share, seed)
     finally:
         logging.disable(disabled)
+        tempfile.tempdir = None
+        gc.unfreeze()
     part.seconds = round(time.perf_counter() - started, 1)
     return part

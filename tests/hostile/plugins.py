@@ -19,6 +19,7 @@ from tdkit.decompositions.low_rank import LowRank, LowRankMatrix
 from tdkit.decompositions.registered import decompositions
 from tdkit.errors import TdkitError
 from tdkit.fitting.metric import Metric
+from tdkit.models.hosts.registered import hosts
 
 Fit = Callable[[Tensor, Any], Any]
 
@@ -73,6 +74,7 @@ CURVES: dict[str, Fit] = {
 }
 HARMLESS: dict[str, Fit] = {"fit changes the weight in place": _changes}
 HARMLESS_CURVES: dict[str, Fit] = {"curve changes the weight in place": _changes}
+NAMES = (*FITS, *CURVES, *HARMLESS, *HARMLESS_CURVES)
 
 CODE = {
     "raises at import": "raise RuntimeError('no card')",
@@ -119,19 +121,20 @@ def tried(name: str) -> str:
 
 
 @contextmanager
-def installed(folder: Path, name: str, code: str) -> Iterator[None]:
-    """A context manager inside which a package with a decomposition is installed."""
+def installed(folder: Path, name: str, code: str, group: str = "tdkit.decompositions") -> Iterator[None]:
+    """A context manager inside which a package is installed that registers its ``thing`` under its own name."""
     (folder / f"{name}.py").write_text(code.replace("{name}", name), encoding="utf-8")
     info = folder / f"{name}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", encoding="utf-8")
-    (info / "entry_points.txt").write_text(f"[tdkit.decompositions]\n{name} = {name}:thing\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {name}:thing\n", encoding="utf-8")
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
         sys.path.remove(str(folder))
-        decompositions._loaded.pop(name, None)
+        for registry in (decompositions, hosts):
+            registry._loaded.pop(name, None)
 
 
 def imported(folder: Path, what: str) -> str:

@@ -109,3 +109,11 @@ def test_a_bar_shows_titles_and_labels_as_they_are(
         bar.advance()
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
     assert re.search(r"fit \[b\].*1/1 .*0:00, 0:00 left .*9 -> 4 params .*layers\[0\] :smi", shown)
+
+
+@pytest.mark.parametrize("show", [None, False])
+def test_nothing_is_printed_where_no_bar_can_be_drawn(show: bool | None, capfd: pytest.CaptureFixture[str]) -> None:
+    """A bar of rich that is turned off ends in an empty line, with rich 13 and 14."""
+    with progress_bar("fit", 2, show) as bar:
+        bar.advance()
+    assert capfd.readouterr() == ("", "")

@@ -26,6 +26,13 @@ def test_a_grid_is_all_combinations() -> None:
     assert points[1].varied == {"with": "low_rank", "budget": '{"bytes": 0.5, "dtype": "int8"}'}
 
 
+def test_a_grid_takes_decompositions_as_objects() -> None:
+    points = points_of({"with": [LowRank(), Kronecker(terms=2)], "budget": [0.5]})
+    assert [point.name for point in points] == ["low_rank 0.5", "kronecker terms=2 0.5"]
+    assert points[1].policy.rules[0].decomposition == Kronecker(terms=2)
+    assert points[1].varied["with"] == "kronecker(terms=2)"
+
+
 def test_a_grid_varies_a_policy_and_leaves_its_kept_layers() -> None:
     base = Policy([Rule("head", keep=True), Rule("*", LowRank(), min_keep=0.2)], budget=0.5, allocation="uniform")
     (point,) = points_of({"with": [{"kronecker": {"terms": 2}}]}, base)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 import tdkit
 from tdkit import LowRank, Policy, Rule
-from tdkit.errors import CheckpointError, OptionError, PolicyError
+from tdkit.errors import CheckpointError, OptionError, PolicyError, WriteError
 from tdkit.models.sites import num_params
 from tdkit.sweeps import run as sweeping
 
@@ -173,3 +175,52 @@ def test_any_model_and_metric(tied: nn.Module) -> None:
     )
     assert [row["ratio"] <= budget for row, budget in zip(rows, (0.9, 0.8), strict=True)] == [True, True]
     json.dumps(rows)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"params": "many"}', "\udcff"])
+def test_damaged_figures_of_the_dense_model_are_told(text: str, gpt2: Any, ids: Tensor, tmp_path: Path) -> None:
+    """They are those of an unfinished sweep."""
+    grid: dict[str, list[Any]] = {"with": ["low_rank"], "budget": [0.9]}
+
+    def killed(_: nn.Module) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tdkit.sweep(gpt2, grid, measure=killed, folder=tmp_path / "s")
+    (tmp_path / "s" / "work" / "dense.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(CheckpointError, match=r"dense\.json is damaged .*measured again"):
+        tdkit.sweep(gpt2, grid, folder=tmp_path / "s")
+
+
+def test_overwriting_leaves_files_of_others(gpt2: Any, tmp_path: Path) -> None:
+    grid: dict[str, list[Any]] = {"with": ["low_rank"], "budget": [0.9]}
+    tdkit.sweep(gpt2, grid, folder=tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "points" / "old.json").write_text("")
+    tdkit.sweep(gpt2, grid, folder=tmp_path, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert [file.name for file in (tmp_path / "points").iterdir()] == ["low_rank 0.9.json"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"job": "x"}', '{"job": null}'])
+def test_a_damaged_description_is_told(text: str, gpt2: Any, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"sweep\.json is damaged .*remove the folder"):
+        tdkit.sweep(gpt2, {"with": ["low_rank"], "budget": [0.9]}, folder=tmp_path)
+
+
+def test_a_sweep_that_was_killed_as_it_began_goes_on(gpt2: Any, tmp_path: Path) -> None:
+    for name in ("points", "work/curves"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "work" / "begin.lock").touch()
+    (row,) = tdkit.sweep(gpt2, {"with": ["low_rank"], "budget": [0.9]}, folder=tmp_path)
+    assert not row["failure"]
+
+
+def test_a_folder_that_cannot_be_made_is_told(gpt2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Any, *_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    monkeypatch.setattr(os, "mkdir", full)
+    with pytest.raises(WriteError, match=r"sweep cannot be written .*No space left"):
+        tdkit.sweep(gpt2, {"budget": [0.9]}, folder=tmp_path / "sweep")

@@ -7,8 +7,9 @@ from functools import cache
 
 from torch import nn
 
-from tdkit.errors import RegistryError
+from tdkit.errors import RegistryError, told_as
 from tdkit.models.hosts.base import FactorizedModule, Host, transfer
+from tdkit.models.hosts.guarded import guarded
 from tdkit.models.hosts.in_place import MATRIX, InPlaceHost
 from tdkit.registry import Registry, subclass_fault
 from tdkit.support.compatibility import buffers_of, parameters_of, submodules_of
@@ -32,18 +33,20 @@ hosts: Registry[type[Host]] = Registry(
     fault=subclass_fault(Host),
 )
 
+LEFT = "the layers that it knows stay dense"
+
 
 def host_of(module: nn.Module) -> Host | None:
     """Returns the host that accepts a module, else an `InPlaceHost`; None for a factorised layer.
 
     A layer type of torch that has more state than its class gives it, such as another parameter, gets an
-    `InPlaceHost` as well, which keeps that state. A host of another package that fails to import is skipped with a
-    warning.
+    `InPlaceHost` as well, which keeps that state. A host of another package that fails to import, or in `accepts`, is
+    skipped with a warning.
 
     Raises:
         RegistryError: when two hosts accept the module, or two packages provide a host of the same name.
     """
-    found = [host for host in _all() if host.accepts(module)]
+    found = [host for host in _all() if _accepts(host, module)]
     if len(found) > 1:
         names = " and ".join(f"'{host.name}'" for host in found)
         raise RegistryError(f"the hosts {names} both accept {type(module).__name__}: uninstall one of their packages")
@@ -56,13 +59,21 @@ def host_of(module: nn.Module) -> Host | None:
     return InPlaceHost(_base_of(module))
 
 
+def _accepts(host: Host, module: nn.Module) -> bool:
+    try:
+        return host.accepts(module)
+    except RegistryError as error:
+        warnings.warn(f"{error}; {LEFT}", stacklevel=2)
+        return False
+
+
 def builder_of(layer: FactorizedModule) -> Host:
     """Returns the host that built a factorised layer.
 
     Raises:
         RegistryError: when it is not installed.
     """
-    return layer.builder or hosts.get(layer.host)()
+    return layer.builder or _made(hosts.get(layer.host))
 
 
 def _base_of(module: nn.Module) -> Host | None:
@@ -99,11 +110,14 @@ def _all() -> tuple[Host, ...]:
     found = []
     for name, packages in hosts.origins().items():
         try:
-            kind = hosts.get(name)
+            found.append(_made(hosts.get(name)))
         except RegistryError as error:
             if len(packages) > 1:
                 raise
-            warnings.warn(f"{error}; the layers that it knows stay dense", stacklevel=2)
-            continue
-        found.append(kind())
+            warnings.warn(f"{error}; {LEFT}", stacklevel=2)
     return tuple(found)
+
+
+def _made(kind: type[Host]) -> Host:
+    with told_as(RegistryError, f"the host '{kind.name}' ({kind.__module__}) cannot be made"):
+        return guarded(kind())

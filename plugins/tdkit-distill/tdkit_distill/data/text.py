@@ -15,7 +15,7 @@ import torch
 from tdkit.errors import SourceError
 from tdkit.sources.texts import load_texts, text_sources
 from tdkit.support.documents import read_json
-from tdkit.support.files import whole_folder
+from tdkit.support.files import digest_of_file, whole_folder
 from torch import Tensor
 
 from tdkit_distill.data.examples import Examples, Windows
@@ -24,7 +24,7 @@ from tdkit_distill.data.masked import MaskedPairs, MaskedWindows, MaskTokens
 from tdkit_distill.data.order import mixed_seed
 from tdkit_distill.errors import DataError, StorageError
 
-FORMAT = 1
+FORMAT = 2
 PIECE = 1 << 14  # characters of a text file that are chosen or left out together
 TOGETHER = 256  # documents tokenised in one call
 
@@ -238,7 +238,7 @@ def _pack(
                 for ids in _token_runs(pieces, tokenizer):
                     rest = np.concatenate([rest, ids])
                     whole = len(rest) // length if most is None else min(len(rest) // length, most - count)
-                    rest[: whole * length].tofile(file)
+                    file.write(rest[: whole * length].tobytes())  # `tofile` does not tell that the disk is full
                     rest = rest[whole * length :]
                     count += whole
                     if most is not None and count >= most:
@@ -248,7 +248,7 @@ def _pack(
                     f"'{place}' gives {len(rest)} tokens, which do not fill one window of {length}: give more text, a "
                     "larger share or a shorter length"
                 )
-            form = {**settings, "count": count}
+            form = {**settings, "count": count, "sha256": digest_of_file(target / "windows.i32")}
             (target / "windows.json").write_text(json.dumps(form, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         if isinstance(error, DataError):
@@ -278,6 +278,8 @@ def _open(folder: Path, length: int) -> Tensor:
         form = read_json(folder / "windows.json")
         if not isinstance(form, dict) or type(form.get("count")) is not int or form["count"] < 1:
             raise ValueError("it has no count")
+        if "sha256" not in form:
+            raise ValueError("it has no digest")
     except (OSError, ValueError) as error:
         raise DataError(
             f"{folder / 'windows.json'} is damaged ({error}): delete {folder} to pack the text again"
@@ -287,5 +289,7 @@ def _open(folder: Path, length: int) -> Tensor:
     found = file.stat().st_size if file.exists() else 0
     if found != expected:
         raise DataError(f"{file} has {found} bytes instead of {expected}: delete {folder} to pack the text again")
+    if digest_of_file(file) != form["sha256"]:
+        raise DataError(f"{file} is damaged: delete {folder} to pack the text again")
     mapped: Tensor = torch.from_file(str(file), shared=False, size=form["count"] * length, dtype=torch.int32)
     return mapped.reshape(form["count"], length)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 from tdkit.models.sites import num_bytes, num_params
+from tdkit.support.documents import read_json
 from tdkit.support.files import write_text
 from torch import nn
 
@@ -108,10 +109,17 @@ def _faster(device: torch.device, speed: Callable[[Precision], Speed]) -> tuple[
 
 
 def _kept(folder: Path | None) -> Precision | None:
-    if folder is None or not (folder / CHOICE).is_file():
+    file = None if folder is None else folder / CHOICE
+    if file is None or not file.exists():
         return None
-    found: Precision = json.loads((folder / CHOICE).read_text(encoding="utf-8"))["precision"]
-    return found
+    try:
+        form = read_json(file)
+    except (OSError, ValueError) as error:
+        raise ResumeError(f"{file} is damaged ({error}): delete it, and the precision is chosen anew") from None
+    known = form.get("precision") if isinstance(form, dict) else None
+    if known not in get_args(Precision):
+        raise ResumeError(f"{file} is damaged: it holds no precision: delete it, and the precision is chosen anew")
+    return cast(Precision, known)
 
 
 def _steps_done(folder: Path | None) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,11 @@ def test_the_second_time_is_read_from_the_cache(
     assert torch.equal(first.train.ids, again.train.ids)  # type: ignore[attr-defined]
     assert first.train.fingerprint == again.train.fingerprint
     (packed,) = (tmp_path / "cache").glob("*/windows.i32")
+    whole = packed.read_bytes()
+    packed.write_bytes(b"\xff" + whole[1:])
+    with pytest.raises(DataError, match=r"windows\.i32 is damaged: delete"):
+        text_windows(file, tokenizer, length=32, cache=tmp_path / "cache")
+    packed.write_bytes(whole)
     packed.write_bytes(packed.read_bytes()[:-4])
     with pytest.raises(DataError, match=r"delete .* to pack the text again"):
         text_windows(file, tokenizer, length=32, cache=tmp_path / "cache")
@@ -143,6 +151,21 @@ def test_a_full_disk_leaves_no_half_cache(tokenizer: Any, tmp_path: Path) -> Non
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not [place for place in (tmp_path / "c").iterdir() if place.is_dir()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of files")
+def test_a_file_that_ends_where_the_disk_is_full_is_told(tokenizer: Any, tmp_path: Path) -> None:
+    """The last bytes are written when the file is closed."""
+    (tmp_path / "a.txt").write_text("a b c d " * 200)
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(StorageError, match="could not be written"):
+            text_windows(tmp_path / "a.txt", tokenizer, length=8, cache=tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert len(text_windows(tmp_path / "a.txt", tokenizer, length=8, cache=tmp_path / "cache").train) > 0
 
 
 def test_labels_are_the_next_tokens() -> None:

@@ -212,3 +212,10 @@ def test_a_dry_run_changes_nothing(student: Any, taught: Any, tmp_path: Path) ->
 
 def test_healing_is_at_the_top_of_tdkit() -> None:
     assert tdkit.heal is heal
+
+
+@pytest.mark.parametrize("form", ["", "[]", '{"precision": "half"}', "{}"])
+def test_a_damaged_precision_is_told(form: str, student: Any, taught: Any, tmp_path: Path) -> None:
+    (tmp_path / "precision.json").write_text(form)
+    with pytest.raises(ResumeError, match=r"precision\.json is damaged.*chosen anew"):
+        healed(student, taught, folder=tmp_path)
