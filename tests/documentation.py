@@ -155,7 +155,8 @@ def check_command(words: list[str]) -> None:
         for name in (word for word in arguments[1:] if not word.startswith("-")):
             check_package(name)
     elif program == "python" and arguments[0] == "-m":
-        assert ROOT.joinpath(*arguments[1].split(".")).with_suffix(".py").is_file(), arguments[1]
+        module = ROOT.joinpath(*arguments[1].split("."))
+        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), arguments[1]
     elif program == "python" and arguments[0] == "-c":
         compile(arguments[1], "<documentation>", "exec")
     elif program == "python":
