@@ -120,7 +120,7 @@ def tried(folder: Path, what: str) -> str:
 
     Models without that layer must work, and all that is done with the others must end well or name the host.
     """
-    name = f"h{list(FAULTS).index(what)}"
+    name = f"faulty_host_{list(FAULTS).index(what)}"
     place = folder / name
     place.mkdir()
     with installed(place, name, GOOD + FAULTS[what], group="tdkit.hosts"), _hosts_anew():
@@ -141,7 +141,7 @@ def tried(folder: Path, what: str) -> str:
 
 def imported(folder: Path, what: str) -> str:
     """Install a package with something that is no host; returns "warning", which names it."""
-    name = f"g{list(PACKAGES).index(what)}"
+    name = f"faulty_package_{list(PACKAGES).index(what)}"
     place = folder / name
     place.mkdir()
     with installed(place, name, PACKAGES[what], group="tdkit.hosts"), _hosts_anew():

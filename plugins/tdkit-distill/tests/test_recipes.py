@@ -19,12 +19,14 @@ from tdkit.models.sites import num_params, replace_module
 from tdkit.recipes.library import load_recipe, recipe_files
 from tdkit.recipes.recipe import Recipe, steps
 from tdkit.recipes.run import run_recipe
+from tdkit.reporting.gather import gather
 
 NAMES = sorted(
     file.name.removesuffix(".yaml")
     for file in resources.files("tdkit_distill.recipes").iterdir()
-    if file.name.endswith(".yaml")
+    if file.name.endswith(".yaml") and file.name != "smollm2-frontier.yaml"
 )
+FRONTIER = "smollm2-frontier"
 TEXT = "\n\n".join(f"Chapter {k}. The ship {k * k} left the harbour, and the sea was calm." for k in range(160))
 WIDTH, LAYERS, CONTEXT = 64, 2, 24
 
@@ -145,6 +147,22 @@ def test_every_recipe_runs_at_toy_size_and_its_result_loads(name: str, toys: Pat
     if name.endswith("-task"):
         assert 0 <= trained[0]["accuracy"] <= 1
         assert 0 <= trained[0]["teacher_accuracy"] <= 1
+
+
+def test_the_frontier_recipe_heals_the_size_that_it_keeps(toys: Path, tmp_path: Path) -> None:
+    form = toy(FRONTIER, toys).to_dict()
+    form["steps"][0]["frontier"] |= {"bits": [], "rules": [{"match": "transformer.h.*", "with": "auto"}]}
+    form["steps"][1]["heal"] |= {"tokens": 8 * CONTEXT, "measurements": 1, "others": [str(toys / "text.txt")]}
+    results = run_recipe(Recipe.from_dict(form), tmp_path / "run", console=Console(file=io.StringIO()))
+    assert [r["step"] for r in results] == ["frontier", "heal", "evaluate", "save", "generate"]
+    rows = {row["name"]: row for row in results[0]["rows"]}
+    assert list(rows) == ["dense", "0.95", "0.9", "0.8"]
+    assert num_params(tdkit.load(tmp_path / "run" / "model")) == rows["0.8"]["params"] == results[2]["params"]
+    entries = gather([tmp_path / "run"]).entries
+    assert [entry.name for entry in entries] == [FRONTIER, "0.95", "0.9", "0.8"]
+    assert entries[0].series == "auto, heal"
+    assert entries[0].record.compressed["perplexity"] == results[2]["perplexity"]
+    assert [training.name for training in entries[0].training] == ["heal-2"]
 
 
 def test_a_task_stage_starts_from_the_general_stage_and_says_what_it_took(toys: Path, tmp_path: Path) -> None:
