@@ -208,6 +208,8 @@ def check_package(name: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras: dict[str, list[str]] = project["optional-dependencies"]
     others = {re.split(r"[^\w.-]", line)[0] for lines in extras.values() for line in lines}
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    others |= {line.partition("==")[0] for line in pinned}  # such as that of the model of the demo
     found = re.fullmatch(r"(tdkit|\.)(?:\[([\w,-]+)\])?|(\./)?(plugins/)?tdkit-\w+", name)
     assert found or name in others, f"pip install {name}: no package of this project, and none that it names"
     for extra in filter(None, (found[2] or "" if found else "").split(",")):
