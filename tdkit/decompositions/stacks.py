@@ -62,7 +62,12 @@ class FactorizedStack(FactorizedMatrix):
             return None
         dtype = autocast_dtype(x.device.type) or x.dtype
         known = self._dense.of_some(self._reached_tensors(counts), dtype)
-        return self._dense.get(self.tensors(), dtype, self.stack) if known is None else known
+        if known is not None:
+            return known
+        tensors = self.tensors()
+        if any(tensor.is_meta for tensor in tensors):  # hooks load them when the members are called
+            return None
+        return self._dense.get(tensors, dtype, self.stack)
 
     def _reached_tensors(
         self,

@@ -170,6 +170,15 @@ def test_members_leave_the_cache_to_the_stack() -> None:
         torch.testing.assert_close(full.grouped(x, (40, 40)), dense_grouped(full.stack(), x, (40, 40)))
 
 
+def test_members_that_hooks_load_are_not_cached_in_a_stack() -> None:
+    richest = Stacked(each=Kronecker()).complete((2, 64, 64), 2 * 64 * 64)
+    assert richest is not None
+    offloaded = prepare(richest.empty((2, 64, 64), device="meta"), prefer="speed")
+    with torch.no_grad():
+        assert offloaded.cached_stack(torch.randn(80, 64), (40, 40)) is None
+    assert offloaded.dispatcher.cached_bytes == 0
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_gradients_are_right(kind: Stacked) -> None:
     choice = next(iter(choices(kind)))
