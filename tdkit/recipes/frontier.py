@@ -20,7 +20,7 @@ from tdkit.planning.policy import Policy
 from tdkit.planning.resolution import resolve
 from tdkit.recipes.figures import FIGURE_COLUMNS, figure_row, measurements, of_run
 from tdkit.recipes.recipe import Recipe, Run, StepConfig
-from tdkit.recipes.steps import check_calibration
+from tdkit.recipes.steps import RuleForms, check_calibration
 from tdkit.records.before import Before
 from tdkit.records.record import Record
 from tdkit.records.tree import tree_of
@@ -45,18 +45,12 @@ class FrontierStep(StepConfig):
 
     changes_model: ClassVar[bool] = True
     compares: ClassVar[bool] = True
-    rules: list[dict[str, Any]]
+    rules: RuleForms
     budgets: tuple[float, ...] = Field(min_length=1)
     keep: float
     bits: tuple[int, ...] = ()
     calibrated: bool = False
     allocation: str = "auto"
-
-    @field_validator("rules")
-    @classmethod
-    def _rules_are_rules(cls, rules: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        Policy.from_dict({"rules": rules})
-        return rules
 
     @field_validator("bits")
     @classmethod

@@ -6,10 +6,10 @@ import copy
 import re
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from tdkit.compression.apply import compress, compress_resolved
@@ -36,6 +36,15 @@ from tdkit.support.processes import on_main_process
 from tdkit.support.tables import table_of
 
 
+def _checked(rules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    Policy.from_dict({"rules": rules})
+    return rules
+
+
+RuleForms = Annotated[list[dict[str, Any]], AfterValidator(_checked)]
+"""The rules of a policy in their YAML form."""
+
+
 class CompressStep(StepConfig):
     """Compress the model with a policy.
 
@@ -50,19 +59,13 @@ class CompressStep(StepConfig):
     """
 
     changes_model: ClassVar[bool] = True
-    rules: list[dict[str, Any]]
+    rules: RuleForms
     budget: float | dict[str, Any] | None = None
     allow_growth: bool = False
     allocation: str = "auto"
     calibrated: bool = False
     sequential: bool = False
     passes: int = Field(default=1, ge=1)
-
-    @field_validator("rules")
-    @classmethod
-    def _rules_are_rules(cls, rules: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        Policy.from_dict({"rules": rules})
-        return rules
 
     @property
     def policy(self) -> Policy:
