@@ -43,6 +43,7 @@ __all__ = [
     "onednn_enabled",
     "onednn_has_linear",
     "onednn_linear",
+    "only_calls_forward",
     "own_parameters",
     "parameters_of",
     "parameters_on_meta",
@@ -85,6 +86,16 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
 def submodules_of(module: nn.Module) -> dict[str, nn.Module]:
     """The module's own submodules by name, as fast."""
     return cast("dict[str, nn.Module]", module._modules)
+
+
+def only_calls_forward(module: nn.Module) -> bool:
+    """Returns whether a call of the module, without gradients, is one of its class's ``forward`` and no more.
+
+    No hook sees it, as those of accelerate, which replace ``forward``, or of a profiler.
+    """
+    own, every = module.__dict__, nn.modules.module
+    own_hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+    return not (own_hooks or every._global_forward_hooks or every._global_forward_pre_hooks)
 
 
 class TooManyParameters(Exception):  # noqa: N818, says what there is

@@ -57,24 +57,42 @@ def experts_forward(
     given: Any = module
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     ids = top_k_index.reshape(-1)
-    order = ids.argsort(stable=True)
     experts = _experts(module, matrices)
-    counts: list[int] = torch.bincount(ids, minlength=experts)[:experts].tolist()
-    order = order[: sum(counts)]
-    routing = Routing(order // top_k_index.shape[-1], counts, len(flat))
+    is_one = len(flat) == 1
+    order, counts = _rows_of_one(ids, experts) if is_one else _rows_of(ids, experts)
 
     def product(name: str, x: Tensor) -> Tensor:
         bias = getattr(module, f"{name}_bias") if given.has_bias else None
         y = _grouped(module, name, matrices.get(name), x, counts, bias)
         for observe in observers.get(name, ()):
-            y = observe(routing, x, y)
+            y = observe(Routing(order // top_k_index.shape[-1], counts, len(flat)), x, y)
         return y
 
-    outer = _expert(given, product, flat[routing.tokens])
+    if is_one:
+        outer = _expert(given, product, flat.expand(len(order), -1))
+        summed = (outer * top_k_weights.reshape(-1)[order, None]).sum(0)
+        return summed.to(hidden_states.dtype).view(hidden_states.shape)
+    outer = _expert(given, product, flat[order // top_k_index.shape[-1]])
     weighted = outer * top_k_weights.reshape(-1)[order, None]
     every = weighted.new_zeros(len(ids), weighted.shape[-1]).index_copy(0, order, weighted)
     summed = every.view(len(flat), top_k_index.shape[-1], every.shape[-1]).sum(1)  # index_add is not deterministic
     return summed.to(hidden_states.dtype).view(hidden_states.shape)
+
+
+def _rows_of(ids: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+    """The places of the rows in `ids`, those of expert 0 first, and the number of rows of each expert."""
+    order = ids.argsort(stable=True)
+    counts: list[int] = torch.bincount(ids, minlength=experts)[:experts].tolist()
+    return order[: sum(counts)], counts
+
+
+def _rows_of_one(ids: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+    """As `_rows_of` for a single token, with as few operations as possible: they are what takes time."""
+    chosen, counts = ids.tolist(), [0] * experts
+    order = sorted((place for place, expert in enumerate(chosen) if expert < experts), key=chosen.__getitem__)
+    for place in order:
+        counts[chosen[place]] += 1
+    return torch.tensor(order, dtype=torch.int64, device=ids.device), counts
 
 
 def _every_expert(
