@@ -87,7 +87,7 @@ ROWS: Mapping[str, Row] = {
 class Bench:
     """The models of a run, compressed once, and the texts they are measured on."""
 
-    def __init__(self, run: Path, precision: str | None = None) -> None:
+    def __init__(self, run: Path, precision: str = "auto") -> None:
         self.run = run
         self.precision = precision  # of long rows
         self.source: Source = load_model("smollm2")
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--keep", nargs="*", type=float, default=[0.8, 0.6], help="shares of the blocks")
     parser.add_argument("--tokens", default="4096", help="to train on")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--precision", choices=("bf16", "no"), help="of long rows; by default the faster one")
+    parser.add_argument("--precision", choices=("auto", "bf16", "no"), default="auto", help="of long rows")
     options = parser.parse_args()
     torch.manual_seed(SEED)
     torch.set_num_threads(options.threads)
