@@ -17,6 +17,7 @@ from tdkit.cli.options import (
     Context,
     Data,
     DtypeOption,
+    EvaluationData,
     EvaluationText,
     EvaluationTokens,
     Every,
@@ -106,6 +107,7 @@ def compress(
     workers: Annotated[int, typer.Option(help="With --stream: processes that share the layers.", min=1)] = 1,
     evaluation: EvaluationText = None,
     evaluation_tokens: EvaluationTokens = None,
+    evaluation_data: EvaluationData = None,
     prompt: Prompt = None,
     no_report: NoReport = False,
     dtype: DtypeOption = "float32",
@@ -126,6 +128,7 @@ def compress(
     from tdkit.cli.streaming import compress_streamed
     from tdkit.compression.apply import compress_resolved
     from tdkit.errors import OptionError
+    from tdkit.evaluation.batches import HIGHER_IS_BETTER
     from tdkit.models.card import Card
     from tdkit.models.checkpoint import save
     from tdkit.planning.planner import planned
@@ -147,7 +150,11 @@ def compress(
     if stream:
         if model is None:
             raise OptionError("--stream reads folders of transformers: give MODEL, not --model")
-        of_whole |= {"--evaluation": evaluation is not None, "--prompt": prompt is not None}
+        of_whole |= {
+            "--evaluation": evaluation is not None,
+            "--evaluation-data": evaluation_data is not None,
+            "--prompt": prompt is not None,
+        }
         made = compress_streamed(
             model, chosen, folder, wanted, of_whole, dtype_of(dtype), device, workers, overwrite, card, dry_run
         )
@@ -159,7 +166,7 @@ def compress(
         raise OptionError(f"--workers {workers} needs --stream")
     settings.kept = "nothing was saved; tdkit calibrate keeps moments for --calibration, --stream keeps finished layers"
     material = wanted.read()
-    measuring = Measuring.of(evaluation, evaluation_tokens, context, prompt)
+    measuring = Measuring.of(evaluation, evaluation_tokens, context, prompt, evaluation_data, batch_size)
     source = source_of(model, build, weights, dtype_of(dtype))
     measuring.check(source)
     resolved = resolve(source.model, chosen)
@@ -168,7 +175,8 @@ def compress(
     made = planned(resolved, known)
     seconds = {"calibration and plan": time.perf_counter() - started}
     if not dry_run:
-        before, dense = Before.of(resolved, made, known), measuring.figures(source)
+        before, dense = Before.of(resolved, made, known), measuring.figures(source, source.model)
+        compared = measuring.to_compare(source.model)
         text = measuring.continuation(source.model, source)
         started = time.perf_counter()
         what = resolved.following(made) if passes == 1 else resolved
@@ -193,7 +201,8 @@ def compress(
             command=command_line(),
             data=(*calibration_data(material), *measuring.data),
             dense=dense,
-            compressed=measuring.figures(source),
+            compressed=measuring.figures(source, compared),
+            higher_is_better=HIGHER_IS_BETTER,
             samples=measuring.samples(text, measuring.continuation(source.model, source)),
             seconds=seconds,
         )
@@ -280,7 +289,12 @@ def quantize(
 
 COMMANDS = (
     Command(plan, "tdkit plan smollm2 --with low_rank --match '*.mlp.*' --budget 0.9"),
-    Command(compress, "tdkit compress smollm2 --with low_rank --match '*.mlp.*' --budget 0.9 --out smaller"),
+    Command(
+        compress,
+        "tdkit compress smollm2 --with low_rank --match '*.mlp.*' --budget 0.9 --out smaller",
+        "tdkit compress --model my_pkg.nets:build --weights net.safetensors --data train.safetensors --budget 0.6 "
+        "--evaluation-data test.safetensors --out small",
+    ),
     Command(quantize, "tdkit quantize smaller --bits 8 --out smallest"),
     Command(info, "tdkit info smaller"),
 )

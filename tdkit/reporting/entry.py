@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,10 +146,12 @@ def _changed(what: str, before: float | None, after: float | None, form: Any, *,
         return ""
     if before is None:
         return f"{form(after)} {what}".strip()
-    ratio = after / before if before else math.nan
-    change = f"{ratio:.3g} x" if times else percent(ratio)
     label = f"{what} " if what else ""
-    return f"{label}{form(before)} → {form(after)} ({change})"
+    both = f"{label}{form(before)} → {form(after)}"
+    if not before:  # nothing is a multiple of 0
+        return both
+    change = f"{after / before:.3g} x" if times else percent(after / before)
+    return f"{both} ({change})"
 
 
 def _count(value: float) -> str:

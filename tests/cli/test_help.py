@@ -16,6 +16,8 @@ from typing import get_args
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from tdkit.calibration import losses
 from tdkit.cli.app import GROUPS
@@ -73,13 +75,14 @@ def test_types_of_options_are_those_of_the_library() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_help_shows_the_example(tdkit: Tdkit, command: Command) -> None:
     shown = " ".join(tdkit(command.name, "--help").out.split())
-    assert f"Example: {command.example}" in shown
-    assert command.example.split()[:2] == ["tdkit", command.name]
+    for example in command.examples:
+        assert f"Example: {example}" in shown
+        assert example.split()[:2] == ["tdkit", command.name]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, gpt2_folder: Path) -> Path:
-    """A folder with a small model called smollm2, which comes before the registered one of that name."""
+    """A folder with a small model called smollm2, which comes before the registered one of that name, and own code."""
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("examples")
@@ -88,9 +91,17 @@ def place(tmp_path_factory: pytest.TempPathFactory, gpt2_folder: Path) -> Path:
     config = GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, pad_token_id=1)
     GPT2LMHeadModel(config).save_pretrained(folder / "smollm2")
     AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(folder / "smollm2")
+    (folder / "my_pkg").mkdir()
+    (folder / "my_pkg" / "nets.py").write_text(NET.replace("net()", "build()"), encoding="utf-8")
+    net = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+    save_file(net.state_dict(), folder / "net.safetensors")
+    for name in ("train", "test"):
+        data = {"inputs": torch.randn(40, 32), "labels": torch.arange(40) % 32}
+        save_file(data, folder / f"{name}.safetensors")
     return folder
 
 
+NET = "from torch import nn\n\ndef net():\n    return nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))\n"
 NEEDS = {"quantize": "torchao"}  # packages that are not there in every environment
 LATER = ("quantize", "info", "eval", "export", "bench", "validate", "report")  # use what the examples of others write
 
@@ -107,10 +118,11 @@ def test_examples_run(tdkit: Tdkit, place: Path, monkeypatch: pytest.MonkeyPatch
     for command in sorted(COMMANDS, key=lambda command: command.name in LATER):
         if find_spec(NEEDS.get(command.name, "torch")) is None:
             continue
-        words = of_the_demo_on_this_model(shlex.split(command.example))
-        done = tdkit(*words[1:])
-        may_fail = command.name == "doctor"  # which it does if a plugin of this environment is broken
-        assert done.code in ((0, 1) if may_fail else (0,)), f"{command.example}: {done.err}"
+        for example in command.examples:
+            words = of_the_demo_on_this_model(shlex.split(example))
+            done = tdkit(*words[1:])
+            may_fail = command.name == "doctor"  # which it does if a plugin of this environment is broken
+            assert done.code in ((0, 1) if may_fail else (0,)), f"{example}: {done.err}"
     for left in ("smaller/config.json", "smaller.pt2", "moments/calibration.json", "runs/demo/state.json", "mine.yaml"):
         assert (place / left).is_file()
 
@@ -156,7 +168,6 @@ def test_a_log_holds_no_control_codes_and_no_bars(gpt2_folder: Path, text_file: 
     assert done.stdout.startswith("of ")
 
 
-NET = "from torch import nn\n\ndef net():\n    return nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))\n"
 COMPRESS = ("compress", "--model", "own_net:net", "--budget", "0.8", "--out")
 
 
