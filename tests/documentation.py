@@ -36,6 +36,7 @@ FENCE = re.compile(
 SHELLS = ("bash", "console")
 PLAIN = ("cat", "cd", "export", "git", "ls", "mkdir", "source")  # of the system, which are not checked
 MODULES = ("pytest", "venv")
+CLONE = "../tdkit/"  # the repository, beside the folder of the guide
 COMPLETION = ("--install-completion", "--show-completion")
 
 
@@ -153,7 +154,10 @@ def check_command(words: list[str]) -> None:
         assert arguments[0] in targets, f"make {arguments[0]}: no such target"
     elif words[:2] == ["pip", "install"]:
         for name in (word for word in arguments[1:] if not word.startswith("-")):
-            check_package(name)
+            if name.startswith(CLONE):
+                assert (ROOT / name.removeprefix(CLONE)).exists(), name
+            else:
+                check_package(name.removeprefix("../"))
     elif program == "python" and arguments[0] == "-m":
         module = ROOT.joinpath(*arguments[1].split("."))
         assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), arguments[1]
