@@ -124,7 +124,7 @@ def compress(
     from tdkit.cli.measuring import Measuring, calibration_data
     from tdkit.cli.moments import Wanted
     from tdkit.cli.policies import check_folder, policy_of
-    from tdkit.cli.reports import command_line, leave_report
+    from tdkit.cli.reports import command_line, leave_record, leave_report
     from tdkit.cli.streaming import compress_streamed
     from tdkit.compression.apply import compress_resolved
     from tdkit.errors import OptionError
@@ -134,7 +134,6 @@ def compress(
     from tdkit.planning.planner import planned
     from tdkit.planning.resolution import resolve
     from tdkit.records.before import Before
-    from tdkit.records.record import RECORD
     from tdkit.support.devices import check_device
 
     name = check_model(model, build, weights)
@@ -206,10 +205,8 @@ def compress(
             samples=measuring.samples(text, measuring.continuation(source.model, source)),
             seconds=seconds,
         )
-        record.save(folder / RECORD)
+        leave_record(record, folder, report=not no_report)
         made = record.plan or made
-        if not no_report:
-            leave_report(folder)
     show(made.report(every=every), made.to_dict(), as_json)
 
 
@@ -256,29 +253,36 @@ def quantize(
     folder: Annotated[Path, typer.Option("--out", help="Where to save the quantized model.")],
     bits: Annotated[int, typer.Option(help="Bits per number: 8 or 4.")] = 8,
     match: Match = None,
+    no_report: NoReport = False,
     dtype: DtypeOption = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier save.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Round the factors and the dense weights of a model to 8 or 4 bits and save it."""
+    """Round the factors and the dense weights of a model to 8 or 4 bits and save it, with a report."""
     from tdkit.cli.loading import check_model, dtype_of, source_of
     from tdkit.cli.policies import check_folder
+    from tdkit.cli.reports import command_line, leave_record
     from tdkit.decompositions.quantized import Quantized
     from tdkit.fitting.quantization import check_torchao
     from tdkit.models.checkpoint import save
     from tdkit.models.quantization import quantize as round_weights
     from tdkit.models.sites import num_bytes
     from tdkit.planning.plan import megabytes
+    from tdkit.records.following import followed, record_of
 
-    check_model(model, build, weights)
+    name = check_model(model, build, weights)
     asked = cast("Bits", bits)
     Quantized(bits=asked)  # checks the bits before the model is loaded
     check_torchao()
     check_folder(folder, overwrite)
     source = source_of(model, build, weights, dtype_of(dtype))
-    before = num_bytes(source.model)
+    before, record = num_bytes(source.model), record_of(source.model, name, model or weights)
     round_weights(source.model, asked, match=match or ["*"])
     save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite)
+    then, command = f"rounded to {bits} bits", command_line()
+    leave_record(
+        followed(record, source.model, name=folder.name, then=then, command=command), folder, report=not no_report
+    )
     after = num_bytes(source.model)
     show(
         f"saved to {folder}: {megabytes(before)} -> {megabytes(after)}",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORM = "tdkit-record/1"
 RECORD = "record.json"
+THEN = "then"  # the option with what was done after the compression, a text for each step
 PACKAGES = ("tdkit", "torch", "numpy", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
 
 Figures = Mapping[str, float]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tdkit.planning.plan import megabytes, percent
-from tdkit.records.record import Record
+from tdkit.records.record import THEN, Record
 
 SIZES = ("params", "bytes", "tokens_per_second")
 STDERR = "_stderr"  # how the names of standard errors end
@@ -93,7 +93,8 @@ class Entry:
             if made
             else "no weight is replaced"
         )
-        return f"{record.model} ({record.class_name}): {done}; {self.result()}."
+        then = "".join(f", then {each}" for each in record.options.get(THEN, ()))
+        return f"{record.model} ({record.class_name}): {done}{then}; {self.result()}."
 
     def result(self) -> str:
         """Returns sizes, quality and speed before and after, or why there is no compressed model."""
