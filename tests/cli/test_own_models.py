@@ -8,14 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file, save_model
 
+from tdkit.records import Record
 from tdkit.sources.own import build_model
 from tests.cli.command import Result, run
+from tests.side_packages import use_torchao
 
 Tdkit = Callable[..., Result]
 ROOT = Path(__file__).parents[2]
@@ -134,7 +137,26 @@ def test_a_sweep_without_labels_measures_agreement_in_several_processes(tdkit: T
     assert "nan" not in numbers["models"][0]["sentence"]
 
 
-def test_calibrate_bench_and_quantize(tdkit: Tdkit, here: Path) -> None:
+def test_quantizing_goes_on_with_the_record(tdkit: Tdkit, here: Path) -> None:
+    use_torchao()
+    pytest.importorskip("torchao")
+    data = ("--evaluation-data", "data.safetensors")
+    assert tdkit("compress", *MODEL, "--budget", "0.7", *data, "--out", "small").code == 0
+    for weights, place, commands in (("small", "smaller", 2), ("net.safetensors", "rounded", 1)):
+        done = tdkit("quantize", *MODEL[:2], "--weights", weights, "--out", place)
+        assert done.code == 0, done.err
+        record = Record.read(Path(place, "record.json"))
+        assert record.command is not None
+        assert record.command.count("tdkit quantize") == 1
+        assert record.command.count("tdkit ") == commands
+        assert record.options["then"] == ["rounded to 8 bits"]
+        assert record.compressed["bytes"] < 0.5 * record.dense["bytes"]
+        assert set(record.compressed) == {"params", "bytes"}, "what was measured before it is not of this model"
+        if find_spec("matplotlib"):
+            assert "then rounded to 8 bits" in Path(place, "report", "report.html").read_text()
+
+
+def test_calibrate_and_bench(tdkit: Tdkit, here: Path) -> None:
     made = tdkit("calibrate", *MODEL, "--data", "data.safetensors", "--batch-size", "8", "--out", "moments", "--json")
     assert json.loads(made.out)["batches"] == 5
     assert json.loads(made.out)["layers"] == 3
