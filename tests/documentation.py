@@ -98,6 +98,17 @@ def follow(page: Path) -> None:
                 carry_out(words)
 
 
+def carry_out_small(page: Path) -> None:
+    """Carry out the commands of `tdkit` of a page in the current folder, where small things stand in for large ones."""
+    for block in blocks(page):
+        if block.title is not None:
+            Path(block.title).write_text(block.text, encoding="utf-8")
+        elif block.language in SHELLS and block.reason is None:
+            for words in commands(block.text):
+                if words[0] == "tdkit" and words[1] not in COMPLETION:
+                    carry_out([word.replace("/models/", "models/").replace("200k", "2k") for word in words])
+
+
 def carry_out(words: list[str]) -> None:
     """Carry out a command of the documentation; one that makes an environment is only checked, this is one.
 
