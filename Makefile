@@ -23,8 +23,8 @@ test-slow: $(VENV)/dev.done
 test-hostile: $(VENV)/dev.done $(VENV)/side.done $(VENV)/quantization.done
 	PYTHONPATH=. $(BIN)/python -m tests.hostile.report
 
-# The lowest declared version of every dependency but torch (see tests/lowest.py), in an environment of its own. What
-# newer packages say of the older ones that they find is no error there.
+# The lowest declared version of every dependency (see tests/lowest.py), in an environment of its own: several GB, as
+# torch comes with CUDA. What newer packages say of the older ones that they find is no error there.
 test-lowest: $(VENV)/lowest.done
 	$(VENV)/lowest/bin/python -m pytest -n auto -m "not slow and not gpu and not hostile and not real" $(LENIENT) $(LOWEST)
 

@@ -36,6 +36,7 @@ FENCE = re.compile(
 SHELLS = ("bash", "console")
 PLAIN = ("cat", "cd", "export", "git", "ls", "mkdir", "source")  # of the system, which are not checked
 MODULES = ("pytest", "venv")
+CLONE = "../tdkit/"  # the repository, beside the folder of the guide
 COMPLETION = ("--install-completion", "--show-completion")
 
 
@@ -97,6 +98,17 @@ def follow(page: Path) -> None:
                 carry_out(words)
 
 
+def carry_out_small(page: Path) -> None:
+    """Carry out the commands of `tdkit` of a page in the current folder, where small things stand in for large ones."""
+    for block in blocks(page):
+        if block.title is not None:
+            Path(block.title).write_text(block.text, encoding="utf-8")
+        elif block.language in SHELLS and block.reason is None:
+            for words in commands(block.text):
+                if words[0] == "tdkit" and words[1] not in COMPLETION:
+                    carry_out([word.replace("/models/", "models/").replace("200k", "2k") for word in words])
+
+
 def carry_out(words: list[str]) -> None:
     """Carry out a command of the documentation; one that makes an environment is only checked, this is one.
 
@@ -153,7 +165,10 @@ def check_command(words: list[str]) -> None:
         assert arguments[0] in targets, f"make {arguments[0]}: no such target"
     elif words[:2] == ["pip", "install"]:
         for name in (word for word in arguments[1:] if not word.startswith("-")):
-            check_package(name)
+            if name.startswith(CLONE):
+                assert (ROOT / name.removeprefix(CLONE)).exists(), name
+            else:
+                check_package(name.removeprefix("../"))
     elif program == "python" and arguments[0] == "-m":
         module = ROOT.joinpath(*arguments[1].split("."))
         assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), arguments[1]

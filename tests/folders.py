@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 SENTENCE = "the state of our union is strong and people work for peace with hope in every land"
 
@@ -37,4 +39,35 @@ def gpt2_folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Pa
         vocab_size=300, n_positions=64, n_embd=48, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1, pad_token_id=1
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+NET = """from torch import nn
+
+
+def build():
+    return nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+"""
+
+
+def stand_ins(folder: Path, gpt2_folder: Path) -> Path:
+    """Make what commands of the documentation name, in a folder, which is returned.
+
+    ``smollm2`` is a small model with its names of layers, which comes before the registered one; ``my_pkg.nets:build``
+    builds a torch module, with ``net.safetensors``, ``train.safetensors`` and ``test.safetensors``.
+    """
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, **special, vocab_size=300, num_key_value_heads=2, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder / "smollm2")
+    AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(folder / "smollm2")
+    (folder / "my_pkg").mkdir()
+    (folder / "my_pkg" / "nets.py").write_text(NET, encoding="utf-8")
+    save_file(nn.Sequential(*(nn.Linear(32, 32) for _ in range(4))).state_dict(), folder / "net.safetensors")
+    for name in ("train", "test"):
+        data = {"inputs": torch.randn(40, 32), "labels": torch.arange(40) % 32}
+        save_file(data, folder / f"{name}.safetensors")
     return folder

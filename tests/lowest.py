@@ -1,6 +1,6 @@
 """``python -m tests.lowest``: print constraints that pin every declared dependency to the lowest version declared.
 
-torch is that of ``constraints.txt``: PyPI has the lowest one for Linux on x86-64 as a CUDA build of several GB only.
+PyPI has the lowest torch for Linux on x86-64 as a CUDA build only, which brings several GB and runs on a CPU as well.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PROJECTS = (ROOT / "pyproject.toml", ROOT / "plugins" / "tdkit-distill" / "pyproject.toml")
-AS_USUAL = ("torch",)
 
 
 def requirements(project: Path) -> Iterator[Requirement]:
@@ -38,9 +37,8 @@ def lowest() -> dict[str, str]:
 
 def main() -> None:
     """Print them."""
-    usual = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split())
     for name, version in lowest().items():
-        print(f"{name}=={usual[name] if name in AS_USUAL else version}")
+        print(f"{name}=={version}")
 
 
 if __name__ == "__main__":

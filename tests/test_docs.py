@@ -8,6 +8,7 @@ import os
 import pkgutil
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +23,7 @@ from docs.notebooks import cells
 from tdkit.errors import TdkitError
 from tests.benchmarks import layers
 from tests.documentation import DOCS, PAGES, ROOT, Block, blocks, check_block, check_command, code, run, text_of
+from tests.folders import stand_ins
 from tests.side_packages import INSTALL, SIDE, use_torchao
 
 NOT_RUN = {  # blocks that cannot run here, and how many of a page
@@ -84,6 +86,28 @@ follow(Path({str(GUIDE)!r}))
     assert (tmp_path / "smaller" / "report" / "report.html").is_file()
     assert (tmp_path / "sweep" / "report" / "report.html").is_file()
     assert "mine" in (tmp_path / "mine" / "tdkit.json").read_text(encoding="utf-8")
+
+
+BY_COMMANDS = [  # pages whose commands a reader copies one after the other
+    ROOT / "README.md",
+    *(DOCS / name for name in ("healing.md", "recipes.md", "sweep.md")),
+    *(DOCS / "how-to" / name for name in ("language-model.md", "resume.md")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", BY_COMMANDS, ids=name_of)
+def test_the_commands_of_a_page_work(page: Path, gpt2_folder: Path, tmp_path: Path) -> None:
+    """On a small model in place of those that they name."""
+    stand_ins(tmp_path, gpt2_folder)
+    shutil.copytree(tmp_path / "smollm2", tmp_path / "models" / "large")
+    code = f"""
+from tests.side_packages import use_torchao
+use_torchao()
+from tests.documentation import carry_out_small
+carry_out_small(Path({str(page)!r}))
+"""
+    in_a_process_of_its_own(code, tmp_path)
 
 
 @pytest.mark.skipif(not SIDE.is_dir(), reason=f"torchvision is not there: {INSTALL}")

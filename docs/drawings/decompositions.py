@@ -9,14 +9,11 @@ def low_rank() -> Drawing:
     d = Drawing(
         "A matrix of out rows and in columns is the product of a left factor with r columns and a right one", 150
     )
-    d.box(30, 20, 110, 90, "grey", "W")
-    d.text(85, 125, "in", "small")
+    d.box(30, 20, 110, 90, "grey", "W", below={125: "in"})
     d.text(16, 65, "out", "small")
     d.text(156, 65, "≈")
-    d.box(200, 20, 26, 90, "blue", "L")
-    d.text(213, 125, "r", "small")
-    d.box(240, 20, 110, 26, "orange", "R")
-    d.text(295, 60, "in", "small")
+    d.box(200, 20, 26, 90, "blue", "L", below={125: "r"})
+    d.box(240, 20, 110, 26, "orange", "R", below={60: "in"})
     d.text(196, 65, "out", "small right")
     return d
 
@@ -28,8 +25,7 @@ def kronecker() -> Drawing:
     d.grid(14, 20, 60, 60, 3, 3, "blue")
     d.text(44, 50, "A", "bold")
     d.text(88, 50, "⊗")
-    d.grid(104, 36, 40, 28, 2, 2, "orange")
-    d.text(124, 78, "B", "small")
+    d.grid(104, 36, 40, 28, 2, 2, "orange", below={78: "B"})
     d.text(160, 50, "=")
     for row in range(3):
         for column in range(3):
@@ -77,17 +73,13 @@ def tt_matrix() -> Drawing:
 
 def tucker() -> Drawing:
     d = Drawing("A convolution is written as a 1 x 1, a k x k on fewer channels, and a 1 x 1", 190)
-    d.box(8, 30, 66, 66, "grey", "W\nk × k")
-    d.text(41, 112, "in → out", "small")
+    d.box(8, 30, 66, 66, "grey", "W\nk × k", below={112: "in → out"})
     d.text(90, 63, "≈")
-    d.box(106, 42, 66, 42, "blue", "V\n1 × 1")
-    d.text(139, 112, "in → r_in", "small")
+    d.box(106, 42, 66, 42, "blue", "V\n1 × 1", below={112: "in → r_in"})
     d.arrow(174, 63, 192, 63)
-    d.box(194, 34, 66, 58, "orange", "core\nk × k")
-    d.text(227, 112, "r_in → r_out", "small")
+    d.box(194, 34, 66, 58, "orange", "core\nk × k", below={112: "r_in → r_out"})
     d.arrow(262, 63, 280, 63)
-    d.box(282, 42, 66, 42, "blue", "U\n1 × 1")
-    d.text(315, 112, "r_out → out", "small")
+    d.box(282, 42, 66, 42, "blue", "U\n1 × 1", below={112: "r_out → out"})
     d.text(180, 156, "W[o, i, :, :] ≈ Σ U[o, a] core[a, b, :, :] V[i, b]", "small")
     return d
 
@@ -102,8 +94,7 @@ def cp() -> Drawing:
         (230, 38, 16, 32, "green", "kh"),
         (262, 46, 32, 16, "red", "kw"),
     ):
-        d.box(x, y, width, height, colour)
-        d.text(x + width / 2, 100, name, "small")
+        d.box(x, y, width, height, colour, below={100: name})
     for x in (149, 223, 254):
         d.text(x, 54, "∘")
     d.text(180, 136, "as convolutions, each channel by itself in the middle:", "small")
@@ -113,16 +104,11 @@ def cp() -> Drawing:
 
 def spatial_low_rank() -> Drawing:
     d = Drawing("A k x k convolution is a k x 1 to r channels and a 1 x k after it", 150)
-    d.grid(14, 24, 72, 72, 3, 3, "grey")
-    d.text(50, 114, "in → out", "small")
+    d.grid(14, 24, 72, 72, 3, 3, "grey", below={114: "in → out"})
     d.text(108, 60, "≈")
-    d.grid(140, 24, 24, 72, 3, 1, "blue")
-    d.text(152, 114, "in → r", "small")
+    d.grid(140, 24, 24, 72, 3, 1, "blue", below={114: "in → r", 136: "k × 1"})
     d.arrow(176, 60, 220, 60)
-    d.grid(234, 48, 72, 24, 1, 3, "orange")
-    d.text(270, 114, "r → out", "small")
-    d.text(152, 136, "k × 1", "small")
-    d.text(270, 136, "1 × k", "small")
+    d.grid(234, 48, 72, 24, 1, 3, "orange", below={114: "r → out", 136: "1 × k"})
     return d
 
 

@@ -6,6 +6,8 @@ every box has its name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from xml.sax.saxutils import escape
 
 WIDTH = 360  # pixels: the width of a page on a phone, so that words keep their size there
@@ -47,16 +49,38 @@ class Drawing:
         self._parts: list[str] = []
 
     def box(
-        self, x: float, y: float, width: float, height: float, colour: str, text: str = "", *, small: bool = False
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        colour: str,
+        text: str = "",
+        *,
+        small: bool = False,
+        below: Mapping[float, str] = MappingProxyType({}),
     ) -> None:
-        """A box with words in its middle."""
+        """A box with words in its middle, and small ones below it, by their height in the drawing."""
         self._parts.append(f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="2" class="{colour}"/>')
         if text:
             self.text(x + width / 2, y + height / 2, text, "small" if small else "")
+        for at, label in below.items():
+            self.text(x + width / 2, at, label, "small")
 
-    def grid(self, x: float, y: float, width: float, height: float, rows: int, columns: int, colour: str) -> None:
+    def grid(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        rows: int,
+        columns: int,
+        colour: str,
+        *,
+        below: Mapping[float, str] = MappingProxyType({}),
+    ) -> None:
         """A box of cells."""
-        self.box(x, y, width, height, colour)
+        self.box(x, y, width, height, colour, below=below)
         for row in range(1, rows):
             self.path(f"M{x:g} {y + height * row / rows:g}h{width:g}", "thin")
         for column in range(1, columns):

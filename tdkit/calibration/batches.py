@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -235,6 +236,19 @@ def moved(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(moved(value, device) for value in batch))
     return tuple(moved(value, device) for value in batch) if isinstance(batch, tuple | list) else batch
+
+
+def digest_of(batches: Iterable[Batch]) -> str:
+    """Returns the SHA-256 of the dtypes, shapes and bytes of the tensors in batches, and of what else they hold."""
+    total = hashlib.sha256()
+    for batch in batches:
+        for leaf in tree_leaves(batch):
+            if isinstance(leaf, Tensor):
+                total.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+                total.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                total.update(repr(leaf).encode())
+    return total.hexdigest()
 
 
 def check_batches(batches: Iterable[Batch]) -> None:

@@ -115,10 +115,18 @@ class Calibration:
         return (*self._metrics, *self._files)
 
     def metric(self, name: str) -> Metric | None:
-        """Returns the metric of the site called `name`, or None when no batch reached it."""
+        """Returns the metric of the site called `name`, or None when no batch reached it.
+
+        Raises:
+            CalibrationError: when `name` is that of the parameter ``weight`` of a site, which goes by its module's.
+        """
         if name in self._files:
             return _read(self._files[name], name)
-        return self._metrics.get(name)
+        metric = self._metrics.get(name)
+        module = name.removesuffix(".weight")
+        if metric is None and module != name and module in self.names:
+            raise CalibrationError(f"no moments are called '{name}': those of the weight of a layer are '{module}'")
+        return metric
 
     def fit_metric(self, name: str) -> Metric | None:
         """Returns the metric that errors and fits of a site use, see `shrunk`; None when no batch reached it."""

@@ -115,7 +115,8 @@ GROUPS = (
 
 for group in GROUPS:
     for command in group.COMMANDS:
-        app.command(command.name, epilog=f"Example: {escape(command.example)}")(command.function)
+        shown = "\n\n".join(f"Example: {escape(each)}" for each in command.examples)
+        app.command(command.name, epilog=shown)(command.function)
 
 
 def main() -> None:

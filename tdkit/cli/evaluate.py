@@ -296,4 +296,10 @@ def _of_tasks(results: list[Result], limit: int | None, model: str) -> Table:
     return table_of(title, ["task", "metric", "value", "+-", "examples", "requests"], rows)
 
 
-COMMANDS = (Command(eval_, "tdkit eval smaller --text sotu:evaluation --context 512 --tokens 4096"),)
+COMMANDS = (
+    Command(
+        eval_,
+        "tdkit eval smaller --text sotu:evaluation --context 512 --tokens 4096",
+        "tdkit eval --model my_pkg.nets:build --weights small --data test.safetensors --against net.safetensors",
+    ),
+)

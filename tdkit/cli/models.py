@@ -17,6 +17,7 @@ from tdkit.cli.options import (
     Context,
     Data,
     DtypeOption,
+    EvaluationData,
     EvaluationText,
     EvaluationTokens,
     Every,
@@ -106,6 +107,7 @@ def compress(
     workers: Annotated[int, typer.Option(help="With --stream: processes that share the layers.", min=1)] = 1,
     evaluation: EvaluationText = None,
     evaluation_tokens: EvaluationTokens = None,
+    evaluation_data: EvaluationData = None,
     prompt: Prompt = None,
     no_report: NoReport = False,
     dtype: DtypeOption = "float32",
@@ -122,16 +124,16 @@ def compress(
     from tdkit.cli.measuring import Measuring, calibration_data
     from tdkit.cli.moments import Wanted
     from tdkit.cli.policies import check_folder, policy_of
-    from tdkit.cli.reports import command_line, leave_report
+    from tdkit.cli.reports import command_line, leave_record, leave_report
     from tdkit.cli.streaming import compress_streamed
     from tdkit.compression.apply import compress_resolved
     from tdkit.errors import OptionError
+    from tdkit.evaluation.batches import HIGHER_IS_BETTER
     from tdkit.models.card import Card
     from tdkit.models.checkpoint import save
     from tdkit.planning.planner import planned
     from tdkit.planning.resolution import resolve
     from tdkit.records.before import Before
-    from tdkit.records.record import RECORD
     from tdkit.support.devices import check_device
 
     name = check_model(model, build, weights)
@@ -147,7 +149,11 @@ def compress(
     if stream:
         if model is None:
             raise OptionError("--stream reads folders of transformers: give MODEL, not --model")
-        of_whole |= {"--evaluation": evaluation is not None, "--prompt": prompt is not None}
+        of_whole |= {
+            "--evaluation": evaluation is not None,
+            "--evaluation-data": evaluation_data is not None,
+            "--prompt": prompt is not None,
+        }
         made = compress_streamed(
             model, chosen, folder, wanted, of_whole, dtype_of(dtype), device, workers, overwrite, card, dry_run
         )
@@ -159,7 +165,7 @@ def compress(
         raise OptionError(f"--workers {workers} needs --stream")
     settings.kept = "nothing was saved; tdkit calibrate keeps moments for --calibration, --stream keeps finished layers"
     material = wanted.read()
-    measuring = Measuring.of(evaluation, evaluation_tokens, context, prompt)
+    measuring = Measuring.of(evaluation, evaluation_tokens, context, prompt, evaluation_data, batch_size)
     source = source_of(model, build, weights, dtype_of(dtype))
     measuring.check(source)
     resolved = resolve(source.model, chosen)
@@ -168,7 +174,8 @@ def compress(
     made = planned(resolved, known)
     seconds = {"calibration and plan": time.perf_counter() - started}
     if not dry_run:
-        before, dense = Before.of(resolved, made, known), measuring.figures(source)
+        before, dense = Before.of(resolved, made, known), measuring.figures(source, source.model)
+        compared = measuring.to_compare(source.model)
         text = measuring.continuation(source.model, source)
         started = time.perf_counter()
         what = resolved.following(made) if passes == 1 else resolved
@@ -193,14 +200,13 @@ def compress(
             command=command_line(),
             data=(*calibration_data(material), *measuring.data),
             dense=dense,
-            compressed=measuring.figures(source),
+            compressed=measuring.figures(source, compared),
+            higher_is_better=HIGHER_IS_BETTER,
             samples=measuring.samples(text, measuring.continuation(source.model, source)),
             seconds=seconds,
         )
-        record.save(folder / RECORD)
+        leave_record(record, folder, report=not no_report)
         made = record.plan or made
-        if not no_report:
-            leave_report(folder)
     show(made.report(every=every), made.to_dict(), as_json)
 
 
@@ -247,29 +253,36 @@ def quantize(
     folder: Annotated[Path, typer.Option("--out", help="Where to save the quantized model.")],
     bits: Annotated[int, typer.Option(help="Bits per number: 8 or 4.")] = 8,
     match: Match = None,
+    no_report: NoReport = False,
     dtype: DtypeOption = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier save.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Round the factors and the dense weights of a model to 8 or 4 bits and save it."""
+    """Round the factors and the dense weights of a model to 8 or 4 bits and save it, with a report."""
     from tdkit.cli.loading import check_model, dtype_of, source_of
     from tdkit.cli.policies import check_folder
+    from tdkit.cli.reports import command_line, leave_record
     from tdkit.decompositions.quantized import Quantized
     from tdkit.fitting.quantization import check_torchao
     from tdkit.models.checkpoint import save
     from tdkit.models.quantization import quantize as round_weights
     from tdkit.models.sites import num_bytes
     from tdkit.planning.plan import megabytes
+    from tdkit.records.following import followed, record_of
 
-    check_model(model, build, weights)
+    name = check_model(model, build, weights)
     asked = cast("Bits", bits)
     Quantized(bits=asked)  # checks the bits before the model is loaded
     check_torchao()
     check_folder(folder, overwrite)
     source = source_of(model, build, weights, dtype_of(dtype))
-    before = num_bytes(source.model)
+    before, record = num_bytes(source.model), record_of(source.model, name, model or weights)
     round_weights(source.model, asked, match=match or ["*"])
     save(source.model, folder, tokenizer=source.tokenizer, overwrite=overwrite)
+    then, command = f"rounded to {bits} bits", command_line()
+    leave_record(
+        followed(record, source.model, name=folder.name, then=then, command=command), folder, report=not no_report
+    )
     after = num_bytes(source.model)
     show(
         f"saved to {folder}: {megabytes(before)} -> {megabytes(after)}",
@@ -280,7 +293,12 @@ def quantize(
 
 COMMANDS = (
     Command(plan, "tdkit plan smollm2 --with low_rank --match '*.mlp.*' --budget 0.9"),
-    Command(compress, "tdkit compress smollm2 --with low_rank --match '*.mlp.*' --budget 0.9 --out smaller"),
+    Command(
+        compress,
+        "tdkit compress smollm2 --with low_rank --match '*.mlp.*' --budget 0.9 --out smaller",
+        "tdkit compress --model my_pkg.nets:build --weights net.safetensors --data train.safetensors --budget 0.6 "
+        "--evaluation-data test.safetensors --out small",
+    ),
     Command(quantize, "tdkit quantize smaller --bits 8 --out smallest"),
     Command(info, "tdkit info smaller"),
 )

@@ -102,8 +102,7 @@ class Material:
             return self.batches
         batches = self.windows_for(source.model, source.tokenizer)
         if not self.wanted.inputs_only and self.wanted.labels == "data":
-            ids = torch.cat([batch.flatten() for batch in batches])
-            check_causal(source.model, ids, DOING, f"give --inputs-only, or {IN_PYTHON}")
+            check_causal(source.model, batches[0].flatten(), DOING, f"give --inputs-only, or {IN_PYTHON}")
         return batches
 
     def windows_for(self, model: nn.Module, tokenizer: Any) -> tuple[torch.Tensor, ...]:

@@ -103,6 +103,15 @@ EvaluationText = Annotated[
 EvaluationTokens = Annotated[
     int | None, typer.Option(help="How many tokens of the evaluation text to use; 16384 by default.", min=2)
 ]
+EvaluationData = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluation-data",
+        metavar="PATH|MODULE:NAME",
+        help="Measure on these batches before and after, given as --data: the accuracy or the squared error by their "
+        "labels, without labels the agreement with the dense model.",
+    ),
+]
 Prompt = Annotated[str | None, typer.Option(help="Continue this text with the model before and after, for the report.")]
 NoReport = Annotated[bool, typer.Option("--no-report", help="Leave no report in the folder.")]
 Within = Annotated[

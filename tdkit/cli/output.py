@@ -28,10 +28,16 @@ class Command:
     Attributes:
         function: its arguments and options are those of the command, its docstring the help.
         example: a call that the help shows, and that a test runs.
+        own: one for a torch model of the user's, by import path.
     """
 
     function: Callable[..., None]
     example: str
+    own: str | None = None
+
+    @property
+    def examples(self) -> list[str]:
+        return [each for each in (self.example, self.own) if each is not None]
 
     @property
     def name(self) -> str:
@@ -93,8 +99,8 @@ def show(table: RenderableType, data: Any, as_json: bool) -> None:
 BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 
-IMPORTED = ("torchao", "torch.utils._pytree")
-"""Loggers that warn, when torchao is imported, of kernels for other devices that cannot be loaded."""
+IMPORTED = ("torchao", "torch.utils._pytree", "torch.onnx._internal.exporter._registration")
+"""Loggers that warn, on import, of kernels for other devices that torchao cannot load, and of torchvision's absence."""
 
 
 def without_import_warnings() -> None:

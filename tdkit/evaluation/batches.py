@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,7 @@ from tdkit.sources.source import Source
 from tdkit.support.compatibility import tree_leaves
 
 Metric = Literal["accuracy", "mse"]
+HIGHER_IS_BETTER = ("accuracy", "agreement")  # of the figures; of the others less is better
 
 
 def measure_batches(
@@ -78,6 +80,36 @@ def measure_batches(
         tokens_sha256=digest.hexdigest(),
         figures=figures,
     )
+
+
+def has_labels(model: nn.Module, batches: Iterable[Batch], name: str) -> bool:
+    """Returns whether the first of the batches has labels that a model can be measured by.
+
+    Raises:
+        EvaluationError: when there are no batches, or the model does not take the first.
+    """
+    for batch in batches:
+        return _metric_of(call_in(model, batch, 0).labels) is not None
+    raise EvaluationError(f"{name} holds no batches")
+
+
+def quality(source: Source, batches: Iterable[Batch], name: str, dense: nn.Module | None) -> dict[str, float]:
+    """Returns "accuracy" or "mse" of a model on batches with labels; on others "agreement" and "relative error".
+
+    Args:
+        source: the model.
+        batches, name: as in `measure_batches`.
+        dense: the model before, which the model is compared with where there are no labels; also the model itself.
+
+    Raises:
+        EvaluationError: as `measure_batches`.
+    """
+    if has_labels(source.model, batches, name):
+        dense = None
+    elif dense is source.model:  # which agrees with itself, by the figures that its outputs have
+        dense = copy.deepcopy(dense)
+    found = measure_batches(source, batches, name, dense=dense).figures
+    return {figure: value.value for figure, value in found.items() if figure != "ratio"}
 
 
 def agreement_figures(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORM = "tdkit-record/1"
 RECORD = "record.json"
+THEN = "then"  # the option with what was done after the compression, a text for each step
 PACKAGES = ("tdkit", "torch", "numpy", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
 
 Figures = Mapping[str, float]
@@ -37,7 +38,8 @@ class Data:
         role: 'calibration', 'evaluation' or 'train'.
         name: as it was given.
         tokens: how many tokens of it were used, at most; None for all, or where it has no tokens.
-        sha256: of its documents, as in `tdkit.sources.documents.sha256`; None where it is not known.
+        sha256: of its documents, as in `tdkit.sources.documents.sha256`, or of its batches, as in
+            `tdkit.calibration.batches.digest_of`; None where it is not known.
     """
 
     role: str

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tdkit.planning.plan import megabytes, percent
-from tdkit.records.record import Record
+from tdkit.records.record import THEN, Record
 
 SIZES = ("params", "bytes", "tokens_per_second")
 STDERR = "_stderr"  # how the names of standard errors end
@@ -94,7 +93,8 @@ class Entry:
             if made
             else "no weight is replaced"
         )
-        return f"{record.model} ({record.class_name}): {done}; {self.result()}."
+        then = "".join(f", then {each}" for each in record.options.get(THEN, ()))
+        return f"{record.model} ({record.class_name}): {done}{then}; {self.result()}."
 
     def result(self) -> str:
         """Returns sizes, quality and speed before and after, or why there is no compressed model."""
@@ -147,10 +147,12 @@ def _changed(what: str, before: float | None, after: float | None, form: Any, *,
         return ""
     if before is None:
         return f"{form(after)} {what}".strip()
-    ratio = after / before if before else math.nan
-    change = f"{ratio:.3g} x" if times else percent(ratio)
     label = f"{what} " if what else ""
-    return f"{label}{form(before)} → {form(after)} ({change})"
+    both = f"{label}{form(before)} → {form(after)}"
+    if not before:  # nothing is a multiple of 0
+        return both
+    change = f"{after / before:.3g} x" if times else percent(after / before)
+    return f"{both} ({change})"
 
 
 def _count(value: float) -> str:

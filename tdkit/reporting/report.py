@@ -14,6 +14,7 @@ import yaml
 
 from tdkit.errors import CheckpointError, MissingDependencyError
 from tdkit.planning.plan import percent
+from tdkit.records.record import THEN
 from tdkit.records.tree import render_tree
 from tdkit.reporting.drawing import FAINT, INK, SERIES, Drawing
 from tdkit.reporting.entry import Entry, columns
@@ -195,6 +196,7 @@ class Report:
         )
 
 
+TOLD = ("step", THEN)  # options that the rest of the page says
 NO_REASON = "the reason was not recorded"
 LEFT_DENSE = ("weight", "shape", "parameters", "why")
 
@@ -253,7 +255,7 @@ def _again(entry: Entry) -> list[tuple[str, str]]:
     record = entry.record
     pairs = [("command", entry.again or "not known: it was made by a call in Python, or is not recorded")]
     pairs += [("model", record.model), ("seed", "none was given" if record.seed is None else str(record.seed))]
-    pairs += [(name.replace("_", " "), str(value)) for name, value in record.options.items() if name != "step"]
+    pairs += [(name.replace("_", " "), str(value)) for name, value in record.options.items() if name not in TOLD]
     for data in record.data:
         used = "" if data.tokens is None else f", up to {data.tokens:,} tokens"
         pairs.append((f"{data.role} data", f"{data.name}{used}; SHA-256 {data.sha256 or 'not known'}"))

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 __all__ = [
     "COMPILED",
@@ -60,6 +60,7 @@ __all__ = [
     "submodules_of",
     "tensor_files_written_by",
     "tree_leaves",
+    "tree_map",
     "tree_map_only",
     "uncompiled",
     "unsharded_class",

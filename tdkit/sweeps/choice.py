@@ -11,6 +11,7 @@ from tdkit.planning.plan import percent
 from tdkit.records.record import Record
 
 NOT_METRICS = ("params", "bytes", "tokens_per_second")
+OF_DENSE = "relative error"  # of the outputs, as a fraction of those of the dense model
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ def choose(records: Sequence[Record], within: float, metric: str | None = None) 
         records: of models that were measured, as were their dense ones.
         within: as a fraction of the dense model's metric: 0.05 allows a perplexity of 1.05 and an accuracy of 0.95
             times the dense one.
-        metric: its name; the first that was measured when None.
+        metric: its name; the first that was measured when None. "relative error", of the outputs beside the dense
+            model's, is the loss itself.
 
     Raises:
         OptionError: when `within` is negative.
@@ -53,7 +55,8 @@ def choose(records: Sequence[Record], within: float, metric: str | None = None) 
     measured = [(size, loss, record) for size, loss, record in sized if loss is not None]
     if not measured:
         return Choice(None, f"no point can be recommended: {metric} of the dense model is not known")
-    goal = f"the largest reduction within {within:.0%} of the dense model's {metric}"
+    what = "outputs" if metric == OF_DENSE else metric
+    goal = f"the largest reduction within {within:.0%} of the dense model's {what}"
     good = [each for each in measured if each[1] <= within]
     if not good:
         _, _, nearest = min(measured, key=lambda each: each[1])
@@ -67,6 +70,8 @@ def choose(records: Sequence[Record], within: float, metric: str | None = None) 
 def _loss(record: Record, metric: str) -> float | None:
     """Returns by which fraction a metric is worse than that of the dense model; None where that is not known."""
     dense, value = record.dense.get(metric), record.compressed[metric]
+    if metric == OF_DENSE:
+        return value if math.isfinite(value) else math.inf
     if dense is None or not math.isfinite(dense) or not dense:
         return None
     if not math.isfinite(value):
@@ -76,4 +81,5 @@ def _loss(record: Record, metric: str) -> float | None:
 
 
 def _said(record: Record, metric: str) -> str:
-    return f"{metric} {record.compressed[metric]:.4g} instead of {record.dense[metric]:.4g}"
+    dense = "" if metric == OF_DENSE else f" instead of {record.dense[metric]:.4g}"
+    return f"{metric} {record.compressed[metric]:.4g}{dense}"

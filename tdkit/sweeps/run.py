@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdkit.calibration.batches import Batch
+from tdkit.calibration.batches import Batch, digest_of
 from tdkit.calibration.calibration import Calibration, Loss
 from tdkit.calibration.losses import Labels
 from tdkit.calibration.measure import measured, text_batches
@@ -28,7 +28,6 @@ from tdkit.planning.resolution import resolve
 from tdkit.records.before import Before, sizes_of
 from tdkit.records.record import Data, Figures, Record, Sample
 from tdkit.support.claims import claimed, shared_by_claims
-from tdkit.support.compatibility import tree_leaves
 from tdkit.support.documents import read_json
 from tdkit.support.files import write_text
 from tdkit.sweeps.folder import Folder
@@ -306,21 +305,14 @@ def _kept_numbers(file: Path) -> dict[str, float]:
 
 def _digest(given: Any) -> str:
     """Returns a digest of a calibration: of its moments, or of the tensors of its batches and of other values."""
+    if not isinstance(given, Calibration):
+        return digest_of([given])
     total = hashlib.sha256()
-    if isinstance(given, Calibration):
-        for name in given.names:
-            metric = given.metric(name)
-            sides = () if metric is None else (metric.input, metric.output)
-            sums = [None if side is None else float(side.sum(dtype=torch.float64)) for side in sides]
-            total.update(json.dumps([name, sums]).encode())
-        return total.hexdigest()
-    for leaf in tree_leaves(given):
-        if isinstance(leaf, Tensor):
-            flat_leaf = leaf.detach().cpu().contiguous()
-            total.update(f"{flat_leaf.dtype} {tuple(flat_leaf.shape)}".encode())
-            total.update(flat_leaf.reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            total.update(repr(leaf).encode())
+    for name in given.names:
+        metric = given.metric(name)
+        sides = () if metric is None else (metric.input, metric.output)
+        sums = [None if side is None else float(side.sum(dtype=torch.float64)) for side in sides]
+        total.update(json.dumps([name, sums]).encode())
     return total.hexdigest()
 
 

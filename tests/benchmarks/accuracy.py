@@ -316,11 +316,13 @@ class Store:
             "- \\* with input moments shrunk towards their diagonal; rows without the sign are older or have none",
             "",
         ]
-        lines += [*self.bars(), ""]
         for scope in SCOPES:
             table = [row for row in self.found if row["scope"] == scope.name]
             if table:
                 lines += [f"## {scope.name} kept", "", self.table(table, scope)]
+        bars = self.bars()
+        if bars:
+            lines += ["## Asked for", "", *bars, ""]
         return "\n".join(lines)
 
     def table(self, table: list[dict[str, Any]], scope: Scope) -> str:

@@ -87,8 +87,9 @@ ROWS: Mapping[str, Row] = {
 class Bench:
     """The models of a run, compressed once, and the texts they are measured on."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, precision: str = "auto") -> None:
         self.run = run
+        self.precision = precision  # of long rows
         self.source: Source = load_model("smollm2")
         self.ids: Tensor = spread_windows(
             EVALUATION_TEXT, self.source.tokenizer, context=CONTEXT, tokens=EVALUATION_TOKENS
@@ -98,8 +99,8 @@ class Bench:
         """The model compressed to a share of its blocks."""
         folder = self.run / f"{kind}-{keep:.0%}"
         if not folder.exists():
-            known = calibrated(self.source, self.run, "data")[0]
-            model, _ = compressed(self.source, f"{kind}/allocated", Scope("blocks", keep), lambda _: known)
+            known = calibrated(self.source, self.run, "sampled")[0]
+            model, _ = compressed(self.source, f"{kind}/sampled", Scope("blocks", keep), lambda _: known)
             tdkit.save(model, folder, tokenizer=self.source.tokenizer)
         return tdkit.load(folder)
 
@@ -120,7 +121,7 @@ class Bench:
             context=CONTEXT,
             seed=SEED,
             folder=folder,
-            **({} if tokens >= LONG else SHORT),
+            **({"precision": self.precision} if tokens >= LONG else SHORT),
             **options,
         )
 
@@ -231,12 +232,13 @@ def main() -> None:
     parser.add_argument("--keep", nargs="*", type=float, default=[0.8, 0.6], help="shares of the blocks")
     parser.add_argument("--tokens", default="4096", help="to train on")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--precision", choices=("auto", "bf16", "no"), default="auto", help="of long rows")
     options = parser.parse_args()
     torch.manual_seed(SEED)
     torch.set_num_threads(options.threads)
     options.run.mkdir(parents=True, exist_ok=True)
     tokens = int(options.tokens.replace("k", "000").replace("M", "000000"))
-    bench, store = Bench(options.run), Store(options.out)
+    bench, store = Bench(options.run, options.precision), Store(options.out)
     if not store.form["setting"]:
         store.form["setting"] = {
             "model": "smollm2 (SmolLM2-135M-Instruct, 4-bit weights made dense)",

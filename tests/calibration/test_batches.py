@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tdkit.calibration.batches import call_of, check_batches, moved
+from tdkit.calibration.batches import call_of, check_batches, digest_of, moved
 from tdkit.errors import CalibrationError
 
 X, Y, Z = torch.randn(4, 3), torch.arange(4), torch.ones(4)
@@ -125,3 +125,17 @@ def test_only_integers_are_token_ids() -> None:
     assert call_of(one, X).token_ids is None
     assert call_of(loose, {"input_ids": ids}).token_ids is ids
     assert call_of(loose, {"input_ids": Y}).token_ids is None
+
+
+def test_a_digest_is_of_all_values_of_all_batches() -> None:
+    batches = [(torch.arange(4.0), torch.tensor([1, 2])), {"x": torch.ones(2), "scale": 3}]
+    same = [(torch.arange(4.0), torch.tensor([1, 2])), {"x": torch.ones(2), "scale": 3}]
+    assert digest_of(batches) == digest_of(iter(same))
+    others = [
+        batches[:1],
+        [batches[0], {"x": torch.ones(2), "scale": 4}],
+        [batches[0], {"x": torch.ones(2).double(), "scale": 3}],
+        [batches[0], {"x": torch.ones(1, 2), "scale": 3}],
+        [(torch.arange(4.0) + 1, torch.tensor([1, 2])), batches[1]],
+    ]
+    assert len({digest_of(batches), *(digest_of(each) for each in others)}) == 6

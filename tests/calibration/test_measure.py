@@ -529,3 +529,12 @@ def test_fits_shrink_correlations_of_few_rows() -> None:
         torch.testing.assert_close(raw.input, x.T @ x / len(x), check_dtype=False)
     calibration.units = 0  # not known
     assert calibration.fit_metric("0") is raw
+
+
+def test_a_weight_goes_by_the_name_of_its_layer() -> None:
+    torch.manual_seed(0)
+    measured = tdkit.calibrate(nn.Sequential(nn.Linear(4, 3)), [torch.randn(8, 4)], gradients=False)
+    assert measured.metric("0") is not None
+    assert measured.metric("1") is None
+    with pytest.raises(CalibrationError, match=r"no moments are called '0.weight': those .* are '0'"):
+        measured.metric("0.weight")

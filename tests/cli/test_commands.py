@@ -24,6 +24,7 @@ from tdkit.models.sites import num_params
 from tdkit.planning.policy import Policy
 from tdkit.sources import encode, load_model, load_texts
 from tests.cli.command import Result, run
+from tests.conftest import make_gpt2
 from tests.packages import install_package
 
 Tdkit = Callable[..., Result]
@@ -381,6 +382,18 @@ def test_an_encoder_is_calibrated_on_the_inputs_of_its_layers(
     result = tdkit("plan", str(encoder_folder), "--inputs-only")
     assert result.code == 2
     assert "--inputs-only needs --calibration TEXT" in result.err
+
+
+def test_few_positions_are_enough_for_short_windows(
+    tdkit: Tdkit, gpt2_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    make_gpt2(vocab_size=300, n_positions=16).save_pretrained(tmp_path / "short")
+    AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(tmp_path / "short")
+    text = ("--calibration", str(text_file), "--calibration-tokens", "128")
+    result = tdkit("plan", str(tmp_path / "short"), "--budget", "0.7", *text, "--context", "16")
+    assert result.code == 0, result.err
 
 
 def test_models_that_take_no_text_are_told_how_to_be_measured(

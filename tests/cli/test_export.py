@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tdkit as package
 from tdkit.cli import exporting as export
 from tdkit.models.hosts.base import FactorizedModule
 from tdkit.sources.models import load_model
+from tdkit.sources.own import build_model
 from tests.cli.command import Result, run
 
 Tdkit = Callable[..., Result]
@@ -78,6 +80,62 @@ def test_onnx_takes_other_sizes(tdkit: Tdkit, folder: Path, ids: Tensor, tmp_pat
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     found = session.run(["logits"], {"input_ids": ids.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(found), logits(folder, ids), rtol=1e-4, atol=1e-4)
+
+
+NETS = """
+from torch import nn
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(24, 16, batch_first=True), nn.Linear(16, 4)
+    def forward(self, x, mask=None, labels=None):
+        return self.head(self.lstm(x)[0][:, -1])
+
+class Varying(Recurrent):
+    def forward(self, x, mask=None, labels=None):
+        return super().forward(x) if len(x) == 3 else x
+"""
+
+
+@pytest.fixture
+def own(tdkit: Tdkit, tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """The options of a compressed model by import path, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (site / "export_nets.py").write_text(NETS, encoding="utf-8")
+    save_file({"x": torch.randn(6, 5, 24), "labels": torch.arange(6) % 4}, "data.safetensors")
+    done = tdkit("compress", "--model", "export_nets:Recurrent", "--budget", "0.7", "--out", "small")
+    assert done.code == 0, done.err
+    return "export", "--model", "export_nets:Recurrent", "--weights", "small"
+
+
+def own_outputs(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = package.load("small", model=build_model("export_nets:Recurrent").model)(x)
+        return found
+
+
+def test_a_model_by_import_path_is_recorded_on_a_batch(tdkit: Tdkit, own: tuple[str, ...]) -> None:
+    data = ("--data", "data.safetensors", "--batch-size", "3")
+    done = tdkit(*own, *data, "--to", "exported", "--out", "small.pt2")
+    assert done.code == 0, done.err
+    x = torch.randn(5, 5, 24)
+    torch.testing.assert_close(torch.export.load("small.pt2").module()(x=x), own_outputs(x))
+    done = tdkit(*own, *data[:-1], "1", "--to", "exported", "--out", "other.pt2")
+    assert (done.code, "a batch of at least two examples" in done.err) == (1, True), done.err
+    done = tdkit("export", "--model", "export_nets:Varying", *data, "--to", "exported", "--out", "other.pt2")
+    assert done.code == 1
+    assert "torch.export cannot record Varying for any number of examples" in done.err
+    assert not Path("other.pt2").exists()
+
+
+def test_its_dense_weights_are_a_file(tdkit: Tdkit, own: tuple[str, ...]) -> None:
+    done = tdkit(*own, "--to", "dense", "--out", "dense.safetensors")
+    assert done.code == 0, done.err
+    x = torch.randn(5, 5, 24)
+    with torch.no_grad():
+        found = build_model("export_nets:Recurrent", "dense.safetensors").model(x)
+    torch.testing.assert_close(found, own_outputs(x))
 
 
 def test_what_cannot_be_written_is_said_first(

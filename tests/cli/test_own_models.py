@@ -8,14 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file, save_model
 
+from tdkit.records import Record
 from tdkit.sources.own import build_model
 from tests.cli.command import Result, run
+from tests.side_packages import use_torchao
 
 Tdkit = Callable[..., Result]
 ROOT = Path(__file__).parents[2]
@@ -79,7 +82,81 @@ def test_plan_compress_eval(tdkit: Tdkit, here: Path, data: str) -> None:
     assert figures["accuracy"] == figures["dense accuracy"]
 
 
-def test_calibrate_bench_and_quantize(tdkit: Tdkit, here: Path) -> None:
+def test_quality_before_and_after_is_in_the_record(tdkit: Tdkit, here: Path) -> None:
+    save_file({"inputs": torch.randn(40, 24)}, "unlabelled.safetensors")
+    for data, names in (("data", {"accuracy"}), ("unlabelled", {"agreement", "relative error"})):
+        call = ("--budget", "0.5", "--data", "data.safetensors", "--evaluation-data", f"{data}.safetensors")
+        done = tdkit("compress", *MODEL, *call, "--out", data)
+        assert done.code == 0, done.err
+        record = json.loads(Path(data, "record.json").read_text())
+        assert set(record["dense"]) == set(record["compressed"]) == {"params", "bytes", *names}
+        used = {each["role"]: each for each in record["data"]}
+        assert used["evaluation"]["name"] == f"batches of {data}.safetensors"
+        assert (used["evaluation"]["sha256"] == used["calibration"]["sha256"]) == (data == "data")
+    assert (record["dense"]["agreement"], record["dense"]["relative error"]) == (1, 0)
+    assert 0 < record["compressed"]["relative error"] < 1
+    measured = tdkit("eval", *MODEL[:2], "--weights", "data", "--data", "data.safetensors", "--json")
+    accuracy = json.loads(measured.out)["results"][0]["figures"]["accuracy"]["value"]
+    assert json.loads(Path("data", "record.json").read_text())["compressed"]["accuracy"] == accuracy
+
+
+def test_a_sweep_measures_by_labels(tdkit: Tdkit, here: Path) -> None:
+    save_file({"inputs": torch.randn(24, 24), "labels": torch.arange(24) % 5}, "test.safetensors")
+    axes = ("budget=0.8,0.5", "with=low_rank,kronecker")
+    call = ("sweep", *axes, *MODEL, "--data", "data.safetensors", "--evaluation-data", "test.safetensors")
+    done = tdkit(*call, "--within", "2", "--out", "sweep")
+    assert done.code == 0, done.err
+    assert "fitted to" not in done.err
+    assert "the largest reduction within 200% of the dense model's accuracy: " in done.out
+    records = [json.loads(file.read_text()) for file in sorted(Path("sweep", "points").glob("*.json"))]
+    assert len(records) == 4
+    dense = json.loads(tdkit("eval", *MODEL, "--data", "test.safetensors", "--json").out)
+    for record in records:
+        assert record["model"] == "cli_nets:Net"
+        assert record["dense"]["accuracy"] == dense["results"][0]["figures"]["accuracy"]["value"]
+        assert "accuracy" in record["higher_is_better"]
+    save_file({"inputs": torch.randn(24, 24), "labels": torch.arange(24) % 5}, "test.safetensors")
+    assert "holds a sweep whose conditions differed" in tdkit(*call, "--out", "sweep").err
+
+
+def test_a_sweep_without_labels_measures_agreement_in_several_processes(tdkit: Tdkit, here: Path, site: Path) -> None:
+    code = (site / "cli_nets.py").read_text()
+    Path("nets_here.py").write_text(
+        code.replace("(torch.randn(8, 24, generator=generator), torch.arange(8) % 5)", "torch.randn(8, 24)")
+    )
+    call = ("sweep", "budget=0.9,0.5", "--model", "nets_here:Net", "--data", "nets_here:batches", "--inputs-only")
+    done = tdkit(*call, "--jobs", "2", "--out", "sweep", "--json")
+    assert done.code == 0, done.err
+    assert "quality is measured on nets_here:batches, which the points are fitted to: --evaluation-data" in done.err
+    large, small = json.loads(done.out)["points"]
+    assert (large["dense_agreement"], large["dense_relative error"]) == (1, 0)
+    assert 0 < large["relative error"] < small["relative error"] < 1
+    assert "dense model's agreement" in json.loads(done.out)["choice"]
+    numbers = json.loads(Path("sweep", "report", "report.json").read_text())
+    assert "relative error 0 → 0." in numbers["models"][0]["sentence"]
+    assert "nan" not in numbers["models"][0]["sentence"]
+
+
+def test_quantizing_goes_on_with_the_record(tdkit: Tdkit, here: Path) -> None:
+    use_torchao()
+    pytest.importorskip("torchao")
+    data = ("--evaluation-data", "data.safetensors")
+    assert tdkit("compress", *MODEL, "--budget", "0.7", *data, "--out", "small").code == 0
+    for weights, place, commands in (("small", "smaller", 2), ("net.safetensors", "rounded", 1)):
+        done = tdkit("quantize", *MODEL[:2], "--weights", weights, "--out", place)
+        assert done.code == 0, done.err
+        record = Record.read(Path(place, "record.json"))
+        assert record.command is not None
+        assert record.command.count("tdkit quantize") == 1
+        assert record.command.count("tdkit ") == commands
+        assert record.options["then"] == ["rounded to 8 bits"]
+        assert record.compressed["bytes"] < 0.5 * record.dense["bytes"]
+        assert set(record.compressed) == {"params", "bytes"}, "what was measured before it is not of this model"
+        if find_spec("matplotlib"):
+            assert "then rounded to 8 bits" in Path(place, "report", "report.html").read_text()
+
+
+def test_calibrate_and_bench(tdkit: Tdkit, here: Path) -> None:
     made = tdkit("calibrate", *MODEL, "--data", "data.safetensors", "--batch-size", "8", "--out", "moments", "--json")
     assert json.loads(made.out)["batches"] == 5
     assert json.loads(made.out)["layers"] == 3
@@ -112,6 +189,13 @@ def test_the_current_folder_is_on_the_path(here: Path, tmp_path: Path) -> None:
         (("plan", "--model", "cli_nets:Nte"), 1, "did you mean 'Net'"),
         (("calibrate", *MODEL, "--out", "moments"), 2, "give what to calibrate on: --text or --data"),
         (("compress", *MODEL, "--stream", "--out", "x"), 2, "give MODEL, not --model"),
+        (("sweep", *MODEL, "--out", "x"), 2, "nothing varies: give KEY=VALUE,VALUE"),
+        (("sweep", "budget=0.9", "--out", "x"), 2, "give one model"),
+        (("sweep", "smollm2", "budget=0.9", *MODEL, "--out", "x"), 2, "give one model"),
+        (("compress", *MODEL, "--evaluation-data", "nowhere.npz", "--out", "x"), 1, "no data 'nowhere.npz'"),
+        (("export", *MODEL, "--to", "onnx", "--out", "x"), 2, "--to onnx records --model on a batch: give --data"),
+        (("export", *MODEL, "--to", "dense", "--out", "x"), 2, "a file, whose name ends in .safetensors"),
+        (("export", *MODEL, "--to", "dense", "--data", "d", "--out", "x"), 2, "leave it out with --to dense"),
         (("eval", *MODEL, "--tasks", "x", "--metric", "mse"), 2, "--metric is for batches: give --data"),
         (("eval", *MODEL, "--tasks", "x", "--against", "y"), 2, "--against is for texts and batches"),
         (("eval", *MODEL, "--data", "nowhere.npz"), 1, "no data 'nowhere.npz'"),

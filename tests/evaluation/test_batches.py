@@ -14,6 +14,7 @@ import tdkit
 from tdkit import LowRank, Policy, Rule
 from tdkit.errors import EvaluationError
 from tdkit.evaluation import Report, agreement, measure_batches, report, score
+from tdkit.evaluation.batches import quality
 from tdkit.sources import Source
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -69,6 +70,21 @@ def test_without_labels_the_dense_model_is_what_is_compared_with(
     ]
     with pytest.raises(EvaluationError, match="ours holds no labels to measure by"):
         measure_batches(smaller, inputs, "ours")
+
+
+def test_quality_is_by_labels_or_by_agreement(dense: nn.Module, smaller: Source, batches: Batches) -> None:
+    assert quality(smaller, batches, "ours", dense) == {"accuracy": score(smaller.model, batches)}
+    inputs = [x for x, _ in batches]
+    found = agreement(smaller.model, dense, inputs)
+    assert quality(smaller, inputs, "ours", dense) == {
+        "agreement": found.top1,
+        "relative error": found.relative_error,
+    }
+    assert quality(Source("dense", dense, None), inputs, "ours", dense) == {"agreement": 1, "relative error": 0}
+    with pytest.raises(EvaluationError, match="ours holds no batches"):
+        quality(smaller, [], "ours", dense)
+    with pytest.raises(EvaluationError, match="batch 0"):
+        quality(smaller, [(x, x, x) for x in inputs], "ours", dense)
 
 
 def test_data_is_known_by_its_digest(smaller: Source, batches: Batches, tmp_path: Path) -> None:

@@ -199,51 +199,58 @@ def packing() -> Operation:
     return Operation(prepare, packed, check)
 
 
+def ending_alike(
+    act: Callable[[Path], Any], result: str, *others: str, look: Callable[[Path], None] = lambda _: None
+) -> Operation:
+    """An operation that, once ended, has written the tensors of an undisturbed call.
+
+    Args:
+        act: what is done in a folder.
+        result: the folder of the tensors in it.
+        others: what else it writes there.
+        look: a further check of the folder of a call that ended.
+    """
+    expected: dict[str, Tensor] = {}
+
+    def prepare(folder: Path) -> None:
+        act(folder)
+        expected.update(tensors_of(folder / result))
+        for name in (result, *others):
+            shutil.rmtree(folder / name)
+
+    def check(folder: Path, ended: bool) -> None:
+        if ended:
+            look(folder)
+            assert same(tensors_of(folder / result), expected)
+
+    return Operation(prepare, act, check)
+
+
 def healing() -> Operation:
     teacher = seeded(small_gpt2, 0)
-    expected: dict[str, Tensor] = {}
 
     def act(folder: Path) -> None:
         student = tdkit.compress(seeded(small_gpt2, 0), POLICY)
         heal_in(folder, student, teacher)
         tdkit.save(student, folder / "student", overwrite=True)
 
-    def prepare(folder: Path) -> None:
-        act(folder)
-        expected.update(tensors_of(folder / "student"))
-        for name in ("h", "student"):
-            shutil.rmtree(folder / name)
-
-    def check(folder: Path, ended: bool) -> None:
-        if ended:
-            assert same(tensors_of(folder / "student"), expected)
-
-    return Operation(prepare, act, check)
+    return ending_alike(act, "student", "h")
 
 
 def caching() -> Operation:
     teacher = seeded(small_gpt2, 0)
-    expected: dict[str, Tensor] = {}
 
     def act(folder: Path) -> None:
         build_cache(teacher, rows(), folder / "t", k=5, rows_per_shard=2, progress=False)
 
-    def prepare(folder: Path) -> None:
-        act(folder)
-        expected.update(tensors_of(folder / "t"))
-        shutil.rmtree(folder / "t")
+    def look(folder: Path) -> None:
+        CachedTeacher(folder / "t")
 
-    def check(folder: Path, ended: bool) -> None:
-        if ended:
-            CachedTeacher(folder / "t")
-            assert same(tensors_of(folder / "t"), expected)
-
-    return Operation(prepare, act, check)
+    return ending_alike(act, "t", look=look)
 
 
 def distilling() -> Operation:
     teacher = seeded(small_gpt2, 0)
-    expected: dict[str, Tensor] = {}
 
     def act(folder: Path) -> None:
         student = seeded(small_gpt2, 1)
@@ -251,19 +258,11 @@ def distilling() -> Operation:
         distill(student, teacher, STAGE, rows(), folder=folder / "d", running=running, progress=False)
         tdkit.save(student, folder / "student", overwrite=True)
 
-    def prepare(folder: Path) -> None:
-        act(folder)
-        expected.update(tensors_of(folder / "student"))
-        for name in ("d", "student"):
-            shutil.rmtree(folder / name)
+    def look(folder: Path) -> None:
+        lines = (folder / "d" / "log.jsonl").read_text().splitlines()
+        assert sum('"loss"' in line for line in lines) == STAGE["steps"]
 
-    def check(folder: Path, ended: bool) -> None:
-        if ended:
-            assert same(tensors_of(folder / "student"), expected)
-            lines = (folder / "d" / "log.jsonl").read_text().splitlines()
-            assert sum('"loss"' in line for line in lines) == STAGE["steps"]
-
-    return Operation(prepare, act, check)
+    return ending_alike(act, "student", "d", look=look)
 
 
 def operations(place: Path) -> dict[str, Operation]:

@@ -49,6 +49,7 @@ from tdkit.support.compatibility import (
     submodules_of,
     tensor_files_written_by,
     tree_leaves,
+    tree_map,
     tree_map_only,
     uncompiled,
     unsharded_class,
@@ -236,6 +237,7 @@ def test_what_keeps_lists_of_parameters_is_known() -> None:
 def test_trees_are_taken_apart_and_mapped() -> None:
     tree = {"a": [1, (2.0, "x")], "b": None}
     assert tree_leaves(tree) == [1, 2.0, "x", None]
+    assert tree_map(str, tree) == {"a": ["1", ("2.0", "x")], "b": "None"}
     assert tree_map_only(int, lambda n: n + 1, tree) == {"a": [2, (2.0, "x")], "b": None}
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from tdkit.errors import OptionError
 from tdkit.records.record import Record
+from tdkit.sweeps.choice import OF_DENSE as RELATIVE
 from tdkit.sweeps.choice import choose
 
 
@@ -38,6 +39,22 @@ def test_more_is_better_where_it_is_said() -> None:
     points = [point("a", 90, 19.5, "accuracy", higher=True), point("b", 80, 10, "accuracy", higher=True)]
     assert choose(points, 0.05).record is points[0]
     assert choose([point("c", 70, -math.inf, "accuracy", higher=True)], 0.05).record is None
+
+
+def test_an_error_beside_the_dense_model_is_the_loss_itself() -> None:
+    points = [
+        Record(name=name, model="m", class_name="M", dense={"params": 10, RELATIVE: 0.0}, compressed=figures)
+        for name, figures in (
+            ("a", {"params": 9, RELATIVE: 0.01}),
+            ("b", {"params": 8, RELATIVE: 0.04}),
+            ("c", {"params": 7, RELATIVE: 0.06}),
+            ("d", {"params": 6, RELATIVE: math.nan}),
+        )
+    ]
+    assert choose(points, 0.05).text == (
+        "the largest reduction within 5% of the dense model's outputs: b, 80.0% of the parameters, relative error 0.04"
+    )
+    assert choose(points, 0.07).record is points[2]
 
 
 def test_nothing_measured_is_said() -> None:

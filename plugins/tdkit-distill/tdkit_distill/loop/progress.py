@@ -22,6 +22,9 @@ if sys.platform != "win32":
     import fcntl
 
 
+LOG = "log.jsonl"
+
+
 class LiveView:
     """A progress bar for the steps of a stage."""
 
@@ -80,7 +83,7 @@ class Log:
         if folder is None:
             return
         self._held = _held(folder)
-        path = folder / "log.jsonl"
+        path = folder / LOG
         if path.is_file():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             self.entries = [entry for entry in map(_parsed, lines) if entry is not None and entry["total"] <= total]

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import tdkit
 import torch
 from tdkit.cli import commands
 from tdkit.cli.app import main
+from tdkit.records import Record
 
 from tdkit_distill.command import heal
 from tdkit_distill.healing.heal import distill as engine
@@ -75,6 +77,34 @@ def test_a_healed_folder_is_one_as_before(run: Run, folders: dict[str, Path], tm
     code, _, told = run(*arguments(folders, out))
     assert code == 2
     assert "holds a saved model: give another folder, or --overwrite it" in told
+
+
+def test_the_report_of_a_healed_folder_has_its_curve_and_both_commands(
+    run: Run, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    compressed, out = tmp_path / "compressed", tmp_path / "healed"
+    rank = ("--with", "{low_rank: {rank: 2}}", "--match", "*.mlp.*")
+    code, _, told = run("compress", folders["dense"], *rank, "--out", compressed, "--no-report")
+    assert code == 0, told
+    call = arguments({**folders, "smaller": compressed}, out)
+    code, _, told = run(*call, "--teacher", folders["dense"])
+    assert code == 0, told
+    record = Record.read(out / "record.json")
+    compress, heal_ = record.command.split(" && ")
+    assert (compress.split()[:2], heal_.split()[:2]) == (["tdkit", "compress"], ["tdkit", "heal"])
+    assert record.options["then"] == ["healed on 4,032 tokens"]
+    assert [(data.role, data.name) for data in record.data] == [("train", str(folders["text"]))]
+    healing = json.loads((out / "healing.json").read_text())
+    kept = healing["measurements"][healing["kept"]]["perplexity"]
+    assert {
+        name.removesuffix(" perplexity"): value for name, value in record.compressed.items()
+    }.items() >= kept.items()
+    assert record.spectra, "what was seen of the dense model is kept"
+    if find_spec("matplotlib"):
+        page = json.loads((out / "report" / "report.json").read_text())
+        assert "then healed on 4,032 tokens" in page["models"][0]["sentence"]
+        curve = next(figure for name, figure in page["figures"].items() if "training" in name)
+        assert {row[0] for row in curve["rows"]} >= {"loss", "held-out loss"}
 
 
 def test_what_is_interrupted_is_saved_and_goes_on(
