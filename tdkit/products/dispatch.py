@@ -255,12 +255,16 @@ class Dispatcher:
         layout: Callable[[Tensor], Tensor],  # of the matrix (out, in) to the weight of the layer
     ) -> Tensor:
         """Like `dense`, in the layout of the layer, which is that of all layers that share the matrix."""
-        weight = None
-        if self.prefer != "memory" and not (matrix.training or is_recorded()):
-            weight = self._stored.again(WHOLE, matrix.tensors())
+        weight = None if is_recorded() else self.stored_again(matrix)
         if weight is None:
             weight = self._kept(matrix, self._stored, layout)
         return layout(matrix.dense()) if weight is None else weight
+
+    def stored_again(self, matrix: Factorized) -> Tensor | None:
+        """What an earlier call of `stored` took from the cache, None where none did."""
+        if self.prefer == "memory" or matrix.training:
+            return None
+        return self._stored.again(WHOLE, matrix.tensors())
 
     def _kept(
         self, matrix: Factorized, cache: CachedTensor, layout: Callable[[Tensor], Tensor] | None

@@ -156,9 +156,16 @@ class RecurrentWeights(nn.Module):
         """Returns ``compute()``; another base class may keep it during a call."""
         return compute()
 
+    def weight_in_cache(self, name: str) -> Tensor | None:
+        """Returns a weight that takes no work; another base class may have some."""
+        return None
+
     def _read_weights(self) -> list[Tensor | None]:
-        held = self._parameters
-        return [held[name] if name in held else getattr(self, name, None) for name in self._flat_weights_names]
+        held, found = self._parameters, []
+        for name in self._flat_weights_names:
+            weight = held[name] if name in held else self.weight_in_cache(name)
+            found.append(getattr(self, name, None) if weight is None else weight)
+        return found
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:

@@ -242,6 +242,14 @@ class InPlaceLayer(FactorizedModule):
             built[mode] = compute()
         return cast(_T, built[mode])
 
+    def weight_in_cache(self, name: str) -> Tensor | None:
+        """Returns a parameter within a call of ``forward`` where it is cached, in fewer steps than `dense_weight`."""
+        state = vars(self)
+        if state["_built"] is None or name not in self.weight_names or state.get(GRADIENT_OBSERVERS):
+            return None
+        matrix = cast(FactorizedMatrix, submodules_of(self)[self.matrix_name(name)])
+        return matrix.dispatcher.stored_again(matrix)
+
     def _built_weight(self, weight: str) -> Tensor:
         matrix = cast(FactorizedMatrix, submodules_of(self)[self.matrix_name(weight)])
         dense = matrix.dispatcher.stored(matrix, functools.partial(self._as_stored, weight))

@@ -8,11 +8,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.decompositions.stacks import FactorizedStack, dense_grouped
 from tdkit.errors import TdkitError
 from tdkit.products.recording import needs_plain_operations
+from tdkit.support.compatibility import only_calls_forward
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,11 @@ def experts_forward(
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     ids = top_k_index.reshape(-1)
     experts = _experts(module, matrices)
-    is_one = len(flat) == 1
-    order, counts = _rows_of_one(ids, experts) if is_one else _rows_of(ids, experts)
+    if len(flat) == 1 and not observers:
+        y = _one_token(module, matrices, flat, ids.tolist(), top_k_weights.reshape(-1), experts)
+        if y is not None:
+            return y.to(hidden_states.dtype).view(hidden_states.shape)
+    order, counts = _rows_of(ids, experts)
 
     def product(name: str, x: Tensor) -> Tensor:
         bias = getattr(module, f"{name}_bias") if given.has_bias else None
@@ -68,10 +73,6 @@ def experts_forward(
             y = observe(Routing(order // top_k_index.shape[-1], counts, len(flat)), x, y)
         return y
 
-    if is_one:
-        outer = _expert(given, product, flat.expand(len(order), -1))
-        summed = (outer * top_k_weights.reshape(-1)[order, None]).sum(0)
-        return summed.to(hidden_states.dtype).view(hidden_states.shape)
     outer = _expert(given, product, flat[order // top_k_index.shape[-1]])
     weighted = outer * top_k_weights.reshape(-1)[order, None]
     every = weighted.new_zeros(len(ids), weighted.shape[-1]).index_copy(0, order, weighted)
@@ -86,13 +87,46 @@ def _rows_of(ids: Tensor, experts: int) -> tuple[Tensor, list[int]]:
     return order[: sum(counts)], counts
 
 
-def _rows_of_one(ids: Tensor, experts: int) -> tuple[Tensor, list[int]]:
-    """As `_rows_of` for a single token, with as few operations as possible: they are what takes time."""
-    chosen, counts = ids.tolist(), [0] * experts
-    order = sorted((place for place, expert in enumerate(chosen) if expert < experts), key=chosen.__getitem__)
-    for place in order:
-        counts[chosen[place]] += 1
-    return torch.tensor(order, dtype=torch.int64, device=ids.device), counts
+def _one_token(
+    module: nn.Module,
+    matrices: Mapping[str, FactorizedMatrix],
+    x: Tensor,  # (1, in)
+    chosen: Sequence[int],  # its experts, k
+    weights: Tensor,  # (k,)
+    experts: int,
+) -> Tensor | None:  # (1, in)
+    """The same for a single token by dense stacks, in as few steps as possible: those of Python take as long as the
+    products. None where a stack is not cached, or a hook has to see the calls.
+    """
+    given: Any = module
+    reached = [expert for expert in chosen if expert < experts]
+    if not reached:
+        return torch.zeros_like(x)
+    counts = [0] * experts
+    for expert in reached:
+        counts[expert] += 1
+    stacks: dict[str, Tensor] = {}
+    for name in weights_of(given):
+        matrix = matrices.get(name)
+        if matrix is None:
+            stored: Tensor = getattr(module, name)
+            stacks[name] = stored.mT if given.is_transposed else stored
+            continue
+        is_stack = isinstance(matrix, FactorizedStack) and only_calls_forward(matrix)
+        stack = cast(FactorizedStack, matrix).cached_stack(x, counts) if is_stack else None
+        if stack is None:
+            return None
+        stacks[name] = stack
+
+    def product(name: str, x: Tensor) -> Tensor:
+        bias = getattr(module, f"{name}_bias")[expert] if given.has_bias else None
+        return F.linear(x, stacks[name][expert], bias)
+
+    parts = []
+    for place, expert in enumerate(chosen):
+        if expert < experts:
+            parts.append(_expert(given, product, x) * weights[place])
+    return sum(parts[1:], parts[0])
 
 
 def _every_expert(
