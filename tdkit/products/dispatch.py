@@ -165,11 +165,11 @@ class Dispatcher:
             if stages is not None and _needs_fewer(stages, matrix.shape, geometry):
                 return chain(x, stages, bias, geometry)
             return geometry.convolve(x, _kernel_of(matrix, geometry), bias)
-        tensors = matrix.tensors()
-        may_cache = self.prefer == "speed" and not matrix.training
-        weight = self._stored.again((x.shape, x.dtype, geometry), tensors) if may_cache else None
+        weight = self.kernel(matrix, x, geometry)
         if weight is not None:
             return geometry.convolve(x, weight, bias)
+        tensors = matrix.tensors()
+        may_cache = self.prefer == "speed" and not matrix.training
         check_loaded(tensors, x)
         training = _needs_gradients(tensors)
         cached = may_cache and not training
@@ -190,6 +190,12 @@ class Dispatcher:
         stages = _stages(matrix, geometry)
         assert stages is not None
         return chain(x, stages, bias, geometry, images=choice.images)
+
+    def kernel(self, matrix: Factorized, x: Tensor, geometry: Geometry) -> Tensor | None:
+        """The dense weight that answered an earlier call of `convolution` like this one, None where none did."""
+        if self.prefer != "speed" or matrix.training:
+            return None
+        return self._stored.again((x.shape, x.dtype, geometry), matrix.tensors())
 
     def choice(
         self,
@@ -249,12 +255,16 @@ class Dispatcher:
         layout: Callable[[Tensor], Tensor],  # of the matrix (out, in) to the weight of the layer
     ) -> Tensor:
         """Like `dense`, in the layout of the layer, which is that of all layers that share the matrix."""
-        weight = None
-        if self.prefer != "memory" and not (matrix.training or is_recorded()):
-            weight = self._stored.again(WHOLE, matrix.tensors())
+        weight = None if is_recorded() else self.stored_again(matrix)
         if weight is None:
             weight = self._kept(matrix, self._stored, layout)
         return layout(matrix.dense()) if weight is None else weight
+
+    def stored_again(self, matrix: Factorized) -> Tensor | None:
+        """What an earlier call of `stored` took from the cache, None where none did."""
+        if self.prefer == "memory" or matrix.training:
+            return None
+        return self._stored.again(WHOLE, matrix.tensors())
 
     def _kept(
         self, matrix: Factorized, cache: CachedTensor, layout: Callable[[Tensor], Tensor] | None

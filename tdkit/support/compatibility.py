@@ -44,6 +44,7 @@ __all__ = [
     "onednn_enabled",
     "onednn_has_linear",
     "onednn_linear",
+    "only_calls_forward",
     "own_parameters",
     "parameters_of",
     "parameters_on_meta",
@@ -87,6 +88,16 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
 def submodules_of(module: nn.Module) -> dict[str, nn.Module]:
     """The module's own submodules by name, as fast."""
     return cast("dict[str, nn.Module]", module._modules)
+
+
+def only_calls_forward(module: nn.Module) -> bool:
+    """Returns whether a call of the module, without gradients, is one of its class's ``forward`` and no more.
+
+    No hook sees it, as those of accelerate, which replace ``forward``, or of a profiler.
+    """
+    own, every = module.__dict__, nn.modules.module
+    own_hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+    return not (own_hooks or every._global_forward_hooks or every._global_forward_pre_hooks)
 
 
 class TooManyParameters(Exception):  # noqa: N818, says what there is
@@ -146,9 +157,16 @@ class RecurrentWeights(nn.Module):
         """Returns ``compute()``; another base class may keep it during a call."""
         return compute()
 
+    def weight_in_cache(self, name: str) -> Tensor | None:
+        """Returns a weight that takes no work; another base class may have some."""
+        return None
+
     def _read_weights(self) -> list[Tensor | None]:
-        held = self._parameters
-        return [held[name] if name in held else getattr(self, name, None) for name in self._flat_weights_names]
+        held, found = self._parameters, []
+        for name in self._flat_weights_names:
+            weight = held[name] if name in held else self.weight_in_cache(name)
+            found.append(getattr(self, name, None) if weight is None else weight)
+        return found
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:

@@ -154,6 +154,41 @@ def test_the_dense_weight_is_cached_where_the_stages_are_slower() -> None:
         assert cached_bytes(small.train()) == 0
 
 
+def test_repeated_calls_with_a_cached_weight_see_every_change() -> None:
+    torch.manual_seed(0)
+    dense = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+    layer = tdkit.compress(nn.Sequential(dense), Policy([Rule("*", LowRank(rank=2))], allow_growth=True))[0]
+    tdkit.prepare(layer.eval().requires_grad_(False), prefer="speed")
+    x = torch.randn(2, 24, 9, 9)
+
+    def expected() -> Tensor:
+        return F.conv2d(x, layer.weight.clone(), layer.bias, layer.stride, layer.padding, 1, 24)
+
+    def agree() -> bool:
+        return all(torch.allclose(layer(x), expected(), atol=1e-5) for _ in range(2))
+
+    with torch.no_grad():
+        assert agree()
+        assert layer.path(tuple(x.shape)) == "dense, cached"
+        layer.matrix.left.mul_(2)
+        assert agree()
+        layer.stride = (2, 2)
+        assert agree()
+        assert layer(x).shape[-1] == 5
+        layer.bias = nn.Parameter(torch.ones(24))
+        assert agree()
+        seen: list[Tensor] = []
+        hook = layer.matrix.register_forward_hook(lambda _, args, y: seen.append(y))
+        layer(x)
+        hook.remove()
+        layer(x)
+        assert len(seen) == 1
+        layer.padding_mode = "reflect"
+        torch.testing.assert_close(layer(x)[..., 1:-1, 1:-1], expected()[..., 1:-1, 1:-1])
+        assert not torch.allclose(layer(x), expected())
+        torch.testing.assert_close(layer(x[0]), layer(x)[0])
+
+
 def test_a_forward_in_training_saves_no_more_than_the_dense_layer() -> None:
     small, dense = twins(nn.Conv2d(32, 32, 3, padding=1), rank=14)
     x = torch.randn(8, 32, 14, 14)

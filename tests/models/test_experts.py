@@ -192,6 +192,9 @@ def test_only_experts_that_tokens_are_routed_to_are_computed(monkeypatch: pytest
     assert called == [0, 3, 0, 3]
     weights[3, 1] = weights[4, 0] = 0
     torch.testing.assert_close(layer(x, index.clamp(max=3), weights), y)
+    for row in (slice(0, 1), slice(1, 2), slice(3, 4)):  # one token alone, as in generation
+        torch.testing.assert_close(layer(x[row], index[row], weights[row]), y[row])
+    torch.testing.assert_close(layer(x[:1], index[:1] * 0 + 4, weights[:1]), torch.zeros(1, 16).double())
     assert layer(x[:0], index[:0], weights[:0]).shape == (0, 16)
 
 

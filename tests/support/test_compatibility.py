@@ -34,6 +34,7 @@ from tdkit.support.compatibility import (
     onednn_enabled,
     onednn_has_linear,
     onednn_linear,
+    only_calls_forward,
     own_parameters,
     parameters_of,
     parameters_on_meta,
@@ -324,6 +325,23 @@ def test_the_hooks_before_forward_are_listed() -> None:
     hook = lambda *_: None  # noqa: E731
     layer.register_forward_pre_hook(hook)
     assert pre_hooks_of(layer) == [hook]
+
+
+def test_hooks_and_replaced_forwards_are_told() -> None:
+    layer = nn.Linear(2, 2)
+    assert only_calls_forward(layer)
+    for register in (
+        layer.register_forward_hook,
+        layer.register_forward_pre_hook,
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    ):
+        hook = register(lambda *_: None)
+        assert not only_calls_forward(layer)
+        hook.remove()
+    assert only_calls_forward(layer)
+    layer.forward = lambda x: x  # as accelerate does
+    assert not only_calls_forward(layer)
 
 
 def test_a_shallow_copy_shares_tensors_and_not_their_lists() -> None:

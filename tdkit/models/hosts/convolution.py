@@ -18,13 +18,21 @@ from tdkit.models.lazy_weight import lazy_weight
 from tdkit.products.cached_tensor import can_cache
 from tdkit.products.convolution import Geometry
 from tdkit.products.convolution_cost import dense_shape, multiply_adds, shape_of
+from tdkit.products.recording import is_recorded
 from tdkit.shapes import Shape
-from tdkit.support.compatibility import convolve_its_own_way, convolves_its_own_way, submodules_of
+from tdkit.support.compatibility import (
+    convolve_its_own_way,
+    convolves_its_own_way,
+    only_calls_forward,
+    parameters_of,
+    submodules_of,
+)
 
 COPIED = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed", "output_padding"),
     *("groups", "padding_mode"),
 )
+GEOMETRY = "_geometry"  # an attribute of a layer that has computed with a cached weight
 
 
 class FactorizedConvolution(FactorizedLayer):
@@ -89,7 +97,18 @@ class FactorizedConvolution(FactorizedLayer):
     ) -> Tensor:  # (batch, out, *spatial) or (out, *spatial)
         if self._its_own_way:
             return convolve_its_own_way(self, input)
+        geometry: Geometry | None = self.__dict__.get(GEOMETRY)
+        if geometry is not None and not is_recorded():  # the fast path of repeated calls, see `CachedTensor.again`
+            matrix = cast(FactorizedMatrix, submodules_of(self)["matrix"])
+            weight = matrix.dispatcher.kernel(matrix, input, geometry) if only_calls_forward(matrix) else None
+            if weight is not None:
+                return geometry.convolve(input, weight, parameters_of(self)["bias"])
         return self._convolve(input, geometry_of(self))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in COPIED:
+            vars(self).pop(GEOMETRY, None)
 
     def _convolve(self, x: Tensor, geometry: Geometry) -> Tensor:
         axes = len(geometry.kernel)
@@ -98,7 +117,10 @@ class FactorizedConvolution(FactorizedLayer):
             geometry = geometry.changed(padding=(0,) * axes)
         batched = x.dim() == axes + 2
         bias = cast("Tensor | None", self.bias)
-        y: Tensor = submodules_of(self)["matrix"](x if batched else x.unsqueeze(0), bias, geometry)
+        matrix = cast(FactorizedMatrix, submodules_of(self)["matrix"])
+        y: Tensor = matrix(x if batched else x.unsqueeze(0), bias, geometry)
+        if batched and self.padding_mode == "zeros" and not is_recorded() and matrix.dispatcher.prefer == "speed":
+            vars(self)[GEOMETRY] = geometry
         return y if batched else y.squeeze(0)
 
     def path(self, size: Shape, *, prefer: Preference | None = None) -> str:

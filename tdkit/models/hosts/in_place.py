@@ -197,12 +197,14 @@ class InPlaceLayer(FactorizedModule):
         dense_class: the class of the dense module.
         base: the host whose factorised layer it inherits from; None when there is none.
         weight_names: the parameters that are held as factors.
+        matrix_names: the names of the submodules with their factors.
     """
 
     own_class: ClassVar[type[InPlaceLayer]]
     dense_class: ClassVar[type[nn.Module]]
     base: ClassVar[Host | None]
     weight_names: ClassVar[tuple[str, ...]]
+    matrix_names: ClassVar[Mapping[str, str]]
 
     @property
     def host(self) -> str:
@@ -223,7 +225,7 @@ class InPlaceLayer(FactorizedModule):
 
     def matrix_name(self, weight: str) -> str:
         """Returns the name of the submodule with the factors of a parameter."""
-        return MATRIX if self.base is not None and weight == "weight" else f"{weight}_{MATRIX}"
+        return self.matrix_names[weight]
 
     def dense_weight(self, weight: str) -> Tensor:
         """Returns a parameter, computed from its factors: once per call of ``forward``, or cached in eval mode.
@@ -241,6 +243,14 @@ class InPlaceLayer(FactorizedModule):
         if mode not in built:
             built[mode] = compute()
         return cast(_T, built[mode])
+
+    def weight_in_cache(self, name: str) -> Tensor | None:
+        """Returns a parameter within a call of ``forward`` where it is cached, in fewer steps than `dense_weight`."""
+        state, held = self.__dict__, self.matrix_names.get(name)
+        if held is None or state["_built"] is None or state.get(GRADIENT_OBSERVERS):
+            return None
+        matrix = cast(FactorizedMatrix, state["_modules"][held])
+        return matrix.dispatcher.stored_again(matrix)
 
     def _built_weight(self, weight: str) -> Tensor:
         matrix = cast(FactorizedMatrix, submodules_of(self)[self.matrix_name(weight)])
@@ -314,6 +324,8 @@ def in_place_class(
     generic = [weight for weight in weights if base is None or weight != "weight"]
     namespace: dict[str, Any] = {weight: _dense_on_demand(weight) for weight in generic}
     namespace |= {"own_class": own_class, "dense_class": dense_class, "base": base, "weight_names": weights}
+    matrix_names = {weight: f"{weight}_{MATRIX}" for weight in weights}
+    namespace["matrix_names"] = matrix_names if base is None else {**matrix_names, "weight": MATRIX}
     if base is not None and base.factorized is not None and "weight" in weights:
         namespace["weight"] = _lazy_or_observed(base.factorized)
     reads = generic or base is None or dense_class.forward is not getattr(base.layer, "forward", None)

@@ -8,11 +8,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tdkit.decompositions.base import FactorizedMatrix
 from tdkit.decompositions.stacks import FactorizedStack, dense_grouped
 from tdkit.errors import TdkitError
 from tdkit.products.recording import needs_plain_operations
+from tdkit.support.compatibility import only_calls_forward
 
 
 @dataclass(frozen=True)
@@ -57,24 +59,74 @@ def experts_forward(
     given: Any = module
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     ids = top_k_index.reshape(-1)
-    order = ids.argsort(stable=True)
     experts = _experts(module, matrices)
-    counts: list[int] = torch.bincount(ids, minlength=experts)[:experts].tolist()
-    order = order[: sum(counts)]
-    routing = Routing(order // top_k_index.shape[-1], counts, len(flat))
+    if len(flat) == 1 and not observers:
+        y = _one_token(module, matrices, flat, ids.tolist(), top_k_weights.reshape(-1), experts)
+        if y is not None:
+            return y.to(hidden_states.dtype).view(hidden_states.shape)
+    order, counts = _rows_of(ids, experts)
 
     def product(name: str, x: Tensor) -> Tensor:
         bias = getattr(module, f"{name}_bias") if given.has_bias else None
         y = _grouped(module, name, matrices.get(name), x, counts, bias)
         for observe in observers.get(name, ()):
-            y = observe(routing, x, y)
+            y = observe(Routing(order // top_k_index.shape[-1], counts, len(flat)), x, y)
         return y
 
-    outer = _expert(given, product, flat[routing.tokens])
+    outer = _expert(given, product, flat[order // top_k_index.shape[-1]])
     weighted = outer * top_k_weights.reshape(-1)[order, None]
     every = weighted.new_zeros(len(ids), weighted.shape[-1]).index_copy(0, order, weighted)
     summed = every.view(len(flat), top_k_index.shape[-1], every.shape[-1]).sum(1)  # index_add is not deterministic
     return summed.to(hidden_states.dtype).view(hidden_states.shape)
+
+
+def _rows_of(ids: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+    """The places of the rows in `ids`, those of expert 0 first, and the number of rows of each expert."""
+    order = ids.argsort(stable=True)
+    counts: list[int] = torch.bincount(ids, minlength=experts)[:experts].tolist()
+    return order[: sum(counts)], counts
+
+
+def _one_token(
+    module: nn.Module,
+    matrices: Mapping[str, FactorizedMatrix],
+    x: Tensor,  # (1, in)
+    chosen: Sequence[int],  # its experts, k
+    weights: Tensor,  # (k,)
+    experts: int,
+) -> Tensor | None:  # (1, in)
+    """The same for a single token by dense stacks, in as few steps as possible: those of Python take as long as the
+    products. None where a stack is not cached, or a hook has to see the calls.
+    """
+    given: Any = module
+    reached = [expert for expert in chosen if expert < experts]
+    if not reached:
+        return torch.zeros_like(x)
+    counts = [0] * experts
+    for expert in reached:
+        counts[expert] += 1
+    stacks: dict[str, Tensor] = {}
+    for name in weights_of(given):
+        matrix = matrices.get(name)
+        if matrix is None:
+            stored: Tensor = getattr(module, name)
+            stacks[name] = stored.mT if given.is_transposed else stored
+            continue
+        is_stack = isinstance(matrix, FactorizedStack) and only_calls_forward(matrix)
+        stack = cast(FactorizedStack, matrix).cached_stack(x, counts) if is_stack else None
+        if stack is None:
+            return None
+        stacks[name] = stack
+
+    def product(name: str, x: Tensor) -> Tensor:
+        bias = getattr(module, f"{name}_bias")[expert] if given.has_bias else None
+        return F.linear(x, stacks[name][expert], bias)
+
+    parts = []
+    for place, expert in enumerate(chosen):
+        if expert < experts:
+            parts.append(_expert(given, product, x) * weights[place])
+    return sum(parts[1:], parts[0])
 
 
 def _every_expert(
