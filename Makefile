@@ -93,6 +93,8 @@ $(VENV)/lowest.done: pyproject.toml plugins/tdkit-distill/pyproject.toml constra
 	$(VENV)/lowest/bin/python -m tests.lowest > $(VENV)/lowest.txt
 	$(VENV)/lowest/bin/python -m pip install -q -c $(VENV)/lowest.txt -e '.[dev]' -e plugins/tdkit-distill
 	$(VENV)/lowest/bin/python -m pip install -q --no-deps -e plugins/tdkit-example
+	$(VENV)/lowest/bin/python -m pip install -q -c $(VENV)/lowest.txt --no-deps --upgrade \
+	    --target $(VENV)/lowest/quantization torchao
 	touch $@
 
 # torchvision's wheel is built for CUDA, and transformers fails on import where it is found beside torch's CPU build:

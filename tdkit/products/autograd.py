@@ -12,11 +12,18 @@ from tdkit.products import onednn
 from tdkit.products.cost import DENSE, Path
 from tdkit.products.recording import needs_plain_operations
 from tdkit.products.structure import Factors, Structure
+from tdkit.support.compatibility import constant_for_compile
+
+
+@constant_for_compile
+def has_autocast(device: str) -> bool:
+    """Whether torch has autocast for a device type."""
+    return torch.amp.is_autocast_available(device)
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype that autocast casts matrix products to on a device type; None where autocast is off."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

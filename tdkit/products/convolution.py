@@ -117,6 +117,10 @@ class Geometry(NamedTuple):
         pads = padding if isinstance(padding, str) else sizes(padding)
         return cls(tuple(kernel), sizes(stride), pads, sizes(dilation), groups)
 
+    def changed(self, **parts: Any) -> Geometry:
+        """Like ``_replace``, which torch.compile did not trace before torch 2.9."""
+        return Geometry(*[parts.get(name, value) for name, value in zip(Geometry._fields, self, strict=True)])
+
     def along(self, axes: Sequence[int], groups: int) -> Geometry:
         """The geometry of a stage that extends along `axes`."""
 

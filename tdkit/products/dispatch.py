@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdkit.errors import TdkitError
 from tdkit.products import kernels, onednn
-from tdkit.products.autograd import autocast_dtype, without_autocast
+from tdkit.products.autograd import autocast_dtype, has_autocast, without_autocast
 from tdkit.products.cached_tensor import CachedTensor, can_cache
 from tdkit.products.convolution import Geometry, Stage, chain, merged
 from tdkit.products.convolution_cost import CHAIN, Choice, dense_shape, faster_of, multiply_adds, shape_of
@@ -314,7 +314,7 @@ def check_loaded(tensors: Sequence[Tensor], x: Tensor) -> None:
 def _call_on(device: str, *key: Hashable) -> tuple[torch.dtype | None, Hashable]:
     """The dtype of autocast, None where it is off, and `key` where `CachedTensor.again` may answer such calls."""
     autocast = autocast_dtype(device)
-    return autocast, key if autocast is None and torch.amp.is_autocast_available(device) else None
+    return autocast, key if autocast is None and has_autocast(device) else None
 
 
 def _needs_gradients(tensors: Sequence[Tensor]) -> bool:
@@ -347,21 +347,26 @@ def _needs_fewer(stages: Sequence[Stage], shape: Shape, geometry: Geometry) -> b
 
 def _recorded_path(matrix: Factorized, x: Tensor) -> Path:
     """The path in a recorded program: without cache and kernels, and no arithmetic on shapes in the graph."""
-    if matrix.structure is None:
+    structure = matrix.structure
+    if structure is None:
         return matrix.paths(1)[0]
+    kind, fields = type(structure), structure.fields
     if is_for_all_sizes():
-        return _constant_path(matrix.structure)
-    table = _constant_table(matrix.structure, x.dtype, x.device.type, torch.is_grad_enabled())
+        return _constant_path(kind, fields)
+    table = _constant_table(kind, fields, x.dtype, x.device.type, torch.is_grad_enabled())
     return lookup(table, x.numel() // matrix.shape[1])
 
 
 @constant_for_compile
-def _constant_path(structure: Structure) -> Path:
-    return structure.recorded_path()
+def _constant_path(kind: type[Structure], fields: tuple[Any, ...]) -> Path:
+    return kind(*fields).recorded_path()
 
 
 @constant_for_compile
-def _constant_table(structure: Structure, dtype: torch.dtype, device: str, training: bool) -> PathTable:
+def _constant_table(
+    kind: type[Structure], fields: tuple[Any, ...], dtype: torch.dtype, device: str, training: bool
+) -> PathTable:
+    structure = kind(*fields)
     return path_table(
         lambda tokens: tuple(path for path in structure.paths(tokens) if path.name != FUSED),
         structure.shape,

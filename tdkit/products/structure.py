@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -45,6 +46,11 @@ class Structure(ABC):
     """The shapes of one factorised matrix (out, in)."""
 
     shape: Shape
+
+    @property
+    def fields(self) -> tuple[Any, ...]:
+        """The integers that it is made of, which torch.compile can compare and pass on, unlike the structure."""
+        return tuple([getattr(self, name) for name in self.__match_args__])
 
     @abstractmethod
     def build(self, factors: Factors) -> Tensor:

@@ -31,6 +31,7 @@ __all__ = [
     "convolve_its_own_way",
     "convolves_its_own_way",
     "exchange_paths",
+    "find_buffers_as_parameters",
     "gathered_state",
     "given_state_dict",
     "has_experts_interface",
@@ -282,6 +283,19 @@ def tensor_files_written_by(write: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         modeling_utils.safe_save_file = before
+
+
+def find_buffers_as_parameters(model: Any) -> None:
+    """Make ``get_parameter`` of a model of transformers find buffers as well.
+
+    ``save_pretrained`` of older releases asks for every tensor on the meta device so.
+    """
+
+    def found(name: str) -> Any:
+        module, _, own = name.rpartition(".")
+        return getattr(model.get_submodule(module), own)
+
+    vars(model)["get_parameter"] = found
 
 
 def given_state_dict() -> dict[str, Any] | None:

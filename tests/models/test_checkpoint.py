@@ -571,7 +571,7 @@ def permuted(tmp_path: Path, model: Any) -> Path:
 
 def rewritten(folder: Path, name: str, change: Any) -> None:
     """Change a tensor of the file, and its digest in the description."""
-    tensors = load_file(folder / WEIGHTS)
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}  # no view of the file
     key = next(each for each in tensors if each.endswith(name))
     tensors[key] = change(tensors[key])
     save_file(tensors, folder / WEIGHTS)

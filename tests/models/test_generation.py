@@ -78,11 +78,13 @@ def test_a_compressed_model_is_the_draft_of_its_dense_one(make: Any, prompt: Ten
 
 
 def test_a_pipeline_reads_a_folder(gpt2_folder: Path, tmp_path: Path) -> None:
+    from tokenizers import decoders
     from transformers import pipeline
 
     source = load_model(str(gpt2_folder))
     tdkit.compress(source.model, Policy([Rule("*", LowRank())], budget=0.7), progress=False)
     tdkit.save(source.model, tmp_path / "smaller", tokenizer=source.tokenizer)
+    source.tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()  # the text of the whole is that of its parts
     ids = source.tokenizer("the state of our union", return_tensors="pt")["input_ids"]
     expected = source.tokenizer.decode(greedy(source.model.eval(), ids, 5)[0, ids.shape[1] :])
     options = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}

@@ -43,6 +43,12 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def without_nulls(found: dict[str, bytes]) -> dict[str, Any]:
+    """The same files; of the config the entries that hold something, as older transformers drop the others again."""
+    config = {name: value for name, value in json.loads(found["config.json"]).items() if value is not None}
+    return {**found, "config.json": config}
+
+
 def make_bert() -> Any:
     sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.BertConfig(**sizes, intermediate_size=48, max_position_embeddings=32)
@@ -121,7 +127,7 @@ def test_one_folder_serves_both_ways(make: Callable[[], Any], name: str, tmp_pat
     assert tdkit.applied_plan(loaded) == tdkit.applied_plan(model)
     assert torch.equal(logits(tdkit.load(tmp_path / "pretrained")), expected)
     loaded.save_pretrained(tmp_path / "again")
-    assert files(tmp_path / "again") == files(tmp_path / "saved")
+    assert without_nulls(files(tmp_path / "again")) == without_nulls(files(tmp_path / "saved"))
 
 
 @every

@@ -78,7 +78,7 @@ def test_the_loss_falls_and_a_resumed_run_is_the_uninterrupted_one(name: str, tm
     before = {key: value.clone() for key, value in model.state_dict().items()}
     trainer = trained(model, tmp_path)
     found = losses(trainer)
-    assert found[-1] < 0.8 * found[0]
+    assert found[-1] < 0.85 * found[0]
     assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
     again = made(name)
     resumed = trained(again, tmp_path, resume=True)
@@ -100,7 +100,7 @@ def test_gradient_checkpointing_changes_no_loss(name: str, reentrant: bool, tmp_
 def test_training_in_bf16(name: str, tmp_path: Path) -> None:
     model = made(name)
     found = losses(trained(model, tmp_path, bf16=True, save_strategy="no"))
-    assert found[-1] < 0.8 * found[0]
+    assert found[-1] < 0.85 * found[0]
     assert {each.dtype for each in model.parameters()} == {torch.float32}  # autocast computes in bfloat16
 
 

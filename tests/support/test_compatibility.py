@@ -21,6 +21,7 @@ from tdkit.support.compatibility import (
     convolve_its_own_way,
     convolves_its_own_way,
     exchange_paths,
+    find_buffers_as_parameters,
     gathered_state,
     given_state_dict,
     has_experts_interface,
@@ -457,6 +458,21 @@ def test_save_pretrained_hands_over_the_tensors_of_its_files(tmp_path: Path) -> 
     assert not list(tmp_path.glob("*.safetensors"))
     make_gpt2().save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
+def test_buffers_of_a_model_on_the_meta_device_are_saved(tmp_path: Path) -> None:
+    from tests.conftest import make_gpt2
+
+    model = make_gpt2()
+    model.transformer.h[0].register_buffer("order", torch.arange(3))
+    model.to("meta")
+    written: set[str] = set()
+    find_buffers_as_parameters(model)
+    assert model.get_parameter("transformer.h.0.order") is model.transformer.h[0].order
+    assert model.get_parameter("lm_head.weight") is model.lm_head.weight
+    with tensor_files_written_by(lambda tensors, path, metadata: written.update(tensors)):
+        model.save_pretrained(tmp_path, state_dict=model.state_dict(keep_vars=True))
+    assert written == {*dict(model.named_parameters()), "transformer.h.0.order"}
 
 
 def test_wrappers_are_taken_off() -> None:

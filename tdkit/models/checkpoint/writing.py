@@ -19,7 +19,7 @@ from tdkit.models.checkpoint.values import late_state
 from tdkit.models.registration import attach
 from tdkit.models.shards import WEIGHTS
 from tdkit.models.sites import is_compressed
-from tdkit.support.compatibility import gathered_state, is_sharded, unwrapped
+from tdkit.support.compatibility import find_buffers_as_parameters, gathered_state, is_sharded, unwrapped
 from tdkit.support.files import whole_folder
 from tdkit.support.processes import is_main_process
 
@@ -100,6 +100,8 @@ def _save_pretrained(model: Any, state: Mapping[str, Any] | None, target: Path, 
             model._keys_to_ignore_on_save = None
             vars(model).pop("hf_quantizer", None)  # describes the original file; the weights are dense floats now
             vars(config).pop("quantization_config", None)
+        if state is not None:
+            find_buffers_as_parameters(model)
         model.save_pretrained(target, **options)
     finally:
         for owner, saved in ((config, before), (model, own)):

@@ -114,7 +114,7 @@ class FactorizedConvolution(FactorizedLayer):
         axes = len(geometry.kernel)
         if self.padding_mode != "zeros":
             x = F.pad(x, geometry.borders(), mode=self.padding_mode)
-            geometry = geometry._replace(padding=(0,) * axes)
+            geometry = geometry.changed(padding=(0,) * axes)
         batched = x.dim() == axes + 2
         bias = cast("Tensor | None", self.bias)
         matrix = cast(FactorizedMatrix, submodules_of(self)["matrix"])
@@ -133,7 +133,7 @@ class FactorizedConvolution(FactorizedLayer):
         matrix, geometry = self.matrix, geometry_of(self)
         if self.padding_mode != "zeros":
             size = tuple(F.pad(torch.empty(size, device="meta"), geometry.borders(), mode=self.padding_mode).shape)
-            geometry = geometry._replace(padding=(0,) * len(geometry.kernel))
+            geometry = geometry.changed(padding=(0,) * len(geometry.kernel))
         cached = (prefer or matrix.prefer) == "speed" and can_cache(matrix.tensors())
         choice = matrix.dispatcher.choice(
             matrix, geometry, size, dtype=matrix.dtype, device=matrix.device.type, cached=cached
@@ -167,7 +167,7 @@ class FactorizedTransposedConvolution(FactorizedConvolution):
         """
         geometry = geometry_of(self)
         if output_size is not None:
-            geometry = geometry._replace(output_padding=geometry.output_padding_for(input.shape, output_size))
+            geometry = geometry.changed(output_padding=geometry.output_padding_for(input.shape, output_size))
         return self._convolve(input, geometry)
 
 

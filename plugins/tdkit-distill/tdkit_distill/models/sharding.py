@@ -57,7 +57,7 @@ def shard(root: nn.Module, model: nn.Module, engine: Any, *, training: bool, apa
         StageError: when a model to train has none of the classes that the plugin names.
     """
     from torch.distributed.device_mesh import init_device_mesh  # these are slow to import
-    from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     gc.collect()  # the shards of an earlier copy lie in reference cycles: they go before there are more
     plugin = engine.state.fsdp_plugin
@@ -77,6 +77,10 @@ def shard(root: nn.Module, model: nn.Module, engine: Any, *, training: bool, apa
     for layer in (*closed(model, names or blocks(model)), *apart):
         fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward if training else True, **options)
     fully_shard(root, reshard_after_forward=None if training else True, **options)
+    if engine.device.type == "cpu":
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)  # gloo of torch 2.8 adds where a mean is asked for
 
 
 def closed(model: nn.Module, names: list[str]) -> list[nn.Module]:

@@ -105,7 +105,8 @@ def test_no_full_copy_of_the_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out._base is None:
+            shares = func is torch.ops.aten.detach.default  # a view, of which torch 2.8 names no base
+            if isinstance(out, torch.Tensor) and out._base is None and not shares:
                 sizes.append(out.numel())
             return out
 
