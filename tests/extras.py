@@ -17,14 +17,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MODULES = {"lm-eval": "lm_eval"}  # of packages whose module has another name
 NOT_ALONE = ("dev", "docs")  # what the repository is worked on with
-ONLY_WITH = {"tdkit.products.kernels": "triton"}  # modules that are imported by what has looked for the package
+ONLY_WITH = {  # modules that are imported by what has looked for the package
+    "tdkit.products.kernels": "triton",
+    "tdkit.models.quantizer": "transformers",
+}
 
 CODE = """
-import importlib, pkgutil, sys
+import importlib.util, pkgutil, sys
 import tdkit
 import tdkit.errors
 
-without, needed = sys.argv[1].split(), sys.argv[2:]
+owners, needed = [each.split(":") for each in sys.argv[1].split()], sys.argv[2:]
+without = [module for module, package in owners if importlib.util.find_spec(package) is None]
 for name in needed:
     importlib.import_module(name)
 names = [each.name for each in pkgutil.walk_packages(tdkit.__path__, "tdkit.", onerror=lambda name: None)]
@@ -56,11 +60,11 @@ def main(place: Path, wanted: list[str]) -> None:
         install = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", target]
         names = [re.split(r"[\s\[<>=!;]", each)[0] for each in extras[extra]]
         modules = [MODULES.get(name, name) for name in names if name != "tdkit"]
-        without = [module for module, owner in ONLY_WITH.items() if owner not in names]
+        owners = " ".join(f"{module}:{package}" for module, package in ONLY_WITH.items())
         done = (
             subprocess.run(install, check=False).returncode
             or subprocess.run(
-                [python, "-W", "error::ImportWarning", "-c", CODE, " ".join(without) or "-", *modules],
+                [python, "-W", "error::ImportWarning", "-c", CODE, owners, *modules],
                 cwd=place,
                 check=False,
             ).returncode
