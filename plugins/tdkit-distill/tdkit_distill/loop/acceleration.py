@@ -70,7 +70,7 @@ def _check_sharding(engine: Any, running: Running) -> None:
     if not is_sharding(engine):
         raise StageError(
             "FSDP version 1 is not supported: it keeps flat parameters, of which no student can be read while it "
-            "trains. Set fsdp_version: 2 (accelerate launch --use_fsdp --fsdp_version 2, accelerate 1.6 or newer), or "
+            "trains. Set fsdp_version: 2 (accelerate launch --use_fsdp --fsdp_version 2, accelerate 1.7 or newer), or "
             "train with DDP"
         )
     plugin = engine.state.fsdp_plugin
