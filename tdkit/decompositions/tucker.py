@@ -89,7 +89,7 @@ class Tucker(Decomposition):
 
     def candidates(self, shape: Shape) -> list[Self]:
         """Both ranks given: this one. One given: every value of the other. None given: ranks in proportion, rank_out a
-        multiple of 16 where it is larger."""
+        multiple of 16 from 32 on."""
         pairs = self._pairs(shape)
         smaller = [pair for pair in pairs if _params(shape, pair) < math.prod(shape)]
         if not smaller or smaller[-1] != pairs[-1]:
@@ -218,7 +218,7 @@ def _aligned(shape: Shape, pair: Pair) -> Pair:
     """The pair with about as many parameters whose rank_out fills whole registers, from two of them on.
 
     The convolution with the kernel, which takes most of the time, has rank_out channels: for 64 to 64 channels at half
-    the multiply-adds (32, 46) takes 0.62 of the dense time, (38, 38) 0.77 (``tests/benchmarks/speed.py``).
+    the multiply-adds (32, 44) takes 0.63 of the dense time, (38, 38) 0.77 (``tests/benchmarks/speed.py``).
     """
     out, inner, size = shape[0], shape[1], math.prod(shape[2:])
     rank_out = round(pair[0] / REGISTER) * REGISTER

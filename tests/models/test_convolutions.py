@@ -189,6 +189,26 @@ def test_repeated_calls_with_a_cached_weight_see_every_change() -> None:
         torch.testing.assert_close(layer(x[0]), layer(x)[0])
 
 
+def test_cached_calls_leave_nothing_in_the_layer_that_becomes_dense_again() -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    torch.manual_seed(0)
+    policy = Policy([Rule("*", LowRank(rank=2))], allow_growth=True)
+    model = tdkit.compress(nn.Sequential(Own(24, 24, 3, padding=1, groups=24)), policy)
+    tdkit.prepare(model.eval().requires_grad_(False), prefer="speed")
+    x = torch.randn(2, 24, 9, 9)
+    with torch.no_grad():
+        model(x), model(x)
+        tdkit.to_dense(model)
+        assert vars(model[0]).keys() == vars(Own(24, 24, 3, padding=1, groups=24)).keys()
+        model[0].stride = (2, 2)
+        expected = model(x)
+        small = tdkit.prepare(tdkit.compress(model, policy), prefer="speed")
+        for _ in range(3):
+            torch.testing.assert_close(small(x), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_a_forward_in_training_saves_no_more_than_the_dense_layer() -> None:
     small, dense = twins(nn.Conv2d(32, 32, 3, padding=1), rank=14)
     x = torch.randn(8, 32, 14, 14)

@@ -32,7 +32,6 @@ COPIED = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed", "output_padding"),
     *("groups", "padding_mode"),
 )
-GEOMETRY = "_geometry"  # an attribute of a layer that has computed with a cached weight
 
 
 class FactorizedConvolution(FactorizedLayer):
@@ -97,18 +96,14 @@ class FactorizedConvolution(FactorizedLayer):
     ) -> Tensor:  # (batch, out, *spatial) or (out, *spatial)
         if self._its_own_way:
             return convolve_its_own_way(self, input)
-        geometry: Geometry | None = self.__dict__.get(GEOMETRY)
-        if geometry is not None and not is_recorded():  # the fast path of repeated calls, see `CachedTensor.again`
+        geometry = geometry_of(self)
+        if self.padding_mode == "zeros" and not is_recorded():
             matrix = cast(FactorizedMatrix, submodules_of(self)["matrix"])
-            weight = matrix.dispatcher.kernel(matrix, input, geometry) if only_calls_forward(matrix) else None
-            if weight is not None:
-                return geometry.convolve(input, weight, parameters_of(self)["bias"])
-        return self._convolve(input, geometry_of(self))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in COPIED:
-            vars(self).pop(GEOMETRY, None)
+            if only_calls_forward(matrix):  # the fast path of repeated calls, see `CachedTensor.again`
+                weight = matrix.dispatcher.kernel(matrix, input, geometry)
+                if weight is not None:
+                    return geometry.convolve(input, weight, parameters_of(self)["bias"])
+        return self._convolve(input, geometry)
 
     def _convolve(self, x: Tensor, geometry: Geometry) -> Tensor:
         axes = len(geometry.kernel)
@@ -117,10 +112,7 @@ class FactorizedConvolution(FactorizedLayer):
             geometry = geometry.changed(padding=(0,) * axes)
         batched = x.dim() == axes + 2
         bias = cast("Tensor | None", self.bias)
-        matrix = cast(FactorizedMatrix, submodules_of(self)["matrix"])
-        y: Tensor = matrix(x if batched else x.unsqueeze(0), bias, geometry)
-        if batched and self.padding_mode == "zeros" and not is_recorded() and matrix.dispatcher.prefer == "speed":
-            vars(self)[GEOMETRY] = geometry
+        y: Tensor = submodules_of(self)["matrix"](x if batched else x.unsqueeze(0), bias, geometry)
         return y if batched else y.squeeze(0)
 
     def path(self, size: Shape, *, prefer: Preference | None = None) -> str:
