@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,31 @@ Batch = Any  # the input of a model: a tensor, a tuple of arguments or a mapping
 LABELS = ("labels", "label", "targets", "target")  # names of the entry of a batch that holds the labels
 
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_input_values")
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """A calibration batch that counts for more or less than another one.
+
+    Attributes:
+        batch: the batch.
+        weight: of its tokens or examples in the moments; those of other batches have the weight 1.
+
+    Raises:
+        CalibrationError: when the weight is not positive and finite.
+    """
+
+    batch: Batch
+    weight: float
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.weight, int | float) and 0 < self.weight < math.inf):
+            raise CalibrationError(f"the weight of a batch is {self.weight!r}: give a positive number")
+
+
+def unweighted(batch: Batch) -> tuple[Batch, float]:
+    """Returns a batch and its weight."""
+    return (batch.batch, batch.weight) if isinstance(batch, Weighted) else (batch, 1.0)
 
 
 @dataclass(frozen=True)
@@ -93,11 +119,13 @@ def call_of(model: nn.Module, batch: Batch) -> Call:
     - A pair (mapping, labels) is a mapping of keyword arguments and its labels.
     - Anything else is the only argument.
 
+    The weight of a `Weighted` batch plays no part.
+
     Raises:
         CalibrationError: when forward does not take what the batch has, or an entry of a tuple can be both an optional
             argument and the labels.
     """
-    known = _Parameters.of(model)
+    batch, known = unweighted(batch)[0], _Parameters.of(model)
     if isinstance(batch, Mapping):
         return _by_name(known, dict(batch))
     if not isinstance(batch, tuple | list):
@@ -228,7 +256,8 @@ def decoder_lengths(model: nn.Module, call: Call) -> list[int]:
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:
-    """Returns the batch with its tensors on `device`; mappings become dictionaries, lists become tuples."""
+    """Returns the batch with its tensors on `device`, without a weight; mappings become dictionaries, lists tuples."""
+    batch = unweighted(batch)[0]
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
@@ -241,7 +270,9 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 def digest_of(batches: Iterable[Batch]) -> str:
     """Returns the SHA-256 of the dtypes, shapes and bytes of the tensors in batches, and of what else they hold."""
     total = hashlib.sha256()
-    for batch in batches:
+    for given in batches:
+        batch, weight = unweighted(given)
+        total.update(b"" if weight == 1 else f"weight {weight}".encode())
         for leaf in tree_leaves(batch):
             if isinstance(leaf, Tensor):
                 total.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())

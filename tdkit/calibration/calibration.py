@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tdkit.calibration.batches import Batch
+from tdkit.calibration.batches import Batch, Weighted, unweighted
 from tdkit.calibration.losses import Labels, check_labels
 from tdkit.decompositions.base import Decomposition, Point
 from tdkit.decompositions.shrink import Shrink
@@ -31,7 +31,7 @@ from tdkit.support.documents import read_json
 from tdkit.support.files import digest_of_file, temporary_folder, whole_folder
 
 FORMAT = "tdkit-calibration"
-FORMAT_VERSION = 2  # 1 had no digests
+FORMAT_VERSION = 3  # 1 had no digests, 2 no weights of batches
 
 DESCRIPTION = "calibration.json"
 
@@ -193,11 +193,10 @@ class Calibration:
                 assert metric is not None
                 files.setdefault(f"moments-{len(files):05}.safetensors", []).append(name)
                 _write({name: metric}, target / list(files)[-1])
-            keep = self.batches is not None and all(isinstance(batch, Tensor) for batch in self.batches)
-            if keep and self.batches:
-                save_file(
-                    {f"{i:06}": b.contiguous() for i, b in enumerate(self.batches)}, target / "batches.safetensors"
-                )
+            kept = [unweighted(batch) for batch in self.batches or ()]
+            weights = [weight for _, weight in kept]
+            if kept and all(isinstance(batch, Tensor) for batch, _ in kept):
+                save_file({f"{i:06}": b.contiguous() for i, (b, _) in enumerate(kept)}, target / "batches.safetensors")
             form = {
                 "format": FORMAT,
                 "version": FORMAT_VERSION,
@@ -206,6 +205,7 @@ class Calibration:
                 "files": files,
                 "rows": self.rows,
                 "units": self.units,
+                "weights": None if set(weights) <= {1.0} else weights,
                 "digests": {path.name: digest_of_file(path) for path in sorted(target.glob("*.safetensors"))},
             }
             (target / DESCRIPTION).write_text(json.dumps(form, indent=2) + "\n", encoding="utf-8")
@@ -244,11 +244,24 @@ class Calibration:
         batches = None
         if (folder / "batches.safetensors").is_file():
             with _opened(folder / "batches.safetensors") as file:
-                batches = [file.get_tensor(key) for key in sorted(file.keys())]
+                batches = _weighted([file.get_tensor(key) for key in sorted(file.keys())], form.get("weights"), folder)
         calibration = cls({}, batches=batches, gradients=gradients, labels=labels)
         calibration._files, calibration.rows = names, rows
         calibration.units = units or sum(batch.numel() for batch in batches or ())  # version 1 and 2 had token ids only
         return calibration
+
+
+def _weighted(batches: list[Tensor], weights: object, folder: Path) -> list[Batch]:
+    """Returns batches with the weights that were saved, if there were any.
+
+    Raises:
+        CalibrationError: when they are not one positive number for each batch.
+    """
+    if weights is None:
+        return batches
+    if not isinstance(weights, list) or len(weights) != len(batches):
+        raise CalibrationError(f"{folder / DESCRIPTION} is damaged: weights are not one number for each batch")
+    return [batch if weight == 1 else Weighted(batch, weight) for batch, weight in zip(batches, weights, strict=True)]
 
 
 def shrunk(metric: Metric, count: float) -> Metric:
@@ -298,13 +311,13 @@ def elimination_of(group: Group, kind: Shrink, metric: Metric | None) -> Elimina
     """
     problem = problem_of(group, metric)
     if kind.by == "loss":
-        return eliminate(problem.weight, problem.metric, problem.columns)
+        return eliminate(problem.weight, problem.metric, problem.columns, heads=group.heads)
     moment = problem.metric.input
     if moment is None:
         raise CalibrationError(f"{group.name}: leverage scores need the moments of its inputs: calibrate the model")
     moment = moment.diag() if moment.ndim == 1 else moment
     scores = leverage_scores(moment, LEVERAGE_RIDGE)[problem.columns].sum(1)
-    return in_order(problem.weight, problem.metric, scores.argsort(stable=True), problem.columns)
+    return in_order(problem.weight, problem.metric, scores.argsort(stable=True), problem.columns, heads=group.heads)
 
 
 def _description_of(folder: Path) -> dict[str, Any]:

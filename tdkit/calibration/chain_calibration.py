@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdkit.calibration.batches import Batch
+from tdkit.calibration.batches import Batch, unweighted
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.chains import Call, hidden_states, within
 from tdkit.calibration.measure import recorders_within
@@ -83,7 +83,7 @@ class ChainCalibration:
             self._enter_backward(outer)
         self.result.add(outer.metrics(), spill=True)
         self.result.rows |= outer.rows()
-        self.result.units = sum(self.units)
+        self.result.units = round(sum(n * unweighted(b)[1] for n, b in zip(self.units, self.batches, strict=True)))
         if not self.result.names:
             raise CalibrationError("the calibration batches reach no layer that can be rewritten")
         return self.result
@@ -150,7 +150,7 @@ class ChainCalibration:
         def run(recorder: Recorder | None) -> None:
             for batch in range(len(self.batches)):
                 if recorder is not None:
-                    recorder.mask = self.runner.mask(self.batches[batch])
+                    self._begin(recorder, batch)
                 hidden = self._block(number, batch, self.states.read("hidden", number, batch))
                 self.states.write("hidden", number + 1, batch, hidden)
                 if recorder is not None:
@@ -172,7 +172,7 @@ class ChainCalibration:
         """
         last = len(self.blocks) - 1
         for batch, given in enumerate(self.batches):
-            outer.mask = self.runner.mask(given)
+            self._begin(outer, batch)
             final = self.states.read("hidden", last + 1, batch).requires_grad_(self.runner.gradients)
             with (
                 self.weights.brought(self.outside),
@@ -203,7 +203,7 @@ class ChainCalibration:
         def run(recorder: Recorder | None) -> None:
             for batch in range(len(self.batches)):
                 if recorder is not None:
-                    recorder.mask = self.runner.mask(self.batches[batch])
+                    self._begin(recorder, batch)
                 hidden = self.states.read("hidden", number, batch).requires_grad_()
                 output = self._block(number, batch, hidden.clone())  # a block may change its input in place
                 output.backward(self.states.read("gradient", number + 1, batch))  # type: ignore[no-untyped-call]
@@ -225,7 +225,7 @@ class ChainCalibration:
         """Run what comes before the blocks on all batches, backward from the gradient at the first block."""
         late = {name: outer.gradients_of(name) for name in self._unseen()}
         for batch, given in enumerate(self.batches):
-            outer.mask = self.runner.mask(given)
+            self._begin(outer, batch)
             entered: list[Tensor] = []
 
             def at(_: int, hidden: Tensor, __: Call) -> Tensor:
@@ -252,6 +252,10 @@ class ChainCalibration:
         for metrics, rows in recorded:
             self.result.add(metrics, spill=True)
             self.result.rows |= rows
+
+    def _begin(self, recorder: Recorder, batch: int) -> None:
+        given = self.batches[batch]
+        recorder.begin_batch(self.runner.mask(given), unweighted(given)[1])
 
     def _recorded(
         self, reach: Reach, run: Callable[[Recorder], None]

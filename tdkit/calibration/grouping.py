@@ -28,7 +28,7 @@ def faults_of(model: nn.Module, groups: Sequence[Group], batch: Batch) -> dict[s
 
     - Of a group with elementwise functions between its layers, half of the units, chosen at random, are taken from the
       outputs of the producers. What reaches the consumer must then be the other half of what reached it before.
-    - In one with blocks, the units of each block are mixed at random: what reaches the consumer must be mixed alike.
+    - In one that combines units, those of each head are mixed at random: what reaches the consumer must be mixed alike.
     - Where units of two weights are multiplied with each other, those of one weight are doubled or halved at random,
       and those of the other halved or doubled: nothing else may change.
 
@@ -100,7 +100,7 @@ def _changes(group: Group, expected: list[Tensor], found: dict[str, str]) -> Hoo
     if group.consumer.axis == 0:
         yield from _scaled(group)
         return
-    change = _mixed(group) if group.blocks else _cut(group)
+    change = _mixed(group) if group.combines else _cut(group)
     calls = iter(expected)
 
     def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -128,13 +128,13 @@ def _cut(group: Group) -> Change:
 
 
 def _mixed(group: Group) -> Change:
-    size = group.units // group.blocks
-    given = torch.randn(group.blocks, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    size = group.units
+    given = torch.randn(group.heads, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     stretched = 2 ** torch.arange(size, dtype=given.dtype).remainder(2)
     turn = torch.linalg.qr(given).Q * stretched  # no rotation: norms would hide
 
     def change(part: Part, x: Tensor) -> Tensor:
-        places = part.places.reshape(group.blocks, size, -1).to(x.device)
+        places = part.places.reshape(group.heads, size, -1).to(x.device)
         turned = x.clone()
         turned[..., places] = torch.einsum("bjk,...bks->...bjs", turn.to(x), x[..., places])
         return turned
@@ -143,7 +143,7 @@ def _mixed(group: Group) -> Change:
 
 
 def _scaled(group: Group) -> Hooks:
-    doubled = torch.randint(0, 2, (group.units,), generator=torch.Generator().manual_seed(0)).bool()
+    doubled = torch.randint(0, 2, (len(group.consumer.places),), generator=torch.Generator().manual_seed(0)).bool()
     for part, sign in ((group.producers[0], 1), (group.consumer, -1)):
         scale = torch.ones(part.site.shape[0])
         scale[part.places] = torch.where(doubled, 2.0**sign, 2.0**-sign)[:, None].expand_as(part.places)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tdkit.calibration.batches import Batch, call_of, check_batches
+from tdkit.calibration.batches import Batch, call_of, check_batches, unweighted
 from tdkit.calibration.calibration import Calibration, Loss
 from tdkit.calibration.losses import Labels, check_labels
 from tdkit.calibration.moments import Pass, Reach, Recorder, SharingBrokeError, passes_within, reaching
 from tdkit.calibration.runner import Runner, as_it_was
+from tdkit.calibration.self_generated import with_self_generated
 from tdkit.errors import CalibrationError, did_you_mean
 from tdkit.fitting.metric import Metric
 from tdkit.models.preparation import drop_caches
@@ -43,6 +44,7 @@ def calibrate(
     tokenizer: Any = None,
     context: int = 512,
     tokens: int = 16384,
+    self_generated: int = 0,
     limit_bytes: int = LIMIT_BYTES,
     device: torch.device | str | None = None,
     progress: bool | None = None,
@@ -64,7 +66,8 @@ def calibrate(
             with the labels in an entry called ``labels``, ``label``, ``targets`` or ``target``. The last entry of a
             tuple is the labels if forward has no parameter for it; labels in a mapping are passed to forward only if
             it has a parameter of that name. Padding according to ``attention_mask`` is ignored, except where the
-            encoder and the decoder of a model have the same number of tokens. Or the name of a text, as in
+            encoder and the decoder of a model have the same number of tokens. A batch in a
+            `tdkit.calibration.Weighted` counts by its weight. Or the name of a text, as in
             `tdkit.sources.load_texts`; windows spread over the whole text are used.
         gradients: also measure S, which takes a backward pass; otherwise S is None.
         names: the sites to measure, by the name of any of their layers; all sites when None.
@@ -79,6 +82,10 @@ def calibrate(
         tokenizer: the tokenizer for a text given by name.
         context: tokens per window of a text given by name.
         tokens: number of tokens to use of a text given by name.
+        self_generated: number of tokens that the model generates beside the batches, in windows of `context`, for
+            causal language models of transformers. They get a tenth of the weight. Units that the text does not use
+            would else be removed, and text of another kind suffers: SmolLM2-135M, with two fifths of its blocks
+            removed, has on code and its manual a third to a half of the perplexity with it.
         limit_bytes: the maximum size in bytes of the moments held in memory at once.
         device: the device to run on; the model is moved back afterwards. When None, the model is not moved.
         progress: show a progress bar; when None, only on a terminal.
@@ -101,6 +108,8 @@ def calibrate(
         sites = named_sites(sites, names)
     if isinstance(batches, str | Path):
         batches = text_batches(batches, tokenizer, context=context, tokens=tokens)
+    if self_generated:
+        batches = with_self_generated(model, batches, self_generated, context=context, progress=progress)
     runner = Runner(model, gradients=gradients, loss=loss, labels=labels)
     return measured(runner, sites, batches, limit_bytes=limit_bytes, device=device, progress=progress)
 
@@ -243,7 +252,7 @@ def _measure(
             )
             calibration.add(recorder.metrics(), spill=len(recorders) > 1)
             calibration.rows |= recorder.rows()
-            calibration.units = recorder.units
+            calibration.units = round(recorder.units)
     return calibration
 
 
@@ -271,7 +280,7 @@ def _pass(runner: Runner, recorder: Recorder, batches: list[Batch], bar: Bar, la
         for number, batch in enumerate(batches):
             if runner.gradients:
                 drop_caches(runner.model)  # they would hold the graph of the batch before
-            recorder.mask = runner.mask(batch)
+            recorder.begin_batch(runner.mask(batch), unweighted(batch)[1])
             output = runner.forward(batch)
             if runner.gradients:
                 try:

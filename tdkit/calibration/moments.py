@@ -34,7 +34,7 @@ class SideSum:
         self.size = size
         self.diagonal = size > DIAGONAL_ABOVE
         self.sum: Tensor | None = None
-        self.count = 0
+        self.count = 0.0  # of rows, by weight
         self._mean: Tensor | None = None
 
     @property
@@ -44,29 +44,32 @@ class SideSum:
     def add(
         self,
         rows: Row,  # (tokens, n)
+        weight: float = 1.0,
     ) -> None:
-        """Add the rows of one batch: the product in float32 (float64 for float64 rows), the sum in float64.
+        """Add the rows of one batch, each `weight` times.
 
+        The product is in float32 (float64 for float64 rows), the sum in float64.
         The rounding error is about 1e-7 of the largest moment, less than the lower bound that `Metric` sets
         for eigenvalues.
         """
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        self._add(rows.square().sum(0) if self.diagonal else rows.T @ rows, len(rows))
+        self._add(rows.square().sum(0) if self.diagonal else rows.T @ rows, len(rows), weight)
 
     def add_ids(
         self,
         ids: Tensor,  # (tokens,) below n
+        weight: float = 1.0,
     ) -> None:
         """Add one-hot rows given by their indices; their moment is the diagonal matrix of counts."""
         self.diagonal = True
-        self._add(torch.bincount(ids, minlength=self.size), len(ids))
+        self._add(torch.bincount(ids, minlength=self.size), len(ids), weight)
 
-    def _add(self, moment: Tensor, count: int) -> None:
-        moment = moment.double()
+    def _add(self, moment: Tensor, count: int, weight: float) -> None:
+        moment = moment.double() if weight == 1 else moment.double().mul_(weight)
         self.sum = moment if self.sum is None else self.sum.add_(moment)
-        self.count += count
+        self.count += weight * count
 
-    def mean(self, units: int | None = None) -> Tensor | None:
+    def mean(self, units: float | None = None) -> Tensor | None:
         """Returns the sum by `units`, or per row; float64 on the CPU. None without rows, and frees the sum."""
         if self.sum is not None and self.count:
             self._mean = self.sum.div_(units or self.count).cpu()
@@ -94,13 +97,13 @@ class GradientSum:
         gradient = gradient.detach()
         self.pending = gradient.clone() if self.pending is None else self.pending + gradient
 
-    def end_batch(self) -> None:
+    def end_batch(self, weight: float = 1.0) -> None:
         if self.pending is not None:
-            self.rows.add(self.pending.T)
-            self.columns.add(self.pending)
+            self.rows.add(self.pending.T, weight)
+            self.columns.add(self.pending, weight)
             self.pending = None
 
-    def metric(self, units: int) -> Metric | None:
+    def metric(self, units: float) -> Metric | None:
         """Returns the metric, or None without gradients."""
         if self.columns.sum is None:
             return None
@@ -120,14 +123,14 @@ class SiteSums:
         self.lookup_rows = SideSum(out)
         self.lookup_output = SideSum(width)
         self.gradient = GradientSum(out, width)
-        self.products = 0  # rows that were multiplied
+        self.products = 0.0  # rows that were multiplied, by weight
 
-    def metric(self, units: int) -> Metric | None:
+    def metric(self, units: float) -> Metric | None:
         """Returns the metric of the site, or None when its layers were never called.
 
         Args:
-            units: number of tokens or examples that the loss sums over. Sums of gradients are divided by it, so that
-                layers with different numbers of rows have errors in the same unit.
+            units: number of tokens or examples that the loss sums over, by weight. Sums of gradients are divided by
+                it, so that layers with different numbers of rows have errors in the same unit.
         """
         uses = [
             (self.multiply_input.mean(), self.multiply_output.mean(units)),
@@ -194,7 +197,7 @@ class Recorder:
     ) -> None:
         self.sites = sites
         self.unseen = unseen if gradients else ()
-        self.units = 0
+        self.units = 0.0  # by weight
         self.gradients = gradients
         self.shared = shared or {}
         self.sums: dict[str, SiteSums] = {}
@@ -206,6 +209,7 @@ class Recorder:
             leader = self.sums.get(self.shared.get(site.name, ""))
             self.sums[site.name] = SiteSums(site, leader.multiply_input if leader else None)
         self.mask: Tensor | None = None  # (batch, length) of the current batch; False for padding
+        self.weight = 1.0  # of the current batch
         self._last: dict[str, tuple[Tensor, int]] = {}
 
     def metrics(self) -> dict[str, Metric]:
@@ -214,7 +218,7 @@ class Recorder:
         Raises:
             CalibrationError: when a moment is NaN or infinite.
         """
-        units, sums = max(self.units, 1), self.sums | self.stacks
+        units, sums = self.units or 1, self.sums | self.stacks
         found = {site.name: sums[site.name].metric(units) for site in self.sites}
         known = {name: metric for name, metric in found.items() if metric is not None}
         for name, metric in known.items():
@@ -238,7 +242,7 @@ class Recorder:
         """Returns the rows that each site multiplied per token or example, by site name; 0 for a look-up."""
         found: dict[str, float] = {name: sums.products for name, sums in self.sums.items()}
         found |= {name: float(sums.multiply_input.rows.sum()) for name, sums in self.stacks.items()}
-        return {name: count / max(self.units, 1) for name, count in found.items()}
+        return {name: count / (self.units or 1) for name, count in found.items()}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -256,16 +260,20 @@ class Recorder:
                 handle.remove()
             self._last.clear()
 
+    def begin_batch(self, mask: Tensor | None, weight: float) -> None:
+        """Set the mask and the weight of the batch that the model runs on next."""
+        self.mask, self.weight = mask, weight
+
     def end_batch(self, units: int) -> None:
         """Add the gradients of weights of one batch with `units` tokens or examples."""
-        self.units += units
+        self.units += self.weight * units
         for name in self.unseen:
             if name in self.sums:
-                self.sums[name].gradient.end_batch()
+                self.sums[name].gradient.end_batch(self.weight)
 
-    def gradients_of(self, name: str) -> int:
+    def gradients_of(self, name: str) -> float:
         """Returns how many rows of gradients of a weight have been added, for a site whose products are not seen."""
-        return self.sums[name].gradient.rows.count if name in self.sums else 0
+        return self.sums[name].gradient.rows.count if name in self.sums else 0.0
 
     def _gradient_handles(self, site: Site) -> Iterator[Removable]:
         total = self.sums[site.name].gradient
@@ -288,7 +296,7 @@ class Recorder:
         sums = self.stacks[site.name]
 
         def observe_stack(routing: Routing, x: Tensor, y: Tensor) -> Tensor:
-            return sums.observe(routing, x, y, mask=self.mask, gradients=self.gradients)
+            return sums.observe(routing, x, y, mask=self.mask, weight=self.weight, gradients=self.gradients)
 
         return user.host.attach_stack(user.module, user.weight, observe_stack)
 
@@ -296,21 +304,21 @@ class Recorder:
         sums = self.sums[site.name]
 
         def observe(x: Tensor, y: Tensor) -> Tensor:
-            x = x.detach()
+            x, weight = x.detach(), self.weight
             mask = self.mask if self.mask is not None and x.shape[:2] == self.mask.shape else None
             if looks_up:
-                sums.lookup_rows.add_ids((x if mask is None else x[mask]).reshape(-1))
+                sums.lookup_rows.add_ids((x if mask is None else x[mask]).reshape(-1), weight)
             else:
-                sums.products += y.numel() // y.shape[-1] if mask is None else int(mask.sum())
+                sums.products += weight * (y.numel() // y.shape[-1] if mask is None else int(mask.sum()))
                 if not self._follows(site.name, x):
-                    sums.multiply_input.add(token_rows(x, mask))
+                    sums.multiply_input.add(token_rows(x, mask), weight)
             if not self.gradients:
                 return y
             if not y.requires_grad:
                 with torch.enable_grad():  # no leaf: the next layer may change it in place
                     y = y.detach().requires_grad_().clone()
             side = sums.lookup_output if looks_up else sums.multiply_output
-            y.register_hook(lambda gradient: side.add(token_rows(gradient.detach(), mask)))  # type: ignore[no-untyped-call]
+            y.register_hook(lambda gradient: side.add(token_rows(gradient.detach(), mask), weight))  # type: ignore[no-untyped-call]
             return y
 
         return observe

@@ -37,8 +37,9 @@ class StackSum:
         self,
         rows: Tensor,  # (rows, n), those of the first member first
         routing: Routing,
+        weight: float = 1.0,
     ) -> None:
-        """Add the rows of one batch; the products are in float32, or in float64 for float64 rows."""
+        """Add the rows of one batch, each `weight` times; the products are in float32, float64 for float64 rows."""
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if self.sum is None:
             self.sum = torch.zeros(self.members, self.size, self.size, dtype=self.dtype, device=rows.device)
@@ -46,9 +47,9 @@ class StackSum:
         for member, count in enumerate(routing.counts):
             own = rows[start : start + count]
             if count:
-                self.sum[member] = (own.T @ own).double().add_(self.sum[member])
+                self.sum[member] = (own.T @ own).double().mul_(weight).add_(self.sum[member])
             start += count
-        self.rows += torch.tensor(routing.counts, dtype=torch.float64)
+        self.rows += weight * torch.tensor(routing.counts, dtype=torch.float64)
 
     def mean(self) -> Tensor | None:
         """Returns the moment of each member per row, `shrunk`, (members, n, n) on the CPU; None without rows.
@@ -60,13 +61,13 @@ class StackSum:
         total, self.sum = self.sum.cpu(), None
         pooled = total.sum(0, dtype=torch.float64) / self.rows.sum()
         for member, count in enumerate(self.rows.tolist()):
-            total[member] = shrunk(total[member].double() / count, int(count), pooled) if count else pooled
+            total[member] = shrunk(total[member].double() / count, count, pooled) if count else pooled
         return total
 
 
 def shrunk(
     moment: Tensor,  # (n, n), of `count` rows
-    count: int,
+    count: float,
     target: Tensor,  # (n, n)
 ) -> Tensor:  # (n, n)
     """Returns the weighted mean of a measured moment and a `target` that is nearest to the true moment.
@@ -95,13 +96,13 @@ class StackSums:
         self.multiply_input = StackSum(members, width, dtype)
         self.multiply_output = StackSum(members, out, dtype)
 
-    def metric(self, units: int) -> Metric | None:
+    def metric(self, units: float) -> Metric | None:
         """Returns the metric of the stack, or None when no token was routed to it.
 
         The moments of the inputs are multiplied by the rows of each member per unit, so that errors are those per unit.
 
         Args:
-            units: number of tokens or examples that the loss sums over.
+            units: number of tokens or examples that the loss sums over, by weight.
         """
         inputs, outputs = self.multiply_input.mean(), self.multiply_output.mean()
         if inputs is None:
@@ -109,11 +110,14 @@ class StackSums:
         rows = self.multiply_input.rows.clamp_min(UNSEEN_ROWS) / units
         return Metric(inputs.mul_(rows[:, None, None]), outputs)
 
-    def observe(self, routing: Routing, x: Tensor, y: Tensor, *, mask: Tensor | None, gradients: bool) -> Tensor:
+    def observe(
+        self, routing: Routing, x: Tensor, y: Tensor, *, mask: Tensor | None, gradients: bool, weight: float = 1.0
+    ) -> Tensor:
         """Add the inputs x (rows, in) of one call and, with `gradients`, the gradients of its outputs y (rows, out).
 
         Args:
             mask: of the tokens, False for padding; ignored where it has another number of tokens than the call.
+            weight: of each row.
 
         Returns:
             y, or a copy that requires a gradient.
@@ -123,10 +127,10 @@ class StackSums:
         def real(rows: Tensor) -> Tensor:
             return rows.detach() if kept is None else rows.detach()[kept]
 
-        self.multiply_input.add(real(x), seen)
+        self.multiply_input.add(real(x), seen, weight)
         if gradients:
             y = y if y.requires_grad else y.detach().clone().requires_grad_()
-            y.register_hook(lambda gradient: self.multiply_output.add(real(gradient), seen))  # type: ignore[no-untyped-call]
+            y.register_hook(lambda gradient: self.multiply_output.add(real(gradient), seen, weight))  # type: ignore[no-untyped-call]
         return y
 
 

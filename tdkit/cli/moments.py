@@ -12,6 +12,7 @@ from torch import nn
 
 from tdkit.calibration.batches import Batch
 from tdkit.calibration.calibration import Calibration, is_saved_calibration
+from tdkit.calibration.self_generated import with_self_generated
 from tdkit.cli.loading import from_here
 from tdkit.cli.options import Labels
 from tdkit.errors import OptionError
@@ -39,6 +40,7 @@ class Wanted:
         labels: of the loss, see `tdkit.calibrate`.
         inputs_only: measure no gradients.
         batch_size: examples per batch of files.
+        self_generated: how many tokens the model generates beside the texts, see `tdkit.calibrate`.
     """
 
     texts: list[str] | None
@@ -48,6 +50,7 @@ class Wanted:
     labels: Labels
     inputs_only: bool
     batch_size: int
+    self_generated: int = 0
 
     def check(self, others: Mapping[str, bool] | None = None) -> None:
         """Check that the options go together, those of others that need a calibration included.
@@ -56,6 +59,8 @@ class Wanted:
             OptionError: otherwise.
         """
         given = {f"--labels {self.labels}": self.labels != "data", "--inputs-only": self.inputs_only, **(others or {})}
+        if self.self_generated and (self.texts is None or self.saved()):
+            raise OptionError(f"--self-generated {self.self_generated} goes with the text of a calibration: give one")
         if self.texts is not None and self.data is not None:
             raise OptionError("--calibration and --data are both what to calibrate on: give one of them")
         for option, is_given in given.items():
@@ -103,7 +108,8 @@ class Material:
         batches = self.windows_for(source.model, source.tokenizer)
         if not self.wanted.inputs_only and self.wanted.labels == "data":
             check_causal(source.model, batches[0].flatten(), DOING, f"give --inputs-only, or {IN_PYTHON}")
-        return batches
+        tokens = self.wanted.self_generated
+        return with_self_generated(source.model, batches, tokens, context=self.wanted.context) if tokens else batches
 
     def windows_for(self, model: nn.Module, tokenizer: Any) -> tuple[torch.Tensor, ...]:
         """Returns the text as windows (1, context) of token ids."""

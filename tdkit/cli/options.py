@@ -83,6 +83,13 @@ CalibrationText = Annotated[
     ),
 ]
 CalibrationTokens = Annotated[int, typer.Option(help="How many tokens of the calibration text to use.", min=2)]
+SelfGenerated = Annotated[
+    int,
+    typer.Option(
+        help="Also calibrate on this many tokens that the model generates itself: text of other kinds suffers less.",
+        min=0,
+    ),
+]
 CalibrationLabels = Annotated[
     Labels,
     typer.Option(

@@ -61,6 +61,7 @@ def sweep(
     calibration_tokens: Annotated[
         int | None, typer.Option(help="How many tokens of the calibration text to use; 16384 by default.", min=2)
     ] = None,
+    self_generated: Annotated[int | None, typer.Option(help="As in compress; 0 by default.", min=0)] = None,
     data: Data = None,
     batch_size: BatchSize = 32,
     labels: Annotated[Labels | None, typer.Option("--labels", help="As in compress: data or sampled.")] = None,
@@ -113,6 +114,7 @@ def sweep(
         folder=str(folder),
         calibration=calibration,
         calibration_tokens=calibration_tokens or 16384,
+        self_generated=self_generated or 0,
         data=data,
         batch_size=batch_size,
         labels=labels or "data",
@@ -134,7 +136,7 @@ def sweep(
     if recipe is not None:
         if policy is not None or match:
             raise OptionError(f"the recipe '{recipe.name}' has a policy of its own: leave out --policy and --match")
-        base, call = of_recipe(recipe, call, labels, calibration_tokens, context)
+        base, call = of_recipe(recipe, call, labels, calibration_tokens, context, self_generated)
     points = points_of(grid, base, match or ["*"])
     call = call.with_points(points)
     if call.evaluation is None and call.evaluation_data is None:

@@ -60,6 +60,7 @@ class Call:
     folder: str
     calibration: list[str] | None
     calibration_tokens: int
+    self_generated: int = 0
     data: str | None
     batch_size: int
     labels: Labels
@@ -152,6 +153,7 @@ def opened(call: Call) -> Sweep:
         call.labels,
         call.inputs_only,
         call.batch_size,
+        call.self_generated,
     )
     wanted.check()
     material = wanted.read()
@@ -249,7 +251,12 @@ class _View:
 
 
 def of_recipe(
-    recipe: Recipe, call: Call, labels: Labels | None, calibration_tokens: int | None, context: int | None
+    recipe: Recipe,
+    call: Call,
+    labels: Labels | None,
+    calibration_tokens: int | None,
+    context: int | None,
+    self_generated: int | None = None,
 ) -> tuple[Policy, Call]:
     """Returns the policy that a recipe compresses by, and the call with what the command line left open."""
     found = next(((k, each) for k, each in recipe.steps if isinstance(each, CompressStep | CompareStep)), None)
@@ -268,6 +275,7 @@ def of_recipe(
         seed=recipe.seed,
         calibration=call.calibration or (_listed(data.calibration) if calibrated else None),
         calibration_tokens=calibration_tokens or data.calibration_tokens,
+        self_generated=(data.self_generated if calibrated else 0) if self_generated is None else self_generated,
         labels=labels or (data.calibration_labels if calibrated else "data"),
         context=context or data.context,
         evaluation=call.evaluation or _listed(data.evaluation),

@@ -19,6 +19,7 @@ from tdkit.errors import CalibrationError, OptionError, PolicyError
 from tdkit.models.quantization import quantize_within
 from tdkit.models.registration import attach
 from tdkit.models.sites import Site
+from tdkit.models.small_heads import use_small_heads
 from tdkit.models.swap import Resized, Swap, swapping
 from tdkit.models.widths import follow_widths
 from tdkit.planning.budget import FLOATS, INTEGERS, Budget
@@ -122,6 +123,7 @@ def compress_resolved(
                 _follow_widths(model, jobs)
                 _cast(swap, made.target)
                 attach(model)
+                use_small_heads(model)
             else:
                 assert calibration is not None
                 sites = [site for site in resolved.survey.sites if site.name in calibration.names]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdkit.calibration.batches import unweighted
 from tdkit.calibration.calibration import Calibration, shrunk
 from tdkit.calibration.chains import (
     Blocks,
@@ -122,7 +123,7 @@ def _input_moments(
     block = model.get_submodule(name)
     with recorder.attached():
         for batch, x, call in zip(batches, hidden, calls, strict=True):
-            recorder.mask = runner.mask(batch)
+            recorder.begin_batch(runner.mask(batch), unweighted(batch)[1])
             _run(block, x.clone(), call)  # a block may change its input in place
     counts = recorder.rows()
     return {name: shrunk(metric, counts.get(name, 0.0)) for name, metric in recorder.metrics().items()}

@@ -19,23 +19,28 @@ class Elimination:
     """The order in which the units of a weight are removed, and the error of each number of them.
 
     Attributes:
-        order: (units,) int64, the first to be removed first.
-        errors: (units + 1,) float64; entry k is tr(S E C E^T) without the first k units, the other columns refitted.
+        order: (heads * units,) int64, the first to be removed first; the units of one head are neighbours in number.
+        errors: (units + 1,) float64; entry k is tr(S E C E^T) without the first k units of each head, the other columns
+            refitted.
+        heads: how many heads keep equally many units.
     """
 
     order: Tensor
     errors: Tensor
+    heads: int = 1
 
     def kept(self, units: int) -> Tensor:
-        """Returns which `units` units stay, ascending, int64."""
-        return self.order[len(self.order) - units :].sort().values
+        """Returns which units stay if `units` of each head do, ascending, int64."""
+        return self.order[len(self.order) - units * self.heads :].sort().values
 
     def error(self, units: int) -> float:
-        """Returns tr(S E C E^T) if `units` units stay."""
-        return float(self.errors[len(self.order) - units])
+        """Returns tr(S E C E^T) if `units` units of each head stay."""
+        return float(self.errors[len(self.errors) - 1 - units])
 
 
-def eliminate(weight: Tensor, metric: Metric, columns: Tensor | None = None, *, block: int = BLOCK) -> Elimination:
+def eliminate(
+    weight: Tensor, metric: Metric, columns: Tensor | None = None, *, heads: int = 1, block: int = BLOCK
+) -> Elimination:
     """Remove the units of a weight one block after another, always those that raise the error least.
 
     With V = F W for F^T F = S, and P = C^-1 of the units that are left, removing the columns J of a unit and
@@ -47,6 +52,8 @@ def eliminate(weight: Tensor, metric: Metric, columns: Tensor | None = None, *, 
         metric: C and S; an absent one is the identity.
         columns: (units, size) int64, the columns of each unit; each column belongs to at most one of them, those of no
             unit stay. Each column is a unit when None.
+        heads: that lose equally many units: the k-th of each head, in the order in which a head would lose its own, go
+            together.
         block: units removed between two updates of the costs.
 
     Source: optimal brain surgery, Hassibi and Stork (1993), section 3, of groups of weights and in a two-sided metric;
@@ -60,15 +67,26 @@ def eliminate(weight: Tensor, metric: Metric, columns: Tensor | None = None, *, 
             cheapest = left.costs().argsort(stable=True)[:block]
             order.append(left.units[cheapest])
             costs.append(left.remove(cheapest))
+    if heads > 1:
+        return in_order(weight, metric, torch.cat(order), columns, heads=heads)
     return _with_errors(torch.cat(order), torch.cat(costs))
 
 
-def in_order(weight: Tensor, metric: Metric, order: Tensor, columns: Tensor | None = None) -> Elimination:
+def in_order(
+    weight: Tensor, metric: Metric, order: Tensor, columns: Tensor | None = None, *, heads: int = 1
+) -> Elimination:
     """Returns the errors if the units are removed in a given order, (units,) int64; the rest as in `eliminate`."""
+    order = _by_head(order.cpu(), heads)
     left = _Left.of(weight, metric, columns)
     with threads_for(weight.numel()):
         costs = left.remove(order.to(left.units.device))
-    return _with_errors(order.cpu(), costs)
+    return _with_errors(order, costs.reshape(-1, heads).sum(1), heads)
+
+
+def _by_head(order: Tensor, heads: int) -> Tensor:
+    """Returns the first unit of each head, then the second of each, and so on; each head's in the order given."""
+    head = order // (len(order) // heads)
+    return torch.stack([order[head == number] for number in range(heads)], 1).flatten()
 
 
 def refitted(weight: Tensor, metric: Metric, kept: Tensor) -> Tensor:
@@ -174,5 +192,5 @@ def _others(count: int, places: Tensor) -> Tensor:
     return mask.nonzero().flatten()
 
 
-def _with_errors(order: Tensor, costs: Tensor) -> Elimination:
-    return Elimination(order, torch.cat([costs.new_zeros(1), costs.cumsum(0)]))
+def _with_errors(order: Tensor, costs: Tensor, heads: int = 1) -> Elimination:
+    return Elimination(order, torch.cat([costs.new_zeros(1), costs.cumsum(0)]), heads)

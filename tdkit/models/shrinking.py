@@ -37,8 +37,8 @@ class Problem:
 def problem_of(group: Group, metric: Metric | None) -> Problem:
     """Returns the problem whose solution is the refitted consumer of a group.
 
-    In a group with blocks, those combinations of units are taken of which the first r are the best r for each r: with C
-    the mean of the input moments of the heads that share the block, and M the sum of their W^T S W, the eigenvectors U
+    In a group that combines units, those combinations are taken of which the first r are the best r for each r: with C
+    the mean of the input moments of the heads that share the units, and M the sum of their W^T S W, the eigenvectors U
     of C^1/2 M C^1/2 give the basis U^T C^-1/2.
 
     Raises:
@@ -52,7 +52,7 @@ def problem_of(group: Group, metric: Metric | None) -> Problem:
         turned = Metric(metric.ridged_output(), metric.ridged_input())  # ridged as the sides that they are
         return Problem(weight.T, turned, group.consumer.places)
     plain = Problem(weight, metric, group.consumer.places)
-    return _combined(plain, group.blocks) if group.blocks else plain
+    return _combined(plain, group.heads) if group.combines else plain
 
 
 def _combined(plain: Problem, blocks: int) -> Problem:
@@ -92,7 +92,7 @@ def shrunk(group: Group, units: Tensor, metric: Metric | None = None) -> list[Fa
     """Returns what replaces the sites of a group: their weights without the rows and columns of removed units.
 
     Args:
-        units: (kept,) int64, those that stay.
+        units: (kept,) int64, those that stay, equally many of each head.
         metric: of the consumer, which is refitted in it.
 
     Raises:
@@ -117,8 +117,7 @@ def masked(group: Group, units: Tensor, metric: Metric | None) -> Resized:
     whole = torch.zeros_like(problem.weight)
     whole[:, kept] = refitted(problem.weight, problem.metric, kept)
     if problem.basis is not None:
-        size = len(group.consumer.places) // group.blocks
-        places = group.consumer.places.reshape(group.blocks, size, -1).transpose(1, 2).to(whole.device)
+        places = group.consumer.places.reshape(group.heads, group.units, -1).transpose(1, 2).to(whole.device)
         whole = whole @ _block_diagonal(problem.basis, places, whole.shape[1])
     whole = whole.T if group.consumer.axis == 0 else whole
     return Resized(whole.to(group.consumer.site.weight.dtype), group.consumer.bias)

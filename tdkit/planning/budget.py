@@ -137,7 +137,7 @@ class Costs:
         units = params // bundle.shape[1]
         return round(
             sum(
-                self._rows(part.site) * units * part.size * part.site.shape[1 - part.axis]
+                self._rows(part.site) * units * group.heads * part.size * part.site.shape[1 - part.axis]
                 for group in bundle.groups
                 for part in group.parts
             )

@@ -46,7 +46,7 @@ def bundles_of(pairs: Sequence[tuple[Group, Rule]]) -> list[tuple[Bundle, Rule]]
     for group, rule in pairs:
         kind = shrink_of(rule.decomposition)
         assert kind is not None
-        alike = Bundle((group,)).shape, group.blocks, group.consumer.axis
+        alike = Bundle((group,)).shape, group.heads, group.combines, group.consumer.axis
         key = (id(rule), *alike) if kind.uniform else (group.name,)
         bundles.setdefault(key, ([], rule))[0].append(group)
     return [(Bundle(tuple(groups)), rule) for groups, rule in bundles.values()]

@@ -22,15 +22,15 @@ def bundle_steps(bundle: Bundle, choice: Choice, calibration: Calibration | None
             error = calibration.elimination(group, kind).error(kind.units)
         for part in group.parts:
             own = replace(choice, error=error if part is group.consumer else None)
-            found[part.site.name] = _part_step(part, own)
+            found[part.site.name] = _part_step(part, group.heads, own)
     return found
 
 
-def _part_step(part: Part, choice: Choice) -> Step:
+def _part_step(part: Part, heads: int, choice: Choice) -> Step:
     """Returns the step of one weight of a group, with the parameters of the bias if units are its entries."""
     site, kind = part.site, choice.decomposition
     units = len(part.places)
-    left = kind.units if isinstance(kind, Shrink) and kind.units is not None else units
+    left = heads * kind.units if isinstance(kind, Shrink) and kind.units is not None else units
     gone = (units - left) * part.params_per_unit
     rest = site.params - units * part.size * site.shape[1 - part.axis]
     before = rest + units * part.params_per_unit

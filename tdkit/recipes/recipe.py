@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rich.console import Console
 from torch import Tensor, nn
 
+from tdkit.calibration.batches import Batch
 from tdkit.calibration.calibration import Calibration
 from tdkit.calibration.losses import Labels
+from tdkit.calibration.self_generated import with_self_generated
 from tdkit.errors import RecipeError, SourceError, TdkitError
 from tdkit.planning.planner import calibrated
 from tdkit.planning.resolution import Resolved
@@ -92,6 +94,7 @@ class DataConfig(Checked):
         calibration_tokens: number of tokens used for calibration.
         evaluation_tokens: number of tokens used for evaluation.
         calibration_labels: "data" for the next tokens of the text, or "sampled" from the model; see `calibrate`.
+        self_generated: number of tokens that the model generates beside the calibration text; see `calibrate`.
         context: tokens per window.
         share: the fraction of the training text to use, selected by the seed.
     """
@@ -102,6 +105,7 @@ class DataConfig(Checked):
     calibration_tokens: int = Field(default=16384, ge=1)
     evaluation_tokens: int = Field(default=16384, ge=1)
     calibration_labels: Labels = "data"
+    self_generated: int = Field(default=0, ge=0)
     context: int = Field(default=1024, ge=2)
     share: float = Field(default=1.0, gt=0, le=1)
 
@@ -282,7 +286,10 @@ class Run:
         Raises:
             RecipeError: when the recipe names no calibration text.
         """
-        batches = torch.split(windows(self.tokens("calibration"), self.recipe.data.context), 1)
+        context, tokens = self.recipe.data.context, self.recipe.data.self_generated
+        batches: Sequence[Batch] = torch.split(windows(self.tokens("calibration"), context), 1)
+        if tokens:
+            batches = with_self_generated(resolved.model, batches, tokens, context=context)
         return calibrated(resolved, batches, labels=self.recipe.data.calibration_labels)
 
     def tokens(self, part: Literal["calibration", "evaluation"]) -> Tensor:

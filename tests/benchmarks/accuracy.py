@@ -40,7 +40,6 @@ from tdkit import (
     Shrink,
     TTMatrix,
 )
-from tdkit.calibration.losses import Labels
 from tdkit.evaluation.language_models import PROTOCOL, evaluate
 from tdkit.models.sites import num_params, survey
 from tdkit.planning.grouping import shrink_of
@@ -110,8 +109,14 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "allocated": {"allocation": "loss"},
     "sequential": {"allocation": "loss", "sequential": True},
     "two passes": {"allocation": "loss", "passes": 2},
-    "sampled": {"allocation": "loss", "labels": "sampled"},
-    "sampled, two passes": {"allocation": "loss", "labels": "sampled", "passes": 2},
+    "sampled": {"allocation": "loss", "calibration": "sampled"},
+    "sampled, two passes": {"allocation": "loss", "calibration": "sampled", "passes": 2},
+    "self-generated": {"allocation": "loss", "calibration": "self-generated"},
+}
+CALIBRATIONS: Mapping[str, Mapping[str, Any]] = {  # their options beside the text
+    "data": {},
+    "sampled": {"labels": "sampled"},
+    "self-generated": {"labels": "sampled", "self_generated": CALIBRATION_TOKENS},
 }
 
 
@@ -147,13 +152,13 @@ def policy_of(model: nn.Module, kind: str, scope: Scope, allocation: str) -> Pol
 
 
 def compressed(
-    source: Source, name: str, scope: Scope, calibration_with: Callable[[Labels], Calibration]
+    source: Source, name: str, scope: Scope, calibration_with: Callable[[str], Calibration]
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A copy of the model compressed by the method of a row, and its plan, sizes and seconds."""
     kind, _, method = name.partition("/")
     options = METHODS[method]
     model = copy.deepcopy(source.model)
-    known = calibration_with(options.get("labels", "data")) if options.get("calibrated", True) else None
+    known = calibration_with(options.get("calibration", "data")) if options.get("calibrated", True) else None
     if known is not None and not options.get("gradients", True):
         known = known.inputs_only()
     policy = policy_of(model, kind, scope, options.get("allocation", "auto"))
@@ -208,16 +213,16 @@ def published(source: Source, scope: Scope, *, allocated: bool) -> tuple[nn.Modu
     }
 
 
-def calibrated(source: Source, folder: Path, labels: Labels) -> tuple[Calibration, float]:
-    """The calibration of the run folder, measured if it is missing, and the seconds that took."""
-    name = "calibration" if labels == "data" else f"calibration-{labels}"
+def calibrated(source: Source, folder: Path, kind: str) -> tuple[Calibration, float]:
+    """A calibration of the run folder, measured if it is missing, and the seconds that took."""
+    name = "calibration" if kind == "data" else f"calibration-{kind}"
     saved, clock = folder / name, folder / f"{name}.seconds"
     if not saved.exists():
         started = time.perf_counter()
         measured = tdkit.calibrate(
             source.model,
             CALIBRATION_TEXT,
-            labels=labels,
+            **CALIBRATIONS[kind],
             tokenizer=source.tokenizer,
             context=CONTEXT,
             tokens=CALIBRATION_TOKENS,
@@ -245,8 +250,8 @@ def main() -> None:
     ids = spread_windows(EVALUATION_TEXT, source.tokenizer, context=CONTEXT, tokens=options.tokens).flatten()
 
     @functools.cache
-    def moments(labels: Labels) -> tuple[Calibration, float]:
-        return calibrated(source, options.run, labels)
+    def moments(kind: str) -> tuple[Calibration, float]:
+        return calibrated(source, options.run, kind)
 
     store = Store(options.out, ids, moments("data")[1])
     if store.find("dense", "") is None:
@@ -259,7 +264,7 @@ def main() -> None:
             if name.startswith(PUBLISHED):
                 model, took = published(source, scope, allocated=name.endswith("allocated"))
             else:
-                model, took = compressed(source, name, scope, lambda labels: moments(labels)[0])
+                model, took = compressed(source, name, scope, lambda kind: moments(kind)[0])
             store.add({"row": name, "scope": scope.name, **took, **measured(model, ids)})
 
 

@@ -99,8 +99,8 @@ class Bench:
         """The model compressed to a share of its blocks."""
         folder = self.run / f"{kind}-{keep:.0%}"
         if not folder.exists():
-            known = calibrated(self.source, self.run, "sampled")[0]
-            model, _ = compressed(self.source, f"{kind}/sampled", Scope("blocks", keep), lambda _: known)
+            known = calibrated(self.source, self.run, "self-generated")[0]
+            model, _ = compressed(self.source, f"{kind}/self-generated", Scope("blocks", keep), lambda _: known)
             tdkit.save(model, folder, tokenizer=self.source.tokenizer)
         return tdkit.load(folder)
 

@@ -49,6 +49,21 @@ def test_the_running_error_is_that_of_the_refit_at_every_width(seed: int, units:
     assert found.error(0) == pytest.approx(metric.squared_error(weight), rel=1e-6)
 
 
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10_000), st.integers(2, 4), st.integers(2, 5), st.integers(1, 2))
+def test_heads_keep_equally_many_with_the_error_of_the_refit(seed: int, heads: int, units: int, size: int) -> None:
+    weight, metric = problem(5, heads * units * size, seed)
+    columns = as_units(heads * units * size, size)
+    found = eliminate(weight, metric, columns, heads=heads)
+    assert sorted(found.order.tolist()) == list(range(heads * units))
+    for width in range(1, units + 1):
+        kept = found.kept(width)
+        assert torch.bincount(kept // units, minlength=heads).tolist() == [width] * heads
+        expected = least_error(weight, metric, columns[kept].flatten())
+        assert found.error(width) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert found.error(0) == pytest.approx(metric.squared_error(weight), rel=1e-6)
+
+
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 10_000))
 def test_each_unit_removed_is_the_one_that_costs_least(seed: int) -> None:

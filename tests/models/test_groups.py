@@ -214,13 +214,14 @@ def test_attention_with_fewer_dimensions_computes_as_its_refitted_consumer_does(
     group = next(g for g in groups_of(survey(model).sites) if g.name == consumer)
     metric = metrics[consumer]
     problem = problem_of(group, metric)
-    elimination = eliminate(problem.weight, problem.metric, problem.columns)
+    elimination = eliminate(problem.weight, problem.metric, problem.columns, heads=group.heads)
     units = elimination.kept(group.units // 2)
+    assert len(units) == group.heads * (group.units // 2)
     whole, smaller = masked(group, units, metric), shrunk(group, units, metric)
     with torch.no_grad():
         dense = group.consumer.site.weight.clone()
         error = metric.squared_error(dense - whole.weight)
-        assert error == pytest.approx(elimination.error(len(units)), rel=1e-3)
+        assert error == pytest.approx(elimination.error(group.units // 2), rel=1e-3)
         group.consumer.site.weight.copy_(whole.weight)
         expected = model(x)
         group.consumer.site.weight.copy_(dense)
@@ -234,7 +235,7 @@ def test_combined_values_lose_less_than_single_ones() -> None:
     model, _, metrics = attention()
     group = next(g for g in groups_of(survey(model).sites) if g.name == "o_proj")
     combined = problem_of(group, metrics["o_proj"])
-    single = problem_of(replace(group, blocks=0), metrics["o_proj"])
+    single = problem_of(replace(group, combines=False), metrics["o_proj"])
     for units in (2, 5, 8):
         errors = [eliminate(p.weight, p.metric, p.columns, block=1).error(units) for p in (combined, single)]
         assert errors[0] < errors[1]
@@ -244,10 +245,10 @@ def test_all_units_kept_change_nothing() -> None:
     model, x, metrics = attention()
     expected = model(x)
     groups = groups_of(survey(model).sites)
-    assert [group.units for group in groups] == [6, 12]
+    assert [(group.heads, group.units) for group in groups] == [(2, 3), (2, 6)]
     with swapping(model) as swap, torch.no_grad():
         for group in groups:
-            made = shrunk(group, torch.arange(group.units), metrics[group.name])
+            made = shrunk(group, torch.arange(group.heads * group.units), metrics[group.name])
             swap.put(list(zip(group.sites, made, strict=True)))
     assert torch.allclose(model(x), expected)
 

@@ -25,6 +25,7 @@ from tdkit.models.checkpoint.tensors import without_markers
 from tdkit.models.registration import attach
 from tdkit.models.shards import WEIGHTS, Shards, same_bits, weight_files
 from tdkit.models.sites import factorized_groups
+from tdkit.models.small_heads import use_small_heads
 from tdkit.models.swap import Swap, swapping
 from tdkit.support.compatibility import unwrapped
 from tdkit.support.files import digest_of_file
@@ -88,6 +89,7 @@ def load(
         _check_buffers(model, values, str(folder / WEIGHTS))
         fill(swap, values, dtypes, device)
         attach(model)
+        use_small_heads(model)
         _finish(swap, given, model, generation)
     return given
 

@@ -28,7 +28,7 @@ class Values(Pattern):
             heads, shared = value.shape[0] // size, output.shape[1] // value.shape[0]
             if value.shape[0] % size == 0 and heads * shared * size == output.shape[1]:
                 rows, columns = dimensions(heads, 1, size), dimensions(heads, shared, size)
-                yield Group((Part(value, 0, rows),), Part(output, 1, columns), blocks=heads)
+                yield Group((Part(value, 0, rows),), Part(output, 1, columns), heads=heads, combines=True)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Queries(Pattern):
             heads, shared = key.shape[0] // size, query.shape[0] // key.shape[0]
             if size % 2 == 0 and key.shape[0] % size == 0 and heads * shared * size == query.shape[0]:
                 rows, every = dimensions(heads, 1, size), dimensions(heads, shared, size)
-                yield Group((Part(key, 0, pairs(rows, heads)),), Part(query, 0, pairs(every, heads)))
+                yield Group((Part(key, 0, pairs(rows, heads)),), Part(query, 0, pairs(every, heads)), heads=heads)
 
 
 def _together(sites: Mapping[str, Site], first: str, second: str) -> Iterator[tuple[Site, Site, int]]:

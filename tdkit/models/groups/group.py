@@ -65,20 +65,23 @@ class Group:
     What lies between producers and consumer says what can be done with the units:
 
     - elementwise functions, as in an MLP: units can be removed, and the layers become smaller;
-    - a linear map that is the same for all units of a block, as attention is for the values of a head: the units of a
-      block can first be replaced by combinations of them. The sizes of the layers' inputs and outputs stay;
+    - a linear map that is the same for all units of a head, as attention is for its values: the units of a head can
+      first be replaced by combinations of them. The sizes of the layers' inputs and outputs stay;
     - a product of each unit of the producer with the same unit of the consumer, as of keys and queries: the units are
       rows of both. The sizes of the layers' outputs stay.
 
     Attributes:
         producers: the weights whose rows are the units.
         consumer: the weight that is refitted, whose columns are the units, or rows if it is multiplied with them.
-        blocks: the number of blocks of neighbouring units, of equal size, whose units can be combined; 0 if none can.
+        heads: the number of blocks of neighbouring units, of equal size, that keep equally many: the heads of
+            attention, which so stay alike.
+        combines: whether the units of a head can be replaced by combinations of them.
     """
 
     producers: tuple[Part, ...]
     consumer: Part
-    blocks: int = 0
+    heads: int = 1
+    combines: bool = False
 
     @property
     def name(self) -> str:
@@ -95,12 +98,13 @@ class Group:
 
     @property
     def units(self) -> int:
-        return len(self.consumer.places)
+        """The number of units of each head."""
+        return len(self.consumer.places) // self.heads
 
     @property
     def keeps_sizes(self) -> bool:
         """Whether the inputs and outputs of the layers keep their sizes when units are removed."""
-        return self.blocks > 0 or self.consumer.axis == 0
+        return self.combines or self.consumer.axis == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +123,9 @@ class Bundle:
 
     @property
     def shape(self) -> Shape:
-        """(units, parameters that go with one unit of each group)."""
-        return self.groups[0].units, sum(part.params_per_unit for group in self.groups for part in group.parts)
+        """(units, parameters that go with one unit of each head of each group)."""
+        per_unit = (group.heads * part.params_per_unit for group in self.groups for part in group.parts)
+        return self.groups[0].units, sum(per_unit)
 
     @property
     def params(self) -> int:
