@@ -36,7 +36,7 @@ from tdkit.products.low_rank import padded_rank
 from tdkit.support.tables import markdown_table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, it finds only what lies beside it
-from tests.benchmarks import speed_convolutions, speed_experts, speed_recurrent
+from tests.benchmarks import speed_convolutions, speed_experts, speed_recurrent, speed_shrunk
 from tests.benchmarks.calls import Row, filled, inferring
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -293,6 +293,7 @@ def write(results: dict[str, Any]) -> None:
             "GPT-2 small's size at 66%",
             ["decomposition", "params_ratio", "what", "dense_ms", "ms", "ratio", "cached_mib"],
         ),
+        "shrunk": ("SmolLM2-135M, 60% of its blocks, only smaller dense layers, the whole model", speed_shrunk.COLUMNS),
         "peers": ("Side by side, 768 to 3072, 512 tokens", ["product", "how", "ms", "ratio"]),
     }
     for part, (title, names) in columns.items():
@@ -355,6 +356,8 @@ def bars(results: dict[str, Any]) -> list[list[str]]:
         1.15,
         [r["ratio"] for r in model if r["what"] == "training step"],
     )
+    shrunk = [r["ratio"] for r in results.get("shrunk", []) if r["what"] in ("512 tokens", "1 token")]
+    bar("SmolLM2 at 60%, only smaller dense layers, 512 tokens and 1 token, / dense", 0.72, shrunk)
     return listed
 
 
@@ -364,7 +367,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="for each timed call")
     parser.add_argument(
         "--parts",
-        default="train,convolution,experts,recurrent,model,peers,eval,decode",
+        default="train,convolution,experts,recurrent,model,shrunk,peers,eval,decode",
         help="what to measure again; the rest is kept",
     )
     parser.add_argument("--largest", type=int, default=4096, help="leave larger shapes out of the grid")
@@ -413,11 +416,13 @@ def main() -> None:
             results["recurrent"] = speed_recurrent.measure(options.seconds)
         elif part == "model":
             results["model"] = whole_model(options.seconds)
+        elif part == "shrunk":
+            results["shrunk"] = speed_shrunk.measure(options.seconds)
         elif part == "peers":
             results["peers"], results["absent"] = peers(options.seconds)
         else:
             parser.error(
-                f"--parts {part} is none of eval, decode, train, convolution, experts, recurrent, model, peers"
+                f"--parts {part} is none of eval, decode, train, convolution, experts, recurrent, model, shrunk, peers"
             )
         write(results)
 
