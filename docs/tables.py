@@ -11,7 +11,9 @@ DOCS = Path(__file__).parent
 PAGE = DOCS / "decompositions" / "index.md"
 SCOPES = ("90% of blocks", "80% of blocks", "60% of blocks")
 METHODS = {
+    "hidden units and low rank, self-generated text": "joint/self-generated",
     "hidden units and low rank": "joint/allocated",
+    "hidden units everywhere, self-generated text": "shrink/self-generated",
     "hidden units everywhere": "shrink/allocated",
     "hidden units, the method of MoDeGPT": "modegpt/allocated",
     "low rank": "low_rank/allocated",

