@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -39,7 +40,9 @@ class _Heads(NamedTuple):
         groups: key-value heads.
         places: (groups * size,) int64, which of the layer's dimensions of a head the ones of each key are.
         signs: (size,) -1 for the first half and 1 for the second.
-        stamps: the tensors of places that this was computed from, with their versions.
+        layers: the projections, each with its matrix or None.
+        stamps: what tells whether the matrices still have the same places: each with their name, themselves and their
+            version.
     """
 
     size: int
@@ -47,7 +50,19 @@ class _Heads(NamedTuple):
     groups: int
     places: Tensor
     signs: Tensor
-    stamps: tuple[tuple[Tensor | None, int], ...]
+    layers: tuple[tuple[nn.Module, SubmatrixMatrix | None], ...]
+    stamps: tuple[tuple[SubmatrixMatrix, str, Tensor, int], ...]
+
+    def holds(self, attention: nn.Module) -> bool:
+        """Returns whether the projections are what they were."""
+        modules = attention._modules
+        for name, (layer, matrix) in zip(PROJECTIONS, self.layers, strict=True):
+            if modules[name] is not layer or not _is_plain(layer) or _matrix_of(layer) is not matrix:
+                return False
+        for matrix, name, places, version in self.stamps:
+            if matrix._buffers[name] is not places or version_of(places) != version:
+                return False
+        return True
 
 
 class SmallHeads(nn.Module):
@@ -77,7 +92,7 @@ class SmallHeads(nn.Module):
         if layer.config._attn_implementation not in IMPLEMENTATIONS:
             return None
         known: _Heads | None = vars(self).get("_small_heads")
-        if known is None or not _same(known.stamps, _stamps(self)):
+        if known is None or not known.holds(self):
             known = self._small_heads = _heads_of(self)
         if known is None:
             return None
@@ -116,37 +131,39 @@ def _projections(attention: nn.Module) -> tuple[nn.Module, ...]:
 
 def _matrix_of(layer: nn.Module) -> SubmatrixMatrix | None:
     """Returns the matrix of a projection that lost rows or columns and nothing else; None of another one."""
-    if type(layer) is not FactorizedLinear or layer._parameters["bias"] is not None:
+    if type(layer) is not FactorizedLinear:
         return None
     matrix = layer._modules["matrix"]
     return matrix if type(matrix) is SubmatrixMatrix else None
 
 
-def _stamps(attention: nn.Module) -> tuple[tuple[Tensor | None, int], ...]:
-    found: list[tuple[Tensor | None, int]] = []
-    for layer in _projections(attention):
-        matrix = _matrix_of(layer)
-        for name in ("row_places", "column_places"):
-            places = None if matrix is None else matrix._buffers[name]
-            found.append((places, -1 if places is None or places.is_inference() else version_of(places)))
-    return tuple(found)
+def _is_plain(layer: nn.Module) -> bool:
+    """Returns whether a projection is a dense layer, or one that lost rows or columns, as tdkit leaves it; no bias."""
+    is_dense = type(layer) is nn.Linear or (type(layer) is FactorizedLinear and _matrix_of(layer) is not None)
+    return is_dense and layer._parameters["bias"] is None
 
 
-def _same(some: tuple[tuple[Tensor | None, int], ...], others: tuple[tuple[Tensor | None, int], ...]) -> bool:
-    return all(a is b and m == n for (a, m), (b, n) in zip(some, others, strict=True))
+def _stamps(matrices: Iterable[SubmatrixMatrix]) -> tuple[tuple[SubmatrixMatrix, str, Tensor, int], ...]:
+    return tuple(
+        (matrix, name, places, version_of(places))
+        for matrix in matrices
+        for name, places in matrix._buffers.items()
+        if places is not None
+    )
 
 
 def _heads_of(attention: Any) -> _Heads | None:
     """Returns how a layer computes with smaller heads, or None if it cannot."""
-    q, k, v, o = (_matrix_of(layer) for layer in _projections(attention))
-    if q is None and k is None and v is None and o is None:
+    layers = _projections(attention)
+    q, k, v, o = matrices = tuple(map(_matrix_of, layers))
+    if not any(matrices) or not all(map(_is_plain, layers)):
         return None
+    if any(each is not None and each.is_inference() for matrix in matrices if matrix for each in matrix.buffers()):
+        return None  # which have no version
     dim, shared = attention.head_dim, attention.num_key_value_groups
     groups = attention.k_proj.out_features // dim
-    every = torch.arange(groups * dim, device=attention.k_proj.weight.device)
-    for layer, matrix in zip(_projections(attention), (q, k, v, o), strict=True):
-        if matrix is None and (type(layer) is not nn.Linear or layer.bias is not None):
-            return None
+    device = next(matrix for matrix in matrices if matrix is not None).weight.device
+    every = torch.arange(groups * dim, device=device)
     if (q is None) != (k is None) or (v is None) != (o is None):
         return None
     queries = keys = _by_head(every, groups, dim)
@@ -169,9 +186,10 @@ def _heads_of(attention: Any) -> _Heads | None:
     ]
     if not paired or not all(alike):
         return None
-    signs = torch.ones(size, device=every.device)
+    signs = torch.ones(size, device=device)
     signs[:half] = -1
-    return _Heads(size, values.shape[1], groups, keys.flatten(), signs, _stamps(attention))
+    known = tuple(zip(layers, matrices, strict=True))
+    return _Heads(size, values.shape[1], groups, keys.flatten(), signs, known, _stamps(filter(None, matrices)))
 
 
 def _by_head(places: Tensor | None, heads: int, dim: int) -> Tensor | None:
@@ -182,11 +200,6 @@ def _by_head(places: Tensor | None, heads: int, dim: int) -> Tensor | None:
     if len(counts) != heads or not bool((counts == counts[0]).all()):
         return None
     return (places % dim).reshape(heads, -1)
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    matrix = _matrix_of(layer)
-    return cast(Tensor, (layer if matrix is None else matrix)._parameters["weight"])
 
 
 def _attend(
@@ -204,7 +217,7 @@ def _attend(
 
     batch, length = x.shape[:2]
     size, most = heads.size, max(heads.size, heads.of_values)
-    wq, wk, wv, wo = map(_weight, _projections(attention))
+    wq, wk, wv, wo = (cast(Tensor, (matrix or layer)._parameters["weight"]) for layer, matrix in heads.layers)
     cos, sin = (each.index_select(-1, heads.places) for each in position_embeddings)
     cos, sin = (each.view(*each.shape[:-1], heads.groups, 1, size) for each in (cos, sin))
     sin = sin * heads.signs.to(sin.dtype)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 import tdkit
 from tdkit import Policy, Rule, Shrink
@@ -122,6 +123,27 @@ def test_copies_pickles_and_changes_are_followed(made: Any) -> None:
             assert torch.allclose(model(tokens()).logits, by_its_own_code(model)(tokens()).logits, atol=1e-5)
         tdkit.to_dense(model)
         assert torch.allclose(model(tokens()).logits, by_its_own_code(model)(tokens()).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "o_proj"])
+def test_parametrized_and_replaced_projections_are_followed(made: Any, name: str) -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    for index in range(len(made.model.layers)):
+        model = copy.deepcopy(made)
+        with torch.no_grad():
+            before = model(tokens()).logits
+            projection = getattr(model.model.layers[index].self_attn, name)
+            parametrize.register_parametrization(getattr(projection, "matrix", projection), "weight", Doubled())
+            found = model(tokens()).logits
+            assert torch.allclose(found, by_its_own_code(model)(tokens()).logits, atol=1e-5)
+            assert not torch.allclose(found, before, atol=1e-5)
+            model = copy.deepcopy(made)
+            model(tokens())
+            setattr(model.model.layers[index].self_attn, name, torch.nn.Linear(64, projection.out_features))
+            assert torch.allclose(model(tokens()).logits, by_its_own_code(model)(tokens()).logits, atol=1e-5)
 
 
 def pickled(model: Any) -> Any:
