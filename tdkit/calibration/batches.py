@@ -270,11 +270,11 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 def digest_of(batches: Iterable[Batch]) -> str:
     """Returns the SHA-256 of the dtypes, shapes and bytes of the tensors in batches, and of what else they hold."""
     total = hashlib.sha256()
-    for given in batches:
-        batch, weight = unweighted(given)
-        total.update(b"" if weight == 1 else f"weight {weight}".encode())
+    for batch in batches:
         for leaf in tree_leaves(batch):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Weighted):
+                total.update(f"weight {leaf.weight} {digest_of([leaf.batch])}".encode())
+            elif isinstance(leaf, Tensor):
                 total.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
                 total.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
             else:

@@ -79,8 +79,15 @@ def test_a_weight_that_is_no_positive_number_is_refused(weight: object) -> None:
 
 
 def test_a_weight_changes_the_digest(batches: list[Tensor]) -> None:
-    assert digest_of([Weighted(batches[0], 1.0)]) == digest_of([batches[0]])
-    assert digest_of([Weighted(batches[0], 0.5)]) != digest_of([batches[0]])
+    long = torch.arange(9000)
+    given = [
+        batches,
+        [Weighted(batches[0], 0.5), batches[1]],
+        [Weighted(batches[0], 0.25), batches[1]],
+        [Weighted(long, 0.5)],
+        [Weighted(long + (long == 4000), 0.5)],
+    ]
+    assert len({digest_of(each) for each in given} | {digest_of([each]) for each in given}) == 5
 
 
 @pytest.mark.parametrize("make", [make_gpt2, make_llama])
