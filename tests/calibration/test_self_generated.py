@@ -137,6 +137,11 @@ def test_a_number_of_tokens_below_one_is_refused(tiny: nn.Module, batches: list[
         tdkit.calibrate(tiny, batches, self_generated=count)
 
 
+def test_one_tensor_is_no_list_of_batches(tiny: nn.Module, batches: list[Tensor]) -> None:
+    with pytest.raises(CalibrationError, match=r"give \[batch\]"):
+        tdkit.calibrate(tiny, batches[0], self_generated=48, context=16)
+
+
 def test_models_that_do_not_generate_are_refused(tiny: nn.Module) -> None:
     with pytest.raises(CalibrationError, match="Linear is none"):
         self_generated(nn.Linear(2, 2), 16)
