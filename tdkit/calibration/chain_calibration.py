@@ -83,7 +83,7 @@ class ChainCalibration:
             self._enter_backward(outer)
         self.result.add(outer.metrics(), spill=True)
         self.result.rows |= outer.rows()
-        self.result.units = round(sum(n * unweighted(b)[1] for n, b in zip(self.units, self.batches, strict=True)))
+        self.result.units = round(outer.units)
         if not self.result.names:
             raise CalibrationError("the calibration batches reach no layer that can be rewritten")
         return self.result

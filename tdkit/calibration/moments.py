@@ -65,8 +65,8 @@ class SideSum:
         self._add(torch.bincount(ids, minlength=self.size), len(ids), weight)
 
     def _add(self, moment: Tensor, count: int, weight: float) -> None:
-        moment = moment.double() if weight == 1 else moment.double().mul_(weight)
-        self.sum = moment if self.sum is None else self.sum.add_(moment)
+        moment = moment.double()
+        self.sum = moment.mul_(weight) if self.sum is None else self.sum.add_(moment, alpha=weight)
         self.count += weight * count
 
     def mean(self, units: float | None = None) -> Tensor | None:

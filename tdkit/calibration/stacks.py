@@ -47,7 +47,7 @@ class StackSum:
         for member, count in enumerate(routing.counts):
             own = rows[start : start + count]
             if count:
-                self.sum[member] = (own.T @ own).double().mul_(weight).add_(self.sum[member])
+                self.sum[member] = self.sum[member].double().add_((own.T @ own).double(), alpha=weight)
             start += count
         self.rows += weight * torch.tensor(routing.counts, dtype=torch.float64)
 

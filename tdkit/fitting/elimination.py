@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,7 @@ def eliminate(
     Frantar and Alistarh, Optimal Brain Compression (2022), section 4.
     """
     left = _Left.of(weight, metric, columns)
+    whole = replace(left) if heads > 1 else None  # two matrices of the size of C are large in an MLP
     order: list[Tensor] = []
     costs: list[Tensor] = []
     with threads_for(weight.numel()):
@@ -67,8 +68,8 @@ def eliminate(
             cheapest = left.costs().argsort(stable=True)[:block]
             order.append(left.units[cheapest])
             costs.append(left.remove(cheapest))
-    if heads > 1:
-        return in_order(weight, metric, torch.cat(order), columns, heads=heads)
+        if whole is not None:
+            return _in_order(whole, torch.cat(order), heads)
     return _with_errors(torch.cat(order), torch.cat(costs))
 
 
@@ -76,10 +77,14 @@ def in_order(
     weight: Tensor, metric: Metric, order: Tensor, columns: Tensor | None = None, *, heads: int = 1
 ) -> Elimination:
     """Returns the errors if the units are removed in a given order, (units,) int64; the rest as in `eliminate`."""
-    order = _by_head(order.cpu(), heads)
     left = _Left.of(weight, metric, columns)
     with threads_for(weight.numel()):
-        costs = left.remove(order.to(left.units.device))
+        return _in_order(left, order.cpu(), heads)
+
+
+def _in_order(left: _Left, order: Tensor, heads: int) -> Elimination:
+    order = _by_head(order, heads)
+    costs = left.remove(order.to(left.units.device))
     return _with_errors(order, costs.reshape(-1, heads).sum(1), heads)
 
 

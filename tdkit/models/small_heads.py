@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,11 +12,13 @@ from torch.nn import functional as F
 
 from tdkit.decompositions.submatrix import SubmatrixMatrix
 from tdkit.models.hosts.linear import FactorizedLinear
-from tdkit.support.compatibility import only_calls_forward, version_of
+from tdkit.products.cached_tensor import CachedTensor
+from tdkit.support.compatibility import only_calls_forward
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ATTENTION = "transformers.models.llama.modeling_llama", "LlamaAttention"
 IMPLEMENTATIONS = ("sdpa", "eager")
+PLACES = "_places"  # an attribute of a layer that computes with smaller heads: a `CachedTensor`
 
 
 def use_small_heads(model: nn.Module) -> None:
@@ -29,47 +32,35 @@ def use_small_heads(model: nn.Module) -> None:
     for module in model.modules():
         if (type(module).__module__, type(module).__name__) == ATTENTION and _heads_of(module) is not None:
             module.__class__ = _with_small_heads(type(module))
+            vars(module)[PLACES] = CachedTensor()
 
 
 class _Heads(NamedTuple):
-    """How a layer computes with smaller heads.
+    """How a call of a layer computes with smaller heads.
 
     Attributes:
-        size: dimensions of a query and a key of one head.
-        of_values: dimensions of a value of one head.
-        groups: key-value heads.
-        places: (groups * size,) int64, which of the layer's dimensions of a head the ones of each key are.
-        signs: (size,) -1 for the first half and 1 for the second.
-        layers: the projections, each with its matrix or None.
-        stamps: what tells whether the matrices still have the same places: each with their name, themselves and their
-            version.
+        places: (groups, size) int64, which of the dimensions of a head the keys of each key-value head still have.
+        weights: of queries, keys, values and the output, without what was removed.
     """
 
-    size: int
-    of_values: int
-    groups: int
     places: Tensor
-    signs: Tensor
-    layers: tuple[tuple[nn.Module, SubmatrixMatrix | None], ...]
-    stamps: tuple[tuple[SubmatrixMatrix, str, Tensor, int], ...]
+    weights: tuple[Tensor, ...]
 
-    def holds(self, attention: nn.Module) -> bool:
-        """Returns whether the projections are what they were."""
-        modules = attention._modules
-        for name, (layer, matrix) in zip(PROJECTIONS, self.layers, strict=True):
-            if modules[name] is not layer or not _is_plain(layer) or _matrix_of(layer) is not matrix:
-                return False
-        for matrix, name, places, version in self.stamps:
-            if matrix._buffers[name] is not places or version_of(places) != version:
-                return False
-        return True
+    @property
+    def size(self) -> int:
+        """Dimensions of a query and a key of one head."""
+        return self.places.shape[1]
+
+    @property
+    def of_values(self) -> int:
+        """Dimensions of a value of one head."""
+        return self.weights[2].shape[0] // self.places.shape[0]
 
 
 class SmallHeads(nn.Module):
     """Mixed into the class of an attention layer, before it; see `use_small_heads`."""
 
     dense_class: type[nn.Module]
-    _small_heads: _Heads | None
 
     def forward(
         self,
@@ -91,21 +82,16 @@ class SmallHeads(nn.Module):
             return None
         if layer.config._attn_implementation not in IMPLEMENTATIONS:
             return None
-        known: _Heads | None = vars(self).get("_small_heads")
-        if known is None or not known.holds(self):
-            known = self._small_heads = _heads_of(self)
-        if known is None:
-            return None
-        held = _held(cache, layer.layer_idx)
-        if held is not None:  # what was computed one way goes on in it
+        known = _heads_of(layer)
+        held = None if known is None else _held(cache, layer.layer_idx)
+        if known is not None and held is not None:  # what was computed one way goes on in it
             return known if held == (known.size, known.of_values) else None
-        unseen = not torch.is_grad_enabled() and all(map(only_calls_forward, _projections(self)))
+        unseen = not torch.is_grad_enabled() and all(map(only_calls_forward, _projections(layer)))
         return known if unseen else None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles make the class again: it has no module to be imported from."""
-        state = {name: value for name, value in vars(self).items() if name != "_small_heads"}
-        return _restored, (self.dense_class,), state
+        return _restored, (self.dense_class,), vars(self)
 
 
 _classes: dict[type[nn.Module], type[SmallHeads]] = {}
@@ -139,57 +125,53 @@ def _matrix_of(layer: nn.Module) -> SubmatrixMatrix | None:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Returns whether a projection is a dense layer, or one that lost rows or columns, as tdkit leaves it; no bias."""
-    is_dense = type(layer) is nn.Linear or (type(layer) is FactorizedLinear and _matrix_of(layer) is not None)
-    return is_dense and layer._parameters["bias"] is None
+    return (type(layer) is nn.Linear or _matrix_of(layer) is not None) and layer._parameters["bias"] is None
 
 
-def _stamps(matrices: Iterable[SubmatrixMatrix]) -> tuple[tuple[SubmatrixMatrix, str, Tensor, int], ...]:
-    return tuple(
-        (matrix, name, places, version_of(places))
-        for matrix in matrices
-        for name, places in matrix._buffers.items()
-        if places is not None
-    )
-
-
-def _heads_of(attention: Any) -> _Heads | None:
-    """Returns how a layer computes with smaller heads, or None if it cannot."""
+def _heads_of(attention: nn.Module) -> _Heads | None:
+    """Returns how a layer computes with smaller heads; None if it cannot, or its projections are others now."""
     layers = _projections(attention)
-    q, k, v, o = matrices = tuple(map(_matrix_of, layers))
+    matrices = tuple(map(_matrix_of, layers))
     if not any(matrices) or not all(map(_is_plain, layers)):
         return None
-    if any(each is not None and each.is_inference() for matrix in matrices if matrix for each in matrix.buffers()):
-        return None  # which have no version
+    sources = [places for matrix in matrices if matrix for places in matrix._buffers.values() if places is not None]
+    cached: CachedTensor = vars(attention).get(PLACES) or CachedTensor()
+    places = cached.get(sources, torch.int64, lambda: _places_of(attention, matrices))
+    if places is None or not places.numel():
+        return None
+    weights = (matrix or layer for layer, matrix in zip(layers, matrices, strict=True))
+    return _Heads(places, tuple(cast(Tensor, each._parameters["weight"]) for each in weights))
+
+
+def _places_of(attention: Any, matrices: Sequence[SubmatrixMatrix | None]) -> Tensor:
+    """Returns which dimensions the keys of each head still have, (groups, size) int64; empty if heads differ."""
+    q, k, v, o = matrices
     dim, shared = attention.head_dim, attention.num_key_value_groups
     groups = attention.k_proj.out_features // dim
     device = next(matrix for matrix in matrices if matrix is not None).weight.device
-    every = torch.arange(groups * dim, device=device)
+    none = torch.empty(0, dtype=torch.int64, device=device)
     if (q is None) != (k is None) or (v is None) != (o is None):
-        return None
+        return none
+    every = torch.arange(groups * dim, device=device)
     queries = keys = _by_head(every, groups, dim)
     if q is not None and k is not None:
         if q.column_places is not None or k.column_places is not None:
-            return None
+            return none
         queries, keys = _by_head(q.row_places, groups * shared, dim), _by_head(k.row_places, groups, dim)
     values = outputs = _by_head(every, groups, dim)
     if v is not None and o is not None:
         if v.column_places is not None or o.row_places is not None:
-            return None
+            return none
         values, outputs = _by_head(v.row_places, groups, dim), _by_head(o.column_places, groups * shared, dim)
     if queries is None or keys is None or values is None or outputs is None:
-        return None
-    size, half = keys.shape[1], keys.shape[1] // 2
-    paired = size % 2 == 0 and torch.equal(keys[:, :half] + dim // 2, keys[:, half:])
+        return none
+    half = keys.shape[1] // 2
+    paired = keys.shape[1] % 2 == 0 and torch.equal(keys[:, :half] + dim // 2, keys[:, half:])
     alike = [
         torch.equal(one if matrix is None else one.repeat_interleave(shared, 0), other)
         for matrix, one, other in ((q, keys, queries), (v, values, outputs))
     ]
-    if not paired or not all(alike):
-        return None
-    signs = torch.ones(size, device=device)
-    signs[:half] = -1
-    known = tuple(zip(layers, matrices, strict=True))
-    return _Heads(size, values.shape[1], groups, keys.flatten(), signs, known, _stamps(filter(None, matrices)))
+    return keys if paired and all(alike) else none
 
 
 def _by_head(places: Tensor | None, heads: int, dim: int) -> Tensor | None:
@@ -212,34 +194,34 @@ def _attend(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """What ``LlamaAttention.forward`` computes, of the dimensions that are left."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    from transformers.models.llama.modeling_llama import eager_attention_forward
-
+    code: Any = sys.modules[ATTENTION[0]]
     batch, length = x.shape[:2]
-    size, most = heads.size, max(heads.size, heads.of_values)
-    wq, wk, wv, wo = (cast(Tensor, (matrix or layer)._parameters["weight"]) for layer, matrix in heads.layers)
-    cos, sin = (each.index_select(-1, heads.places) for each in position_embeddings)
-    cos, sin = (each.view(*each.shape[:-1], heads.groups, 1, size) for each in (cos, sin))
-    sin = sin * heads.signs.to(sin.dtype)
+    (groups, size), of_values = heads.places.shape, heads.of_values
+    most = max(size, of_values)
+    wq, wk, wv, wo = heads.weights
+    cos, sin = (each.index_select(-1, heads.places.flatten()) for each in position_embeddings)
+    cos, sin = (each.view(*each.shape[:-1], groups, 1, size) for each in (cos, sin))
+    sin[..., : size // 2].neg_()  # of a copy
 
     def turned(y: Tensor) -> Tensor:  # (batch, length, heads * size) -> (batch, heads, length, size)
-        y = y.view(batch, length, heads.groups, -1, size)
+        y = y.view(batch, length, groups, -1, size)
         swapped = torch.cat((y[..., size // 2 :], y[..., : size // 2]), -1)
         y = torch.addcmul(y * cos, swapped, sin) if y.dtype == cos.dtype else y * cos + swapped * sin
         return y.view(batch, length, -1, size).transpose(1, 2)
 
     query, key = turned(F.linear(x, wq)), turned(F.linear(x, wk))
-    value = F.linear(x, wv).view(batch, length, -1, heads.of_values).transpose(1, 2)
+    value = F.linear(x, wv).view(batch, length, -1, of_values).transpose(1, 2)
     if cache is not None:
         key, value = cache.update(key, value, attention.layer_idx)
     if size < most:  # the fast kernels want one size
         query, key = F.pad(query, (0, most - size)), F.pad(key, (0, most - size))
-    elif heads.of_values < most:
-        value = F.pad(value, (0, most - heads.of_values))
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+    elif of_values < most:
+        value = F.pad(value, (0, most - of_values))
+    implementation = attention.config._attn_implementation
+    attend = code.ALL_ATTENTION_FUNCTIONS.get_interface(implementation, code.eager_attention_forward)
     dropout = attention.attention_dropout if attention.training else 0.0
     found, weights = attend(attention, query, key, value, mask, dropout=dropout, scaling=attention.scaling, **kwargs)
-    found = found[..., : heads.of_values].reshape(batch, length, -1)
+    found = found[..., :of_values].reshape(batch, length, -1)
     return F.linear(found, wo), weights
 
 

@@ -13,7 +13,7 @@ import tdkit
 from tdkit import Policy, Rule, Shrink
 from tdkit.evaluation.timing import side_by_side
 from tdkit.sources.models import load_model
-from tests.benchmarks.calls import Row
+from tests.benchmarks.calls import Row, inferring
 
 KEEP = 0.6  # of the parameters of the blocks
 CALIBRATION_TOKENS = 4096
@@ -38,7 +38,7 @@ def measure(seconds: float) -> list[Row]:
         ("1 token", partial(_forward, ids=ids[:, :1])),
         (f"generate {GENERATED}", partial(_generate, ids=ids[:, :8])),
     ):
-        calls = {"dense": partial(act, dense), "ours": partial(act, small)}
+        calls = {name: inferring(partial(act, model)) for name, model in (("dense", dense), ("ours", small))}
         timings = side_by_side(calls, seconds=20 * seconds, min_rounds=9)
         times = {"dense_ms": timings["dense"].seconds * 1e3, "ms": timings["ours"].seconds * 1e3}
         rows.append({"what": what, **times, "ratio": timings["ours"].ratio})
@@ -46,13 +46,11 @@ def measure(seconds: float) -> list[Row]:
     return rows
 
 
-@torch.inference_mode()
 def _forward(model: Any, ids: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=ids).logits
     return logits
 
 
-@torch.inference_mode()
 def _generate(model: Any, ids: Tensor) -> Tensor:
     tokens: Tensor = model.generate(
         ids, max_new_tokens=GENERATED, min_new_tokens=GENERATED, do_sample=False, pad_token_id=0

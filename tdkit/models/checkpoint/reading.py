@@ -89,8 +89,8 @@ def load(
         _check_buffers(model, values, str(folder / WEIGHTS))
         fill(swap, values, dtypes, device)
         attach(model)
-        use_small_heads(model)
         _finish(swap, given, model, generation)
+        use_small_heads(model)  # the last step: nothing undoes it
     return given
 
 
