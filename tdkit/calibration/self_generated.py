@@ -61,7 +61,13 @@ def with_self_generated(
 
 
 def self_generated(
-    model: nn.Module, tokens: int, *, context: int = 512, seed: int = 0, progress: bool | None = None
+    model: nn.Module,
+    tokens: int,
+    *,
+    context: int = 512,
+    seed: int = 0,
+    together: int = TOGETHER,
+    progress: bool | None = None,
 ) -> Tensor:
     """Returns windows of text that the model generates from nothing but its first token, at temperature 1.
 
@@ -72,6 +78,7 @@ def self_generated(
         tokens: how many to generate; whole windows, at least one.
         context: tokens per window.
         seed: of the random generator.
+        together: how many windows are generated at a time.
         progress: show a progress bar; when None, only on a terminal.
 
     Returns:
@@ -97,11 +104,11 @@ def self_generated(
     with (
         as_it_was(model, None, freeze=False),
         _generating_by(model, config),
-        progress_bar("generate", -(-count // TOGETHER) * (context - 1), progress) as bar,
+        progress_bar("generate", -(-count // together) * (context - 1), progress) as bar,
     ):
         torch.manual_seed(seed)
-        for start in range(0, count, TOGETHER):
-            ids = torch.full((min(TOGETHER, count - start), 1), first, device=device_of(model))
+        for start in range(0, count, together):
+            ids = torch.full((min(together, count - start), 1), first, device=device_of(model))
             every = StoppingCriteriaList([shown])
             ids = generate(input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=every)
             found.append(ids.cpu())

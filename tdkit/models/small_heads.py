@@ -41,20 +41,18 @@ class _Heads(NamedTuple):
     Attributes:
         places: (groups, size) int64, which of the dimensions of a head the keys of each key-value head still have.
         weights: of queries, keys, values and the output, without what was removed.
+        seen: a hook sees the calls of a projection.
     """
 
     places: Tensor
-    weights: tuple[Tensor, ...]
+    weights: Sequence[Tensor]
+    seen: bool
 
     @property
-    def size(self) -> int:
-        """Dimensions of a query and a key of one head."""
-        return self.places.shape[1]
-
-    @property
-    def of_values(self) -> int:
-        """Dimensions of a value of one head."""
-        return self.weights[2].shape[0] // self.places.shape[0]
+    def sizes(self) -> tuple[int, int]:
+        """Dimensions of a query and a key, and of a value, of one head."""
+        groups, size = self.places.shape
+        return size, self.weights[2].shape[0] // groups
 
 
 class SmallHeads(nn.Module):
@@ -80,14 +78,13 @@ class SmallHeads(nn.Module):
         layer: Any = self
         if torch.compiler.is_compiling() or getattr(cache, "is_compileable", False):
             return None
-        if layer.config._attn_implementation not in IMPLEMENTATIONS:
-            return None
         known = _heads_of(layer)
-        held = None if known is None else _held(cache, layer.layer_idx)
-        if known is not None and held is not None:  # what was computed one way goes on in it
-            return known if held == (known.size, known.of_values) else None
-        unseen = not torch.is_grad_enabled() and all(map(only_calls_forward, _projections(layer)))
-        return known if unseen else None
+        if known is None or layer.config._attn_implementation not in IMPLEMENTATIONS:
+            return None
+        held = None if cache is None else _held(cache, layer.layer_idx)
+        if held is not None:  # what was computed one way goes on in it
+            return known if held == known.sizes else None
+        return None if known.seen or torch.is_grad_enabled() else known
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles make the class again: it has no module to be imported from."""
@@ -110,37 +107,45 @@ def _restored(dense_class: type[nn.Module]) -> SmallHeads:
     return kind.__new__(kind)
 
 
-def _projections(attention: nn.Module) -> tuple[nn.Module, ...]:
-    modules = attention._modules
-    return tuple(cast(nn.Module, modules[name]) for name in PROJECTIONS)
-
-
-def _matrix_of(layer: nn.Module) -> SubmatrixMatrix | None:
-    """Returns the matrix of a projection that lost rows or columns and nothing else; None of another one."""
-    if type(layer) is not FactorizedLinear:
-        return None
-    matrix = layer._modules["matrix"]
-    return matrix if type(matrix) is SubmatrixMatrix else None
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Returns whether a projection is a dense layer, or one that lost rows or columns, as tdkit leaves it; no bias."""
-    return (type(layer) is nn.Linear or _matrix_of(layer) is not None) and layer._parameters["bias"] is None
-
-
 def _heads_of(attention: nn.Module) -> _Heads | None:
-    """Returns how a layer computes with smaller heads; None if it cannot, or its projections are others now."""
-    layers = _projections(attention)
-    matrices = tuple(map(_matrix_of, layers))
-    if not any(matrices) or not all(map(_is_plain, layers)):
+    """Returns how a layer computes with smaller heads; None if it cannot, or its projections are others now.
+
+    The projections of that are dense layers, or lost rows or columns, as tdkit leaves them, without bias. Asked in each
+    call, of a layer whose weights have just passed through the CPU's caches: so this is one loop.
+    """
+    modules = attention._modules
+    sources: list[Tensor] = []
+    weights: list[Tensor] = []
+    seen = False
+    for name in PROJECTIONS:
+        layer: Any = modules[name]
+        parameters = layer._parameters
+        if parameters.get("bias") is not None:
+            return None
+        seen = seen or not only_calls_forward(layer)
+        if type(layer) is FactorizedLinear:
+            matrix = layer._modules["matrix"]
+            if type(matrix) is not SubmatrixMatrix:
+                return None
+            parameters = matrix._parameters
+            for places in matrix._buffers.values():
+                if places is not None:
+                    sources.append(places)
+        elif type(layer) is not nn.Linear:
+            return None
+        weights.append(parameters["weight"])
+    if not sources:
         return None
-    sources = [places for matrix in matrices if matrix for places in matrix._buffers.values() if places is not None]
-    cached: CachedTensor = vars(attention).get(PLACES) or CachedTensor()
-    places = cached.get(sources, torch.int64, lambda: _places_of(attention, matrices))
-    if places is None or not places.numel():
-        return None
-    weights = (matrix or layer for layer, matrix in zip(layers, matrices, strict=True))
-    return _Heads(places, tuple(cast(Tensor, each._parameters["weight"]) for each in weights))
+    cached: CachedTensor = attention.__dict__.get(PLACES) or CachedTensor()
+    found = cached.find(sources, torch.int64)
+    if found is None:
+        found = cached.get(sources, torch.int64, lambda: _places_of(attention, _matrices(attention)))
+    return _Heads(found, weights, seen) if found is not None and found.numel() else None
+
+
+def _matrices(attention: nn.Module) -> list[SubmatrixMatrix | None]:
+    """Returns the matrices of the projections; None of dense ones."""
+    return [cast(Any, attention._modules[name])._modules.get("matrix") for name in PROJECTIONS]
 
 
 def _places_of(attention: Any, matrices: Sequence[SubmatrixMatrix | None]) -> Tensor:
@@ -196,7 +201,7 @@ def _attend(
     """What ``LlamaAttention.forward`` computes, of the dimensions that are left."""
     code: Any = sys.modules[ATTENTION[0]]
     batch, length = x.shape[:2]
-    (groups, size), of_values = heads.places.shape, heads.of_values
+    groups, (size, of_values) = len(heads.places), heads.sizes
     most = max(size, of_values)
     wq, wk, wv, wo = heads.weights
     cos, sin = (each.index_select(-1, heads.places.flatten()) for each in position_embeddings)

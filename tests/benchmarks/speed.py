@@ -358,6 +358,9 @@ def bars(results: dict[str, Any]) -> list[list[str]]:
     )
     shrunk = [r["ratio"] for r in results.get("shrunk", []) if r["what"] in ("512 tokens", "1 token")]
     bar("SmolLM2 at 60%, only smaller dense layers, 512 tokens and 1 token, / dense", 0.72, shrunk)
+    plain = [r["plain_ratio"] for r in results.get("shrunk", []) if r["what"] in ("512 tokens", "1 token")]
+    if plain:
+        listed.append(["the same of a LLaMA that was made with these sizes", "", f"{max(plain):.3g}", ""])
     return listed
 
 

@@ -18,11 +18,15 @@ from tests.benchmarks.calls import Row, inferring
 KEEP = 0.6  # of the parameters of the blocks
 CALIBRATION_TOKENS = 4096
 GENERATED = 32
-COLUMNS = ["what", "dense_ms", "ms", "ratio"]
+COLUMNS = ["what", "dense_ms", "ms", "ratio", "plain_ratio"]
 
 
 def measure(seconds: float) -> list[Row]:
-    """SmolLM2-135M with fewer hidden units, value, query and key dimensions: the whole model, head included."""
+    """SmolLM2-135M with fewer hidden units, value, query and key dimensions: the whole model, head included.
+
+    Beside it, as ``plain_ratio``, a LLaMA of transformers whose layers all have the mean of these sizes: what a model
+    has that was never larger.
+    """
     source = load_model("smollm2")
     dense = source.model.requires_grad_(False).eval()
     small = copy.deepcopy(dense)
@@ -31,19 +35,39 @@ def measure(seconds: float) -> list[Row]:
     )
     policy = Policy([Rule("model.layers.*", Shrink(), budget=KEEP)], allocation="loss")
     tdkit.compress(small, policy, calibration=calibration, progress=False)
+    plain = _plain(small, dense.config)
     ids = torch.arange(1000, 1512)[None]
+    models = {"dense": dense, "ours": small, "plain": plain}
     rows = []
     for what, act in (
         ("512 tokens", partial(_forward, ids=ids)),
         ("1 token", partial(_forward, ids=ids[:, :1])),
         (f"generate {GENERATED}", partial(_generate, ids=ids[:, :8])),
     ):
-        calls = {name: inferring(partial(act, model)) for name, model in (("dense", dense), ("ours", small))}
+        calls = {name: inferring(partial(act, model)) for name, model in models.items()}
         timings = side_by_side(calls, seconds=20 * seconds, min_rounds=9)
         times = {"dense_ms": timings["dense"].seconds * 1e3, "ms": timings["ours"].seconds * 1e3}
-        rows.append({"what": what, **times, "ratio": timings["ours"].ratio})
+        rows.append({"what": what, **times, "ratio": timings["ours"].ratio, "plain_ratio": timings["plain"].ratio})
         print(rows[-1], flush=True)
     return rows
+
+
+def _plain(small: Any, config: Any) -> Any:
+    """A model with random weights whose layers have the mean sizes of those of another one."""
+    layers = small.model.layers
+    units = sum(layer.mlp.down_proj.weight.shape[1] for layer in layers) / len(layers)
+    kept = [_rows(layer.self_attn.q_proj) + _rows(layer.self_attn.v_proj) for layer in layers]
+    heads = config.num_attention_heads + config.num_key_value_heads
+    config = copy.deepcopy(config)
+    config.intermediate_size, config.head_dim = round(units), 2 * round(sum(kept) / len(kept) / heads / 2)
+    model = type(small)(config)
+    return model.requires_grad_(False).eval()
+
+
+def _rows(layer: Any) -> int:
+    """The rows of a layer's weight that are left."""
+    matrix = getattr(layer, "matrix", layer)
+    return int(matrix.weight.shape[0])
 
 
 def _forward(model: Any, ids: Tensor) -> Tensor:

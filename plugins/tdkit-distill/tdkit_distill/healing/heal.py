@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,9 @@ from torch import nn
 
 from tdkit_distill.errors import HealingWarning, InterruptedRun
 from tdkit_distill.healing.adapters import adapters
-from tdkit_distill.healing.estimate import Estimate, Precision
+from tdkit_distill.healing.estimate import Estimate, Precision, placed
 from tdkit_distill.healing.forecast import forecast, keep_precision
+from tdkit_distill.healing.generated import Joined, generated_rows
 from tdkit_distill.healing.report import Healing, measurements_of, perplexity
 from tdkit_distill.healing.rows import Data, Rows, rows_of
 from tdkit_distill.healing.settings import (
@@ -31,6 +32,7 @@ from tdkit_distill.healing.settings import (
     Settings,
     check_options,
     context_of,
+    generated_count,
     settings_of,
     token_count,
 )
@@ -64,6 +66,7 @@ def heal(
     data: Data,
     *,
     tokens: int | str = "200k",
+    self_generated: int | str = 0,
     method: Method = "all",
     tokenizer: Any = None,
     context: int | None = None,
@@ -96,6 +99,8 @@ def heal(
         data: the name or path of a text, or several (with `tokenizer`); token ids (count, length); `Examples`, named
             columns or a ``TensorDataset`` with integer labels.
         tokens: to train on, over as many epochs as that takes.
+        self_generated: how many of them are text that the teacher generates itself, beside `data`, which is a text or
+            token ids. It holds off the loss of what the data do not use.
         method: what is trained: ``all`` but the embeddings; ``factors`` of factorised layers; or ``adapters``, low-rank
             updates of the dense layers (merged into them at the end), with the factors and norms.
         context: tokens per window of a text; 512 when None, or as many as the model takes.
@@ -122,6 +127,7 @@ def heal(
     Raises:
         OptionError: for an option that cannot be met.
         DataError, SourceError: for data that is not there or too short.
+        CalibrationError: for `self_generated` with a teacher that does not generate text.
         InterruptedHealing: on Ctrl-C or SIGTERM while it trains, with the best weights so far in the model.
         StageError, VocabularyError, NotFiniteError, ResumeError, StorageError: as `distill`.
     """
@@ -129,8 +135,19 @@ def heal(
     counts |= {"patience": patience, "context": context}
     check_options(model, method=method, precision=precision, counts=counts, learning_rate=learning_rate)
     wanted, place = token_count(tokens), _device(device)
+    own = generated_count(self_generated, wanted, teacher is not None)
     length = context_of(model, context)
-    rows = rows_of(data, model, tokenizer, tokens=wanted, context=length, held_out=held_out, others=others, seed=seed)
+    rows = rows_of(
+        data,
+        model,
+        tokenizer,
+        tokens=wanted,
+        generated=own,
+        context=length,
+        held_out=held_out,
+        others=others,
+        seed=seed,
+    )
     for note in rows.not_measured:
         _warn(note)
     dense = load_model(str(teacher)).model if isinstance(teacher, str | Path) else teacher
@@ -144,6 +161,7 @@ def heal(
             model,
             rows.train,
             tokens=wanted,
+            self_generated=own,
             method=method,
             learning_rate=learning_rate,
             batch_size=batch_size,
@@ -166,11 +184,13 @@ def heal(
         seen: dict[str, float] | None = None
         by: nn.Module | CachedTeacher | None = dense
         if dense is not None:
+            kept = run or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            if rows.to_generate:
+                rows = _with_generated(dense, rows, settings, kept, estimate.precision, place, progress)
             with _asked(dense, place, estimate.precision):
                 seen = _perplexities(dense, rows, settings, place)
                 if settings.top_k is not None:
-                    kept = (run or Path(stack.enter_context(tempfile.TemporaryDirectory()))) / "teacher"
-                    by = _cache(dense, rows, settings, kept, progress)
+                    by = _cache(dense, rows, settings, kept / "teacher", progress)
         del dense
         made = _train(model, by, rows, settings, estimate, seen, run, place, progress)
     for warning in made.warnings:
@@ -233,16 +253,34 @@ def _cache(teacher: nn.Module, rows: Rows, settings: Settings, folder: Path, pro
     )
 
 
+def _with_generated(
+    teacher: nn.Module,
+    rows: Rows,
+    settings: Settings,
+    folder: Path,
+    precision: Precision,
+    device: torch.device,
+    progress: bool | None,
+) -> Rows:
+    """The rows, with those to train on that the teacher generates."""
+    with placed(teacher, device):
+        own = generated_rows(
+            teacher,
+            rows.to_generate,
+            rows.train.length,
+            folder / "generated",
+            precision=precision,
+            seed=settings.seed,
+            progress=progress,
+        )
+    return replace(rows, train=Joined(rows.train, own), to_generate=0)
+
+
 @contextmanager
 def _asked(teacher: nn.Module, device: torch.device, precision: Precision) -> Iterator[None]:
     """The teacher on the device, in the precision of the student's forward; back where it was afterwards."""
-    back = next(teacher.parameters()).device
-    teacher.to(device)
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            yield
-    finally:
-        teacher.to(back)
+    with placed(teacher, device), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        yield
 
 
 def _device(device: str | None) -> torch.device:

@@ -57,11 +57,13 @@ class Rows:
         train: no more than are trained on.
         held_out: by name; the first ones are of the same data, the others of other kinds of text.
         not_measured: why other texts are missing.
+        to_generate: rows to train on that the teacher is still to generate.
     """
 
     train: Examples
     held_out: dict[str, Examples]
     not_measured: tuple[str, ...] = ()
+    to_generate: int = 0
 
 
 def rows_of(
@@ -70,6 +72,7 @@ def rows_of(
     tokenizer: Any,
     *,
     tokens: int,
+    generated: int = 0,
     context: int,
     held_out: Data | None,
     others: Sequence[str] | Mapping[str, Data] | None,
@@ -78,12 +81,14 @@ def rows_of(
     """Read the data and put rows aside.
 
     Args:
+        tokens: to train on, of which the teacher generates `generated`.
         data: a text by name or path, which is packed into windows of `context` tokens, or what `distill` takes.
         held_out: other rows to measure on; None puts at most a tenth of the rows aside, chosen by the seed.
         others: texts of other kinds; None takes `OTHERS`, as far as they are there and the model takes text.
 
     Raises:
-        DataError: for data without enough rows, and for a text without a tokenizer.
+        DataError: for data without enough rows, for a text without a tokenizer, and for data that are not token ids
+            where others are generated.
         SourceError: when there is no such text.
     """
     whole = _examples(data, model, tokenizer, context, seed)
@@ -93,7 +98,14 @@ def rows_of(
         aside = min(-(-HELD_OUT_TOKENS // whole.length), max(1, round(HELD_OUT_SHARE * len(whole))))
         if aside >= len(whole):
             raise DataError(f"{len(whole)} rows leave none to measure on: give more data, or other rows as held_out=")
-    needed = -(-tokens // whole.length)
+    own = generated // whole.length
+    if generated:
+        entries = whole.batch(torch.tensor([0]), torch.Generator()).keys()
+        if not whole.fixed or entries != {"input_ids", "labels"}:
+            raise DataError("self_generated= goes with a text or with rows of token ids, and the data are others")
+        if not own:
+            raise DataError(f"self_generated={generated}: give at least one window of {whole.length} tokens")
+    needed = -(-tokens // whole.length) - own
     train = Part(whole, order[aside : aside + needed].sort().values)
     name = "held out" if held_out is None else _name(held_out)
     sets = {
@@ -115,7 +127,7 @@ def rows_of(
             if not missing
             else "so no text of another kind is measured"
         )
-    return Rows(train, sets, tuple(missing))
+    return Rows(train, sets, tuple(missing), own)
 
 
 def _examples(data: Data, model: nn.Module, tokenizer: Any, context: int, seed: int) -> Examples:

@@ -36,7 +36,7 @@ class Settings:
     """What is asked of the engine, with all defaults taken.
 
     Attributes:
-        method, tokens, learning_rate, batch_size, losses, patience, seed: as those of `heal`.
+        method, tokens, self_generated, learning_rate, batch_size, losses, patience, seed: as those of `heal`.
         accumulation: in how many parts the rows of a step are run.
         trainable, scale: as in `Stage` and its `Optimizer`.
         rank: of the adapters; None without them.
@@ -46,6 +46,7 @@ class Settings:
 
     method: Method
     tokens: int
+    self_generated: int
     learning_rate: float
     batch_size: int
     accumulation: int
@@ -81,6 +82,7 @@ def settings_of(
     rows: Examples,
     *,
     tokens: int,
+    self_generated: int,
     method: Method,
     learning_rate: float | None,
     batch_size: int | None,
@@ -102,6 +104,7 @@ def settings_of(
     return Settings(
         method=method,
         tokens=tokens,
+        self_generated=self_generated,
         learning_rate=learning_rate or RATES[method],
         batch_size=size,
         accumulation=parts,
@@ -147,6 +150,27 @@ def token_count(tokens: int | str) -> int:
         raise OptionError(f"tokens: {error}") from None
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise OptionError(f"tokens={tokens!r}: give how many to train on, such as 200000 or 200k")
+    return count
+
+
+def generated_count(self_generated: int | str, tokens: int, has_teacher: bool) -> int:
+    """How many of the tokens the teacher generates.
+
+    Raises:
+        OptionError: when it is no count, or not fewer than all, or there is no teacher.
+    """
+    if self_generated in (0, "0"):
+        return 0
+    try:
+        count = token_count(self_generated)
+    except OptionError:
+        raise OptionError(
+            f"self_generated={self_generated!r}: give a number of tokens, such as 50k; 0 for none"
+        ) from None
+    if count >= tokens:
+        raise OptionError(f"self_generated={self_generated}: give fewer than all tokens={tokens}")
+    if not has_teacher:
+        raise OptionError(f"self_generated={self_generated}: it is the teacher that generates text, and there is none")
     return count
 
 
