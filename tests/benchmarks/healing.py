@@ -59,12 +59,14 @@ class Row:
     Attributes:
         kind: the decomposition of ``accuracy.py``.
         options: of `tdkit.heal`.
+        generated: the share of the tokens that the teacher generates.
         first: a larger share that the model is compressed to and healed at, for half of the tokens, before it is
             compressed to its own share.
     """
 
     kind: str = "joint"
     options: Mapping[str, Any] = field(default_factory=dict)
+    generated: float = 0
     first: float | None = None
 
 
@@ -75,6 +77,8 @@ ROWS: Mapping[str, Row] = {
     "all, labels only": Row(options={"losses": {"cross_entropy": 1.0}}),
     "all, twice the rate": Row(options={"learning_rate": 2e-4}),
     "all, half the rate": Row(options={"learning_rate": 5e-5}),
+    "all, a window per step": Row(options={"batch_size": 1}),
+    "all, a third self-generated": Row(generated=1 / 3),
     "factors": Row(options={"method": "factors"}),
     "adapters": Row(options={"method": "adapters"}),
     "all, in two compressions": Row(first=0.8),
@@ -111,18 +115,19 @@ class Bench:
             write_text(path, f"{evaluate(model, self.ids, context=CONTEXT).perplexity:.4g}")
         return float(path.read_text())
 
-    def healed(self, model: nn.Module, tokens: int, folder: Path, options: Mapping[str, Any]) -> Any:
+    def healed(self, model: nn.Module, row: Row, tokens: int, folder: Path) -> Any:
         return tdkit.heal(
             model,
             "smollm2",
             HEAL_TEXT,
             tokens=tokens,
+            self_generated=round(row.generated * tokens),
             tokenizer=self.source.tokenizer,
             context=CONTEXT,
             seed=SEED,
             folder=folder,
             **({"precision": self.precision} if tokens >= LONG else SHORT),
-            **options,
+            **row.options,
         )
 
     def result(self, name: str, keep: float, tokens: int) -> dict[str, Any]:
@@ -136,9 +141,9 @@ class Bench:
             before = {EVALUATION_TEXT: self.measured(model, f"{row.kind}-{keep:.0%}")}
         if row.first is not None:
             part = tokens // 2
-            curve += self.healed(model, part, folder / "first", row.options).measurements
+            curve += self.healed(model, row, part, folder / "first").measurements
             model = self.again(model, row.kind, keep)
-        done = self.healed(model, part, folder / "last", row.options)
+        done = self.healed(model, row, part, folder / "last")
         curve += done.measurements
         after = {EVALUATION_TEXT: self.measured(model, folder.name)} if tokens >= LONG else {}
         return {
