@@ -237,6 +237,8 @@ def test_a_lost_process_is_an_error_of_the_others(tmp_path: Path) -> None:
     lines = run_together(
         tmp_path,
         """
+        list(shared(range(4), lambda n: n))  # by now they are connected
+
         def attempt():
             with failing_together():
                 if rank == 1:

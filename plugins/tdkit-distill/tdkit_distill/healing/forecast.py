@@ -15,13 +15,15 @@ from torch import nn
 
 from tdkit_distill.errors import ResumeError
 from tdkit_distill.healing.estimate import Estimate, Precision, Speed, placed, speed_of
-from tdkit_distill.healing.generated import generation_cost
+from tdkit_distill.healing.generated import generation_cost, windows_left
 from tdkit_distill.healing.rows import Rows
 from tdkit_distill.healing.settings import Settings
 from tdkit_distill.loop.checkpoints import checkpoints
 from tdkit_distill.loop.stages import trainable_names
+from tdkit_distill.teachers.cache import rows_kept
 
 CHOICE = "precision.json"
+LOGITS, GENERATED = "teacher", "generated"  # folders in that of a run
 PAYS = 1.2  # how much faster bfloat16 must be on a CPU to be taken
 FULL = 4  # bytes of a gradient, and of each of the two moments, of a parameter
 
@@ -50,7 +52,7 @@ def forecast(
         return speed_of(model, rows.train, size, trained, kind, device)
 
     chosen, found = _precision(precision, device, folder, speed)
-    count_of_rows = len(rows.train) + rows.to_generate
+    all_rows = len(rows.train) + rows.to_generate
     steps = settings.stage().step_count(rows.train.length)
     done = _steps_done(folder)
     per_step = settings.batch_size * rows.train.length
@@ -64,12 +66,15 @@ def forecast(
         took, held = 0.0, 0
         with placed(teacher, device):
             once = speed_of(teacher, rows.train, size, set(), chosen, device)
-            if rows.to_generate:
-                took, held = generation_cost(teacher, rows.to_generate, rows.train.length, chosen)
-        computed = aside + (count_of_rows * rows.train.length if settings.top_k else steps * per_step)
+            left = windows_left(None if folder is None else folder / GENERATED, rows.to_generate)
+            if left:
+                took, held = generation_cost(teacher, left, rows.train.length, chosen)
+        known = 0 if folder is None else min(rows_kept(folder / LOGITS), all_rows)
+        asked = (all_rows - known) * rows.train.length if settings.top_k else (steps - done) * per_step
+        computed = aside + asked
         seconds += computed * once.forward + took
         memory = num_bytes(teacher) + (memory if settings.top_k is None else max(memory, num_bytes(model) + held))
-        disk += (settings.top_k or 0) * 8 * count_of_rows * rows.train.length
+        disk += (settings.top_k or 0) * 8 * all_rows * rows.train.length
     if folder is not None:
         disk += 2 * (num_bytes(model) + 2 * FULL * count) + 2 * FULL * count
     return Estimate(

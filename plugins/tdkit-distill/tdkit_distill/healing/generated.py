@@ -81,12 +81,11 @@ def generated_rows(
         StorageError: when the disk is full; what was written stays and is used the next time.
     """
     key = f"{model_digest(teacher)} {length} {precision} {seed}"
+    files = _files(folder, count)
     with exclusive(folder):
         folder.mkdir(exist_ok=True)
-        sizes = [min(TOGETHER, count - start) for start in range(0, count, TOGETHER)]
-        paths = [folder / f"windows-{number:05d}.safetensors" for number in range(len(sizes))]
-        with _as_asked(teacher, precision) as model, progress_bar("generate", len(paths), progress) as bar:
-            for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        with _as_asked(teacher, precision) as model, progress_bar("generate", len(files), progress) as bar:
+            for number, (path, size) in enumerate(files.items()):
                 if not path.exists():
                     ids = self_generated(
                         model(),
@@ -98,7 +97,21 @@ def generated_rows(
                     )
                     _write(path, ids, key)
                 bar.advance()
-        return Windows(torch.cat([_read(path, size, key) for path, size in zip(paths, sizes, strict=True)]))
+        return Windows(torch.cat([_read(path, size, key) for path, size in files.items()]))
+
+
+def windows_left(folder: Path | None, count: int) -> int:
+    """How many of so many windows are not in the folder yet."""
+    return count if folder is None else sum(n for path, n in _files(folder, count).items() if not path.exists())
+
+
+def _files(folder: Path, count: int) -> dict[Path, int]:
+    """The files of so many windows, and how many of them each holds."""
+    starts = range(0, count, TOGETHER)
+    return {
+        folder / f"windows-{number:05d}.safetensors": min(TOGETHER, count - start)
+        for number, start in enumerate(starts)
+    }
 
 
 def generation_cost(teacher: nn.Module, count: int, length: int, precision: Precision) -> tuple[float, int]:

@@ -19,7 +19,7 @@ from torch import nn
 from tdkit_distill.errors import HealingWarning, InterruptedRun
 from tdkit_distill.healing.adapters import adapters
 from tdkit_distill.healing.estimate import Estimate, Precision, placed
-from tdkit_distill.healing.forecast import forecast, keep_precision
+from tdkit_distill.healing.forecast import GENERATED, LOGITS, forecast, keep_precision
 from tdkit_distill.healing.generated import Joined, generated_rows
 from tdkit_distill.healing.report import Healing, measurements_of, perplexity
 from tdkit_distill.healing.rows import Data, Rows, rows_of
@@ -190,7 +190,7 @@ def heal(
             with _asked(dense, place, estimate.precision):
                 seen = _perplexities(dense, rows, settings, place)
                 if settings.top_k is not None:
-                    by = _cache(dense, rows, settings, kept / "teacher", progress)
+                    by = _cache(dense, rows, settings, kept / LOGITS, progress)
         del dense
         made = _train(model, by, rows, settings, estimate, seen, run, place, progress)
     for warning in made.warnings:
@@ -268,7 +268,7 @@ def _with_generated(
             teacher,
             rows.to_generate,
             rows.train.length,
-            folder / "generated",
+            folder / GENERATED,
             precision=precision,
             seed=settings.seed,
             progress=progress,

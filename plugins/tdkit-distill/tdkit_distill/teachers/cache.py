@@ -191,6 +191,15 @@ def build_cache(
     return CachedTeacher(folder)
 
 
+def rows_kept(folder: Path) -> int:
+    """How many rows a cache in the folder holds, finished or not; 0 where there is none."""
+    try:
+        form = _read_manifest(folder)
+    except CacheError:
+        return 0
+    return min(int(form["finished"]) * int(form["rows_per_shard"]), int(form["rows"]))
+
+
 def _missing(folder: Path, form: dict[str, Any]) -> list[int]:
     return [
         number

@@ -14,7 +14,7 @@ from tdkit.errors import CalibrationError, OptionError
 from tdkit_distill import Windows, heal
 from tdkit_distill.errors import DataError, ResumeError
 from tdkit_distill.healing import generated
-from tdkit_distill.healing.generated import Joined, generated_rows, generation_cost
+from tdkit_distill.healing.generated import Joined, generated_rows, generation_cost, windows_left
 
 OPTIONS: dict[str, Any] = {"tokens": "4k", "learning_rate": 3e-3, "batch_size": 4, "precision": "no", "device": "cpu"}
 OTHERS = {"again": Windows(text(8))}
@@ -64,9 +64,12 @@ def test_what_was_generated_is_kept(taught: Any, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(generated, "self_generated", counted)
     with pytest.raises(KeyboardInterrupt):
         rows(taught, tmp_path / "parts")
+    assert windows_left(None, 5) == 5
+    assert windows_left(tmp_path / "parts", 5) == 3
     found = rows(taught, tmp_path / "parts")
     assert len(calls) == 4, "the first two windows were there"
     assert found.fingerprint == whole.fingerprint
+    assert windows_left(tmp_path / "parts", 5) == 0
     rows(taught, tmp_path / "parts")
     assert len(calls) == 4
     for options in ({"seed": 1}, {"precision": "bf16"}, {"count": 4}):

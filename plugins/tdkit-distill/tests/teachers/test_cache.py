@@ -19,7 +19,7 @@ from tdkit_distill.data.masked import MaskedWindows, MaskTokens
 from tdkit_distill.errors import CacheError, StorageError
 from tdkit_distill.models.view import TopLogits
 from tdkit_distill.teachers import cache as cache_module
-from tdkit_distill.teachers.cache import CachedTeacher
+from tdkit_distill.teachers.cache import CachedTeacher, rows_kept
 
 STAGE = {"losses": {"logits": {"temperature": 2.0}}, "steps": 6, "batch_size": 4}
 
@@ -62,6 +62,7 @@ def test_an_interrupted_cache_computes_only_what_is_missing(tmp_path: Path) -> N
         build_cache(teacher, windows, tmp_path / "part", k=5, rows_per_shard=5, batch=5, call=call)
     with pytest.raises(CacheError, match="holds 2 of 5 shards: build the cache again to finish it"):
         CachedTeacher(tmp_path / "part")
+    assert [rows_kept(tmp_path / name) for name in ("whole", "part", "none")] == [24, 10, 0]
     rows.clear()
 
     def count(model: Any, batch: Any) -> Any:
