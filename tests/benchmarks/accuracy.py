@@ -91,6 +91,7 @@ DECOMPOSITIONS: Mapping[str, Decomposition] = {
     "shrink uniform": Shrink(uniform=True),
     "modegpt": Shrink(uniform=True, by="leverage"),
 }
+SIGNS: Mapping[str | bool, str] = {"": "", True: "*", "both moments": "†"}  # which moments of a row are shrunk
 MLP_ONLY = ("shrink uniform", "modegpt")
 
 WANTED = (  # perplexities asked for, without training: the scope, the rows that count, the most
@@ -186,7 +187,7 @@ def compressed(
         "estimated_loss": sum(step.loss or 0.0 for step in plan) or None,
         "chosen": chosen,
         "plan": hashlib.sha256(plan.to_json().encode()).hexdigest()[:12],
-        "shrunk": known is not None,
+        "shrunk": "both moments" if known is not None else "",
     }
 
 
@@ -326,7 +327,8 @@ class Store:
         lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in self.setting.items()]
         lines += [f"- dense: perplexity {dense['perplexity']:.4g}, {dense['params']:,} params"]
         lines += [
-            "- \\* with input moments shrunk towards their diagonal; rows without the sign are older or have none",
+            "- \\* with input moments shrunk towards their diagonal, † with those of gradients shrunk as well; rows "
+            "without a sign are older or have none",
             "",
         ]
         for scope in SCOPES:
@@ -361,7 +363,7 @@ class Store:
             columns,
             (
                 [
-                    row["row"] + ("*" if row.get("shrunk") else "") + (" (peer: SVD-LLM)" if row is peer else ""),
+                    row["row"] + SIGNS[row.get("shrunk") or ""] + (" (peer: SVD-LLM)" if row is peer else ""),
                     f"{row['perplexity']:,.4g}",
                     f"{row['perplexity'] / peer['perplexity']:.3g}" if peer else "",
                     f"{row['kept']:.4f}",

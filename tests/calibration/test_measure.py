@@ -514,7 +514,7 @@ def test_activations_that_overflow_are_named_with_their_layer(scale: float, grad
         calibrate(model, [torch.ones(3, 4)], gradients=gradients, loss=lambda y, _: y.sum())
 
 
-def test_fits_shrink_correlations_of_few_rows() -> None:
+def test_fits_shrink_moments_towards_what_is_known_before_any_row() -> None:
     torch.manual_seed(0)
     model, few, many = nn.Sequential(nn.Linear(8, 4)), torch.randn(40, 8), torch.randn(4000, 8)
     for x, share in ((few, 0.25 * 8 / 40), (many, 0.25 * 8 / 4000)):
@@ -525,7 +525,9 @@ def test_fits_shrink_correlations_of_few_rows() -> None:
         assert raw.input is not None
         expected = raw.input + share * raw.input.diagonal().diag()
         torch.testing.assert_close(used.input, expected)
-        assert used.output is raw.output
+        assert raw.output is not None
+        mean = raw.output.diagonal().mean()
+        torch.testing.assert_close(used.output, 0.9 * raw.output + 0.1 * mean * torch.eye(4, dtype=torch.float64))
         torch.testing.assert_close(raw.input, x.T @ x / len(x), check_dtype=False)
     calibration.units = 0  # not known
     assert calibration.fit_metric("0") is raw

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from safetensors.torch import save_file
 from tdkit.calibration.self_generated import first_token_of, self_generated
 from tdkit.models.sites import num_bytes
 from tdkit.support.files import whole_file
-from tdkit.support.progress import progress_bar
 from torch import Tensor, nn
 
 from tdkit_distill.data.examples import Batch, Examples, Windows
@@ -82,21 +80,21 @@ def generated_rows(
     """
     key = f"{model_digest(teacher)} {length} {precision} {seed}"
     files = _files(folder, count)
+    writer: nn.Module | None = None
     with exclusive(folder):
         folder.mkdir(exist_ok=True)
-        with _as_asked(teacher, precision) as model, progress_bar("generate", len(files), progress) as bar:
-            for number, (path, size) in enumerate(files.items()):
-                if not path.exists():
-                    ids = self_generated(
-                        model(),
-                        size * length,
-                        context=length,
-                        seed=mixed_seed(seed, "generated", number) % 2**31,
-                        together=TOGETHER,
-                        progress=False,
-                    )
-                    _write(path, ids, key)
-                bar.advance()
+        for number, (path, size) in enumerate(files.items()):
+            if not path.exists():
+                writer = writer or _in_precision(teacher, precision)
+                ids = self_generated(
+                    writer,
+                    size * length,
+                    context=length,
+                    seed=mixed_seed(seed, "generated", number) % 2**31,
+                    together=TOGETHER,
+                    progress=progress,
+                )
+                _write(path, ids, key)
         return Windows(torch.cat([_read(path, size, key) for path, size in files.items()]))
 
 
@@ -123,24 +121,22 @@ def generation_cost(teacher: nn.Module, count: int, length: int, precision: Prec
         CalibrationError: when the teacher does not generate text.
     """
     first, together = first_token_of(teacher), min(count, TOGETHER)
-    with _as_asked(teacher, precision) as model:
-        caller: Any = model()
-        token = torch.full((1, max(length // 2, 1)), first, device=next(caller.parameters()).device)
-        with torch.inference_mode():
-            cache: Any = getattr(caller(input_ids=token, use_cache=True), "past_key_values", None)
-            repeat = getattr(cache, "batch_repeat_interleave", None)
-            options = {}
-            if callable(repeat):
-                repeat(together)
-                options = {"past_key_values": cache}
-            token = token[:, :1].expand(together, -1)
-            started = time.perf_counter()
-            caller(input_ids=token, use_cache=True, **options).logits.float().softmax(-1)[0, 0, 0].item()
-            seconds = time.perf_counter() - started
-        layers = getattr(cache, "layers", None) or ()
-        held = sum(tensor.nbytes for layer in layers for tensor in _tensors(layer))
-        size = 2 * held + (num_bytes(caller) if caller is not teacher else 0)
-    return -(-count // TOGETHER) * length * seconds, size
+    writer: Any = _in_precision(teacher, precision)
+    tokens = torch.full((1, max(length // 2, 1)), first, device=next(writer.parameters()).device)
+    with torch.inference_mode():
+        cache: Any = getattr(writer(input_ids=tokens, use_cache=True), "past_key_values", None)
+        options = {}
+        if callable(getattr(cache, "batch_repeat_interleave", None)):
+            cache.batch_repeat_interleave(together)
+            options = {"past_key_values": cache}
+        tokens = tokens[:, :1].expand(together, -1)
+        started = time.perf_counter()
+        writer(input_ids=tokens, use_cache=True, **options).logits.float().softmax(-1)[0, 0, 0].item()
+        seconds = time.perf_counter() - started
+    layers = getattr(cache, "layers", None) or ()
+    held = sum(tensor.nbytes for layer in layers for tensor in _tensors(layer))
+    copied = num_bytes(writer) if writer is not teacher else 0
+    return -(-count // TOGETHER) * length * seconds, 2 * held + copied
 
 
 def _tensors(layer: Any) -> Iterator[Tensor]:
@@ -150,20 +146,8 @@ def _tensors(layer: Any) -> Iterator[Tensor]:
             yield tensor
 
 
-@contextmanager
-def _as_asked(teacher: nn.Module, precision: Precision) -> Iterator[Any]:
-    """Gives a function that returns the model to generate by, which is made in its first call."""
-    made: list[nn.Module] = []
-
-    def model() -> nn.Module:
-        if precision != "bf16":
-            return teacher
-        if not made:
-            made.append(copy.deepcopy(teacher).to(torch.bfloat16))
-        return made[0]
-
-    yield model
-    made.clear()
+def _in_precision(teacher: nn.Module, precision: Precision) -> nn.Module:
+    return copy.deepcopy(teacher).to(torch.bfloat16) if precision == "bf16" else teacher
 
 
 def _write(path: Path, ids: Tensor, key: str) -> None:
