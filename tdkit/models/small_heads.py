@@ -137,9 +137,7 @@ def _heads_of(attention: nn.Module) -> _Heads | None:
     if not sources:
         return None
     cached: CachedTensor = attention.__dict__.get(PLACES) or CachedTensor()
-    found = cached.find(sources, torch.int64)
-    if found is None:
-        found = cached.get(sources, torch.int64, lambda: _places_of(attention, _matrices(attention)))
+    found = cached.get(sources, torch.int64, lambda: _places_of(attention, _matrices(attention)))
     return _Heads(found, weights, seen) if found is not None and found.numel() else None
 
 
@@ -204,7 +202,8 @@ def _attend(
     groups, (size, of_values) = len(heads.places), heads.sizes
     most = max(size, of_values)
     wq, wk, wv, wo = heads.weights
-    cos, sin = (each.index_select(-1, heads.places.flatten()) for each in position_embeddings)
+    places = heads.places.flatten()
+    cos, sin = (each.index_select(-1, places) for each in position_embeddings)
     cos, sin = (each.view(*each.shape[:-1], groups, 1, size) for each in (cos, sin))
     sin[..., : size // 2].neg_()  # of a copy
 

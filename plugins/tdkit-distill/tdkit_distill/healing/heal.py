@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -185,12 +185,13 @@ def heal(
         by: nn.Module | CachedTeacher | None = dense
         if dense is not None:
             kept = run or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            if rows.to_generate:
-                rows = _with_generated(dense, rows, settings, kept, estimate.precision, place, progress)
-            with _asked(dense, place, estimate.precision):
-                seen = _perplexities(dense, rows, settings, place)
-                if settings.top_k is not None:
-                    by = _cache(dense, rows, settings, kept / LOGITS, progress)
+            with placed(dense, place):
+                if rows.to_generate:
+                    rows = _with_generated(dense, rows, settings, kept / GENERATED, estimate.precision, progress)
+                with torch.autocast(place.type, torch.bfloat16, enabled=estimate.precision == "bf16"):
+                    seen = _perplexities(dense, rows, settings, place)
+                    if settings.top_k is not None:
+                        by = _cache(dense, rows, settings, kept / LOGITS, progress)
         del dense
         made = _train(model, by, rows, settings, estimate, seen, run, place, progress)
     for warning in made.warnings:
@@ -254,33 +255,19 @@ def _cache(teacher: nn.Module, rows: Rows, settings: Settings, folder: Path, pro
 
 
 def _with_generated(
-    teacher: nn.Module,
-    rows: Rows,
-    settings: Settings,
-    folder: Path,
-    precision: Precision,
-    device: torch.device,
-    progress: bool | None,
+    teacher: nn.Module, rows: Rows, settings: Settings, folder: Path, precision: Precision, progress: bool | None
 ) -> Rows:
     """The rows, with those to train on that the teacher generates."""
-    with placed(teacher, device):
-        own = generated_rows(
-            teacher,
-            rows.to_generate,
-            rows.train.length,
-            folder / GENERATED,
-            precision=precision,
-            seed=settings.seed,
-            progress=progress,
-        )
+    own = generated_rows(
+        teacher,
+        rows.to_generate,
+        rows.train.length,
+        folder,
+        precision=precision,
+        seed=settings.seed,
+        progress=progress,
+    )
     return replace(rows, train=Joined(rows.train, own), to_generate=0)
-
-
-@contextmanager
-def _asked(teacher: nn.Module, device: torch.device, precision: Precision) -> Iterator[None]:
-    """The teacher on the device, in the precision of the student's forward; back where it was afterwards."""
-    with placed(teacher, device), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        yield
 
 
 def _device(device: str | None) -> torch.device:
