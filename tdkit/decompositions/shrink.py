@@ -16,6 +16,7 @@ from tdkit.fitting.metric import Metric
 from tdkit.shapes import Shape
 
 BY = ("loss", "leverage")
+LEAST_STEP, MOST_STEP = 8, 64  # between numbers of units, see `Shrink.multiple`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,9 @@ class Shrink(Decomposition):
             ordinary one of its architecture with a smaller ``intermediate_size`` in its config.
         by: the units that cost least in the estimated loss are removed first ("loss"), or those with the least ridge
             leverage scores ("leverage", MoDeGPT's choice).
-        multiple: the number of units that stay is a multiple of this one, where the budget chooses it.
+        multiple: the number of units that stay is a multiple of this one, where the budget chooses it. When None the
+            largest power of two that is at most a sixteenth of the units, but at least 8 and at most 64, as products of
+            such sizes are the fastest; 8 with `uniform`, where a step is one of all groups.
         temper: how far the numbers of units that the budget chooses for MLPs of one shape are moved towards their
             mean: 0 leaves them, 1 makes them equal. The estimated loss favours unequal ones too much.
         shared: names of weights, relative to a module that holds them all, that share their hidden units; the last one
@@ -51,7 +54,7 @@ class Shrink(Decomposition):
     units: int | None = None
     uniform: bool = False
     by: str = "loss"
-    multiple: int = 8
+    multiple: int | None = None
     temper: float = 0.5
     shared: tuple[str, ...] = ()
 
@@ -74,6 +77,12 @@ class Shrink(Decomposition):
             )
         object.__setattr__(self, "shared", tuple(shared))
 
+    def step(self, units: int) -> int:
+        """The number that the units which stay of a group of `units` are a multiple of; see `multiple`."""
+        if self.multiple is not None or self.uniform:
+            return self.multiple or LEAST_STEP
+        return min(max(1 << (max(units // 16, 1).bit_length() - 1), LEAST_STEP), MOST_STEP)
+
     def shape_of(self, shape: Shape) -> Shape:
         return shape
 
@@ -82,7 +91,8 @@ class Shrink(Decomposition):
 
     def candidates(self, shape: Shape) -> list[Self]:
         if self.units is None:
-            return [replace(self, units=units) for units in range(self.multiple, shape[0] + 1, self.multiple)]
+            step = self.step(shape[0])
+            return [replace(self, units=units) for units in range(step, shape[0] + 1, step)]
         if self.units > shape[0]:
             raise OptionError(f"shrink: units={self.units} is more than the {shape[0]} units of a group")
         return [self]
@@ -95,7 +105,8 @@ class Shrink(Decomposition):
     def complete(self, shape: Shape, max_params: int) -> Self | None:
         if self.units is not None:
             return super().complete(shape, max_params)
-        units = min(max_params // shape[1], shape[0]) // self.multiple * self.multiple
+        step = self.step(shape[0])
+        units = min(max_params // shape[1], shape[0]) // step * step
         return replace(self, units=units) if units else None
 
     def curve_of(self, shape: Shape, errors: Tensor) -> list[Point]:

@@ -42,6 +42,7 @@ def side_by_side(
     min_rounds: int = 7,
     device: torch.device | str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, Timing]:
     """Time calls in turn, round after round, and compare each with the first of the same round.
 
@@ -52,16 +53,24 @@ def side_by_side(
         min_rounds: the minimum number of rounds, however long they take.
         device: synchronized at the end of each sample if it is a CUDA device.
         clock: a function that returns the time in seconds.
+        prepare: what to do before each sample, by contender; it and a call after it are not timed.
 
     Returns:
         The timings by name.
     """
-    kind = torch.device(device)
-    repeats = {name: _repeats(call, kind, clock) for name, call in contenders.items()}
+    kind, ready = torch.device(device), prepare or {}
+    repeats: dict[str, int] = {}
+    for name, call in contenders.items():
+        if name in ready:
+            ready[name]()
+        repeats[name] = _repeats(call, kind, clock)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     started = clock()
     while len(next(iter(samples.values()))) < min_rounds or clock() - started < seconds * len(samples):
         for name, call in contenders.items():
+            if name in ready:
+                ready[name]()
+                call()
             samples[name].append(_sample(call, repeats[name], kind, clock))
     base = next(iter(samples.values()))
     return {

@@ -42,15 +42,14 @@ def _units(each: OpenSite, choice: Choice) -> int:
 
 
 def _nearer(members: Sequence[OpenSite], before: Sequence[int], kind: Shrink) -> list[int]:
-    """Returns numbers of units, multiples of `kind.multiple` or all of a group, with at most the sum of `before`."""
+    """Returns numbers of units, multiples of the kind's step or all of a group, with at most the sum of `before`."""
+    step = kind.step(members[0].site.shape[0])
     mean = sum(before) / len(before)
     wanted = [units + kind.temper * (mean - units) for units in before]
-    found = [
-        _within(each, math.floor(w / kind.multiple) * kind.multiple) for each, w in zip(members, wanted, strict=True)
-    ]
+    found = [_within(each, math.floor(w / step) * step) for each, w in zip(members, wanted, strict=True)]
     left = sum(before) - sum(found)
     for place in sorted(range(len(found)), key=lambda i: found[i] - wanted[i]):  # the most rounded down first
-        more = _within(members[place], found[place] + kind.multiple) - found[place]
+        more = _within(members[place], found[place] + step) - found[place]
         if 0 < more <= left:
             found[place], left = found[place] + more, left - more
     return found if left >= 0 else list(before)

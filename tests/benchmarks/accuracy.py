@@ -191,19 +191,32 @@ def compressed(
     }
 
 
-def published(source: Source, scope: Scope, *, allocated: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """A copy of the model compressed by MoDeGPT as published, and what `compressed` says of it."""
+@dataclass
+class Seen:
+    """What MoDeGPT measures, which all its rows share: the calibration windows, their moments, and the seconds."""
+
+    windows: Tensor
+    moments: list[modegpt.Moments]
+    seconds: float
+
+
+def seen_by_modegpt(source: Source) -> Seen:
     started = time.perf_counter()
     windows = spread_windows(CALIBRATION_TEXT, source.tokenizer, context=CONTEXT, tokens=CALIBRATION_TOKENS)
     moments = modegpt.measure(source.model, [window[None] for window in windows])
-    measured_at = time.perf_counter()
+    return Seen(windows, moments, round(time.perf_counter() - started, 1))
+
+
+def published(source: Source, scope: Scope, seen: Seen, *, allocated: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """A copy of the model compressed by MoDeGPT as published, and what `compressed` says of it."""
+    started = time.perf_counter()
     blocks = Rule(scope.match, keep=True)
     before = sum(site.params for site in survey(source.model).sites if blocks.selects(site))
     best: tuple[float, nn.Module, int] | None = None
     for temperature in TEMPERATURES if allocated else (None,):
         model = copy.deepcopy(source.model)
-        left = modegpt.compress(model, moments, modegpt.shares_lost(moments, 1 - scope.keep, temperature))
-        few = windows[: CHOSEN_ON // CONTEXT].flatten()
+        left = modegpt.compress(model, seen.moments, modegpt.shares_lost(seen.moments, 1 - scope.keep, temperature))
+        few = seen.windows[: CHOSEN_ON // CONTEXT].flatten()
         found = evaluate(model, few, context=CONTEXT).perplexity if allocated else 0.0
         if best is None or found < best[0]:
             best = found, model, left
@@ -211,8 +224,8 @@ def published(source: Source, scope: Scope, *, allocated: bool) -> tuple[nn.Modu
     return best[1], {
         "params": num_params(source.model) - before + best[2],
         "kept": best[2] / before,
-        "plan_seconds": round(measured_at - started, 1),
-        "fit_seconds": round(time.perf_counter() - measured_at, 1),
+        "plan_seconds": seen.seconds,
+        "fit_seconds": round(time.perf_counter() - started, 1),
     }
 
 
@@ -259,6 +272,10 @@ def main() -> None:
     def moments(kind: str) -> tuple[Calibration, float]:
         return calibrated(source, options.run, kind)
 
+    @functools.cache
+    def seen() -> Seen:
+        return seen_by_modegpt(source)
+
     store = Store(options.out, ids, moments("data")[1])
     if store.find("dense", "") is None:
         store.add(
@@ -270,7 +287,7 @@ def main() -> None:
             continue
         if store.find(name, scope.name) is None:
             if name.startswith(PUBLISHED):
-                model, took = published(source, scope, allocated=name.endswith("allocated"))
+                model, took = published(source, scope, seen(), allocated=name.endswith("allocated"))
             else:
                 model, took = compressed(source, name, scope, lambda kind: moments(kind)[0])
             store.add({"row": name, "scope": scope.name, **took, **measured(model, ids, others)})

@@ -367,3 +367,16 @@ def test_attention_with_biases_is_kept_and_the_plan_says_why() -> None:
     assert plan["model.layers.0.self_attn.v_proj"].reason == (
         "not shrunk: model.layers.0.self_attn.v_proj has a bias, which would have to lose rows too"
     )
+
+
+@pytest.mark.parametrize(
+    ("units", "step"), [(7, 8), (100, 8), (255, 8), (256, 16), (1000, 32), (1024, 64), (14336, 64)]
+)
+def test_numbers_of_units_are_multiples_that_products_are_fast_with(units: int, step: int) -> None:
+    shape = (units, 3)
+    assert Shrink().step(units) == step
+    assert [each.units for each in Shrink().candidates(shape)] == list(range(step, units + 1, step))
+    fitted = Shrink().complete(shape, 3 * units - 1)
+    assert fitted == (Shrink(units=(units - 1) // step * step) if units > step else None)
+    assert Shrink(multiple=5).step(units) == 5
+    assert Shrink(uniform=True).step(units) == 8, "one step is one of all layers"

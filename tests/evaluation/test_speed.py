@@ -149,6 +149,23 @@ def test_calls_are_compared_within_the_same_round() -> None:
     assert clock.calls == 2 * (1 + 5), "a warm-up and the rounds asked for"
 
 
+def test_what_is_prepared_and_the_call_after_it_are_not_timed() -> None:
+    clock = Clock()
+    clock.calls = -(10**9)  # never slow
+    slow = False
+
+    def prepare() -> None:
+        nonlocal slow
+        slow, clock.now = True, clock.now + 5.0
+
+    def call() -> None:
+        nonlocal slow
+        slow, clock.now = False, clock.now + (2.0 if slow else 0.25)
+
+    timings = side_by_side({"alone": call, "prepared": call}, min_rounds=5, clock=clock, prepare={"prepared": prepare})
+    assert timings["alone"].seconds == timings["prepared"].seconds == 0.25
+
+
 def test_short_calls_are_repeated_within_a_sample_and_rounds_go_on_for_the_time_given() -> None:
     clock = Clock()
     clock.calls = -(10**9)  # never slow
