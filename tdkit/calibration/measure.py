@@ -102,6 +102,7 @@ def calibrate(
     check_labels(labels)
     if loss is not None and labels != "data":
         raise CalibrationError(f"loss= has labels of its own: leave out labels={labels!r}")
+    device = check_device(device)
     model = uncompiled(model)
     sites = survey(model).sites
     if names is not None:
@@ -109,7 +110,8 @@ def calibrate(
     if isinstance(batches, str | Path):
         batches = text_batches(batches, tokenizer, context=context, tokens=tokens)
     if self_generated:
-        batches = with_self_generated(model, batches, self_generated, context=context, progress=progress)
+        options: Any = {"context": context, "device": device, "progress": progress}
+        batches = with_self_generated(model, batches, self_generated, **options)
     runner = Runner(model, gradients=gradients, loss=loss, labels=labels)
     return measured(runner, sites, batches, limit_bytes=limit_bytes, device=device, progress=progress)
 

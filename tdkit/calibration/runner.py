@@ -129,13 +129,17 @@ def as_it_was(model: nn.Module, device: torch.device | str | None, *, freeze: bo
     A layer that replaced another inside the block gets the mode and the device of the layer it replaced.
 
     Args:
-        device: the device of the model inside the block; when None the model is not moved.
+        device: the device of the model inside the block; when None the model is not moved, nor one with layers that
+            hooks of accelerate load when they are called.
         freeze: set ``requires_grad=False`` on all parameters inside the block.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        device = None
     modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
     frozen = [p for p in model.parameters() if freeze and p.requires_grad and not p.is_inference()]
     homes = {} if device is None else _homes(model)
-    on_cuda = {home for home in (*homes.values(), device_of(model)) if home.type == "cuda"}
+    inside = [] if device is None else [torch.device(device)]
+    on_cuda = {home for home in (*homes.values(), device_of(model), *inside) if home.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(home.index or 0 for home in on_cuda)):
         try:
             model.eval()

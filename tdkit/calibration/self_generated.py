@@ -43,7 +43,13 @@ def first_token_of(model: nn.Module) -> int:
 
 
 def with_self_generated(
-    model: nn.Module, batches: Iterable[Batch], tokens: int, *, context: int = 512, progress: bool | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    tokens: int,
+    *,
+    context: int = 512,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
 ) -> list[Batch]:
     """Returns batches and windows that the model generates, which get the weight `SHARE` of all tokens together.
 
@@ -55,7 +61,7 @@ def with_self_generated(
     check_batches(batches)
     given = list(batches)
     units = sum(unweighted(batch)[1] * call_of(model, batch).units for batch in given)
-    ids = self_generated(model, tokens, context=context, progress=progress)
+    ids = self_generated(model, tokens, context=context, device=device, progress=progress)
     weight = SHARE / (1 - SHARE) * units / ids.numel()
     return given + [Weighted(row[None].clone(), weight) for row in ids]
 
@@ -67,6 +73,7 @@ def self_generated(
     context: int = 512,
     seed: int = 0,
     together: int = TOGETHER,
+    device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> Tensor:
     """Returns windows of text that the model generates from nothing but its first token, at temperature 1.
@@ -79,6 +86,7 @@ def self_generated(
         context: tokens per window.
         seed: of the random generator.
         together: how many windows are generated at a time.
+        device: the device to generate on; the model is moved back afterwards. When None, the model is not moved.
         progress: show a progress bar; when None, only on a terminal.
 
     Returns:
@@ -102,7 +110,7 @@ def self_generated(
     generate: Any = model.generate
     found = []
     with (
-        as_it_was(model, None, freeze=False),
+        as_it_was(model, device, freeze=False),
         _generating_by(model, config),
         progress_bar("generate", -(-count // together) * (context - 1), progress) as bar,
     ):

@@ -79,7 +79,7 @@ def calibrate(
         count = len(batches)
     else:
         source = source_of(model, build, weights, kind)
-        given = material.batches_for(source)
+        given = material.batches_for(source, device)
         if given is None:
             raise OptionError(f"--text {' '.join(text or ())} holds saved moments, not a text")
         known = calibrate_in_memory(source.model, given, gradients=gradients, labels=labels, device=device)

@@ -173,7 +173,7 @@ def compress(
     measuring.check(source)
     resolved = resolve(source.model, chosen)
     started = time.perf_counter()
-    known = material.calibration(source, resolved)
+    known = material.calibration(source, resolved, device)
     made = planned(resolved, known)
     seconds = {"calibration and plan": time.perf_counter() - started}
     if not dry_run:

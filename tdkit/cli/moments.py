@@ -94,22 +94,29 @@ class Material:
     batches: Iterable[Batch] | None = None
     documents: list[str] | None = None
 
-    def calibration(self, source: Source, resolved: Resolved) -> Calibration | None:
+    def calibration(self, source: Source, resolved: Resolved, device: str | None = None) -> Calibration | None:
         """Returns the calibration of the sites to rewrite, the one that was given, or None for none."""
         if self.known is not None:
             return self.known
         gradients, labels = not self.wanted.inputs_only, self.wanted.labels
-        return calibrated(resolved, self.batches_for(source), gradients=gradients, labels=labels)
+        given = self.batches_for(source, device)
+        return calibrated(resolved, given, gradients=gradients, labels=labels, device=device)
 
-    def batches_for(self, source: Source) -> Iterable[Batch] | None:
-        """Returns the batches, those of a text for this model; None for nothing."""
+    def batches_for(self, source: Source, device: str | None = None) -> Iterable[Batch] | None:
+        """Returns the batches, those of a text for this model; None for nothing.
+
+        Args:
+            device: where the model generates the text that it is to generate itself.
+        """
         if self.documents is None:
             return self.batches
         batches = self.windows_for(source.model, source.tokenizer)
         if not self.wanted.inputs_only and self.wanted.labels == "data":
             check_causal(source.model, batches[0].flatten(), DOING, f"give --inputs-only, or {IN_PYTHON}")
         tokens = self.wanted.self_generated
-        return with_self_generated(source.model, batches, tokens, context=self.wanted.context) if tokens else batches
+        if not tokens:
+            return batches
+        return with_self_generated(source.model, batches, tokens, context=self.wanted.context, device=device)
 
     def windows_for(self, model: nn.Module, tokenizer: Any) -> tuple[torch.Tensor, ...]:
         """Returns the text as windows (1, context) of token ids."""

@@ -66,7 +66,8 @@ def compress(
             calibration batches, and refits the dense weights in the mean of these and the dense model's moments. The
             sizes are planned again, unless a plan was given. This helps when many parameters are removed and the
             moments of the dense model alone describe the compressed one poorly.
-        device: the device to fit on; the device of each weight when None. The factors are moved to the weight's device.
+        device: the device to calibrate and fit on. The model is moved there to calibrate, and back; the factors are
+            moved to the weight's device. When None, the model is not moved.
         progress: show a progress bar; when None, only on a terminal.
 
     Returns:
@@ -81,7 +82,7 @@ def compress(
     check_device(device)
     if resolved.plan is not None:
         _log_warnings(resolved.plan)
-    known = calibrated(resolved, calibration, loss=loss, progress=progress)
+    known = calibrated(resolved, calibration, loss=loss, device=device, progress=progress)
     compress_resolved(resolved, known, sequential=sequential, passes=passes, device=device, progress=progress)
     return model
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from tdkit.calibration.batches import Batch
@@ -71,6 +72,7 @@ def calibrated(
     gradients: bool = True,
     loss: Loss | None = None,
     labels: Labels = "data",
+    device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> Calibration | None:
     """Returns `given` if it is a calibration, else one of the sites to rewrite, measured on the batches `given`.
@@ -78,7 +80,7 @@ def calibrated(
     Returns None when nothing is given or no site is to be rewritten.
 
     Args:
-        gradients, loss, labels: as in `calibrate`.
+        gradients, loss, labels, device: as in `calibrate`.
 
     Raises:
         CalibrationError: when there is a `loss` and no batches to apply it to; else as `calibrate`.
@@ -93,7 +95,7 @@ def calibrated(
         return None
     batches = text_batches(given, None) if isinstance(given, str | Path) else given
     runner = Runner(resolved.model, gradients=gradients, loss=loss, labels=labels)
-    return measured(runner, sites, batches, progress=progress)
+    return measured(runner, sites, batches, device=device, progress=progress)
 
 
 def planned(resolved: Resolved, calibration: Calibration | None = None, *, progress: bool | None = None) -> Plan:

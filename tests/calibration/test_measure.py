@@ -378,14 +378,15 @@ def test_a_model_on_meta_is_told_before_it_runs() -> None:
         calibrate(model, [torch.randn(2, 4)])
 
 
-def test_layers_beside_offloaded_ones_are_measured() -> None:
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_layers_beside_offloaded_ones_are_measured(device: str | None) -> None:
     from accelerate import cpu_offload
 
     model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(9, 4)
     expected = calibrate(model, [x], loss=lambda y, _: y.square().sum()).metric("0")
     cpu_offload(model[1], execution_device="cpu")
     assert model[1].weight.is_meta
-    found = calibrate(model, [x], loss=lambda y, _: y.square().sum())
+    found = calibrate(model, [x], loss=lambda y, _: y.square().sum(), device=device)
     metric = found.metric("0")
     assert found.names == ("0",)
     assert metric is not None

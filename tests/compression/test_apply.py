@@ -200,6 +200,35 @@ def test_the_fit_runs_on_the_device_asked_for(
     assert {p.device.type for p in tied.parameters()} == {"cpu"}
 
 
+@pytest.mark.gpu
+def test_batches_and_generated_text_are_computed_on_the_device_asked_for(llama: Any) -> None:
+    used: set[str] = set()
+    for layer in (llama.lm_head, llama.model.layers[0].mlp.down_proj):
+        layer.register_forward_hook(lambda _, __, output: used.add(output.device.type))
+    policy = Policy([Rule("*.mlp.*", LowRank(rank=2))])
+    ids = torch.randint(0, 60, (2, 12))
+    tdkit.compress(copy.deepcopy(llama), policy, calibration=[ids], device="cuda")
+    tdkit.calibrate(llama, [ids], self_generated=24, context=12, device="cuda")
+    assert used == {"cuda"}
+    assert {parameter.device.type for parameter in llama.parameters()} == {"cpu"}
+
+
+def test_the_model_is_moved_to_the_device_asked_for_to_calibrate() -> None:
+    moves: list[str] = []
+
+    class Recorded(nn.Sequential):
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            moves.append(str(args[0]))
+            return super().to(*args, **kwargs)
+
+    model, policy = Recorded(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), Policy([Rule("*", LowRank(rank=2))])
+    data, loss = [torch.randn(9, 6)], lambda y, _: y.square().sum()
+    tdkit.compress(copy.deepcopy(model), policy, calibration=data, loss=loss)
+    assert not moves
+    tdkit.compress(model, policy, calibration=data, loss=loss, device="cpu")
+    assert "cpu" in moves
+
+
 @pytest.mark.parametrize("make", ["gpt2", "llama"])
 class TestTransformers:
     """What transformers itself does to a model must go on working."""
