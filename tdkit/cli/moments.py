@@ -98,6 +98,8 @@ class Material:
         """Returns the calibration of the sites to rewrite, the one that was given, or None for none."""
         if self.known is not None:
             return self.known
+        if not resolved.rewritten:
+            return None
         gradients, labels = not self.wanted.inputs_only, self.wanted.labels
         given = self.batches_for(source, device)
         return calibrated(resolved, given, gradients=gradients, labels=labels, device=device)

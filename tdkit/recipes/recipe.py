@@ -286,6 +286,8 @@ class Run:
         Raises:
             RecipeError: when the recipe names no calibration text.
         """
+        if not resolved.rewritten:
+            return None
         context, tokens = self.recipe.data.context, self.recipe.data.self_generated
         batches: Sequence[Batch] = torch.split(windows(self.tokens("calibration"), context), 1)
         if tokens:
