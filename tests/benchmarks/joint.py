@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tdkit_distill.loop.stages import count_of
 from torch import Tensor, nn
 
 import tdkit
@@ -168,7 +169,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(SEED)
     options.run.mkdir(parents=True, exist_ok=True)
-    tokens = int(options.teacher_tokens.replace("k", "000").replace("M", "000000"))
+    tokens = count_of(options.teacher_tokens)
     path = options.out / "joint.json"
     form: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for name in options.models:
