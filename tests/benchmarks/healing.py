@@ -36,6 +36,7 @@ from tdkit.support.tables import markdown_table
 from tests.benchmarks.accuracy import (
     CALIBRATION_TEXT,
     CALIBRATION_TOKENS,
+    CALIBRATIONS,
     CONTEXT,
     DECOMPOSITIONS,
     EVALUATION_TEXT,
@@ -170,7 +171,12 @@ class Bench:
         tdkit.to_dense(model)
         share = keep * size(self.source.model) / size(model)
         known = tdkit.calibrate(
-            model, CALIBRATION_TEXT, tokenizer=self.source.tokenizer, context=CONTEXT, tokens=CALIBRATION_TOKENS
+            model,
+            CALIBRATION_TEXT,
+            **CALIBRATIONS["self-generated"],
+            tokenizer=self.source.tokenizer,
+            context=CONTEXT,
+            tokens=CALIBRATION_TOKENS,
         )
         policy = Policy([Rule(blocks.match, DECOMPOSITIONS[kind], budget=share)], allocation="loss")
         return tdkit.compress(model, policy, calibration=known)
