@@ -96,7 +96,7 @@ PERCEIVER |= {"num_self_attention_heads": 4, "num_cross_attention_heads": 4, "qk
 VITS = {"flow_size": 32, "spectrogram_bins": 16, "upsample_initial_channel": 32, "upsample_rates": [4, 2]}
 VITS |= {"upsample_kernel_sizes": [8, 4], "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3]]}
 VITS |= {f"{part}_num_wavenet_layers": 1 for part in ("prior_encoder", "posterior_encoder")}
-VITS |= {"hidden_size": 32, "num_hidden_layers": 1, "ffn_dim": 64, "duration_predictor_num_flows": 1}
+VITS |= {"hidden_size": 32, "layerdrop": 0.0, "num_hidden_layers": 1, "ffn_dim": 64, "duration_predictor_num_flows": 1}
 
 TRANSFORMERS = [
     # decoders
