@@ -39,7 +39,8 @@ class Shrink(Decomposition):
             leverage scores ("leverage", MoDeGPT's choice).
         multiple: the number of units that stay is a multiple of this one, where the budget chooses it. When None the
             largest power of two that is at most a sixteenth of the units, but at least 8 and at most 64, as products of
-            such sizes are the fastest; 8 with `uniform`, where a step is one of all groups.
+            such sizes are the fastest; 8 with `uniform`, and where all groups keep the same share, since a step is then
+            one of all groups.
         temper: how far the numbers of units that the budget chooses for MLPs of one shape are moved towards their
             mean: 0 leaves them, 1 makes them equal. The estimated loss favours unequal ones too much.
         shared: names of weights, relative to a module that holds them all, that share their hidden units; the last one
@@ -78,7 +79,7 @@ class Shrink(Decomposition):
         object.__setattr__(self, "shared", tuple(shared))
 
     def step(self, units: int) -> int:
-        """The number that the units which stay of a group of `units` are a multiple of; see `multiple`."""
+        """The number that the units which stay of a group of `units` are a multiple of, where the loss chooses them."""
         if self.multiple is not None or self.uniform:
             return self.multiple or LEAST_STEP
         return min(max(1 << (max(units // 16, 1).bit_length() - 1), LEAST_STEP), MOST_STEP)
@@ -105,7 +106,7 @@ class Shrink(Decomposition):
     def complete(self, shape: Shape, max_params: int) -> Self | None:
         if self.units is not None:
             return super().complete(shape, max_params)
-        step = self.step(shape[0])
+        step = self.multiple or LEAST_STEP
         units = min(max_params // shape[1], shape[0]) // step * step
         return replace(self, units=units) if units else None
 

@@ -27,6 +27,8 @@ def tempered(sites: Sequence[OpenSite], choices: Mapping[str, Choice]) -> dict[s
         kind = members[0].kind
         assert isinstance(kind, Shrink)
         before = [_units(each, choices[each.site.name]) for each in members]
+        if len(set(before)) == 1:
+            continue
         for each, units in zip(members, _nearer(members, before, kind), strict=True):
             old = choices[each.site.name]
             if units == each.site.shape[0]:

@@ -377,6 +377,18 @@ def test_numbers_of_units_are_multiples_that_products_are_fast_with(units: int, 
     assert Shrink().step(units) == step
     assert [each.units for each in Shrink().candidates(shape)] == list(range(step, units + 1, step))
     fitted = Shrink().complete(shape, 3 * units - 1)
-    assert fitted == (Shrink(units=(units - 1) // step * step) if units > step else None)
+    assert fitted == (Shrink(units=(units - 1) // 8 * 8) if units > 8 else None), "of equal shares"
     assert Shrink(multiple=5).step(units) == 5
     assert Shrink(uniform=True).step(units) == 8, "one step is one of all layers"
+
+
+@pytest.mark.parametrize(("allocation", "step"), [("uniform", 8), ("loss", 64)])
+def test_equal_shares_are_finer_than_those_that_the_loss_chooses(allocation: str, step: int) -> None:
+    model = make_llama(intermediate_size=1024, num_hidden_layers=2)
+    policy = Policy([Rule("*.mlp.*", Shrink(), budget=0.7)], allocation=allocation)
+    plan = tdkit.plan(model, policy, calibration=batches())
+    units = [each.decomposition.units for each in plan.rewritten if isinstance(each.decomposition, Shrink)]
+    assert units
+    assert all(count % step == 0 for count in units)
+    if allocation == "uniform":
+        assert set(units) == {712}, "the largest multiple of 8 within the budget"
