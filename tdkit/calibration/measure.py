@@ -87,7 +87,8 @@ def calibrate(
             would else be removed, and text of another kind suffers: SmolLM2-135M, with two fifths of its blocks
             removed, has on code and its manual a third to a half of the perplexity with it.
         limit_bytes: the maximum size in bytes of the moments held in memory at once.
-        device: the device to run on; the model is moved back afterwards. When None, the model is not moved.
+        device: the device to run on; the model is moved back afterwards. When None, the model is not moved, nor one
+            with layers that hooks of accelerate load when they are called.
         progress: show a progress bar; when None, only on a terminal.
 
     Returns:
@@ -110,8 +111,7 @@ def calibrate(
     if isinstance(batches, str | Path):
         batches = text_batches(batches, tokenizer, context=context, tokens=tokens)
     if self_generated:
-        options: Any = {"context": context, "device": device, "progress": progress}
-        batches = with_self_generated(model, batches, self_generated, **options)
+        batches = with_self_generated(model, batches, self_generated, context=context, device=device, progress=progress)
     runner = Runner(model, gradients=gradients, loss=loss, labels=labels)
     return measured(runner, sites, batches, limit_bytes=limit_bytes, device=device, progress=progress)
 

@@ -67,7 +67,8 @@ def compress(
             sizes are planned again, unless a plan was given. This helps when many parameters are removed and the
             moments of the dense model alone describe the compressed one poorly.
         device: the device to calibrate and fit on. The model is moved there to calibrate, and back; the factors are
-            moved to the weight's device. When None, the model is not moved.
+            moved to the weight's device. When None, the model is not moved, nor one with layers that hooks of
+            accelerate load when they are called.
         progress: show a progress bar; when None, only on a terminal.
 
     Returns:

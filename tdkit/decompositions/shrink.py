@@ -80,9 +80,10 @@ class Shrink(Decomposition):
 
     def step(self, units: int) -> int:
         """The number that the units which stay of a group of `units` are a multiple of, where the loss chooses them."""
-        if self.multiple is not None or self.uniform:
-            return self.multiple or LEAST_STEP
-        return min(max(1 << (max(units // 16, 1).bit_length() - 1), LEAST_STEP), MOST_STEP)
+        if self.multiple is not None:
+            return self.multiple
+        most = LEAST_STEP if self.uniform else min(max(units // 16, LEAST_STEP), MOST_STEP)
+        return 1 << (most.bit_length() - 1)
 
     def shape_of(self, shape: Shape) -> Shape:
         return shape

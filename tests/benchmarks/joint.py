@@ -154,7 +154,8 @@ def markdown(form: Mapping[str, Any]) -> str:
         "mails; GPT-2 is 10M parameters of its architecture, trained on speeches and calibrated on these. Joint is "
         "`Auto` of hidden units and low rank; only shrunk has smaller dense layers alone.",
     ]
-    for name, found in sorted(form.items(), reverse=True):
+    for name in filter(form.__contains__, CASES):
+        found = form[name]
         ordered = sorted(found["rows"].items(), key=lambda item: item[1]["measured"])
         cells = [[method, f"{each['measured']:.4g}", f"{each['kept']:.3f}"] for method, each in ordered]
         lines += ["", f"## {name}", "", f"{found['what'].capitalize()}; dense {found['dense']:.4g}.", ""]
